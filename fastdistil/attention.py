@@ -1,0 +1,104 @@
+"""Attention for sequences laid end to end: every token sees its own sequence and nothing else.
+
+A packed batch is one row of T tokens. transformers hands the keyword `packing` through every model to the attention function,
+so one function serves all architectures and no model is forked. On a GPU in half precision it is one variable-length flash
+attention call; elsewhere the sequences of a batch are sorted by length, and each group of equal length is one ordinary call.
+
+Legend: T tokens, H query heads, K key/value heads, d head width, G sequences of one group, L their length.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Packing(Protocol):
+    """What attention needs to know of a packed batch (`batches.Packing`)."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    groups: tuple[tuple[int, int, int], ...]
+    """(length, first row, sequences): sequences of one length lie side by side."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1HTd: Tensor,
+    key_1KTd: Tensor,
+    value_1KTd: Tensor,
+    packing: Packing,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attention confined to each sequence of a packed row. Returns [1, T, H, d], as transformers' attention functions do.
+
+    `sliding_window` w lets a token see others less than w positions away (before it, when causal).
+    """
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    repeats = query_1HTd.shape[1] // key_1KTd.shape[1]
+    if repeats > 1:
+        key_1KTd = key_1KTd.repeat_interleave(repeats, dim=1)
+        value_1KTd = value_1KTd.repeat_interleave(repeats, dim=1)
+    # torch's variable-length attention knows neither dropout nor fp32; both go the other way, which computes the same function.
+    if query_1HTd.is_cuda and dropout == 0.0 and query_1HTd.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query_1HTd, key_1KTd, value_1KTd, packing, scaling, causal, sliding_window)
+    return _grouped(query_1HTd, key_1KTd, value_1KTd, packing, dropout, scaling, causal, sliding_window)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, causal: bool, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if window is None else window - 1
+    out_THd = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1).contiguous(),
+        value[0].transpose(0, 1).contiguous(),
+        packing.cu_seqlens,
+        packing.cu_seqlens,
+        packing.max_seqlen,
+        packing.max_seqlen,
+        scale=scaling,
+        window_size=(reach, 0 if causal else reach),
+    )
+    assert isinstance(out_THd, Tensor)
+    return out_THd.unsqueeze(0)
+
+
+@torch.compiler.disable  # the groups differ from batch to batch: compiling them would compile every batch anew
+def _grouped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    heads, width = query.shape[1], query.shape[3]
+    outs = []
+    for length, first, count in packing.groups:
+        rows = slice(first, first + length * count)
+        q, k, v = (x[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))  # [G, H, L, d]
+        mask = None
+        if window is not None and length > window:
+            position = torch.arange(length, device=query.device)
+            ahead = position[None, :] - position[:, None]
+            mask = (ahead.abs() < window) & ((ahead <= 0) | (not causal))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling
+        )
+        outs.append(out.transpose(1, 2).reshape(length * count, heads, width))
+    return torch.cat(outs).unsqueeze(0)
+
+
+def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords a model passes down, those that `packed_attention` takes."""
+    return {name: keywords[name] for name in ("is_causal", "sliding_window") if keywords.get(name) is not None}

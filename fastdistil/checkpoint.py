@@ -1,0 +1,384 @@
+"""Checkpoints that survive kill -9, full disks and flipped bits: safetensors + JSON, no pickle.
+
+    checkpoints/step-00000123/
+        model.safetensors  optimizer.safetensors  ...   one file per group of tensors
+        state.json                                       numbers and strings, e.g. the data position and the best loss
+        manifest.json                                    format, update, and sha256 + bytes of every other file
+
+A checkpoint is written under a hidden name beside its own, every file and directory fsynced, read back from the disk against
+its checksums, and only then renamed; older ones are removed after that. So a name `step-*` always stands for a whole
+checkpoint, whenever the process dies. What is traded: each save reads what it wrote once more.
+"""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdistil.errors import CorruptData, DiskFull, UserError, translated
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Loaded:
+    update: int
+    tensors: dict[str, dict[str, Tensor]]
+    """Group ("model", "optimizer", ...) -> name -> tensor, on the device that was asked for."""
+    state: dict[str, Any]
+    path: Path
+
+
+def save(
+    directory: Path,
+    update: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    protect: frozenset[int] = frozenset(),
+) -> Path:
+    """Write the checkpoint of `update` and then remove all but the newest `keep` up to it, except those in `protect`.
+
+    An identical checkpoint of the same update is left as it is; a different one is replaced. Checkpoints of later updates
+    (left from before a resume from an earlier one) are neither counted nor removed. Raises DiskFull, UserError (no
+    permission, a file in the way, two names for one memory) or CorruptData (the disk gives back other bytes than it took);
+    then every older checkpoint is as it was and nothing of the new one is left.
+    """
+    if keep < 1:
+        raise UserError(f"wanted keep of at least 1 checkpoint, got {keep}")
+    target = directory / f"step-{update:08d}"
+    with _writing(target):
+        directory.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(directory)
+        groups = {f"{name}.safetensors": _storable(f"{name}.safetensors", group) for name, group in tensors.items()}
+        text = json.dumps(state, allow_nan=False, indent=1)
+        _check_space(directory, len(text) + sum(_stored_bytes(group) for group in groups.values()))
+        try:
+            with atomic_directory(target) as temporary:
+                for name, group in groups.items():
+                    save_file(group, temporary / name)
+                (temporary / STATE).write_text(text, encoding="utf-8")
+                _write_manifest(temporary, update, [*groups, STATE])
+                if _same(temporary, target):
+                    raise _AlreadyThere
+        except _AlreadyThere:
+            pass
+        _rotate(directory, update, keep, protect)
+    return target
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> Loaded:
+    """Read a checkpoint after checking every file against the manifest.
+
+    Raises UserError if there is none at `path` or a newer fastdistil wrote it, CorruptData if a file is missing or changed.
+    """
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}; give a directory step-XXXXXXXX that `fastdistil train` wrote")
+    manifest = _verified(path)
+    with translated("reading a checkpoint", path):
+        tensors = {
+            name.removesuffix(".safetensors"): load_file(path / name, device=str(device))
+            for name in manifest["files"]
+            if name.endswith(".safetensors")
+        }
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Loaded(manifest["update"], tensors, state, path)
+
+
+def latest(directory: Path, warn: Callable[[str], None], device: str | torch.device = "cpu") -> Loaded | None:
+    """The newest whole checkpoint, or None if there is none at all; corrupt ones are passed over, each with a warning.
+
+    Raises CorruptData if there are some and all are corrupt.
+    """
+    found = _present(directory)
+    for update in sorted(found, reverse=True):
+        try:
+            loaded = load(found[update], device)
+            if loaded.update != update:
+                raise CorruptData(f"{found[update]} is named for update {update} but holds update {loaded.update}")
+            return loaded
+        except CorruptData as error:
+            warn(f"{error}; passed over for the one before it")
+    if found:
+        raise CorruptData(f"all {len(found)} checkpoints in {directory} are corrupt; start the run again under another name")
+    return None
+
+
+def list_updates(directory: Path) -> list[int]:
+    """Updates that have a checkpoint in `directory`, in order; nothing is verified."""
+    return sorted(_present(directory))
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of `target` when the block ends well, and vanishes when it does not.
+
+    At any instant `target` is the old directory or the new one, whole. (Between the two renames of a replacement it has, for
+    an instant, only its hidden name `.NAME.old-PID`; a process that dies right there leaves it so, and the next call, as well
+    as `latest`, finds it.) If `target` is a symbolic link, the link is replaced and what it points to is left alone.
+    Raises UserError if `target` is a file.
+    """
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise UserError(f"wanted a directory at {target}, found a file; move it or choose another name")
+        _clear_leftovers(target.parent, target.name)
+        temporary = _hidden(target, "tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            _check_from_disk(temporary)
+            _replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _check_from_disk(directory: Path) -> None:
+    """Check a directory against its manifest, if it has one, with its pages dropped from memory so that the disk answers."""
+    if not (directory / MANIFEST).exists():
+        return
+    if hasattr(os, "posix_fadvise"):
+        for path in directory.iterdir():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    _verified(directory)
+
+
+class _AlreadyThere(Exception):
+    """The checkpoint on disk is bit for bit the one being written."""
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    with translated(f"writing {target}"):
+        try:
+            yield
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"wanted a directory at {error.filename or target}, found a file; move it") from error
+        except SafetensorError as error:
+            # The library tells the operating system's refusals in text only.
+            refused = re.search(r"os error (\d+)", str(error))
+            if refused is None:
+                raise
+            code = int(refused[1])
+            raise OSError(code, os.strerror(code), str(target)) from error
+
+
+def _storable(file: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies where needed. Raises UserError if two names share memory: they would come back untied."""
+    if not _FILE.fullmatch(file):
+        raise UserError(f"{file!r} cannot name a file of a checkpoint; use letters, digits, '_', '-'")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in group.items()}
+    spans = sorted(
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in contiguous.items()
+        if tensor.nbytes
+    )
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < end:
+            raise UserError(f"{file}: {name} and {other} share memory (tied weights?); save it under one name only")
+    return contiguous
+
+
+def _stored_bytes(group: Mapping[str, Tensor]) -> int:
+    header_bytes = 8 + sum(len(name) + 128 for name in group)
+    return header_bytes + sum(tensor.nbytes for tensor in group.values())
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DiskFull(
+            f"a checkpoint needs {needed / 1e6:,.1f} MB in {directory}, {free / 1e6:,.1f} MB are free; "
+            "free space, lower checkpoint.keep, or choose another runs_dir"
+        )
+
+
+def _write_manifest(directory: Path, update: int, names: list[str]) -> None:
+    files = {name: {"sha256": _sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
+    manifest: dict[str, Any] = {"format": FORMAT, "update": update, "files": files}
+    manifest["sha256"] = _own_sha256(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    """Of all in the manifest but this sum. Every format keeps this rule, so that a newer one is told from a broken one."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        found, expected = _own_sha256(manifest), manifest["sha256"]
+    except FileNotFoundError as error:
+        raise CorruptData(f"{path} is missing: {directory} is not a whole checkpoint") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptData(f"{path} is not a manifest ({error})") from error
+    if found != expected:
+        raise CorruptData(f"{path} is corrupt: expected sha256 {expected}, found {found}")
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"{directory} is a checkpoint of format {manifest['format']}, this fastdistil reads up to {FORMAT}; "
+            "upgrade fastdistil"
+        )
+    return manifest
+
+
+def _verified(directory: Path) -> dict[str, Any]:
+    with translated("checking a checkpoint", directory):
+        manifest = _read_manifest(directory)
+        for name, expected in manifest["files"].items():
+            path = directory / name
+            if not path.is_file():
+                raise CorruptData(f"{path} is missing: expected {expected['bytes']} bytes")
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise CorruptData(f"{path} is corrupt: expected {expected['bytes']} bytes, found {size}")
+            try:
+                found = _sha256(path)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                raise CorruptData(f"{path} cannot be read: {error.strerror}") from error
+            if found != expected["sha256"]:
+                raise CorruptData(f"{path} is corrupt: expected sha256 {expected['sha256']}, found {found}")
+        return manifest
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether `other` is a whole checkpoint with the contents of `one`."""
+    if not other.is_dir():
+        return False
+    try:
+        return _read_manifest(one) == _verified(other)
+    except (CorruptData, UserError):
+        return False
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    aside = _hidden(target, "old")
+    replacing = os.path.lexists(target)
+    if replacing:
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if replacing:
+            aside.rename(target)
+        raise
+    _sync(target.parent)
+    if replacing:
+        _remove(aside)
+
+
+def _rotate(directory: Path, update: int, keep: int, protect: frozenset[int]) -> None:
+    past = sorted((number, path) for number, path in _present(directory).items() if number <= update)
+    for number, path in past[:-keep]:
+        if number not in protect and not path.name.startswith("."):
+            # Under its own name a half-removed checkpoint would pass for a corrupt one.
+            path.rename(_hidden(path, "tmp"))
+            _remove(_hidden(path, "tmp"))
+    _sync(directory)
+
+
+def _present(directory: Path) -> dict[int, Path]:
+    """Update -> directory, with those that a dying process left under their `.old` name."""
+    found: dict[int, Path] = {}
+    if not directory.is_dir():
+        return found
+    for path in directory.iterdir():
+        hidden = _HIDDEN.fullmatch(path.name)
+        visible = path.name if hidden is None else hidden["name"] if hidden["kind"] == "old" else ""
+        step = _STEP.fullmatch(visible)
+        if step and path.is_dir() and (hidden is None or int(step[1]) not in found):
+            found[int(step[1])] = path
+    return found
+
+
+def _clear_leftovers(directory: Path, only: str | None = None) -> None:
+    """Remove what dead processes left unfinished here; put back a directory that one had only moved aside."""
+    for path in sorted(directory.iterdir()):
+        hidden = _HIDDEN.fullmatch(path.name)
+        if hidden is None or (_STEP.fullmatch(hidden["name"]) is None if only is None else hidden["name"] != only):
+            continue
+        if _alive(int(hidden["pid"])):
+            continue
+        visible = directory / hidden["name"]
+        if hidden["kind"] == "old" and not os.path.lexists(visible):
+            path.rename(visible)
+        else:
+            _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():  # an earlier process with our number, e.g. 1 in a container: we have nothing open here
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError) as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory; the files themselves are on disk.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

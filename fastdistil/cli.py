@@ -1,0 +1,223 @@
+"""The command line: arguments -> a recipe or options -> one call. Nothing else lives here."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import rich.console
+import typer
+
+from fastdistil import __version__
+from fastdistil.errors import EXIT_CODES, FastdistilError
+
+if TYPE_CHECKING:
+    from fastdistil.corpus import Progress
+
+app = typer.Typer(
+    name="fastdistil",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Distils a language model (the teacher) into a smaller one (the student).",
+    epilog="Exit codes: " + "; ".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()),
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to change, e.g. optim.lr=1e-4", show_default=False)
+]
+Resume = Annotated[
+    str | None, typer.Option(metavar="auto|PATH", help="Continue the newest run of this recipe, or the run or checkpoint at PATH.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve everything, print recipe and estimates, start nothing.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
+
+
+def main() -> NoReturn:
+    """Entry point: every FastdistilError becomes one line on standard error and its exit code."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except FastdistilError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _fail("interrupted: nothing was saved since the last checkpoint", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"fastdistil: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"fastdistil {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: fastdistil train distilbert teacher.path=bert-base-uncased data.train=corpus/ loop.epochs=1")
+def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False) -> None:
+    """Distil a teacher into a student. `fastdistil train demo` needs nothing and takes minutes."""
+    from fastdistil.errors import UserError
+    from fastdistil.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if recipe == "demo":
+        from fastdistil.demo import plan_demo, run_demo
+
+        if dry_run:
+            plan_demo(loaded, rich.console.Console())
+        else:
+            run_demo(loaded, resume)
+        return
+    if loaded.teacher is None:
+        raise UserError(f"recipe {recipe} has no teacher; set teacher.path=..., or use `fastdistil pretrain`")
+    _run(loaded, recipe, resume, dry_run)
+
+
+@app.command(epilog="Example: fastdistil pretrain bert-small data.train=corpus/ loop.epochs=2")
+def pretrain(recipe: RecipeName, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False) -> None:
+    """Train a model without a teacher, with the same loop: a teacher for those who cannot download one."""
+    from fastdistil.errors import UserError
+    from fastdistil.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.teacher is not None:
+        raise UserError(f"recipe {recipe} has a teacher ({loaded.teacher.path}); use `fastdistil train`, or set teacher=null")
+    _run(loaded, recipe, resume, dry_run)
+
+
+def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
+    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    if dry_run:
+        from fastdistil.inputs import resolve
+        from fastdistil.plan import show_plan
+        from fastdistil.runs import choose_run
+
+        show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())
+        return
+    from fastdistil.train import train as run
+
+    result = run(recipe, recipe_name=stem, resume=resume)
+    print(f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; the student is in {result.run_dir / 'student'}")
+
+
+@app.command(epilog="Example: fastdistil prepare books/ --tokenizer bert-base-uncased --out corpus --strip-gutenberg")
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help=".txt, .jsonl, .parquet files (.gz too), directories, globs.")],
+    tokenizer: Annotated[str, typer.Option(help="Hub id or directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; an interrupted one is continued.")],
+    max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence, special ones included.")] = 512,
+    documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
+    text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
+    strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
+    min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
+    max_unknown: Annotated[float, typer.Option(help="Drop pieces with this share of unknown tokens (the example: 0.5).")] = 1.0,
+    max_bad_fraction: Annotated[float, typer.Option(help="Stop if more records than this are unreadable.")] = 0.001,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 64 * 2**20,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+) -> None:
+    """Turn text into token shards."""
+    from fastdistil import corpus
+
+    options = corpus.PrepareOptions(
+        tokenizer=tokenizer,
+        max_length=max_length,
+        documents=documents,  # type: ignore[arg-type]
+        text_field=text_field,
+        strip_gutenberg=strip_gutenberg,
+        special_tokens=special_tokens,
+        min_tokens=min_tokens,
+        max_unknown=max_unknown,
+        max_bad_fraction=max_bad_fraction,
+        shard_tokens=shard_tokens,
+        workers=workers,
+    )
+    with PrepareBar() as bar:
+        manifest = corpus.prepare(inputs, out, options, bar)
+    print(
+        f"{out}: {manifest.tokens:,} tokens in {manifest.sequences:,} sequences of {manifest.documents:,} documents"
+        + (f"; {manifest.dropped:,} pieces dropped" if manifest.dropped else "")
+        + (f"; {manifest.bad_records:,} bad records in {out / 'quarantine.jsonl'}" if manifest.bad_records else "")
+        + (f"; no Gutenberg markers in {manifest.unmarked_files} files" if manifest.unmarked_files else "")
+    )
+
+
+class PrepareBar:
+    """A bar with the time left on a terminal; elsewhere a line every 10 seconds."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        self._console = rich.console.Console(highlight=False)
+        columns = TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=None)
+        self._told_s = 0.0
+
+    def __enter__(self) -> "PrepareBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: "Progress") -> None:
+        if progress.note:
+            self._console.print(progress.note, markup=False, soft_wrap=True)
+        self._bar.update(self._task, completed=progress.bytes_read, total=progress.bytes_total)
+        if not self._console.is_terminal and progress.seconds - self._told_s >= 10 and progress.bytes_read:
+            self._told_s = progress.seconds
+            left_s = progress.seconds * (progress.bytes_total / progress.bytes_read - 1)
+            share = progress.bytes_read / progress.bytes_total
+            print(f"prepared {share:.0%}, {progress.tokens:,} tokens, about {left_s:.0f} s left", flush=True)
+
+
+@app.command(epilog="Example: fastdistil evaluate runs/distilbert-1/student wikitext/test.txt --positions 2000")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id or directory of a masked or causal language model.")],
+    corpora: Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Prepared directories or text files.")],
+    positions: Annotated[str, typer.Option(metavar="N|all", help="Token positions for pseudo-perplexity; 0: leave it out.")] = "2000",
+    seed: Annotated[int, typer.Option(help="Of masks and sampled positions.")] = 0,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence; default: the model's, at most 512.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Causal models: tokens the window moves by; default: half of it.")] = None,
+    documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
+    precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Loss, perplexity and pseudo-perplexity of a model on text."""
+    raise NotImplementedError
+
+
+@app.command(epilog="Example: fastdistil pause runs/distilbert-1")
+def pause(run: Annotated[Path, typer.Argument(help="Directory of the run.")]) -> None:
+    """Ask a run to save, evaluate and stop after its current update (exit code 75)."""
+    from fastdistil.watchdog import request_pause
+
+    request_pause(run)
+    print(f"asked {run} to pause; it stops after its current update and continues with --resume {run}")
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, devices, what is available, what is not and how to get it."""
+    from fastdistil import doctor as doctors
+
+    findings = doctors.examine()
+    if json:
+        print(doctors.as_json(findings))
+    else:
+        doctors.render(findings, rich.console.Console())
+    raise typer.Exit(doctors.exit_code(findings))
+
+
+if __name__ == "__main__":
+    main()

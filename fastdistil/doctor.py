@@ -1,0 +1,283 @@
+"""`fastdistil doctor`: what this machine has, what it lacks, and how to get it.
+
+Each fact is a Finding. `absent` is something one can work without; `problem` is something fastdistil needs and that is
+broken. transformers, triton and horovod are looked up, not imported: a broken one must not take the doctor with it.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastdistil import __version__
+
+Status = Literal["ok", "absent", "problem"]
+
+# Lowest and highest release (major, minor) that the tests run with. Below the first is a problem, above the last a note.
+TESTED = {
+    "torch": ((2, 11), (2, 13)),
+    "triton": ((3, 6), (3, 7)),
+    "transformers": ((5, 17), (5, 23)),
+}
+PYTHON_TESTED = ((3, 11), (3, 13))
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    value: str
+    status: Status = "ok"
+    advice: str = ""
+    """What to do, or what it is good for; empty where nothing need be done."""
+
+
+def examine(directory: Path = Path()) -> list[Finding]:
+    """Look at the installation, the devices and `directory` (where runs would be written). Takes seconds: imports torch."""
+    torch, _ = load_torch()
+    devices = [] if torch is None or missing_parts() else [*processor(torch), *gpus(torch)]
+    return [*versions(), *devices, *options(), *disk(directory)]
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    return 2 if any(finding.status == "problem" for finding in findings) else 0
+
+
+def render(findings: Iterable[Finding], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("status", no_wrap=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    styles = {"ok": "green", "absent": "yellow", "problem": "bold red"}
+    for finding in findings:
+        text = Text(finding.value)
+        if finding.advice:
+            text.append(f"\n{finding.advice}", style="dim")
+        table.add_row(Text(finding.status, style=styles[finding.status]), Text(finding.name), text)
+    console.print(table)
+
+
+def as_json(findings: Iterable[Finding]) -> str:
+    found = list(findings)
+    return json.dumps({"exit_code": exit_code(found), "findings": [asdict(finding) for finding in found]}, indent=2)
+
+
+def versions() -> list[Finding]:
+    found = [
+        Finding("fastdistil", __version__),
+        release("Python", platform.python_version(), PYTHON_TESTED, "make an environment with a newer Python"),
+        torch_release(),
+        library("transformers"),
+    ]
+    found += [library(name) for name in ("tokenizers", "safetensors", "numpy")]
+    if missing := missing_parts():
+        advice = "the links in fastdistil/ were not checked out as links: git config core.symlinks true, and check out again"
+        found.append(Finding("fastdistil's parts", f"{', '.join(missing)} not found", "problem", advice))
+    return found
+
+
+def missing_parts() -> list[str]:
+    return [name for name in ("kernels", "profiling") if importlib.util.find_spec(f"fastdistil.{name}") is None]
+
+
+def release(name: str, version: str, tested: tuple[tuple[int, int], tuple[int, int]], remedy: str) -> Finding:
+    """Judge a version by the range that was tested, by its first two numbers."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    lowest, highest = (".".join(map(str, bound)) for bound in tested)
+    if numbers is None:
+        return Finding(name, version, "ok", f"cannot tell whether this lies between the tested {lowest} and {highest}")
+    here = (int(numbers[1]), int(numbers[2]))
+    if here < tested[0]:
+        return Finding(name, version, "problem", f"wanted {lowest} or newer: {remedy}")
+    if here > tested[1]:
+        return Finding(name, version, "ok", f"newer than {highest}, the last one tested")
+    return Finding(name, version)
+
+
+def library(name: str) -> Finding:
+    """A Python package that fastdistil needs, by the metadata of its installation."""
+    version = installed(name)
+    if version is None or importlib.util.find_spec(name) is None:
+        state = "not installed" if version is None else f"{version} is listed but its files are missing"
+        return Finding(name, state, "problem", f"pip install --force-reinstall {name}" if version else f"pip install {name}")
+    if name not in TESTED:
+        return Finding(name, version)
+    return release(name, version, TESTED[name], f"pip install --upgrade {name}")
+
+
+def installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def load_torch() -> tuple[Any, str]:
+    """torch, or None and why it does not load: the doctor must outlive a broken one."""
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, " ".join(str(error).split())
+    return torch, ""
+
+
+def torch_release() -> Finding:
+    torch, error = load_torch()
+    if torch is None:
+        if installed("torch") is None:
+            return Finding("torch", "not installed", "problem", "pip install torch")
+        return Finding(
+            "torch", f"{installed('torch')} does not load: {error}", "problem", "pip install --force-reinstall torch"
+        )
+    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+    judged = release("torch", torch.__version__, TESTED["torch"], "pip install --upgrade torch")
+    return Finding("torch", f"{judged.value} ({kind} build)", judged.status, judged.advice)
+
+
+def processor(torch: Any) -> list[Finding]:
+    from fastdistil.profiling.device import cpuinfo, has_fast_bf16, parse_cpu_model, usable_cores, usable_memory
+
+    cores = f"{usable_cores():g} of {psutil.cpu_count()} cores usable, {torch.get_num_threads()} torch threads"
+    model = parse_cpu_model(cpuinfo()) or platform.machine()
+    available = psutil.virtual_memory().available
+    found = [
+        Finding("processor", f"{model}, {cores}"),
+        Finding("memory", f"{usable_memory() / GIB:.1f} GiB, {available / GIB:.1f} GiB available"),
+    ]
+    if has_fast_bf16(torch.device("cpu")):
+        return [*found, Finding("bf16 on the processor", "bf16 matrix products in hardware (AMX, AVX512-BF16 or Arm BF16)")]
+    advice = "loop.precision: auto chooses fp32 here; bf16 would be slower"
+    return [*found, Finding("bf16 on the processor", "no bf16 matrix products in hardware", "absent", advice)]
+
+
+def gpus(torch: Any) -> list[Finding]:
+    found = nvml_package()
+    seen, driver = nvml_gpus()
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(usable):
+        found.append(gpu(torch, index, driver))
+    if not usable:
+        found.append(unused_gpus(torch, seen, driver))
+    return [*found, triton(gpu_usable=usable > 0)]
+
+
+def gpu(torch: Any, index: int, driver: str | None) -> Finding:
+    from fastdistil.profiling.device import has_fast_bf16
+
+    facts = torch.cuda.get_device_properties(index)
+    value = f"{facts.name}, {facts.total_memory / GIB:.1f} GiB, compute capability {facts.major}.{facts.minor}"
+    value += f", driver {driver}" if driver else ""
+    if has_fast_bf16(torch.device("cuda", index)):
+        return Finding(f"GPU {index}", f"{value}, bf16 matrix products in hardware")
+    return Finding(f"GPU {index}", value, "ok", "no bf16 matrix products in hardware: use loop.precision=fp16 or fp32")
+
+
+def unused_gpus(torch: Any, seen: list[str], driver: str | None) -> Finding:
+    """Why torch offers no GPU: there is none, or its build or the driver does not fit."""
+    if not seen:
+        return Finding("GPU", "none found", "absent", "everything works on the processor; a GPU needs NVIDIA's driver")
+    value = f"{', '.join(seen)} (driver {driver}), but torch cannot use {'it' if len(seen) == 1 else 'them'}"
+    if torch.version.cuda is None:
+        return Finding("GPU", value, "absent", "this torch is built without CUDA: install a CUDA build to use the GPU")
+    advice = f"hidden by CUDA_VISIBLE_DEVICES, or the driver is too old for CUDA {torch.version.cuda}: update the driver"
+    return Finding("GPU", value, "absent", advice)
+
+
+def nvml_package() -> list[Finding]:
+    """nvidia-ml-py, and the two old packages that overwrite its module with an outdated one."""
+    for other in ("pynvml", "nvidia-ml-py3"):
+        version = installed(other)
+        # From 12 on pynvml is only a shell around nvidia-ml-py.
+        if version is not None and (other == "nvidia-ml-py3" or int(version.split(".")[0]) < 12):
+            advice = f"pip uninstall {other} && pip install --force-reinstall nvidia-ml-py"
+            return [Finding("nvidia-ml-py", f"shadowed by the old package {other} {version}", "problem", advice)]
+    version = installed("nvidia-ml-py")
+    if version is None:
+        return [Finding("nvidia-ml-py", "not installed", "absent", "GPU clocks and power: pip install nvidia-ml-py")]
+    return [Finding("nvidia-ml-py", version)]
+
+
+def nvml_gpus() -> tuple[list[str], str | None]:
+    """Names of the GPUs that the driver knows, and the driver's version; nothing where there is no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return [], None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return [], None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [as_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles], as_text(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError as error:
+        return [f"a GPU that the driver cannot read ({error})"], None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def as_text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value  # older releases of nvidia-ml-py return bytes
+
+
+def triton(gpu_usable: bool) -> Finding:
+    version = installed("triton")
+    if version is None:
+        status: Status = "problem" if gpu_usable else "absent"
+        return Finding("triton", "not installed", status, "the GPU kernels need it: pip install triton")
+    return release("triton", version, TESTED["triton"], "it comes with torch: pip install --upgrade torch")
+
+
+def options() -> list[Finding]:
+    wanted = {
+        "horovod": "several ranks over Horovod need it; a single rank does not",
+        "tensorboard": "logging.tensorboard needs it: pip install tensorboard",
+        "pyarrow": "preparing .parquet files needs it: pip install pyarrow",
+    }
+    found = []
+    for name, advice in wanted.items():
+        version = installed(name)
+        found.append(Finding(name, version) if version else Finding(name, "not installed", "absent", advice))
+    return [*found, compiler()]
+
+
+def compiler() -> Finding:
+    """torch.compile on the processor wants a C++ compiler, triton's launcher a C compiler and Python's headers."""
+    cxx = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    cc = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    lacking = [
+        name for name, there in (("a C compiler", cc), ("a C++ compiler", cxx), ("Python's headers", headers)) if not there
+    ]
+    if lacking:
+        advice = "loop.compile and the GPU kernels need it (Debian, Ubuntu: apt install g++ python3-dev)"
+        return Finding("compiler", f"missing: {', '.join(lacking)}", "absent", advice)
+    return Finding("compiler", f"{cc}, {cxx}")
+
+
+def disk(directory: Path) -> list[Finding]:
+    try:
+        free = shutil.disk_usage(directory).free
+        # Permission bits do not tell (root, read-only mounts, quotas): try it.
+        with tempfile.NamedTemporaryFile(dir=directory) as file:
+            file.write(b"fastdistil")
+            file.flush()
+    except OSError as error:
+        advice = "runs are written to the current directory: change to one you can write to, or set runs_dir"
+        return [Finding("current directory", f"cannot be written: {error.strerror}", "problem", advice)]
+    if free < 2 * GIB:
+        return [Finding("disk", f"{free / GIB:.1f} GiB free here", "ok", "little: --dry-run says what a run needs")]
+    return [Finding("disk", f"{free / GIB:.1f} GiB free here")]

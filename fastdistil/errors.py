@@ -1,0 +1,91 @@
+"""What can go wrong, as exit codes.
+
+Every error a user can cause or meet derives from `FastdistilError`; its text says what was wanted, what was found and what
+to do. The command line prints that text on one line and exits with `exit_code`; anything else is a bug of ours (exit 1).
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_CODES = {
+    0: "done",
+    1: "a bug of fastdistil (a traceback is printed: please report it)",
+    2: "bad input: recipe, arguments, corpus, model",
+    3: "a comparison fell short",
+    10: "a loss or gradient was not finite",
+    11: "out of memory",
+    12: "a rank was lost or stalled",
+    13: "the disk is full",
+    14: "corrupt data: a shard or checkpoint does not match its checksum",
+    75: "stopped and saved: continue with --resume auto",
+}
+
+
+class FastdistilError(Exception):
+    exit_code = 1
+
+
+class UserError(FastdistilError, ValueError):
+    """Bad input. Also a ValueError, so that library users can catch it as one."""
+
+    exit_code = 2
+
+
+class FellShort(FastdistilError):
+    exit_code = 3
+
+
+class NonFinite(FastdistilError):
+    """`update`: the first bad one, where the weights were kept as they were before it."""
+
+    exit_code = 10
+    update: int | None = None
+
+
+class OutOfMemory(FastdistilError):
+    exit_code = 11
+
+
+class DiskFull(FastdistilError):
+    exit_code = 13
+
+
+class CorruptData(FastdistilError):
+    exit_code = 14
+
+
+class Stopped(FastdistilError):
+    """A signal or a PAUSE file: the state is saved."""
+
+    exit_code = 75
+
+
+@contextmanager
+def translated(doing: str, path: Path | None = None) -> Iterator[None]:
+    """Turn the operating system's and the allocator's refusals into ours; `doing` completes "while ..."."""
+    where = f" ({path})" if path is not None else ""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk is full while {doing}{where}; free space or choose another directory") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            place = error.filename or path
+            raise UserError(f"no permission while {doing}: {place}; choose a directory you can write to") from error
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(out_of_memory_text(doing)) from error
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is a RuntimeError; torch's CPU allocator has no exception class of its own.
+        if "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower():
+            raise OutOfMemory(out_of_memory_text(doing)) from error
+        raise
+
+
+def out_of_memory_text(doing: str) -> str:
+    return (
+        f"out of memory while {doing}; lower data.micro_batch_tokens (and raise loop.accumulation to keep the batch), "
+        "or evaluation.batch_tokens if it happened there; --dry-run estimates what a recipe needs"
+    )

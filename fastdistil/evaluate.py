@@ -1,0 +1,469 @@
+"""How well a model predicts text it has not seen, in numbers with standard errors.
+
+    held_out            masked models: the mean cross-entropy of 15% of the tokens, chosen uniformly, the same ones at every
+                        call (80% of them masked, 10% replaced, 10% kept); causal models: of every next token; KL to a teacher
+    pseudo_perplexity   masked models: one token masked at a time, exp(-mean log P(token | all others))
+                        (Salazar et al. 2020, equation 3)
+    causal_perplexity   causal models: every token of a whole document once, through sliding windows
+    evaluate            all of these for a model's directory, on prepared corpora and on raw text
+
+Perplexity is exp(loss). Standard errors have sequences as their sample (see `scoring.ratio`).
+"""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdistil import models
+from fastdistil.batches import Batch, Layout, Tokens, assemble, evaluation_batches
+from fastdistil.corpus import Corpus, PrepareOptions, load_tokenizer, prepare, token_facts, vocabulary_fingerprint
+from fastdistil.errors import UserError, translated
+from fastdistil.masking import Facts, Ints, offsets, ranges
+from fastdistil.profiling.device import has_fast_bf16
+from fastdistil.recipe import Mask
+from fastdistil.scoring import (
+    Progress,
+    by_sequence,
+    drawn_positions,
+    drawn_sequences,
+    evaluating,
+    ratio,
+    score_pieces,
+    sequence_sums,
+    sliding_windows,
+)
+from fastdistil.textfiles import Documents, find_inputs
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What `held_out` measured, in nats a token. A standard error of one single sequence is nan."""
+
+    loss: float
+    loss_se: float
+    perplexity: float
+    labels: int
+    """Tokens that had to be predicted."""
+    sequences: int
+    kl: float | None
+    """Mean over all tokens of KL(teacher || model) at temperature 1; None without a teacher."""
+    kl_se: float | None
+    kl_tokens: int
+
+
+@dataclass(frozen=True)
+class PseudoPerplexity:
+    loss: float
+    """Mean of -log P(token | all others)."""
+    loss_se: float
+    pppl: float
+    positions: int
+    """Tokens that were masked, one at a time."""
+    sequences: int
+    """Different sequences that they lie in."""
+
+
+@dataclass(frozen=True)
+class CausalPerplexity:
+    loss: float
+    loss_se: float
+    perplexity: float
+    tokens: int
+    """Every token but the first of each document, which nothing comes before."""
+    sequences: int
+    max_length: int
+    stride: int
+
+
+@torch.no_grad()
+def held_out(
+    model: Any,
+    corpus: Tokens,
+    facts: Facts,
+    *,
+    teacher: Any | None = None,
+    seed: int = 0,
+    probability: float = 0.15,
+    max_sequences: int | None = None,
+    batch_tokens: int = 8192,
+    layout: Layout = "packed",
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> HeldOut:
+    """Loss on held-out sequences, all or `max_sequences` drawn with the seed, and KL to a teacher that sees the same.
+
+    `model` and `teacher`: models.LanguageModel or modules with its interface, on `device` (None: where the model is); training
+    mode is off meanwhile. `precision` (fp32, bf16, fp16) is autocast's for the model; the teacher computes in its own dtype.
+    The same seed gives the same masks and sequences whatever the batch size. Raises UserError: no tokens to predict, sequences
+    too long for the model, another vocabulary, no mask token.
+    """
+    if not 0 < probability < 1:
+        raise UserError(f"probability must lie between 0 and 1, got {probability:g}")
+    chosen_n = drawn_sequences(len(corpus), max_sequences, seed)
+    _check_corpus(model, corpus.lengths[chosen_n], facts)
+    where = torch.device(device) if device is not None else model.weight.device
+    batches = evaluation_batches(
+        corpus,
+        facts,
+        chosen_n,
+        batch_tokens=batch_tokens,
+        causal=bool(model.causal),
+        mask=Mask(probability=probability, smoothing=0.0),
+        seed=seed,
+        layout=layout,
+    )
+    total = int(corpus.lengths[chosen_n].sum())
+    done, parts = 0, []
+    with evaluating(model, teacher):
+        for batch in batches:
+            parts.append(sequence_sums(model, teacher, batch.to(where), precision))
+            done += batch.counts.tokens
+            if progress is not None:
+                progress(done / total)
+    sums = np.concatenate(parts, axis=1)
+    labels = int(sums[1].sum())
+    if labels == 0:
+        raise UserError(f"no token to predict in {len(chosen_n)} sequences of {total} tokens in all; give more or longer text")
+    loss, loss_se = ratio(sums[0], sums[1])
+    kl, kl_se = ratio(sums[2], sums[3]) if teacher is not None else (None, None)
+    return HeldOut(loss, loss_se, _exp(loss), labels, len(chosen_n), kl, kl_se, int(sums[3].sum()))
+
+
+@torch.no_grad()
+def pseudo_perplexity(
+    model: Any,
+    corpus: Tokens,
+    facts: Facts,
+    *,
+    positions: int | Literal["all"] = 2000,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> PseudoPerplexity:
+    """Mask one token at a time: `positions` of them, drawn without replacement from all tokens that are not special.
+
+    A token costs a forward of its whole sequence. Raises UserError as `held_out` does, and for causal models.
+    """
+    if model.causal:
+        raise UserError("pseudo-perplexity is for masked models; a causal model has a perplexity of its own (positions: 0)")
+    if facts.mask_id is None:
+        raise UserError("pseudo-perplexity needs a tokenizer with a mask token, and this one has none; use the model's own")
+    _check_corpus(model, corpus.lengths, facts)
+    tokens_P = drawn_positions(corpus, facts, positions, seed)
+    starts_n = offsets(corpus.lengths)
+    sequences_P = np.searchsorted(starts_n, tokens_P, side="right") - 1
+    places_P = tokens_P - starts_n[sequences_P]
+    mask_id = facts.mask_id
+
+    def make(chosen: Ints) -> Batch:
+        sequences = sequences_P[chosen]
+        lengths = corpus.lengths[sequences]
+        ids_T = corpus.gather(sequences)
+        targets = offsets(lengths)[:-1] + places_P[chosen]
+        labels = ids_T[targets]
+        ids_T[targets] = mask_id
+        return assemble(ids_T, lengths, targets, labels, sequence_of_label_M=sequences)
+
+    scored = score_pieces(model, corpus.lengths[sequences_P], make, batch_tokens, device, precision, progress)
+    sums, counts = by_sequence(*scored)
+    loss, loss_se = ratio(sums, counts)
+    return PseudoPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts))
+
+
+@torch.no_grad()
+def causal_perplexity(
+    model: Any,
+    corpus: Tokens,
+    facts: Facts,
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> CausalPerplexity:
+    """Every token but the first of each sequence is predicted once, in windows of `max_length` tokens, `stride` apart.
+
+    A window scores the tokens that those before it have not, so behind the first window a token sees at least
+    max_length - stride others. max_length: None for the model's; stride: None for half of it. The corpus should be prepared
+    without special tokens and with whole documents. Raises UserError as `held_out` does, and for masked models.
+    """
+    if not model.causal:
+        raise UserError("sliding-window perplexity is for causal models; a masked one has held-out loss and pseudo-perplexity")
+    limit = models.max_length(model)
+    size = max_length if max_length is not None else limit or int(corpus.lengths.max())
+    step = stride if stride is not None else max(size // 2, 1)
+    if size < 2 or (limit is not None and size > limit):
+        raise UserError(f"max_length must be from 2 to {limit or 'the longest text'} for this model, got {size}")
+    if not 1 <= step < size:
+        raise UserError(f"stride must be from 1 to {size - 1} (max_length - 1), got {step}: every token needs one before it")
+    _check_corpus(model, np.minimum(corpus.lengths, size), facts)
+    windows = sliding_windows(corpus.lengths, size, step)
+
+    def make(chosen: Ints) -> Batch:
+        sequence, begin, first, end = (column[chosen] for column in windows)
+        whole, inverse = np.unique(sequence, return_inverse=True)
+        text, starts = corpus.gather(whole), offsets(corpus.lengths[whole])[:-1]
+        ids_T = text[ranges(starts[inverse] + begin, end - begin)]
+        targets = ranges(offsets(end - begin)[:-1] + first - 1 - begin, end - first)
+        clusters = np.repeat(sequence, end - first)
+        return assemble(ids_T, end - begin, targets, ids_T[targets + 1], sequence_of_label_M=clusters)
+
+    lengths_W = windows.end - windows.begin
+    sums, counts = by_sequence(*score_pieces(model, lengths_W, make, batch_tokens, device, precision, progress))
+    loss, loss_se = ratio(sums, counts)
+    return CausalPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts), size, step)
+
+
+def _check_corpus(model: Any, lengths_n: NDArray[Any], facts: Facts) -> None:
+    vocabulary, longest, limit = models.shape(model)[0], int(lengths_n.max(initial=0)), models.max_length(model)
+    if facts.vocab_size > vocabulary:
+        raise UserError(
+            f"the tokenizer has {facts.vocab_size} entries, the model's vocabulary {vocabulary}; "
+            "prepare the corpus with the model's own tokenizer"
+        )
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the corpus has sequences of {longest} tokens, the model takes {limit}; prepare it with --max-length {limit}"
+        )
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan
+
+
+# The command: a model's directory and texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How `evaluate` measures. Out-of-range values raise UserError."""
+
+    positions: int | Literal["all"] = 2000
+    """Tokens for pseudo-perplexity; 0 leaves it out. Masked models only."""
+    seed: int = 0
+    """Of masks and positions."""
+    batch_tokens: int = 8192
+    max_length: int | None = None
+    """Tokens of a sequence of raw text (None: 512), or of a window of a causal model (None: 1024); at most the model's."""
+    stride: int | None = None
+    """Tokens from window to window; None: half a window. Causal models only."""
+    documents: Documents = "file"
+    """What a document of a raw .txt file is."""
+    text_field: str = "text"
+    strip_gutenberg: bool = False
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """auto, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies bf16 matrices, else fp32."""
+
+    def __post_init__(self) -> None:
+        if self.positions != "all" and self.positions < 0:
+            raise UserError(f"positions must be a number of at least 0, or all, got {self.positions}")
+        for name, known in (("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16", "fp16"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, low in (("seed", 0), ("batch_tokens", 1), ("max_length", 4), ("stride", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{name} must be at least {low}, got {value}")
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    corpus: str
+    """As it was given."""
+    sequences: int
+    tokens: int
+    """Special ones included."""
+    heldout: HeldOut | None
+    """Masked models."""
+    pseudo: PseudoPerplexity | None
+    """Masked models, unless left out."""
+    causal: CausalPerplexity | None
+    """Causal models."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    model: str
+    architecture: str
+    parameters: int
+    vocabulary: int
+    device: str
+    precision: str
+    torch: str
+    options: EvaluateOptions
+    corpora: tuple[CorpusReport, ...]
+
+    def to_json(self) -> str:
+        """One JSON object; numbers that are not finite are null."""
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
+
+
+def evaluate(
+    model_path: str,
+    corpora: Sequence[str],
+    options: EvaluateOptions | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> Report:
+    """Measure a model on prepared corpora and on raw text, which is prepared with the model's own tokenizer.
+
+    `progress` is told the fraction done, from 0 to 1, and what is being done. Raises UserError for a model, text or option that
+    cannot be used, before anything is measured; CorruptData for a damaged corpus.
+    """
+    options = options if options is not None else EvaluateOptions()
+    tell = progress if progress is not None else lambda fraction, text: None
+    if not corpora:
+        raise UserError("nothing to evaluate on; give prepared directories or text files")
+    device, precision = _resolve(options)
+    config = models.load_config(model_path)
+    causal = models.family_of(config).causal
+    raw = [given for given in corpora if not _is_prepared(given)]
+    for given in raw:
+        find_inputs([given], Path(given))
+    if raw:
+        token_facts(load_tokenizer(model_path))
+    opened = {given: _open(given, model_path) for given in corpora if given not in raw}
+    tell(0.0, f"loading {model_path}")
+    model = models.load_model(model_path).to(device)
+    size = _size(model, options, causal)
+    for corpus in opened.values():
+        lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
+        _check_corpus(model, lengths_n, token_facts(load_tokenizer(corpus.tokenizer_dir)))
+    with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):
+        for number, given in enumerate(dict.fromkeys(raw)):
+            tell(0.0, f"preparing {given}")
+            place = Path(folder, str(number))
+            prepare([given], place, _preparation(options, model_path, size, causal))
+            opened[given] = Corpus.open(place, verify="size")
+        reports = []
+        for number, given in enumerate(corpora):
+            share = _Share(tell, number / len(corpora), 1 / len(corpora), given)
+            reports.append(_evaluate_one(model, given, opened[given], options, size, device, precision, share))
+    return Report(
+        model=model_path,
+        architecture=str(config.model_type),
+        parameters=models.parameter_count(model),
+        vocabulary=models.shape(model)[0],
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        precision=precision,
+        torch=torch.__version__,
+        options=options,
+        corpora=tuple(reports),
+    )
+
+
+class _Share(NamedTuple):
+    """A part of the whole, from `start` on, that reports its own fraction."""
+
+    tell: Callable[[float, str], None]
+    start: float
+    width: float
+    text: str
+
+    def part(self, start: float, width: float, text: str) -> Progress:
+        return lambda done: self.tell(self.start + self.width * (start + width * done), f"{self.text}: {text}")
+
+
+def _evaluate_one(
+    model: models.LanguageModel,
+    given: str,
+    corpus: Corpus,
+    options: EvaluateOptions,
+    size: int,
+    device: torch.device,
+    precision: str,
+    share: _Share,
+) -> CorpusReport:
+    facts = token_facts(load_tokenizer(corpus.tokenizer_dir))
+    begun = time.perf_counter()
+    common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": device, "precision": precision}
+    heldout, pseudo, causal = None, None, None
+    if model.causal:
+        told = share.part(0.0, 1.0, "perplexity")
+        causal = causal_perplexity(model, corpus, facts, max_length=size, stride=options.stride, progress=told, **common)
+    else:
+        tokens = int(corpus.lengths.sum())
+        positions = tokens if options.positions == "all" else min(options.positions, tokens)
+        # A position costs a forward of its sequence, the held-out loss one of every sequence.
+        part = len(corpus) / (len(corpus) + positions)
+        told = share.part(0.0, part, "held-out loss")
+        heldout = held_out(model, corpus, facts, seed=options.seed, progress=told, **common)
+        if options.positions != 0:
+            told = share.part(part, 1 - part, "pseudo-perplexity")
+            pseudo = pseudo_perplexity(
+                model, corpus, facts, positions=options.positions, seed=options.seed, progress=told, **common
+            )
+    seconds = time.perf_counter() - begun
+    return CorpusReport(given, len(corpus), int(corpus.lengths.sum()), heldout, pseudo, causal, seconds)
+
+
+def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:
+    gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not gpu:
+        raise UserError("device is cuda and torch finds no GPU; use --device cpu, or see fastdistil doctor")
+    device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and gpu) else "cpu")
+    if options.precision != "auto":
+        return device, options.precision
+    return device, "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def _is_prepared(given: str) -> bool:
+    return any((Path(given) / name).is_file() for name in ("manifest.json", "progress.json"))
+
+
+def _open(given: str, model_path: str) -> Corpus:
+    corpus = Corpus.open(given)
+    models.check_tokenizer(
+        model_path, corpus.manifest.fingerprint, "the model", lambda path: vocabulary_fingerprint(load_tokenizer(path))
+    )
+    return corpus
+
+
+def _size(model: models.LanguageModel, options: EvaluateOptions, causal: bool) -> int:
+    """Tokens of a sequence or window."""
+    limit = models.max_length(model)
+    if limit is not None and options.max_length is not None and options.max_length > limit:
+        raise UserError(f"max_length is {options.max_length} and the model takes {limit} tokens; lower it")
+    size = options.max_length if options.max_length is not None else 1024 if causal else 512
+    size = size if limit is None else min(size, limit)
+    if options.batch_tokens < size:
+        raise UserError(f"batch_tokens {options.batch_tokens} is less than one sequence of {size} tokens; raise it")
+    if causal and options.stride is not None and options.stride >= size:
+        raise UserError(f"stride must be less than the window of {size} tokens, got {options.stride}")
+    return size
+
+
+def _preparation(options: EvaluateOptions, model_path: str, size: int, causal: bool) -> PrepareOptions:
+    return PrepareOptions(
+        tokenizer=model_path,
+        # Windows slide over whole documents; a masked model sees pieces.
+        max_length=2**31 - 1 if causal else size,
+        special_tokens=not causal,
+        documents=options.documents,
+        text_field=options.text_field,
+        strip_gutenberg=options.strip_gutenberg,
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,263 @@
+"""From a recipe to what the loop runs on: device and precision resolved, models loaded and checked, windows of batches."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastdistil import models
+from fastdistil.batches import Batch, Batches, Counts, Window, from_mappings, prefetched
+from fastdistil.corpus import (
+    Corpus,
+    TokenFacts,
+    canonical,
+    load_tokenizer,
+    text_sha256,
+    token_facts,
+    vocabulary_fingerprint,
+)
+from fastdistil.errors import UserError
+from fastdistil.profiling.device import has_fast_bf16
+from fastdistil.recipe import Loop, Recipe
+
+
+class Source(Protocol):
+    """Where the windows of a run come from."""
+
+    identity: str
+    """Changes when the data does: a continued run must find the same."""
+
+    def updates(self, loop: Loop) -> int: ...
+    def windows(self, first: int, end: int) -> Any:
+        """Context manager over an iterator of (window, counts of the update): updates first ... end - 1."""
+
+    def describe(self, update: int) -> str:
+        """Names the batches of update number `update` (from 1)."""
+
+
+class CorpusSource:
+    """Windows of a prepared corpus."""
+
+    def __init__(self, batches: Batches, identity: str, device: torch.device) -> None:
+        self.identity = identity
+        self._batches, self._device = batches, device
+
+    def updates(self, loop: Loop) -> int:
+        """Exactly as many as `loop.epochs` has; a part of an epoch is rounded to whole updates, at least 1."""
+        if loop.updates is not None:
+            return loop.updates
+        assert loop.epochs is not None
+        whole, part = divmod(loop.epochs, 1.0)
+        total = sum(self._batches.updates_per_epoch(epoch) for epoch in range(int(whole)))
+        if part:
+            total += round(part * self._batches.updates_per_epoch(int(whole)))
+        return max(1, total)
+
+    def place(self, update: int) -> tuple[int, int]:
+        """(epoch, update in it) of the update number `update`, from 0."""
+        epoch = 0
+        while update >= (size := self._batches.updates_per_epoch(epoch)):
+            update, epoch = update - size, epoch + 1
+        return epoch, update
+
+    @contextmanager
+    def windows(self, first: int, end: int) -> Iterator[Iterator[tuple[Window, Counts]]]:
+        if first >= end:
+            yield iter(())
+            return
+        pin_for = self._device if self._device.type == "cuda" else None
+        with prefetched(self._batches, *self.place(first), pin_for=pin_for) as made:
+            yield ((each.window, each.denominators) for each in itertools.islice(made, end - first))
+
+    def describe(self, update: int) -> str:
+        epoch, number = self.place(update - 1)
+        first = number * self._batches.accumulation
+        return f"epoch {epoch}, batches {first} to {first + self._batches.accumulation - 1}"
+
+
+class MappingSource:
+    """Windows of your own iterable of micro-batches.
+
+    Each is a mapping of tensors [B, S]: input_ids, and optionally attention_mask, labels and weights (see
+    `batches.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
+    batches each time for a continued run to be the same run: what was used before is iterated over again and dropped.
+    """
+
+    def __init__(self, mappings: Iterable[Mapping[str, Any]], loop: Loop, causal: bool, vocabulary: int) -> None:
+        self.identity = f"{type(mappings).__qualname__} given from Python"
+        self._mappings, self._loop, self._causal, self._vocabulary = mappings, loop, causal, vocabulary
+
+    def updates(self, loop: Loop) -> int:
+        if loop.updates is not None:
+            return loop.updates
+        if not hasattr(self._mappings, "__len__"):
+            raise UserError("loop.epochs needs batches with a length; set loop.updates for an iterable without one")
+        assert loop.epochs is not None
+        per_epoch = -(-len(self._mappings) // loop.accumulation)
+        return max(1, round(loop.epochs * per_epoch))
+
+    @contextmanager
+    def windows(self, first: int, end: int) -> Iterator[Iterator[tuple[Window, Counts]]]:
+        yield itertools.islice(self._all(), first, end)
+
+    def _all(self) -> Iterator[tuple[Window, Counts]]:
+        while True:
+            batches = from_mappings(self._mappings, causal=self._causal, vocab_size=self._vocabulary)
+            window: list[Batch] = []
+            empty = True
+            for batch in batches:
+                window.append(batch)
+                if len(window) == self._loop.accumulation:
+                    empty = False
+                    yield window, sum((each.counts for each in window), Counts())
+                    window = []
+            if window:
+                empty = False
+                yield window, sum((each.counts for each in window), Counts())
+            if empty:
+                raise UserError("your iterable of batches ended before loop.updates; give one that can be iterated again")
+
+    def describe(self, update: int) -> str:
+        first = (update - 1) * self._loop.accumulation
+        return f"micro-batches {first} to {first + self._loop.accumulation - 1} of your iterable"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    device: torch.device
+    student: Any
+    teacher: Any | None
+    projection: nn.Linear | None
+    source: Source
+    updates: int
+    heldout: Corpus | None
+    facts: TokenFacts | None
+    tokenizer: Any | None
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with every `auto` replaced by what this machine gives. Raises UserError for what it cannot give."""
+    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda and torch finds no GPU; set device=cpu, or see `fastdistil doctor`")
+    precision = recipe.loop.precision
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(torch.device(device)) else "fp32"
+    if recipe.loop.deterministic and device == "cpu" and recipe.loop.compile:
+        raise UserError("loop.deterministic with loop.compile is not promised; set one of them to false")
+    changes: dict[str, Any] = {"device": device, "loop": {"precision": precision}}
+    if recipe.teacher is not None and recipe.teacher.dtype == "auto":
+        changes["teacher"] = {"dtype": precision}
+    return recipe.with_(**changes)
+
+
+def load_inputs(
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    note: Callable[[str], None] = print,
+) -> Inputs:
+    """Load and check all that a resolved recipe names; the arguments stand in for parts of it. Raises UserError, CorruptData."""
+    device = torch.device(recipe.device)
+    if recipe.objective.needs_teacher and recipe.teacher is None and teacher is None:
+        raise UserError(
+            "the objective compares with a teacher and the recipe has none; set teacher.path, "
+            "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
+        )
+    corpus = None if batches is not None else _open(recipe.data.train, recipe.data.verify, "data.train")
+    heldout = _open(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
+    tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
+    facts = token_facts(tokenizer) if tokenizer is not None else None
+    if corpus is not None and heldout is not None and heldout.manifest.fingerprint != corpus.manifest.fingerprint:
+        raise UserError(f"data.heldout {recipe.data.heldout} has another vocabulary than data.train; prepare both with one --tokenizer")
+    if corpus is None and heldout is not None:
+        tokenizer = load_tokenizer(str(heldout.tokenizer_dir))
+        facts = token_facts(tokenizer)
+
+    # The same seed gives the same student, whatever was drawn before.
+    torch.manual_seed(recipe.seed)
+    teacher_model = _teacher(recipe, teacher, corpus)
+    vocabulary = facts.vocab_size if facts is not None else 0
+    if student is not None:
+        student_model = models.as_language_model(student)
+    else:
+        if recipe.student.path is not None and corpus is not None:
+            _check_tokenizer(recipe.student.path, corpus, "the student's model")
+        student_model = models.make_student(recipe.student, teacher_model, vocabulary)  # type: ignore[arg-type]
+    projection = _check(recipe, teacher_model, student_model, corpus, facts)
+    student_model.float().to(device)
+    if teacher_model is not None:
+        teacher_model.to(device=device).eval().requires_grad_(False)
+    if projection is not None:
+        projection.to(device)
+    if recipe.loop.compile:
+        for model in (student_model, teacher_model):
+            if isinstance(model, models.LanguageModel):
+                model.compile()
+            elif model is not None:
+                note("loop.compile: a module given from Python is not compiled; compile it yourself")
+
+    causal = bool(student_model.causal)
+    source: Source
+    if batches is not None:
+        source = MappingSource(batches, recipe.loop, causal, models.shape(student_model)[0])
+    else:
+        assert corpus is not None and facts is not None
+        made = Batches(
+            corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=recipe.loop.accumulation, causal=causal
+        )
+        source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)
+    updates = source.updates(recipe.loop)
+    return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, facts, tokenizer)
+
+
+def _open(path: str | None, verify: str, key: str) -> Corpus:
+    if not path:
+        raise UserError(f"{key} is not set; give a directory written by `fastdistil prepare`, e.g. {key}=corpus/")
+    return Corpus.open(path, verify=verify)  # type: ignore[arg-type]
+
+
+def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None) -> Any | None:
+    if given is not None:
+        return models.as_language_model(given)
+    if recipe.teacher is None:
+        return None
+    if corpus is not None:
+        _check_tokenizer(recipe.teacher.path, corpus, "the teacher")
+    return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype])
+
+
+def _check_tokenizer(path: str, corpus: Corpus, who: str) -> None:
+    fingerprint = corpus.manifest.fingerprint
+    models.check_tokenizer(path, fingerprint, who, lambda place: vocabulary_fingerprint(load_tokenizer(place)))
+
+
+def _check(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None, facts: TokenFacts | None) -> nn.Linear | None:
+    """Refuse what cannot be trained; returns the projection if the objective has one."""
+    objective = recipe.objective
+    if student.causal and objective.a_mlm or not student.causal and objective.a_clm:
+        kind, right, wrong = ("causal", "a_clm", "a_mlm") if student.causal else ("masked", "a_mlm", "a_clm")
+        raise UserError(f"the student is a {kind} model: set objective.{right} instead of objective.{wrong}")
+    if facts is not None and models.shape(student)[0] < facts.vocab_size:
+        raise UserError(
+            f"the student's vocabulary {models.shape(student)[0]} is smaller than the tokenizer's {facts.vocab_size}; "
+            "prepare the corpus with the model's own tokenizer, or set student.config.vocab_size"
+        )
+    longest = int(corpus.lengths.max()) if corpus is not None else 0
+    for name, model in (("student", student), ("teacher", teacher)):
+        limit = models.max_length(model) if model is not None else None
+        if limit is not None and longest > limit:
+            raise UserError(f"the corpus has sequences of {longest} tokens, the {name} takes {limit}; prepare it with --max-length {limit}")
+    if teacher is None:
+        return None
+    hidden_terms = bool(objective.a_cos or objective.a_mse)
+    models.check_pair(teacher, student, hidden_terms=hidden_terms, projection=objective.projection)
+    if not (objective.projection and hidden_terms):
+        return None
+    return nn.Linear(models.shape(student)[1], models.shape(teacher)[1], bias=False)

@@ -1,0 +1,510 @@
+"""Teacher and student: transformers' models seen as backbone + head, and students made from teacher layers.
+
+The objective works from hidden states and the vocabulary matrix, so that logits need never exist whole. A `LanguageModel`
+gives it those, for every supported architecture:
+
+    hidden_ND   = model.hidden(batch)            the backbone's last hidden state, one row a token
+    features_ND = model.transform(rows of it)    the head's dense + activation + norm (identity for causal models)
+    logits_NV   = features_ND @ weight_VD.T + bias_V
+
+Legend: N = batch * length rows, D width, V vocabulary.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fastdistil.attention import attention_keywords, packed_attention
+from fastdistil.batches import Batch
+from fastdistil.errors import UserError, translated
+from fastdistil.recipe import Student
+
+ATTENTION = "fastdistil"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+) -> tuple[Tensor, None]:
+    packing = keywords.pop("packing", None)
+    if packing is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+        return out, None
+    dropout, scaling = keywords.get("dropout", 0.0), keywords.get("scaling")
+    rest = attention_keywords(keywords)
+    return packed_attention(module, query, key, value, packing, dropout=dropout, scaling=scaling, **rest), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where an architecture keeps its parts, as attribute paths below the model with its language-model head."""
+
+    backbone: str
+    layers: str
+    output: str
+    transform: Callable[[Any, Tensor], Tensor]
+    """(model, hidden_ND) -> features_ND: the head's part before the vocabulary."""
+    head: tuple[str, ...] = ()
+    """Prefixes of the head's own parameters: transform and output bias."""
+    causal: bool = False
+    depth: str = "num_hidden_layers"
+    position_offset: Callable[[PretrainedConfig], int] = lambda config: 0
+
+
+def _roberta_transform(model: Any, hidden_ND: Tensor) -> Tensor:
+    head = model.lm_head
+    features: Tensor = head.layer_norm(nn.functional.gelu(head.dense(hidden_ND)))
+    return features
+
+
+def _distilbert_transform(model: Any, hidden_ND: Tensor) -> Tensor:
+    features: Tensor = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
+    return features
+
+
+def _identity(model: Any, hidden_ND: Tensor) -> Tensor:
+    return hidden_ND
+
+
+_DECODER = Family("model", "model.layers", "lm_head", _identity, causal=True)
+FAMILIES = {
+    "bert": Family(
+        "bert", "bert.encoder.layer", "cls.predictions.decoder", lambda m, h: m.cls.predictions.transform(h), ("cls.",)
+    ),
+    "roberta": Family(
+        "roberta",
+        "roberta.encoder.layer",
+        "lm_head.decoder",
+        _roberta_transform,
+        ("lm_head.",),
+        # RoBERTa's positions start behind its padding index.
+        position_offset=lambda config: int(config.pad_token_id) + 1,
+    ),
+    "distilbert": Family(
+        "distilbert",
+        "distilbert.transformer.layer",
+        "vocab_projector",
+        _distilbert_transform,
+        ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.bias"),
+        depth="n_layers",
+    ),
+    "modernbert": Family("model", "model.layers", "decoder", lambda m, h: m.head(h), ("head.", "decoder.bias")),
+    "gpt2": Family("transformer", "transformer.h", "lm_head", _identity, causal=True, depth="n_layer"),
+    "llama": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+}
+
+
+class LanguageModel(nn.Module):
+    """A masked or causal language model of transformers behind the interface that the objective needs.
+
+    Your own module can stand in its place: an `nn.Module` with `hidden(batch)`, `transform(hidden_ND)`, `weight`, `bias`
+    (may be None) and `causal`.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.family = family_of(module.config)
+        self.causal = self.family.causal
+        self.module = module
+        module.set_attn_implementation(ATTENTION)
+        self.position_offset = self.family.position_offset(module.config)
+        # A four-dimensional mask is handed down as it is; packed attention looks at `packing` alone.
+        self.register_buffer("_no_mask", torch.zeros(1, 1, 1, 1), persistent=False)
+        self.backbone: Callable[..., Any] = module.get_submodule(self.family.backbone)
+
+    def compile(self, *args: Any, **keywords: Any) -> None:
+        """torch.compile the backbone (the rest is small)."""
+        self.backbone = torch.compile(self.module.get_submodule(self.family.backbone), dynamic=True)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden state of the backbone, [N, D]: rows in the order of batch.ids_BS."""
+        # Token ids as embeddings: GPT-2 would otherwise look for padding with a host sync at every forward.
+        keywords: dict[str, Any] = {"use_cache": False} if self.causal else {}
+        if self.module.config.model_type == "gpt2":
+            keywords["inputs_embeds"] = self.module.get_input_embeddings()(batch.ids_BS)
+        else:
+            keywords["input_ids"] = batch.ids_BS
+        if batch.packing is not None:
+            keywords |= {"packing": batch.packing, "attention_mask": self._no_mask}
+        else:
+            keywords["attention_mask"] = batch.attention_mask_BS
+        if batch.positions_BS is not None:
+            keywords["position_ids"] = batch.positions_BS + self.position_offset
+        states_BSD: Tensor = self.backbone(**keywords).last_hidden_state
+        return states_BSD.flatten(0, 1)
+
+    def transform(self, hidden_ND: Tensor) -> Tensor:
+        return self.family.transform(self.module, hidden_ND)
+
+    @property
+    def _output(self) -> nn.Module:
+        return self.module.get_submodule(self.family.output)
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]"""
+        weight: Tensor = self._output.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V]"""
+        bias: Tensor | None = self._output.bias  # type: ignore[assignment]
+        return bias
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"architecture {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}. "
+            "Another one can be given from Python as a module with hidden, transform, weight, bias (see fastdistil.models)"
+        )
+    return FAMILIES[config.model_type]
+
+
+def as_language_model(model: nn.Module) -> nn.Module:
+    """A user's module as the objective sees it."""
+    if isinstance(model, PreTrainedModel):
+        return LanguageModel(model)
+    missing = [name for name in ("hidden", "transform", "weight", "bias", "causal") if not hasattr(model, name)]
+    if not isinstance(model, nn.Module) or missing:
+        raise UserError(
+            f"{type(model).__name__} is neither a transformers model nor a module with hidden, transform, weight, bias and "
+            f"causal (missing: {', '.join(missing)}); see fastdistil.models.LanguageModel"
+        )
+    return model
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a hub id or local directory. Raises UserError."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model at {path!r}: {_first_line(error)}; give a hub id or a directory with config.json") from error
+    family_of(config)
+    return config
+
+
+def load_model(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError."""
+    config = load_config(path)
+    with translated(f"loading {path}"):
+        try:
+            model = _auto(config).from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UserError(f"the model at {path!r} cannot be loaded: {_first_line(error)}") from error
+        except Exception as error:  # safetensors has its own exception type for a truncated file
+            if "safetensor" in f"{type(error).__module__}{error}".lower() or "header" in str(error).lower():
+                raise UserError(f"the weights at {path!r} are damaged: {_first_line(error)}; copy them again") from error
+            raise
+    return LanguageModel(model).eval()
+
+
+def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int) -> LanguageModel:
+    """The student a recipe asks for, float32. `vocabulary`: of the tokenizer, where the configuration names none."""
+    if recipe.path is not None:
+        return _with_options(load_model(recipe.path), recipe)
+    if recipe.config is not None:
+        return _with_options(LanguageModel(_fresh(config_from(recipe.config, vocabulary))), recipe)
+    if teacher is None:
+        raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
+    layers = student_layers(recipe, teacher.module.config)
+    if recipe.architecture == "distilbert":
+        return _with_options(distilbert_from_bert(teacher.module, layers, recipe.copy_head), recipe)
+    return _with_options(fewer_layers(teacher.module, layers, recipe.copy_head), recipe)
+
+
+def config_from(values: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
+    values = dict(values)
+    kind = values.pop("model_type", None)
+    if kind not in FAMILIES:
+        raise UserError(f"student.config.model_type is {kind!r}; wanted one of {', '.join(FAMILIES)}")
+    config_class = transformers.AutoConfig.for_model(kind).__class__
+    known = config_class().to_dict()
+    known |= dict.fromkeys(getattr(config_class, "attribute_map", {}))
+    for name in values:
+        if name not in known:
+            raise UserError(f"student.config.{name} is not an option of a {kind} configuration")
+    values.setdefault("vocab_size", vocabulary)
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"student.config is not a valid {kind} configuration: {_first_line(error)}") from error
+
+
+def student_config(recipe: Student, teacher: PretrainedConfig | None, vocabulary: int) -> PretrainedConfig:
+    """What `make_student` would build, as a configuration: for estimates without weights."""
+    if recipe.path is not None:
+        return load_config(recipe.path)
+    if recipe.config is not None:
+        return config_from(recipe.config, vocabulary)
+    if teacher is None:
+        raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
+    layers = student_layers(recipe, teacher)
+    return distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
+
+
+def count_without_weights(config: PretrainedConfig) -> int:
+    """Parameters of a configuration's model, without allocating them."""
+    with torch.device("meta"):
+        return parameter_count(_auto(config).from_config(config))
+
+
+def student_layers(recipe: Student, config: PretrainedConfig) -> list[int]:
+    depth = int(getattr(config, family_of(config).depth))
+    layers = list(recipe.layers) if recipe.layers is not None else list(range(0, depth, recipe.every or 1))
+    if max(layers) >= depth or sorted(set(layers)) != layers:
+        raise UserError(f"student.layers {layers} must be ascending, different and below the teacher's {depth} layers")
+    return layers
+
+
+def config_with_layers(teacher: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
+    config = copy.deepcopy(teacher)
+    setattr(config, family_of(teacher).depth, len(layers))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [teacher.layer_types[layer] for layer in layers]
+    return config
+
+
+def fewer_layers(teacher: PreTrainedModel, layers: list[int], copy_head: bool = True) -> LanguageModel:
+    """A student of the teacher's architecture with some of its layers; everything else is copied."""
+    family = family_of(teacher.config)
+    student = _fresh(config_with_layers(teacher.config, layers))
+    place = {old: new for new, old in enumerate(layers)}
+    prefix = family.layers + "."
+    weights = {}
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if int(number) not in place:
+                continue
+            name = f"{prefix}{place[int(number)]}.{rest}"
+        weights[name] = tensor.float()
+    _load(student, weights, () if copy_head else family.head)
+    return LanguageModel(student)
+
+
+def distilbert_config(old: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
+    if old.model_type != "bert":
+        raise UserError(f"student.architecture: distilbert needs a BERT teacher, got {old.model_type}; use architecture: same")
+    if old.layer_norm_eps != 1e-12:
+        raise UserError(f"DistilBERT's norms have eps 1e-12, the teacher's {old.layer_norm_eps:g}; use architecture: same")
+    return transformers.DistilBertConfig(
+        vocab_size=old.vocab_size,
+        max_position_embeddings=old.max_position_embeddings,
+        n_layers=len(layers),
+        n_heads=old.num_attention_heads,
+        dim=old.hidden_size,
+        hidden_dim=old.intermediate_size,
+        dropout=old.hidden_dropout_prob,
+        attention_dropout=old.attention_probs_dropout_prob,
+        activation=old.hidden_act,
+        initializer_range=old.initializer_range,
+        pad_token_id=old.pad_token_id,
+        tie_word_embeddings=old.tie_word_embeddings,
+    )
+
+
+_DISTILBERT_NAMES = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+
+
+def distilbert_from_bert(teacher: PreTrainedModel, layers: list[int], copy_head: bool = True) -> LanguageModel:
+    """DistilBERT with layers of a BERT teacher (Sanh et al. 2019).
+
+    DistilBERT has no segment embeddings: those of segment 0, the only one in distillation, are added to the positions. With
+    all layers the student therefore computes exactly the teacher's function. (The published script leaves them out.)
+    """
+    old = teacher.config
+    student = _fresh(distilbert_config(old, layers))
+    source = {name: tensor.float() for name, tensor in teacher.state_dict().items()}
+    embeddings = "bert.embeddings."
+    segment_D = source[embeddings + "token_type_embeddings.weight"][0]
+    weights = {
+        "distilbert.embeddings.word_embeddings.weight": source[embeddings + "word_embeddings.weight"],
+        "distilbert.embeddings.position_embeddings.weight": source[embeddings + "position_embeddings.weight"] + segment_D,
+        "vocab_transform.weight": source["cls.predictions.transform.dense.weight"],
+        "vocab_transform.bias": source["cls.predictions.transform.dense.bias"],
+        "vocab_projector.weight": source["cls.predictions.decoder.weight"],
+        "vocab_projector.bias": source["cls.predictions.decoder.bias"],
+    }
+    for part in ("weight", "bias"):
+        weights[f"distilbert.embeddings.LayerNorm.{part}"] = source[f"{embeddings}LayerNorm.{part}"]
+        weights[f"vocab_layer_norm.{part}"] = source[f"cls.predictions.transform.LayerNorm.{part}"]
+        for new, layer in enumerate(layers):
+            for bert_name, distil_name in _DISTILBERT_NAMES.items():
+                tensor = source[f"bert.encoder.layer.{layer}.{bert_name}.{part}"]
+                weights[f"distilbert.transformer.layer.{new}.{distil_name}.{part}"] = tensor
+    _load(student, weights, () if copy_head else FAMILIES["distilbert"].head)
+    return LanguageModel(student)
+
+
+def _auto(config: PretrainedConfig) -> Any:
+    causal = family_of(config).causal
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+
+
+def _fresh(config: PretrainedConfig) -> PreTrainedModel:
+    model: PreTrainedModel = _auto(config).from_config(config, dtype=torch.float32)
+    return model
+
+
+def _load(student: PreTrainedModel, weights: dict[str, Tensor], leave: tuple[str, ...]) -> None:
+    """Load all of `weights` but the prefixes in `leave`; every other parameter must be given."""
+    tied_output = family_of(student.config).output + ".weight"
+    kept = {
+        name: tensor for name, tensor in weights.items() if not (leave and name.startswith(leave) and name != tied_output)
+    }
+    missing, unexpected = student.load_state_dict(kept, strict=False)
+    missing = [name for name in missing if not (leave and name.startswith(leave))]
+    if missing or unexpected:
+        name = (missing or unexpected)[0]
+        raise UserError(
+            f"student.layers: the chosen layers do not fit the places they would take ({name}); "
+            "ModernBERT students must start with layer 0, whose attention has no norm"
+        )
+    student.tie_weights()
+
+
+def _with_options(student: LanguageModel, recipe: Student) -> LanguageModel:
+    if recipe.dropout is not None:
+        set_dropout(student.module, recipe.dropout)
+    if recipe.freeze_positions:
+        frozen = [p for name, p in student.module.named_parameters() if "position_embeddings" in name or ".wpe." in name]
+        if not frozen:
+            raise UserError("student.freeze_positions: this architecture has no position embeddings; set it to false")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return student
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Every dropout of the model, in its modules and in its configuration."""
+    for name, value in model.config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(model.config, name, probability)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "dropout_prob"):  # attention keeps its own as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+
+
+def check_pair(teacher: nn.Module, student: nn.Module, *, hidden_terms: bool, projection: bool) -> None:
+    """Refuse a teacher and a student whose losses would be meaningless. Raises UserError."""
+    if teacher.causal != student.causal:
+        kinds = {True: "causal", False: "masked"}
+        raise UserError(f"the teacher is a {kinds[bool(teacher.causal)]} model, the student {kinds[bool(student.causal)]}; they must match")
+    (vocabulary_t, width_t), (vocabulary_s, width_s) = shape(teacher), shape(student)
+    if vocabulary_t != vocabulary_s:
+        raise UserError(
+            f"teacher vocabulary {vocabulary_t} and student vocabulary {vocabulary_s} differ; give the student the teacher's "
+            f"(student.config.vocab_size={vocabulary_t}) and its tokenizer"
+        )
+    if hidden_terms and width_t != width_s and not projection:
+        raise UserError(
+            f"hidden-state losses compare width {width_s} of the student with {width_t} of the teacher; "
+            "set objective.projection=true for a learned map, or objective.a_cos=0 and objective.a_mse=0"
+        )
+
+
+def check_tokenizer(path: str, fingerprint: str, where: str, fingerprint_of: Callable[[str], str]) -> None:
+    """Refuse a model whose tokenizer maps tokens to other ids than the corpus; a model without one cannot be checked."""
+    if not _has_tokenizer(path):
+        return
+    found = fingerprint_of(path)
+    if found != fingerprint:
+        raise UserError(
+            f"{where} {path} has another vocabulary than the corpus (token map {found[:12]}, corpus {fingerprint[:12]}); "
+            f"prepare the corpus with --tokenizer {path}"
+        )
+
+
+def _has_tokenizer(path: str) -> bool:
+    folder = Path(path)
+    names = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer_config.json")
+    return not folder.is_dir() or any((folder / name).exists() for name in names)
+
+
+def save_pretrained(model: nn.Module, directory: Path) -> None:
+    """Write a model so that transformers loads it without fastdistil; your own module as model.safetensors."""
+    if isinstance(model, LanguageModel):
+        model.module.save_pretrained(directory)
+        return
+    from safetensors.torch import save_model
+
+    save_model(model, str(directory / "model.safetensors"))
+    (directory / "config.json").write_text(json.dumps({"module": type(model).__qualname__}) + "\n")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def shape(model: nn.Module) -> tuple[int, int]:
+    """(vocabulary, width) of a model's head."""
+    weight = model.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0]), int(weight.shape[1])
+
+
+def max_length(model: nn.Module) -> int | None:
+    """Longest sequence the model has positions for; None where it does not say."""
+    if not isinstance(model, LanguageModel):
+        return None
+    limit = getattr(model.module.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit) - model.position_offset
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters; a tied one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, a tied tensor once, under its first name."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in (module.module if isinstance(module, LanguageModel) else module).state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach()
+    return state
+
+
+@torch.no_grad()
+def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what `own_state` gave back in place, so that ties and the optimizer's references hold."""
+    own = own_state(module)
+    if own.keys() != state.keys() or any(own[name].shape != tensor.shape for name, tensor in state.items()):
+        names = sorted(own.keys() ^ state.keys())[:3]
+        raise UserError(f"the checkpoint is of another model (differs in {', '.join(names) or 'shapes'}); start a new run")
+    for name, tensor in state.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,86 @@
+"""What a recipe would need, without running it: parameters, memory, disk, updates. `fastdistil train --dry-run` prints it."""
+
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+import torch
+
+from fastdistil import models
+from fastdistil.batches import Batches
+from fastdistil.corpus import Corpus, load_tokenizer, token_facts
+from fastdistil.inputs import CorpusSource
+from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory
+from fastdistil.recipe import Recipe
+
+
+def show_plan(recipe: Recipe, directory: Path, console: rich.console.Console, teacher_config: Any = None) -> None:
+    """Print a resolved recipe and the estimates for it; `directory`: where the run would live. Raises UserError.
+
+    `teacher_config` stands in for a teacher that does not exist yet.
+    """
+    console.print(recipe.to_yaml(), markup=False, end="")
+    corpus = None if teacher_config is not None else Corpus.open(recipe.data.train or "data.train is not set", verify="size")
+    tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
+    facts = token_facts(tokenizer) if tokenizer is not None else None
+    vocabulary = facts.vocab_size if facts is not None else teacher_config.vocab_size
+    if teacher_config is None and recipe.teacher is not None:
+        teacher_config = models.load_config(recipe.teacher.path)
+    student_config = models.student_config(recipe.student, teacher_config, vocabulary)
+    student, teacher = transformer_shape(student_config), transformer_shape(teacher_config) if teacher_config is not None else None
+    rows = recipe.data.micro_batch_tokens
+    only_labels = not recipe.objective.a_ce or recipe.objective.soft_rows == "masked"
+    causal = models.family_of(student_config).causal
+    memory = estimate_training_memory(
+        student=student,
+        teacher=teacher,
+        rows=rows,
+        logit_rows=int(rows * recipe.mask.probability) if only_labels and not causal else rows,
+        compute_dtype=models.DTYPES[recipe.loop.precision],
+        teacher_dtype=models.DTYPES[recipe.teacher.dtype] if recipe.teacher is not None else torch.float32,
+        on_gpu=recipe.device == "cuda",
+        sequence_length=int(corpus.lengths.max()) if corpus is not None else 512,
+    )
+    disk = estimate_disk(student, keep=recipe.checkpoint.keep)
+    table = rich.table.Table("estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False)
+    if corpus is not None and facts is not None:
+        batches = Batches(
+            corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=recipe.loop.accumulation, causal=causal
+        )
+        updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
+        table.add_row("corpus", f"{corpus.manifest.tokens:,} tokens in {len(corpus):,} sequences")
+        table.add_row("updates", f"{updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens")
+    elif recipe.loop.updates is not None:
+        table.add_row("updates", f"{recipe.loop.updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens")
+    table.add_row("student parameters", f"{student.parameters:,}")
+    table.add_row("teacher parameters", f"{teacher.parameters:,}" if teacher is not None else "none")
+    for name, size in vars(memory).items():
+        table.add_row(f"memory: {name.replace('_', ' ')}", _size(size))
+    table.add_row("memory: total", _size(memory.total))
+    table.add_row("disk: one checkpoint", _size(disk.checkpoint))
+    table.add_row("disk: run at its fullest", _size(disk.total))
+    console.print(table)
+
+
+def transformer_shape(config: Any) -> Shape:
+    """What memory estimates need to know of a transformers configuration."""
+    hidden = int(config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or getattr(config, "n_inner", None)
+    dropouts = {name: value for name, value in config.to_dict().items() if "dropout" in name or name.endswith("pdrop")}
+    attention = {name for name in dropouts if name.startswith("att")}
+    return Shape(
+        parameters=models.count_without_weights(config),
+        layers=int(config.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(inner or 4 * hidden),
+        heads=int(config.num_attention_heads),
+        vocabulary=int(config.vocab_size),
+        dropout=any(value for name, value in dropouts.items() if name not in attention),
+        attention_dropout=any(dropouts[name] for name in attention),
+        gated=config.model_type in ("modernbert", "llama", "qwen2", "qwen3"),
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,328 @@
+"""The whole run as frozen, validated data: YAML in, YAML out.
+
+A recipe is read from a name (`fastdistil/recipes/NAME.yaml`) or a path, changed by `key=value` overrides, checked once at
+birth, and written back as `recipe.yaml` into the run's directory. Nothing downstream checks a value again.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from fastdistil.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+VERSION = 1
+Fraction = Field(ge=0.0, le=1.0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, values: Any) -> Any:
+        """pydantic would take `optim.lr=true` as 1.0."""
+        if isinstance(values, Mapping):
+            for name, value in values.items():
+                field = cls.model_fields.get(name)
+                annotation = field.annotation if field else None
+                if isinstance(value, bool) and field and bool not in (annotation, *get_args(annotation)):
+                    raise ValueError(f"{name} is not a yes/no option, got {value}")
+        return values
+
+
+class Teacher(Section):
+    path: str
+    """Hub id or directory of a masked or causal language model of transformers."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of its weights and arithmetic; auto: as loop.precision."""
+
+
+class Student(Section):
+    """Where the student comes from: exactly one of path, config, layers, every."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    """A transformers configuration, e.g. {model_type: bert, num_hidden_layers: 4}; vocab_size is the tokenizer's if absent."""
+    layers: tuple[NonNegativeInt, ...] | None = Field(default=None, min_length=1)
+    """Teacher layers that the student starts from."""
+    every: PositiveInt | None = None
+    """Short for layers: 0, every, 2 * every, ..."""
+    architecture: Literal["same", "distilbert"] = "same"
+    copy_head: bool = True
+    """Start the head's transform (dense and norm before the vocabulary) from the teacher's too."""
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Overrides every dropout probability of the student's configuration."""
+    freeze_positions: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("path", "config", "layers", "every") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, config, layers, every; got {', '.join(given) or 'none'}")
+        if self.architecture == "distilbert" and given[0] in ("path", "config"):
+            raise ValueError("architecture: distilbert is for students made from a BERT teacher's layers (layers or every)")
+        return self
+
+
+class Data(Section):
+    train: str = ""
+    """A directory written by `fastdistil prepare`."""
+    heldout: str | None = None
+    layout: Literal["packed", "length-grouped"] = "packed"
+    micro_batch_tokens: PositiveInt = 4096
+    """Token budget of a micro-batch, padding included."""
+    bin_width: PositiveInt = 4
+    """length-grouped: sequences whose lengths fall into one bin of this many tokens share batches."""
+    prefetch: PositiveInt = 2
+    """Windows that are made ahead of the step."""
+    verify: Literal["full", "size"] = "full"
+    """full: check every shard's sha256 when a run starts."""
+
+
+class Mask(Section):
+    probability: float = Field(default=0.15, gt=0.0, lt=1.0)
+    mask: float = Field(default=0.8, ge=0.0, le=1.0)
+    keep: float = Field(default=0.1, ge=0.0, le=1.0)
+    random: float = Field(default=0.1, ge=0.0, le=1.0)
+    smoothing: NonNegativeFloat = 0.7
+    """Tokens are chosen with weight count^-smoothing; 0 chooses uniformly."""
+    whole_word: bool = False
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        if abs(self.mask + self.keep + self.random - 1.0) > 1e-9:
+            raise ValueError(f"mask + keep + random must be 1, got {self.mask + self.keep + self.random:g}")
+        return self
+
+
+class Objective(Section):
+    """total = a_ce soft + a_mlm (or a_clm) hard + a_cos cosine + a_mse mean squared error of hidden states."""
+
+    a_ce: NonNegativeFloat = 5.0
+    a_mlm: NonNegativeFloat = 2.0
+    a_clm: NonNegativeFloat = 0.0
+    a_cos: NonNegativeFloat = 1.0
+    a_mse: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 2.0
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = "forward-kl"
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Of the generalised JSD: the teacher's weight in the mixture."""
+    soft_rows: Literal["all", "masked"] = "all"
+    """Tokens that the soft loss sees: every non-padding one, or those with a label."""
+    normalisation: Literal["update", "micro-batch"] = "update"
+    """update: by the tokens of the whole update; micro-batch: mean of the micro-batches' means."""
+    projection: bool = False
+    """A learned linear map from the student's width to the teacher's for the hidden-state terms."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if not (self.a_ce or self.a_mlm or self.a_clm or self.a_cos or self.a_mse):
+            raise ValueError("all loss weights are 0: nothing would be learnt")
+        if self.a_mlm and self.a_clm:
+            raise ValueError("a_mlm is for masked models, a_clm for causal ones: set one of them to 0")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.a_ce or self.a_cos or self.a_mse)
+
+
+class Optim(Section):
+    lr: PositiveFloat = 5e-4
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.98, ge=0.0, lt=1.0)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.0
+    """On matrices and embeddings; norms and biases are never decayed."""
+    warmup: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Fraction of all updates."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip: PositiveFloat | None = 5.0
+    """Largest norm of the gradient; null: not clipped."""
+
+
+class Loop(Section):
+    epochs: PositiveFloat | None = None
+    updates: PositiveInt | None = None
+    accumulation: PositiveInt = 1
+    """Micro-batches an update."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the hardware multiplies bf16 matrices, else fp32."""
+    compile: bool = False
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits every time."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: PositiveInt = 10
+    """skip: stop after this many skipped updates."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.updates is None):
+            raise ValueError("give exactly one of epochs and updates")
+        return self
+
+
+class Evaluation(Section):
+    every: PositiveInt | None = None
+    """Updates between evaluations on data.heldout; null: only at the end."""
+    max_sequences: PositiveInt | None = 512
+    batch_tokens: PositiveInt = 8192
+
+
+class Checkpoint(Section):
+    every: PositiveInt | None = 500
+    """Updates between checkpoints; null: only at the end, on a signal and on PAUSE."""
+    keep: PositiveInt = 2
+
+
+class Logging(Section):
+    every: PositiveInt = 10
+    """Updates between log lines; each costs one wait for the device."""
+    tensorboard: bool = False
+
+
+class Recipe(Section):
+    version: Literal[1] = 1
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Directory of the run below runs_dir; null: the recipe's name and the next free number."""
+    runs_dir: str = "runs"
+    seed: NonNegativeInt = Field(default=56, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    teacher: Teacher | None = None
+    student: Student
+    data: Data = Data()
+    mask: Mask = Mask()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    loop: Loop
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _teacher_matches_objective(self) -> Self:
+        if self.teacher is None and (self.student.layers or self.student.every):
+            raise ValueError("student.layers and student.every take layers from a teacher; set teacher.path")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def with_(self, **sections: Any) -> "Recipe":
+        """A changed copy, checked again: recipe.with_(data={"train": path}, name="x")."""
+        values = self.model_dump()
+        for name, value in sections.items():
+            values[name] = {**(values[name] or {}), **value} if isinstance(value, Mapping) else value
+        return validated(values, "the changed recipe")
+
+
+def named_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by name or path and apply `key=value` overrides. Raises UserError."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, named_recipes(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(named_recipes())}; or give a .yaml file"
+        raise UserError(f"no recipe {name_or_path!r}; {hint}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); a recipe is a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, wanted a mapping of recipe keys")
+    found = values.get("version", VERSION)
+    if isinstance(found, int) and found > VERSION:
+        raise UserError(f"{path} is a recipe of version {found}, this fastdistil reads up to {VERSION}; upgrade fastdistil")
+    for override in overrides:
+        apply_override(values, override)
+    return validated(values, str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in nested dictionaries, refusing names that no recipe has."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from error
+    parts = key.split(".")
+    if parts[:2] != ["student", "config"]:
+        _check_key(key)
+    here = values
+    for part in parts[:-1]:
+        if not isinstance(here.get(part), dict):
+            here[part] = {}
+        here = here[part]
+    here[parts[-1]] = value
+    # The ways to say one thing exclude each other: naming one on the command line replaces the recipe's.
+    for group in (("student", ("path", "config", "layers", "every")), ("loop", ("epochs", "updates"))):
+        if parts[0] == group[0] and len(parts) > 1 and parts[1] in group[1] and value is not None:
+            for other in set(group[1]) - {parts[1]}:
+                values[group[0]].pop(other, None)
+
+
+def _check_key(key: str) -> None:
+    known = all_keys()
+    if key not in known:
+        raise UserError(_unknown(key, known))
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if not near:  # a bare or misplaced last part: lr -> optim.lr
+        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    return f"unknown recipe key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; --dry-run prints all keys")
+
+
+def all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of a recipe."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += all_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def validated(values: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_describe(problem) for problem in error.errors())) from error
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown(key, all_keys())
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

@@ -1,0 +1,99 @@
+"""The run directory: where it is, whether it may be used, and what a resumed run must agree with.
+
+runs/<name>/ holds recipe.yaml, events.jsonl, checkpoints/ and student/, and is the product's memory: every tool reads it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastdistil.errors import UserError, translated
+from fastdistil.recipe import VERSION, Recipe, validated
+
+# What may differ between a run and its continuation: it changes no bit of what is learnt.
+FREE_KEYS = ("name", "runs_dir", "logging", "checkpoint", "data.prefetch", "data.verify", "loop.nonfinite", "loop.nonfinite_limit")
+
+
+def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> tuple[Path, bool]:
+    """(run directory, whether it is continued). Creates nothing. Raises UserError.
+
+    resume None: a new run, by its name or the recipe's name and the next free number; "auto": the run of that name, or the
+    newest one of the recipe, or a new one if there is none; a path: that run, or the run of that checkpoint.
+    """
+    runs = Path(recipe.runs_dir)
+    if resume is None:
+        if recipe.name is None:
+            return next_free(runs, recipe_name), False
+        run = runs / recipe.name
+        if run.exists():
+            raise UserError(f"{run} exists; continue it with --resume auto, or choose another name=...")
+        return run, False
+    if str(resume) == "auto":
+        run = runs / recipe.name if recipe.name is not None else _newest(runs, recipe_name)
+        if run is None or not (run / "recipe.yaml").exists():
+            return (run if recipe.name is not None and run is not None else next_free(runs, recipe_name)), False
+        return run, True
+    path = Path(resume)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{resume} is neither a run directory (no recipe.yaml) nor one of its checkpoints/step-*; see {runs}/")
+    return run, True
+
+
+def _numbered(runs: Path, recipe_name: str) -> dict[int, Path]:
+    pattern = re.compile(re.escape(recipe_name) + r"-(\d+)$")
+    folders = runs.iterdir() if runs.is_dir() else ()
+    return {int(match[1]): folder for folder in folders if (match := pattern.match(folder.name))}
+
+
+def next_free(runs: Path, recipe_name: str) -> Path:
+    return runs / f"{recipe_name}-{max(_numbered(runs, recipe_name), default=0) + 1}"
+
+
+def _newest(runs: Path, recipe_name: str) -> Path | None:
+    numbered = _numbered(runs, recipe_name)
+    return numbered[max(numbered)] if numbered else None
+
+
+def create_run(run: Path, recipe: Recipe) -> None:
+    """Make the directory and write recipe.yaml. Raises UserError, DiskFull."""
+    with translated("creating the run directory", run):
+        try:
+            run.mkdir(parents=True, exist_ok=False)
+        except FileExistsError:
+            if any(run.iterdir()) if run.is_dir() else True:
+                raise UserError(f"{run} exists; choose another name=...") from None
+        except NotADirectoryError:
+            raise UserError(f"{run.parent} is not a directory; choose another runs_dir") from None
+        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def stored_recipe(run: Path) -> Recipe:
+    path = run / "recipe.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
+        raise UserError(f"{path} is of version {values['version']}, written by a newer fastdistil; upgrade fastdistil")
+    return validated(values, str(path))
+
+
+def check_same_recipe(run: Path, recipe: Recipe) -> None:
+    """A continued run must be the same run. Raises UserError naming what differs."""
+    old, new = (_flat(r.model_dump(mode="json")) for r in (stored_recipe(run), recipe))
+    differing = [
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    ]
+    if differing:
+        raise UserError(f"{run} was started with another recipe: {'; '.join(differing[:5])}; give it another name to start anew")
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

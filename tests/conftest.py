@@ -1,0 +1,39 @@
+"""The same surroundings for every test: no network, no parallel tokenizers, one torch thread."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports the libraries that read them; inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sums in one order whatever the machine, here and in child processes. Undone afterwards: benchmarks may follow."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real texts: the folder FASTDISTIL_DATA, by default ../shared/data. Skips where neither is there."""
+    named = os.environ.get("FASTDISTIL_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        if named:
+            pytest.fail(f"FASTDISTIL_DATA names {named}, which is not a directory")
+        pytest.skip(
+            "no data folder: set FASTDISTIL_DATA to a directory with gutenberg/, wikitext-2/, imdb/, bert-base-uncased/"
+        )
+    return folder

@@ -1,0 +1,220 @@
+"""`fastdistil doctor`: what it says of a healthy, a poor and a broken machine; and the device facts it rests on."""
+
+import importlib.metadata
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastdistil import __version__, doctor
+from fastdistil.doctor import Finding
+from fastdistil.profiling import device
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    named = {finding.name: finding for finding in findings}
+    assert len(named) == len(findings)
+    return named
+
+
+def test_this_machine_is_fit_for_work(tmp_path: Path) -> None:
+    findings = doctor.examine(tmp_path)
+    named = by_name(findings)
+    assert doctor.exit_code(findings) == 0
+    assert named["fastdistil"].value == __version__
+    assert named["torch"].value.startswith(torch.__version__)
+    for name in ("transformers", "tokenizers", "safetensors", "numpy"):
+        assert named[name] == Finding(name, importlib.metadata.version(name))
+    assert all(finding.advice for finding in findings if finding.status != "ok")
+
+
+def test_output_on_a_narrow_terminal_and_as_json(tmp_path: Path) -> None:
+    findings = [*doctor.disk(tmp_path), Finding("horovod", "not installed", "absent", "several ranks [need] it")]
+    console = Console(width=40, record=True, file=(tmp_path / "screen").open("w"))
+    doctor.render(findings, console)
+    text = console.export_text()
+    assert "absent" in text
+    assert "[need]" in text, "advice is not markup"
+    read = json.loads(doctor.as_json(findings))
+    assert read["exit_code"] == 0
+    assert [Finding(**finding) for finding in read["findings"]] == findings
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "advice"),
+    [
+        ("5.16.9", "problem", "wanted 5.17 or newer"),
+        ("4.99.0", "problem", "wanted 5.17 or newer"),
+        ("5.17.0", "ok", ""),
+        ("5.23.1+local", "ok", ""),
+        ("5.24.0", "ok", "newer than 5.23"),
+        ("6.0.0rc1", "ok", "newer than 5.23"),
+        ("unknown", "ok", "cannot tell"),
+    ],
+)
+def test_versions_are_judged_by_the_tested_range(version: str, status: str, advice: str) -> None:
+    found = doctor.release("transformers", version, ((5, 17), (5, 23)), "upgrade it")
+    assert (found.value, found.status) == (version, status)
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) == bool(advice)
+
+
+def plant(folder: Path, name: str, version: str) -> None:
+    """An installed distribution without files, as importlib.metadata sees it."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_library_whose_files_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "fastdistil-absent-thing", "1.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.library("fastdistil-absent-thing").status == "problem"
+    assert "files are missing" in doctor.library("fastdistil-absent-thing").value
+    missing = doctor.library("fastdistil-other-thing")
+    assert (missing.value, missing.status) == ("not installed", "problem")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "status"),
+    [("pynvml", "11.5.3", "problem"), ("pynvml", "12.0.0", "ok"), ("nvidia-ml-py3", "7.352.0", "problem")],
+)
+def test_old_package_that_shadows_nvml(
+    name: str, version: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.nvml_package()[0].status == "ok"
+    plant(tmp_path, name, version)
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = doctor.nvml_package()
+    assert found.status == status
+    assert (f"pip uninstall {name}" in found.advice) == (status == "problem")
+
+
+def test_broken_torch_is_reported_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open\\nshared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+    findings = doctor.examine(tmp_path)
+    found = by_name(findings)["torch"]
+    assert found.status == "problem"
+    assert "cannot open shared object file" in found.value
+    assert doctor.exit_code(findings) == 2
+
+
+def test_missing_links_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout without symbolic links holds small text files in their place."""
+    import fastdistil
+
+    for name in ("kernels", "profiling"):
+        (tmp_path / name).write_text(f"../{name}")
+        monkeypatch.delitem(sys.modules, f"fastdistil.{name}", raising=False)
+    monkeypatch.setattr(fastdistil, "__path__", [str(tmp_path)])
+    # An editable installation knows the folders without the links.
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()])
+    findings = doctor.examine(tmp_path)
+    assert by_name(findings)["fastdistil's parts"].value == "kernels, profiling not found"
+    assert doctor.exit_code(findings) == 2
+
+
+def test_directory_that_cannot_be_written() -> None:
+    (found,) = doctor.disk(Path("/proc"))  # not even root can make a file there
+    assert found.status == "problem"
+    assert "runs_dir" in found.advice
+
+
+def test_nothing_optional_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    named = by_name(doctor.options())
+    for name in ("horovod", "tensorboard", "pyarrow", "compiler"):
+        assert named[name].status == "absent"
+        assert named[name].advice
+    assert "a C compiler, a C++ compiler" in named["compiler"].value
+    assert doctor.triton(gpu_usable=False).status == "absent"
+    assert doctor.triton(gpu_usable=True).status == "problem"
+    assert doctor.exit_code(named.values()) == 0
+
+
+def test_gpus_that_torch_cannot_use() -> None:
+    cpu_build = SimpleNamespace(version=SimpleNamespace(cuda=None))
+    cuda_build = SimpleNamespace(version=SimpleNamespace(cuda="13.0"))
+    assert doctor.unused_gpus(cpu_build, [], None).value == "none found"
+    assert "without CUDA" in doctor.unused_gpus(cpu_build, ["NVIDIA H200"], "580.1").advice
+    found = doctor.unused_gpus(cuda_build, ["NVIDIA H200", "NVIDIA H200"], "470.1")
+    assert found.value == "NVIDIA H200, NVIDIA H200 (driver 470.1), but torch cannot use them"
+    assert "CUDA 13.0" in found.advice
+    assert found.status == "absent"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_is_described() -> None:
+    named = by_name(doctor.gpus(torch))
+    assert torch.cuda.get_device_name(0) in named["GPU 0"].value
+    assert "driver" in named["GPU 0"].value
+
+
+X86 = "processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: fpu avx512f {}\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 2100.00\nFeatures\t: fp asimd {}\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        (X86.format("avx512_bf16"), True),
+        (X86.format("amx_tile amx_bf16"), True),
+        (X86.format("avx512_bf16x avx512_fp16"), False),
+        (ARM.format("bf16"), True),
+        (ARM.format("sve"), False),
+        ("", False),
+    ],
+)
+def test_bf16_by_the_processors_flags(cpuinfo: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cpuinfo", lambda: cpuinfo)
+    assert device.has_fast_bf16(torch.device("cpu")) is (fast and torch.backends.mkldnn.is_available())
+    assert device.parse_cpu_model(cpuinfo) == ("Some Xeon" if "Xeon" in cpuinfo else None)
+
+
+def test_bf16_on_this_processor_agrees_with_torchs_own_detection() -> None:
+    """torch asks the processor itself (cpuid), this project asks the kernel."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("architecture") != "x86_64":
+        pytest.skip("torch lists no x86 capabilities here")
+    expected = capabilities["amx_bf16"] or capabilities["avx512_bf16"]
+    assert device.has_fast_bf16(torch.device("cpu")) is (expected and torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True)])
+def test_bf16_by_compute_capability(capability: tuple[int, int], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    assert device.has_fast_bf16(torch.device("cuda", 0)) is fast
+
+
+def test_bf16_of_other_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match="wanted a cpu or cuda device, got 'meta'"):
+        device.has_fast_bf16(torch.device("meta"))
+
+
+def test_limits_of_control_groups(tmp_path: Path) -> None:
+    """The tightest limit on the way to the root holds; `max` is none."""
+    inner = tmp_path / "slice" / "job"
+    inner.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("1:cpu:/old\n0::/slice/job\n")
+    groups = device.control_groups(tmp_path / "cgroup", tmp_path)
+    assert groups == [inner, inner.parent, tmp_path]
+    (inner / "cpu.max").write_text("max 100000\n")
+    (inner / "memory.max").write_text("max\n")
+    free = device.usable_cores(groups), device.usable_memory(groups)
+    assert free == (device.usable_cores([]), device.usable_memory([]))
+    (inner.parent / "cpu.max").write_text("50000 100000\n")
+    (inner.parent / "memory.max").write_text("1048576\n")
+    assert (device.usable_cores(groups), device.usable_memory(groups)) == (0.5, 2**20)
+    assert device.control_groups(tmp_path / "none", tmp_path) == []

@@ -1,0 +1,245 @@
+"""The estimates against what torch and the operating system really hold."""
+
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+from fastdistil.profiling.memory import (
+    EAGER_LOGIT_TENSORS,
+    Shape,
+    device_memory,
+    estimate_disk,
+    estimate_training_memory,
+    host_memory,
+    student_activation_bytes,
+)
+
+B, S = 4, 32  # sequences, tokens in each
+D, F, H, L, V = 64, 256, 4, 3, 101
+
+
+def tiny_bert(dropout: float = 0.0) -> BertForMaskedLM:
+    config = BertConfig(
+        hidden_size=D, intermediate_size=F, num_attention_heads=H, num_hidden_layers=L, vocab_size=V,
+        max_position_embeddings=S, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return BertForMaskedLM(config).train()
+
+
+def bert_hidden(model: BertForMaskedLM, ids_BS: Tensor) -> Tensor:
+    return model.cls.predictions.transform(model.bert(input_ids=ids_BS)[0])
+
+
+def tiny_distilbert(dropout: float = 0.0) -> DistilBertForMaskedLM:
+    config = DistilBertConfig(
+        dim=D, hidden_dim=F, n_heads=H, n_layers=L, vocab_size=V, max_position_embeddings=S, dropout=dropout,
+        attention_dropout=dropout,
+    )  # fmt: skip
+    return DistilBertForMaskedLM(config).train()
+
+
+def distilbert_hidden(model: DistilBertForMaskedLM, ids_BS: Tensor) -> Tensor:
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(model.distilbert(input_ids=ids_BS)[0])))
+
+
+def tiny_llama(dropout: float = 0.0) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=D, intermediate_size=F, num_attention_heads=H, num_hidden_layers=L, vocab_size=V,
+        max_position_embeddings=S,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def llama_hidden(model: LlamaForCausalLM, ids_BS: Tensor) -> Tensor:
+    return model.model(input_ids=ids_BS)[0]
+
+
+def kept_bytes(model: nn.Module, hidden: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> int:
+    """Distinct storages that autograd keeps for a backward, without the parameters and their low-precision copies."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            held[tensor.untyped_storage().data_ptr()] = tensor  # held, so that its address is not given out again
+        return tensor
+
+    ids_BS = torch.randint(0, V, (B, S))
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        # The last product stands for the head, which keeps its input.
+        output = hidden(model, ids_BS) @ torch.ones(D, 1, requires_grad=True)
+    matrices = {parameter.shape for parameter in model.parameters() if parameter.ndim == 2}
+    casts = {(*shape[::-1],) for shape in matrices} | {(*shape,) for shape in matrices}
+    kept = sum(
+        tensor.untyped_storage().nbytes()
+        for tensor in held.values()
+        if dtype == torch.float32 or tensor.dtype != dtype or tuple(tensor.shape) not in casts
+    )
+    assert output.requires_grad
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("make", "hidden", "feed_forward_tensors", "within"),
+    [(tiny_bert, bert_hidden, 2, 0.05), (tiny_distilbert, distilbert_hidden, 2, 0.1), (tiny_llama, llama_hidden, 4, 0.25)],
+    ids=["bert", "distilbert", "llama"],
+)
+def test_activations_are_what_autograd_keeps(
+    make: Callable[[float], nn.Module],
+    hidden: Callable[[Any, Tensor], Tensor],
+    feed_forward_tensors: int,
+    within: float,
+    dropout: float,
+    dtype: torch.dtype,
+) -> None:
+    shape = shape_of(make(dropout), dropout=dropout > 0 and make is not tiny_llama, feed_forward_tensors=feed_forward_tensors)
+    estimated = B * S * student_activation_bytes(shape, dtype, on_gpu=False, sequence_length=S)
+    measured = kept_bytes(make(dropout), hidden, dtype)
+    assert measured > B * S * L * D * dtype.itemsize  # something was counted
+    assert estimated == pytest.approx(measured, rel=within)
+
+
+def shape_of(model: nn.Module, dropout: bool = False, feed_forward_tensors: int = 2) -> Shape:
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=L, hidden=D, intermediate=F, heads=H, vocabulary=V, dropout=dropout, attention_dropout=dropout,
+        feed_forward_tensors=feed_forward_tensors,
+    )  # fmt: skip
+
+
+def estimate(model: nn.Module, **changed: Any) -> Any:
+    settings: dict[str, Any] = {
+        "student": shape_of(model), "teacher": None, "rows": B * S, "logit_rows": B * S, "compute_dtype": torch.float32,
+        "teacher_dtype": torch.float32, "on_gpu": False, "sequence_length": S,
+    }  # fmt: skip
+    return estimate_training_memory(**{**settings, **changed})
+
+
+def test_weights_gradients_and_moments_are_counted_exactly() -> None:
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.randint(0, V, (B, S)), labels=torch.randint(0, V, (B, S))).loss.backward()
+    for parameter in model.parameters():
+        if parameter.grad is None:  # the pooler-like parts that this loss does not reach still get a gradient buffer
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    found = estimate(model, teacher=shape_of(model), teacher_dtype=torch.bfloat16)
+    assert found.student_weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert found.gradients == sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert found.optimizer == sum(value.nbytes for value in moments)
+    assert found.teacher_weights == sum(parameter.nbytes for parameter in tiny_bert().bfloat16().parameters())
+    assert found.total == sum(getattr(found, name) for name in found.__dataclass_fields__)
+    assert estimate(model, compute_dtype=torch.bfloat16).student_casts == found.student_weights // 2
+    assert found.student_casts == 0
+    assert estimate(model).teacher_activations == 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the [rows, vocabulary]-sized storages that are alive, at their worst."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__()
+        self.at_least = at_least
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if size < self.at_least or key in self.seen:
+            return
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def test_logits_of_an_eager_head() -> None:
+    rows, vocabulary = 64, 1000
+    student_ND = torch.randn(rows, 8, requires_grad=True)
+    teacher_ND = torch.randn(rows, 8)
+    weight_VD = torch.randn(vocabulary, 8)
+    with LiveBytes(at_least=rows * vocabulary * 4) as live:
+        student_NV, teacher_NV = student_ND @ weight_VD.T, teacher_ND @ weight_VD.T
+        log_q_NV, log_p_NV = (student_NV / 2).log_softmax(-1), (teacher_NV / 2).log_softmax(-1)
+        p_NV = log_p_NV.exp()
+        loss = torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0).sum() + student_NV.logsumexp(-1).sum()
+        loss.backward()
+    measured = live.peak / (rows * vocabulary * 4)
+    assert measured == pytest.approx(EAGER_LOGIT_TENSORS, rel=0.25)
+
+
+def test_host_memory_sees_what_is_allocated() -> None:
+    before = host_memory()
+    with mmap.mmap(-1, 64 << 20) as block:
+        block.write(b"\1" * (64 << 20))
+        during = host_memory()
+    after = host_memory()
+    assert during.rss_bytes - before.rss_bytes > 60 << 20
+    assert after.peak_rss_bytes >= before.rss_bytes + (60 << 20)
+    assert before.anonymous_bytes <= before.rss_bytes <= before.peak_rss_bytes
+    assert after.rss_bytes < during.rss_bytes - (60 << 20)
+
+
+def test_file_pages_are_not_anonymous(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(os.urandom(32 << 20))
+    with (tmp_path / "shard").open("rb") as file:
+        before = host_memory()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            assert sum(pages[::4096]) > 0
+            after = host_memory()
+    assert after.rss_bytes - before.rss_bytes > 30 << 20
+    assert after.anonymous_bytes - before.anonymous_bytes < 8 << 20
+
+
+def test_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_memory(torch.device("cpu")) is None
+    if torch.cuda.is_available():
+        block = torch.empty(1 << 20, device="cuda")
+        found = device_memory(block.device)
+        assert found is not None
+        assert found.peak_allocated_bytes >= found.allocated_bytes >= block.nbytes
+
+
+def test_disk_of_a_run(tmp_path: Path) -> None:
+    from fastdistil import checkpoint
+
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{names[parameter]}.{key}": value for parameter, state in optimizer.state.items() for key, value in state.items()
+    }
+    tensors = {"model": dict(model.named_parameters()), "optimizer": moments}
+    path = checkpoint.save(tmp_path, 1, tensors, {}, keep=1)
+    written = sum(file.stat().st_size for file in path.iterdir())
+    found = estimate_disk(shape_of(model), keep=3)
+    assert found.checkpoint == pytest.approx(written, rel=0.05)
+    assert found.checkpoints == 5 * found.checkpoint
+    assert found.total == found.checkpoints + found.student
