@@ -90,7 +90,7 @@ test-all: check
 	$(VENV)/bin/python -m pytest
 
 bench: $(STAMP)
-	$(VENV)/bin/python -m pytest --benchmark-only
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-only
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage

@@ -11,7 +11,6 @@ import shutil
 import statistics
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +47,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str, l
 
 
 @pytest.fixture
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The tokenizers library reads these when it first uses threads: one count a process."""
     count: int = request.param
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true" if count > 1 else "false")
     monkeypatch.setenv("RAYON_NUM_THREADS", str(count))
-    yield count
+    return count
 
 
 class Cost(NamedTuple):
@@ -120,6 +119,6 @@ def test_prepare_against_the_tokenizer_alone(
     )
     print(
         f"\nprepare, {threads} workers: {megabytes:.1f} MB in {whole.wall_s:.2f} s, of which {fixed.wall_s:.2f} s start; "
-        f"encode_batch_fast, {threads} threads: {alone.wall_s:.2f} s; ratio {ratio:.3f} ({alone.wall_s / whole.wall_s:.3f} with "
-        f"the start), in processor time {cpu_ratio:.3f}; medians of {ROUNDS}"
+        f"encode_batch_fast, {threads} threads: {alone.wall_s:.2f} s; ratio {ratio:.3f} "
+        f"({alone.wall_s / whole.wall_s:.3f} with the start), in processor time {cpu_ratio:.3f}; medians of {ROUNDS}"
     )

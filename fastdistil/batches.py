@@ -450,7 +450,7 @@ class Prefetched:
     def __next__(self) -> Made:
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._done or self._closed)
-            if self._ready and not self._closed:
+            if self._ready:
                 self._changed.notify_all()
                 return self._ready.popleft()
         if self._error is not None:

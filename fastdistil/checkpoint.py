@@ -71,7 +71,7 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(directory)
         groups = {f"{name}.safetensors": _storable(f"{name}.safetensors", group) for name, group in tensors.items()}
-        text = json.dumps(state, allow_nan=False, indent=1)
+        text = json.dumps(state, indent=1)  # NaN and Infinity included: Python reads them back
         _check_space(directory, len(text) + sum(_stored_bytes(group) for group in groups.values()))
         try:
             with atomic_directory(target) as temporary:

@@ -13,6 +13,7 @@ from fastdistil.errors import EXIT_CODES, FastdistilError
 
 if TYPE_CHECKING:
     from fastdistil.corpus import Progress
+    from fastdistil.evaluate import Report
 
 app = typer.Typer(
     name="fastdistil",
@@ -185,16 +186,90 @@ def evaluate(
     corpora: Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Prepared directories or text files.")],
     positions: Annotated[str, typer.Option(metavar="N|all", help="Token positions for pseudo-perplexity; 0: leave it out.")] = "2000",
     seed: Annotated[int, typer.Option(help="Of masks and sampled positions.")] = 0,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence; default: the model's, at most 512.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence (default 512), or of a causal model's window (1024).")] = None,
     stride: Annotated[int | None, typer.Option(help="Causal models: tokens the window moves by; default: half of it.")] = None,
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
+    text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
+    strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Loss, perplexity and pseudo-perplexity of a model on text."""
-    raise NotImplementedError
+    from fastdistil import evaluate as evaluation
+    from fastdistil.errors import UserError
+
+    if positions != "all" and not positions.isdecimal():
+        raise UserError(f"--positions is a number or all, got {positions!r}")
+    options = evaluation.EvaluateOptions(
+        positions="all" if positions == "all" else int(positions),
+        seed=seed,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        stride=stride,
+        documents=documents,  # type: ignore[arg-type]
+        text_field=text_field,
+        strip_gutenberg=strip_gutenberg,
+        device=device,
+        precision=precision,
+    )
+    with EvaluateBar() as bar:
+        report = evaluation.evaluate(model, corpora, options, bar)
+    if json:
+        print(report.to_json())
+    else:
+        _print_report(report)
+
+
+class EvaluateBar:
+    """On standard error, so that --json leaves standard output clean: a bar on a terminal, a line a stage elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._console = rich.console.Console(stderr=True, highlight=False)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("evaluating", total=1.0)
+        self._stage = ""
+
+    def __enter__(self) -> "EvaluateBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, fraction: float, text: str) -> None:
+        self._bar.update(self._task, completed=fraction, description=text)
+        if not self._console.is_terminal and text != self._stage:
+            self._stage = text
+            self._console.print(f"{fraction:.0%} {text}", markup=False, soft_wrap=True)
+
+
+def _print_report(report: "Report") -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report.model}: {report.architecture}, {report.parameters:,} parameters, {report.device}, {report.precision}. "
+        "± is one standard error.",
+        title_justify="left",
+    )
+    for column in ("corpus", "measure", "loss", "perplexity", "tokens"):
+        table.add_column(column, justify="left" if column in ("corpus", "measure") else "right", overflow="fold")
+    for corpus in report.corpora:
+        if (found := corpus.heldout) is not None:
+            table.add_row(corpus.corpus, "masked tokens", _loss(found), f"{found.perplexity:.2f}", f"{found.labels:,}")
+        if (pseudo := corpus.pseudo) is not None:
+            table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
+        if (causal := corpus.causal) is not None:
+            table.add_row(corpus.corpus, "next token", _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
+    rich.console.Console().print(table)
+
+
+def _loss(found: Any) -> str:
+    return f"{found.loss:.4f} ± {found.loss_se:.4f}"
 
 
 @app.command(epilog="Example: fastdistil pause runs/distilbert-1")

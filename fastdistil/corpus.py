@@ -24,11 +24,11 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdistil.errors import CorruptData, OutOfMemory, UserError, translated
-from fastdistil.textfiles import Block, Documents, Reading, find_inputs
+from fastdistil.textfiles import Block, Documents, Reading, Source, find_inputs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -199,7 +199,8 @@ class Corpus:
         """int32 [n_sequences], special tokens included."""
         self._offsets: Integers = np.zeros(len(self.lengths) + 1, np.int64)
         np.cumsum(self.lengths, out=self._offsets[1:])
-        self._shards = [np.memmap(path / tokens_name(shard), manifest.dtype, "r") for shard in names]
+        little = np.dtype(manifest.dtype).newbyteorder("<")
+        self._shards = [np.memmap(path / tokens_name(shard), little, "r") for shard in names]
         self._first_sequence = np.cumsum([0, *(len(part) for part in parts)])
         held = [len(tokens) for tokens in self._shards]
         described = self._offsets[self._first_sequence[1:]] - self._offsets[self._first_sequence[:-1]]
@@ -324,7 +325,10 @@ class Encoder:
 
 
 def cut_at_spaces(text: str, stretch: int) -> Iterator[str]:
-    """Cut between two words, before a single space, where no tokenizer's words reach across: the tokens stay the same."""
+    """Cut between two words, before a single space: no pre-tokenizer in use joins those, so the tokens stay the same.
+
+    A text that has no such place within a stretch is left whole from there on.
+    """
     start = 0
     while len(text) - start > stretch:
         end = text.rfind(" ", start + 1, start + stretch)
@@ -395,7 +399,9 @@ def _encode(documents: list[str]) -> Encoded:
     return _encoder(documents)
 
 
-def encoded_blocks(blocks: Iterator[Block], tokenizer_file: str, plan: Plan, workers: int) -> Iterator[tuple[Block, Encoded]]:
+def encoded_blocks(
+    blocks: Iterator[Block], tokenizer_file: str, plan: Plan, workers: int
+) -> Generator[tuple[Block, Encoded], None, None]:
     """Every block and its tokens, in order; at most two blocks a worker are in flight."""
     if workers == 1:
         with one_thread():
@@ -489,12 +495,13 @@ class Shards:
         self._sequences = self._tokens = 0
 
     def append(self, encoded: Encoded) -> None:
-        if self._open is None:
-            shard = len(self.written.shards)
-            self._open = HashedFile(self.out / tokens_name(shard)), HashedFile(self.out / lengths_name(shard))
-        tokens, lengths = self._open
-        tokens.write(encoded.tokens)
-        lengths.write(encoded.lengths)
+        if len(encoded.tokens):
+            if self._open is None:
+                shard = len(self.written.shards)
+                self._open = HashedFile(self.out / tokens_name(shard)), HashedFile(self.out / lengths_name(shard))
+            tokens, lengths = self._open
+            tokens.write(encoded.tokens)
+            lengths.write(encoded.lengths)
         self.counts_V += np.bincount(encoded.tokens, minlength=len(self.counts_V))
         self._tokens += len(encoded.tokens)
         self._sequences += len(encoded.lengths)
@@ -507,7 +514,7 @@ class Shards:
             self.finish_shard()
 
     def finish_shard(self) -> None:
-        if self._open is not None and self._tokens:
+        if self._open is not None:
             for file in self._open:
                 self.written.files[file.path.name] = file.finish()
             self.written.shards.append({"tokens": self._tokens, "sequences": self._sequences})
@@ -550,31 +557,12 @@ def prepare(
     """
     out = Path(out)
     sources, ignored = find_inputs(inputs, out)
+    if not any(source.size for source in sources):
+        raise UserError(f"the inputs are empty ({len(sources)} files, 0 bytes); give files with text")
     tokenizer = load_tokenizer(options.tokenizer)
     plain(tokenizer.backend_tokenizer)
-    identity = {
-        "format": FORMAT,
-        "options": options.shaping(),
-        "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime in sources],
-        "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
-    }
-    bytes_total = sum(source.size for source in sources)
-    if not bytes_total:
-        raise UserError(f"the inputs are empty ({len(sources)} files, 0 bytes); give files with text")
-    started = time.monotonic()
-    reader = Reading(
-        sources,
-        options.documents,
-        options.text_field,
-        options.strip_gutenberg,
-        options.max_bad_fraction,
-        quarantine=out / "quarantine.jsonl",
-    )
-
-    def tell(note: str = "", files: int = 0, read: int = 0, tokens: int = 0) -> None:
-        if progress is not None:
-            progress(Progress(files, len(sources), read, bytes_total, tokens, time.monotonic() - started, note))
-
+    identity = identity_of(sources, options, tokenizer)
+    tell = Teller(progress, sources)
     if ignored:
         names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         tell(f"ignored {len(ignored)} files of other kinds: {names}")
@@ -585,31 +573,74 @@ def prepare(
         written = resumed(out, identity)
         if written.shards:
             tell(f"going on after {len(written.shards)} finished shards")
-        tokenizer.save_pretrained(out / "tokenizer")
-        vocab_size = vocabulary_size(tokenizer)
-        shards = Shards(out, written, counted(out, written, vocab_size), identity, options.shard_tokens)
-        shards.save_progress()
         plan = make_plan(tokenizer, options)
-        workers = options.workers or min(len(os.sched_getaffinity(0)), 1 + bytes_total // BYTES_PER_WORKER)
-        todo = islice(reader.blocks(), written.blocks, None)
-        try:
-            for block, encoded in encoded_blocks(todo, str(out / "tokenizer" / "tokenizer.json"), plan, workers):
-                shards.append(encoded)
-                tell("", block.files_done, block.bytes_read, written.tokens)
-            shards.finish_shard()
-        finally:
-            shards.abandon()
-        if reader.unmarked:
-            tell(f"{len(reader.unmarked)} files have no Project Gutenberg lines and are kept whole: {reader.unmarked[0]}, ...")
+        tokenizer.save_pretrained(out / "tokenizer")
+        shards = Shards(out, written, counted(out, written, vocabulary_size(tokenizer)), identity, options.shard_tokens)
+        shards.save_progress()
+        reader = Reading(
+            sources,
+            options.documents,
+            options.text_field,
+            options.strip_gutenberg,
+            options.max_bad_fraction,
+            quarantine=out / "quarantine.jsonl",
+        )
+        workers = options.workers or min(len(os.sched_getaffinity(0)), 1 + tell.bytes_total // BYTES_PER_WORKER)
+        write_shards(shards, reader, plan, workers, tell)
         if not written.sequences:
             raise UserError(
                 f"no usable sequence in {len(sources)} files ({written.documents} documents with tokens, {written.dropped} "
                 "pieces dropped by min_tokens and max_unknown); give more text or looser limits"
             )
-        return completed(shards, reader, vocab_size, vocabulary_fingerprint(tokenizer), plan.dtype)
+        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype)
 
 
-def completed(shards: Shards, reader: Reading, vocab_size: int, fingerprint: str, dtype: str) -> Manifest:
+def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """All that decides which bytes are written: a directory goes on, or is up to date, only with the same."""
+    return {
+        "format": FORMAT,
+        "options": options.shaping(),
+        "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime in sources],
+        "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
+    }
+
+
+class Teller:
+    """Calls `progress`, if there is one, with what it wants to know."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, sources: list[Source]) -> None:
+        self.bytes_total = sum(source.size for source in sources)
+        self._progress = progress
+        self._files = len(sources)
+        self._started = time.monotonic()
+        self._last = (0, 0, 0)
+
+    def __call__(self, note: str = "", block: Block | None = None, tokens: int = 0) -> None:
+        if block is not None:
+            self._last = block.files_done, block.bytes_read, tokens
+        if self._progress is not None:
+            done, read, tokens = self._last
+            seconds = time.monotonic() - self._started
+            self._progress(Progress(done, self._files, read, self.bytes_total, tokens, seconds, note))
+
+
+def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell: Teller) -> None:
+    """Tokenise what `reader` gives behind the blocks that finished shards hold."""
+    todo = islice(reader.blocks(), shards.written.blocks, None)
+    tokenizer_file = str(shards.out / "tokenizer" / "tokenizer.json")
+    try:
+        with closing(encoded_blocks(todo, tokenizer_file, plan, workers)) as results:
+            for block, encoded in results:
+                shards.append(encoded)
+                tell("", block, shards.written.tokens)
+        shards.finish_shard()
+    finally:
+        shards.abandon()
+    if reader.unmarked:
+        tell(f"{len(reader.unmarked)} files have no Project Gutenberg lines and are kept whole: {reader.unmarked[0]}, ...")
+
+
+def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> Manifest:
     """Write counts.bin and, last, the manifest."""
     out, written = shards.out, shards.written
     counts = HashedFile(out / "counts.bin")
@@ -628,7 +659,7 @@ def completed(shards: Shards, reader: Reading, vocab_size: int, fingerprint: str
         records=reader.records,
         bad_records=reader.bad.total(),
         unmarked_files=len(reader.unmarked),
-        vocab_size=vocab_size,
+        vocab_size=len(shards.counts_V),
         fingerprint=fingerprint,
         tokenizer_sha256=shards.identity["tokenizer_sha256"],
         dtype=dtype,
@@ -701,7 +732,7 @@ def counted(out: Path, written: Written, vocab_size: int) -> Integers:
     """int64 [V]: token frequencies of the finished shards."""
     counts_V = np.zeros(vocab_size, np.int64)
     for shard in range(len(written.shards)):
-        tokens = np.memmap(out / tokens_name(shard), token_dtype(vocab_size), "r")
+        tokens = np.memmap(out / tokens_name(shard), np.dtype(token_dtype(vocab_size)).newbyteorder("<"), "r")
         for start in range(0, len(tokens), 2**22):
             counts_V += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
     return counts_V
@@ -832,23 +863,49 @@ def make_plan(tokenizer: "PreTrainedTokenizerFast", options: PrepareOptions) -> 
     return Plan(options.max_length, front, back, tokenizer.unk_token_id, *limits, dtype)
 
 
+ALPHABET = 1000
+"""Letters of a trained vocabulary; rarer ones are unknown."""
+
+
 def train_wordpiece(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
     """Train a lower-casing WordPiece tokenizer as BERT's, save it to `out` for AutoTokenizer, and return `out`.
 
     Ids: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then the vocabulary. Raises UserError where there is no text.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     names = SPECIAL_TOKENS[0]
     special = [names[f"{name}_token"] for name in ("pad", "unk", "cls", "sep", "mask")]
-    tokenizer = Tokenizer(models.WordPiece(unk_token=names["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() <= len(special):
+    texts = list(texts)
+
+    def trained(first_ids: list[str], size: int, alphabet: list[str], limit: int) -> dict[str, int]:
+        from tokenizers import trainers
+
+        draft = Tokenizer(models.WordPiece(unk_token=names["unk_token"]))
+        draft.normalizer, draft.pre_tokenizer = normalizer, pre_tokenizer
+        draft.train_from_iterator(
+            texts,
+            trainers.WordPieceTrainer(
+                vocab_size=size, special_tokens=first_ids, initial_alphabet=alphabet, limit_alphabet=limit, show_progress=False
+            ),
+        )
+        return draft.get_vocab()
+
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers the ##x of its alphabet in an order that changes from run to run, and breaks ties by number. A
+    # first training, of the alphabet alone, finds them; the second is told their order.
+    letters = trained(special, 0, [], 2**31).keys() - set(special)
+    if not letters:
         raise UserError("there is no text to train a tokenizer on; give some")
+    frequency = Counter(chain.from_iterable(text.lower() for text in texts))
+    singles = sorted((letter for letter in letters if len(letter) == 1), key=lambda letter: (-frequency[letter], letter))
+    alphabet = singles[:ALPHABET]
+    continuing = sorted(letter for letter in letters if letter.startswith("##") and letter[2:] in alphabet)
+    vocabulary = trained(special + continuing, vocab_size, alphabet, len(alphabet))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=names["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.add_special_tokens(special)
     # The trainer gives special tokens the first ids, in their order.
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     out = Path(out)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ class CausalPerplexity:
     tokens: int
     """Every token but the first of each document, which nothing comes before."""
     sequences: int
+    """Documents of at least two tokens."""
     max_length: int
     stride: int
 
@@ -273,7 +274,11 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.positions != "all" and self.positions < 0:
             raise UserError(f"positions must be a number of at least 0, or all, got {self.positions}")
-        for name, known in (("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16", "fp16"))):
+        for name, known in (
+            ("documents", get_args(Documents)),
+            ("device", ("auto", "cpu", "cuda")),
+            ("precision", ("auto", "fp32", "bf16", "fp16")),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, low in (("seed", 0), ("batch_tokens", 1), ("max_length", 4), ("stride", 1)):

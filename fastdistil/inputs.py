@@ -170,8 +170,8 @@ def load_inputs(
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
-    corpus = None if batches is not None else _open(recipe.data.train, recipe.data.verify, "data.train")
-    heldout = _open(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
+    corpus = None if batches is not None else open_corpus(recipe.data.train, recipe.data.verify, "data.train")
+    heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
     facts = token_facts(tokenizer) if tokenizer is not None else None
     if corpus is not None and heldout is not None and heldout.manifest.fingerprint != corpus.manifest.fingerprint:
@@ -217,7 +217,7 @@ def load_inputs(
     return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, facts, tokenizer)
 
 
-def _open(path: str | None, verify: str, key: str) -> Corpus:
+def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
     if not path:
         raise UserError(f"{key} is not set; give a directory written by `fastdistil prepare`, e.g. {key}=corpus/")
     return Corpus.open(path, verify=verify)  # type: ignore[arg-type]

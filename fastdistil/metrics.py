@@ -1,8 +1,8 @@
 """What a run tells: the event log (the source of truth), a meter on the device, the console, TensorBoard.
 
 `runs/NAME/events.jsonl` holds one JSON object a line, {"event": kind, "time": unix seconds, ...}, and is only ever appended
-to. A run that resumes from update N appends {"event": "resume", "update": N}: what was logged for later updates before that
-line has been superseded, and `read_events(path, effective=True)` leaves it out.
+to. A run that starts or resumes after update N appends {"event": "start" or "resume", "update": N}: what was logged for later
+updates before that line has been superseded, and `read_events(path, effective=True)` leaves it out.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.profiling.memory import device_memory, host_memory
+from fastdistil.watchdog import FiniteGuard
 
 
 class EventLog:
@@ -70,7 +71,7 @@ class EventLog:
 def read_events(path: Path, effective: bool = False) -> Iterator[dict[str, Any]]:
     """The events of a log, in order; a torn last line is left out. Raises UserError without a log, CorruptData on a bad line.
 
-    effective: without the events of updates that a later resume went back behind (the resume lines stay).
+    effective: without the events of updates that a later start or resume went back behind (their own lines stay).
     """
     if not path.is_file():
         raise UserError(f"no event log at {path}; give the events.jsonl of a run")
@@ -97,7 +98,7 @@ def _effective(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     resumed_from = math.inf
     for event in reversed(events):
         update = event.get("update")
-        if event.get("event") == "resume" and isinstance(update, int):
+        if event.get("event") in ("start", "resume") and isinstance(update, int):
             resumed_from = min(resumed_from, update)
         elif isinstance(update, int) and update > resumed_from:
             continue
@@ -195,15 +196,20 @@ class Meter:
         finally:
             self._excluded_s += self._clock() - start
 
-    def read(self) -> dict[str, Any]:
+    def read(self, guard: FiniteGuard | None = None) -> dict[str, Any]:
         """Means over the applied updates since the last read, and rates; waits for the device once, then starts afresh.
 
         Keys: one per term, grad_norm, grad_norm_max, updates, skipped, tokens, tokens_per_s, data_wait_share, host_peak_bytes
-        and, on a GPU, device_allocated_bytes, device_peak_bytes. Raises ValueError if nothing was added.
+        and, on a GPU, device_allocated_bytes, device_peak_bytes. The verdict of a `guard` comes with the same wait: it adds
+        skipped_in_all, or raises NonFinite. Raises ValueError if nothing was added.
         """
         if self._sums is None or self._peak is None:
             raise ValueError("nothing to read: no update was added since the last read")
-        *sums, applied, largest = torch.cat([self._sums, self._peak.reshape(1)]).tolist()
+        flags = guard.pending() if guard is not None else None
+        own = [self._sums, self._peak.reshape(1)]
+        values = torch.cat(own if flags is None else [*own, flags]).tolist()
+        *sums, applied, largest = values[: len(self._sums) + 1]
+        skipped_in_all = guard.judge(values[len(self._sums) + 1 :]) if guard is not None and flags is not None else None
         fields: dict[str, Any] = {
             name: total / applied if applied else math.nan for name, total in zip(self._names, sums, strict=True)
         }
@@ -211,6 +217,8 @@ class Meter:
             fields["grad_norm_max"] = largest if applied else math.nan
         elapsed_s = self._clock() - self._since - self._excluded_s
         fields |= {"updates": self._updates, "skipped": self._updates - int(applied), "tokens": self._tokens}
+        if skipped_in_all is not None:
+            fields["skipped_in_all"] = skipped_in_all
         fields["tokens_per_s"] = self._tokens / elapsed_s if elapsed_s > 0 else math.nan
         fields["data_wait_share"] = self._waited_s / elapsed_s if elapsed_s > 0 else math.nan
         fields["host_peak_bytes"] = host_memory().peak_rss_bytes

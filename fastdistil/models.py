@@ -11,8 +11,11 @@ Legend: N = batch * length rows, D width, V vocabulary.
 """
 
 import copy
+import difflib
 import json
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastdistil.attention import attention_keywords, packed_attention
 from fastdistil.batches import Batch
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.recipe import Student
 
 ATTENTION = "fastdistil"
@@ -126,11 +129,12 @@ class LanguageModel(nn.Module):
         self.position_offset = self.family.position_offset(module.config)
         # A four-dimensional mask is handed down as it is; packed attention looks at `packing` alone.
         self.register_buffer("_no_mask", torch.zeros(1, 1, 1, 1), persistent=False)
-        self.backbone: Callable[..., Any] = module.get_submodule(self.family.backbone)
+        # In a tuple: as an attribute it would be registered, and its parameters listed, a second time.
+        self._backbone: tuple[Callable[..., Any]] = (module.get_submodule(self.family.backbone),)
 
     def compile(self, *args: Any, **keywords: Any) -> None:
         """torch.compile the backbone (the rest is small)."""
-        self.backbone = torch.compile(self.module.get_submodule(self.family.backbone), dynamic=True)
+        self._backbone = (torch.compile(self.module.get_submodule(self.family.backbone), dynamic=True),)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden state of the backbone, [N, D]: rows in the order of batch.ids_BS."""
@@ -146,7 +150,7 @@ class LanguageModel(nn.Module):
             keywords["attention_mask"] = batch.attention_mask_BS
         if batch.positions_BS is not None:
             keywords["position_ids"] = batch.positions_BS + self.position_offset
-        states_BSD: Tensor = self.backbone(**keywords).last_hidden_state
+        states_BSD: Tensor = self._backbone[0](**keywords).last_hidden_state
         return states_BSD.flatten(0, 1)
 
     def transform(self, hidden_ND: Tensor) -> Tensor:
@@ -178,7 +182,7 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def as_language_model(model: nn.Module) -> nn.Module:
+def as_language_model(model: Any) -> nn.Module:
     """A user's module as the objective sees it."""
     if isinstance(model, PreTrainedModel):
         return LanguageModel(model)
@@ -193,37 +197,68 @@ def as_language_model(model: nn.Module) -> nn.Module:
 
 def load_config(path: str) -> PretrainedConfig:
     """The configuration of a hub id or local directory. Raises UserError."""
+    # The library would take a missing directory for a misspelt hub id, and say so.
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"no model directory {path}; give a hub id or a directory with config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        with _quiet():
+            config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model at {path!r}: {_first_line(error)}; give a hub id or a directory with config.json") from error
+        raise UserError(f"no model at {path!r}: {_reason(error)}; give a hub id or a directory with config.json") from error
     family_of(config)
     return config
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError."""
+    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError.
+
+    Weights the architecture needs and the files lack are an error, never drawn at random; unused ones are left out.
+    """
     config = load_config(path)
-    with translated(f"loading {path}"):
+    with translated(f"loading {path}"), _quiet():
         try:
-            model = _auto(config).from_pretrained(path, dtype=dtype)
+            model, report = _auto(config).from_pretrained(
+                path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            )
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise UserError(f"the model at {path!r} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"the model at {path!r} cannot be loaded: {_reason(error)}") from error
         except Exception as error:  # safetensors has its own exception type for a truncated file
             if "safetensor" in f"{type(error).__module__}{error}".lower() or "header" in str(error).lower():
-                raise UserError(f"the weights at {path!r} are damaged: {_first_line(error)}; copy them again") from error
+                raise UserError(f"the weights at {path!r} are damaged: {_reason(error)}; copy them again") from error
             raise
+    for problem, names in (("lacks", report["missing_keys"]), ("has another shape for", report["mismatched_keys"])):
+        if names:
+            first = min(name if isinstance(name, str) else name[0] for name in names)
+            raise UserError(
+                f"the checkpoint at {path!r} {problem} {len(names)} of the weights of {type(model).__name__} ({first}, ...); "
+                "give one that was saved with its language-model head and its own config.json"
+            )
     return LanguageModel(model).eval()
 
 
-def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int) -> LanguageModel:
-    """The student a recipe asks for, float32. `vocabulary`: of the tokenizer, where the configuration names none."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars and reports are not for our users: what matters in them is raised."""
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int, pad_id: int | None = None) -> LanguageModel:
+    """The student a recipe asks for, float32. `vocabulary`, `pad_id`: of the tokenizer, where a configuration names none."""
     if recipe.path is not None:
         return _with_options(load_model(recipe.path), recipe)
     if recipe.config is not None:
-        return _with_options(LanguageModel(_fresh(config_from(recipe.config, vocabulary))), recipe)
+        return _with_options(_from_config(config_from(recipe.config, vocabulary, pad_id)), recipe)
     if teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
     layers = student_layers(recipe, teacher.module.config)
@@ -232,7 +267,8 @@ def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int
     return _with_options(fewer_layers(teacher.module, layers, recipe.copy_head), recipe)
 
 
-def config_from(values: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
+def config_from(values: Mapping[str, Any], vocabulary: int, pad_id: int | None = None) -> PretrainedConfig:
+    """A configuration from a recipe's mapping; unknown options are refused. Raises UserError."""
     values = dict(values)
     kind = values.pop("model_type", None)
     if kind not in FAMILIES:
@@ -242,30 +278,30 @@ def config_from(values: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
     known |= dict.fromkeys(getattr(config_class, "attribute_map", {}))
     for name in values:
         if name not in known:
-            raise UserError(f"student.config.{name} is not an option of a {kind} configuration")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"student.config.{name} is not an option of a {kind} configuration{hint}")
     values.setdefault("vocab_size", vocabulary)
+    if pad_id is not None:
+        values.setdefault("pad_token_id", pad_id)
+    # The defaults are special tokens of the architecture's own tokenizer, which this vocabulary may not even reach.
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        if isinstance(known.get(name), int) and isinstance(values["vocab_size"], int) and known[name] >= values["vocab_size"]:
+            values.setdefault(name, None)
     try:
         return config_class(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"student.config is not a valid {kind} configuration: {_first_line(error)}") from error
+    except Exception as error:  # validators of several libraries, each with its own exceptions
+        raise UserError(f"student.config is not a valid {kind} configuration: {_reason(error)}") from error
 
 
-def student_config(recipe: Student, teacher: PretrainedConfig | None, vocabulary: int) -> PretrainedConfig:
-    """What `make_student` would build, as a configuration: for estimates without weights."""
-    if recipe.path is not None:
-        return load_config(recipe.path)
-    if recipe.config is not None:
-        return config_from(recipe.config, vocabulary)
-    if teacher is None:
-        raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
-    layers = student_layers(recipe, teacher)
-    return distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
-
-
-def count_without_weights(config: PretrainedConfig) -> int:
-    """Parameters of a configuration's model, without allocating them."""
-    with torch.device("meta"):
-        return parameter_count(_auto(config).from_config(config))
+def _from_config(config: PretrainedConfig) -> LanguageModel:
+    try:
+        with translated("making the student"):
+            return LanguageModel(_fresh(config))
+    except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, FastdistilError) or (isinstance(error, RuntimeError) and "negative dimension" not in str(error)):
+            raise
+        raise UserError(f"student.config makes no {config.model_type} model: {_reason(error)}") from error
 
 
 def student_layers(recipe: Student, config: PretrainedConfig) -> list[int]:
@@ -378,9 +414,7 @@ def _fresh(config: PretrainedConfig) -> PreTrainedModel:
 def _load(student: PreTrainedModel, weights: dict[str, Tensor], leave: tuple[str, ...]) -> None:
     """Load all of `weights` but the prefixes in `leave`; every other parameter must be given."""
     tied_output = family_of(student.config).output + ".weight"
-    kept = {
-        name: tensor for name, tensor in weights.items() if not (leave and name.startswith(leave) and name != tied_output)
-    }
+    kept = {name: tensor for name, tensor in weights.items() if not (leave and name.startswith(leave) and name != tied_output)}
     missing, unexpected = student.load_state_dict(kept, strict=False)
     missing = [name for name in missing if not (leave and name.startswith(leave))]
     if missing or unexpected:
@@ -407,21 +441,29 @@ def _with_options(student: LanguageModel, recipe: Student) -> LanguageModel:
 def set_dropout(model: PreTrainedModel, probability: float) -> None:
     """Every dropout of the model, in its modules and in its configuration."""
     for name, value in model.config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+        if _is_number(value) and ("dropout" in name or name.endswith("pdrop")):
             setattr(model.config, name, probability)
-    for module in model.modules():
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "out_drop", None), nn.Identity):  # what ModernBERT makes of a probability of 0
+            module.out_drop = nn.Dropout(probability)
         if isinstance(module, nn.Dropout):
             module.p = probability
         for name in ("attention_dropout", "dropout_prob"):  # attention keeps its own as a number
-            if isinstance(getattr(module, name, None), float):
+            if _is_number(getattr(module, name, None)):
                 setattr(module, name, probability)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_pair(teacher: nn.Module, student: nn.Module, *, hidden_terms: bool, projection: bool) -> None:
     """Refuse a teacher and a student whose losses would be meaningless. Raises UserError."""
     if teacher.causal != student.causal:
         kinds = {True: "causal", False: "masked"}
-        raise UserError(f"the teacher is a {kinds[bool(teacher.causal)]} model, the student {kinds[bool(student.causal)]}; they must match")
+        raise UserError(
+            f"the teacher is a {kinds[bool(teacher.causal)]} model, the student {kinds[bool(student.causal)]}; they must match"
+        )
     (vocabulary_t, width_t), (vocabulary_s, width_s) = shape(teacher), shape(student)
     if vocabulary_t != vocabulary_s:
         raise UserError(
@@ -456,7 +498,8 @@ def _has_tokenizer(path: str) -> bool:
 def save_pretrained(model: nn.Module, directory: Path) -> None:
     """Write a model so that transformers loads it without fastdistil; your own module as model.safetensors."""
     if isinstance(model, LanguageModel):
-        model.module.save_pretrained(directory)
+        with _quiet():
+            model.module.save_pretrained(directory)
         return
     from safetensors.torch import save_model
 
@@ -464,8 +507,10 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps({"module": type(model).__qualname__}) + "\n")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line."""
+    text = textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".")
+    return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
 
 
 def shape(model: nn.Module) -> tuple[int, int]:

@@ -9,22 +9,23 @@ import torch
 
 from fastdistil import models
 from fastdistil.batches import Batches
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts
-from fastdistil.inputs import CorpusSource
+from fastdistil.corpus import load_tokenizer, token_facts
+from fastdistil.inputs import CorpusSource, open_corpus
 from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory
 from fastdistil.recipe import Recipe
 
 
-def show_plan(recipe: Recipe, directory: Path, console: rich.console.Console, teacher_config: Any = None) -> None:
+def show_plan(
+    recipe: Recipe, directory: Path, console: rich.console.Console, *, teacher_config: Any = None, vocabulary: int | None = None
+) -> None:
     """Print a resolved recipe and the estimates for it; `directory`: where the run would live. Raises UserError.
 
-    `teacher_config` stands in for a teacher that does not exist yet.
+    `vocabulary` stands in for a corpus, `teacher_config` for a teacher, that do not exist yet.
     """
-    console.print(recipe.to_yaml(), markup=False, end="")
-    corpus = None if teacher_config is not None else Corpus.open(recipe.data.train or "data.train is not set", verify="size")
-    tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
-    facts = token_facts(tokenizer) if tokenizer is not None else None
-    vocabulary = facts.vocab_size if facts is not None else teacher_config.vocab_size
+    console.print(recipe.to_yaml(), markup=False, end="", soft_wrap=True)
+    corpus = open_corpus(recipe.data.train, "size", "data.train") if vocabulary is None else None
+    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir))) if corpus is not None else None
+    vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
         teacher_config = models.load_config(recipe.teacher.path)
     student_config = models.student_config(recipe.student, teacher_config, vocabulary)

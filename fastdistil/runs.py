@@ -43,9 +43,10 @@ def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> t
 
 
 def _numbered(runs: Path, recipe_name: str) -> dict[int, Path]:
-    pattern = re.compile(re.escape(recipe_name) + r"-(\d+)$")
+    pattern = re.compile(re.escape(recipe_name) + r"-(\d+)(?:-data|-teacher|-control)?$")  # a demo's stages lie beside it
     folders = runs.iterdir() if runs.is_dir() else ()
-    return {int(match[1]): folder for folder in folders if (match := pattern.match(folder.name))}
+    numbers = {int(match[1]) for folder in folders if (match := pattern.match(folder.name))}
+    return {number: runs / f"{recipe_name}-{number}" for number in numbers}
 
 
 def next_free(runs: Path, recipe_name: str) -> Path:

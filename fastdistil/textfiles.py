@@ -167,6 +167,7 @@ class Reading:
                 )
             row, rows = 0, max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[self.text_field]):
+                self._stop_early()
                 self.bytes_read = before + source.size * row // rows
                 for value in batch.column(0):
                     row += 1
@@ -191,6 +192,7 @@ class Reading:
             rest = b""
             first = True
             while data := stream.read(CHUNK_BYTES):
+                self._stop_early()
                 if first:
                     data = checked_start(source.path, data)
                     first = False
@@ -219,22 +221,24 @@ class Reading:
             file.write(json.dumps(entry) + "\n")
         self.first_reason = self.first_reason or f"{source.path} line {line}: {reason}"
         self.bad[str(source.path)] += 1
-        if self.bad.total() > EARLY_STOP_RECORDS:
-            # The share of the whole, if the rest is as dense as what was read.
-            total_bytes = sum(source.size for source in self.sources)
-            self._judge(self.records * total_bytes // max(self.bytes_read, 1))
 
-    def _judge(self, records: int) -> None:
+    def _stop_early(self) -> None:
+        """Give up once even twice as many records as the bytes still to come promise would not save the corpus."""
+        if self.bad.total() > EARLY_STOP_RECORDS:
+            total_bytes = sum(source.size for source in self.sources)
+            self._judge(2 * self.records * total_bytes // max(self.bytes_read, 1))
+
+    def _judge(self, expected_records: int) -> None:
         bad = self.bad.total()
-        if bad <= self.max_bad_fraction * records:
+        if bad <= self.max_bad_fraction * expected_records:
             return
         file, count = self.bad.most_common(1)[0]
         way_out = "repair them or allow more with --max-bad-fraction"
         if "UTF-8" in self.first_reason:
             way_out = f"if it is another encoding, convert it: iconv -f latin1 -t utf-8 (or -f cp1252); else {way_out}"
         raise UserError(
-            f"{bad} of {records} records are bad, more than the {self.max_bad_fraction:.2%} allowed: {count} in {file} "
-            f"(first: {self.first_reason}), all set aside in {self.quarantine}; {way_out}"
+            f"{bad} of {self.records} records are bad, more than the {100 * self.max_bad_fraction:g}% allowed: {count} in "
+            f"{file} (first: {self.first_reason}), all set aside in {self.quarantine}; {way_out}"
         )
 
 
@@ -408,9 +412,10 @@ def find_inputs(inputs: Sequence[str], out: Path) -> tuple[list[Source], list[Pa
     for given in inputs:
         for path in named_by(given):
             if path.is_dir():
-                files = sorted(Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
-                # The corpus may be written below its input; its own quarantine is not text.
-                files = [file for file in files if out.resolve() not in file.resolve().parents]
+                walk = os.walk(path, onerror=refuse_folder, followlinks=True)
+                files = sorted(Path(folder) / name for folder, _, names in walk for name in names)
+                if path.resolve() in out.resolve().parents:  # written below its input: its own quarantine is not text
+                    files = [file for file in files if out.resolve() not in (path.resolve() / file.relative_to(path)).parents]
             elif readable_kind(path):
                 files = [path]
             else:
@@ -427,6 +432,10 @@ def find_inputs(inputs: Sequence[str], out: Path) -> tuple[list[Source], list[Pa
             stat = file.stat()
         sources.append(Source(file, stat.st_size, stat.st_mtime_ns))
     return sources, ignored
+
+
+def refuse_folder(error: OSError) -> None:
+    raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def named_by(given: str) -> list[Path]:

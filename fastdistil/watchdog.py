@@ -1,4 +1,7 @@
-"""What may stop a run: signals, a PAUSE file, values that are not finite. Nothing here waits for the device except `read`."""
+"""What may stop a run: signals, a PAUSE file, values that are not finite.
+
+Nothing here waits for the device except `FiniteGuard.read`.
+"""
 
 import math
 import os
@@ -127,10 +130,17 @@ class FiniteGuard:
         return gate.float()  # without dimensions: torch subtracts it from the optimizer's step counts, which have none
 
     def read(self) -> int:
-        """Updates skipped so far; waits for the device, so: at log time only. Raises NonFinite as the mode says."""
-        if self._count is None or self._first is None:
-            return self._skipped_before
-        count, first, *values = torch.cat([self._count.reshape(1), self._first]).tolist()
+        """`judge(pending())`: updates skipped so far. Waits for the device, so: not on every update."""
+        pending = self.pending()
+        return self._skipped_before if pending is None else self.judge(pending.tolist())
+
+    def pending(self) -> Tensor | None:
+        """What `judge` needs, float64 [2 + terms], still on the device; None before the first check."""
+        return None if self._count is None or self._first is None else torch.cat([self._count.reshape(1), self._first])
+
+    def judge(self, pending: list[float]) -> int:
+        """Updates skipped so far, before a resume included. Raises NonFinite as the mode says."""
+        count, first, *values = pending
         skipped = self._skipped_before + int(count)
         if count and self._mode == "stop":
             error = NonFinite(

@@ -11,6 +11,7 @@ Both are sums over rows: whoever calls divides by the tokens of a whole update, 
 Legend: N rows (tokens), V vocabulary.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class DistillTerms(NamedTuple):
 
 
 def _times(p: Tensor, difference: Tensor) -> Tensor:
-    """p * difference with 0 * inf = 0, as the limit has it."""
-    return torch.where(p > 0, p * difference, 0)
+    """p * difference with 0 * inf = 0, as the limit has it, in the gradient too."""
+    return p * torch.where(p > 0, difference, 0)
 
 
 def divergence_reference(
@@ -46,7 +47,8 @@ def divergence_reference(
             rows_N = _times(log_q_NV.exp(), log_q_NV - log_p_NV).sum(-1)
         case "jsd":
             p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
-            log_m_NV = (beta * p_NV + (1 - beta) * q_NV).log()
+            # From the logarithms: where p and q both underflow, log(m) would be -inf and its gradient nan.
+            log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
             rows_N = (beta * _times(p_NV, log_p_NV - log_m_NV) + (1 - beta) * _times(q_NV, log_q_NV - log_m_NV)).sum(-1)
     return temperature**2 * rows_N
 

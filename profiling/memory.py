@@ -19,8 +19,8 @@ feed-forward width F and H heads, attention as scaled_dot_product_attention. Kep
 which is 8 D + 2 F elements in fp32, and 8 D + 2 F low-precision plus 2 D fp32 ones under autocast; autocast also keeps a
 low-precision copy of every matrix. Dropout inside the attention costs nothing on a GPU, whose kernels draw it again; on a CPU
 it brings back the plain formula, which works in fp32 and keeps the probabilities, the mask and their product:
-3 H * sequence length a token. Feed-forwards other than a plain GELU keep more tensors of width F: `feed_forward_tensors`.
-Sources: torch's derivatives.yaml for what each operator saves; the counts are held against
+3 H * sequence length a token. Instead of 2 F, gated feed-forwards keep 4 F and GPT-2's GELU 6 F. Attention by groups of
+equal length keeps one more D. Sources: torch's derivatives.yaml for what each operator saves; the counts are held against
 torch.autograd.graph.saved_tensors_hooks by a test.
 """
 
@@ -90,9 +90,10 @@ class Shape:
     vocabulary: int
     dropout: bool = False
     attention_dropout: bool = False
-    feed_forward_tensors: int = 2
-    """Kept per token, of width `intermediate`: 2 for GELU, 4 for down(act(gate(x)) * up(x)) as in Llama, Qwen and ModernBERT,
-    6 for GPT-2's GELU, which is written out in elementary operations."""
+    gated: bool = False
+    """Feed-forward of the form down(act(gate(x)) * up(x)), as in Llama, Qwen and ModernBERT."""
+    gelu_written_out: bool = False
+    """GELU in elementary operations, each of which keeps something: GPT-2's `gelu_new`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def student_activation_bytes(shape: Shape, compute_dtype: torch.dtype, on_gpu: b
     """Kept by autograd per token, head transform (dense, GELU, norm) included, logits not: the table above, in bytes."""
     low = compute_dtype.itemsize
     autocast = compute_dtype != torch.float32
-    inner = shape.feed_forward_tensors * shape.intermediate
+    inner = (4 if shape.gated else 6 if shape.gelu_written_out else 2) * shape.intermediate
     residual_sums = 2 * shape.hidden * 4 if autocast else 0  # in fp32 they are among the 8 D
     layer = (8 * shape.hidden + inner) * low + residual_sums + 4 * (shape.heads + 4)
     embedding = shape.hidden * 4 + 2 * 8
@@ -176,7 +177,7 @@ def student_activation_bytes(shape: Shape, compute_dtype: torch.dtype, on_gpu: b
 
 def _forward_only_bytes(shape: Shape, width: int) -> int:
     """Per token of a forward without gradients: a layer's input and the wider of its two halves, and the last hidden state."""
-    inner = min(shape.feed_forward_tensors, 3) * shape.intermediate
+    inner = (3 if shape.gated or shape.gelu_written_out else 2) * shape.intermediate
     return (2 * shape.hidden + max(4 * shape.hidden, inner)) * width
 
 

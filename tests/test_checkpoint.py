@@ -83,7 +83,7 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path: Path) -> None:
         },
         "optimizer": {"first half": (flat := torch.arange(10.0))[:5], "second half": flat[5:]},
     }
-    state = {"lr": 0.1 + 0.2, "text": "naïve\n", "list": [1, [2, None, True]], "big": 2**80}
+    state = {"lr": 0.1 + 0.2, "best": float("inf"), "text": "naïve\n", "list": [1, [2, None, True]], "big": 2**80}
     path = checkpoint.save(tmp_path / "a" / "b", 7, tensors, state, keep=1)
     assert path.name == "step-00000007"
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
@@ -168,7 +168,7 @@ def test_a_flipped_bit_in_any_file_is_named(tmp_path: Path, name: str, where: fl
 
 def test_any_flipped_bit_of_the_manifest_is_noticed(tmp_path: Path) -> None:
     path = put(tmp_path, 3)
-    for offset in range((path / "manifest.json").stat().st_size):
+    for offset in range(0, (path / "manifest.json").stat().st_size, 3):
         flip(path / "manifest.json", offset, offset % 8)
         with pytest.raises(CorruptData, match=r"manifest\.json"):
             checkpoint.load(path)
@@ -185,8 +185,11 @@ def test_a_file_of_another_length_is_named(tmp_path: Path, name: str, damage: st
         (path / name).unlink()
     else:
         (path / name).write_bytes({"truncated": content[:-1], "longer": content + b"x", "empty": b""}[damage])
-    with pytest.raises(CorruptData, match=name):
+    with pytest.raises(CorruptData, match=name) as caught:
         checkpoint.load(path)
+    if damage in ("truncated", "longer") and name != "manifest.json":
+        found = len(content) + (1 if damage == "longer" else -1)
+        assert f"expected {len(content)} bytes, found {found}" in str(caught.value)
 
 
 def test_latest_falls_back_and_says_so(tmp_path: Path) -> None:
@@ -287,6 +290,8 @@ def test_killed_anywhere_in_a_save_the_newest_checkpoint_is_whole(tmp_path: Path
         assert loaded is not None
         held.add(loaded.update)
         assert_holds(loaded, loaded.update, loaded.update)
+        for path in directory.glob("step-*"):
+            checkpoint.load(path)  # whatever has a name is whole, those being removed too
         put(directory, 4, keep=2)
         assert_holds(checkpoint.latest(directory, never), 4, 4)
         assert max(path.name for path in directory.iterdir()) == "step-00000004"
@@ -343,14 +348,16 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
         rename(source, target)
         calls.append(("rename", Path(target).name))
 
+    put(tmp_path, 1)
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
-    put(tmp_path, 1)
-    hidden = f".step-00000001.tmp-{os.getpid()}"
-    named = calls.index(("rename", "step-00000001"))
+    put(tmp_path, 2, keep=1)
+    hidden = f".step-00000002.tmp-{os.getpid()}"
+    named = calls.index(("rename", "step-00000002"))
     assert {name for _, name in calls[:named]} == {*FILES, hidden}
     assert calls[named - 1] == ("fsync", hidden)
     assert calls[named + 1] == ("fsync", tmp_path.name)
+    assert calls[named + 2] == ("rename", f".step-00000001.tmp-{os.getpid()}")  # only now does the old one go
 
 
 # --- disks that refuse ---
@@ -439,8 +446,8 @@ def test_refusals_at_any_call_harm_nothing(tmp_path: Path, monkeypatch: pytest.M
         for update in (1, 2):  # a replacement and a new one
             with pytest.raises(DiskFull):
                 put(tmp_path, update, seed=5)
-    assert snapshot(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+            assert snapshot(tmp_path) == before
+            assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_files_in_the_way_are_errors_of_one_line(tmp_path: Path) -> None:

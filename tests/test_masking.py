@@ -184,16 +184,19 @@ def split(values, lengths):
     return np.split(values, offsets(lengths)[1:-1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     whole_word=st.booleans(),
+    special=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
     epoch=st.integers(0, 1000),
     order=st.randoms(use_true_random=False),
 )
-def test_a_sequence_gets_its_mask_whatever_lies_around_it(lengths, whole_word, seed, epoch, order):
+def test_a_sequence_gets_its_mask_whatever_lies_around_it(lengths, whole_word, special, seed, epoch, order):
     ids, lengths, _ = random_sequences(lengths)
+    if not special:  # then only the lengths say that a word does not go on in the next sequence
+        ids = np.where(ids < 4, V - 1, ids)
     sequences = np.arange(len(lengths)) * 1_000_003  # far apart, as in a large corpus
     one = table(whole_word=whole_word, probability=0.4)
     together = split(mask_tokens(one, ids, lengths, sequences, seed=seed, epoch=epoch)[0], lengths)

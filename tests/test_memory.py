@@ -7,11 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fastdistil.profiling.memory import (
     EAGER_LOGIT_TENSORS,
@@ -63,6 +73,18 @@ def llama_hidden(model: LlamaForCausalLM, ids_BS: Tensor) -> Tensor:
     return model.model(input_ids=ids_BS)[0]
 
 
+def tiny_gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        n_embd=D, n_head=H, n_layer=L, vocab_size=V, n_positions=S, bos_token_id=1, eos_token_id=1, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=dropout,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).train()
+
+
+def gpt2_hidden(model: GPT2LMHeadModel, ids_BS: Tensor) -> Tensor:
+    return model.transformer(input_ids=ids_BS)[0]
+
+
 def kept_bytes(model: nn.Module, hidden: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> int:
     """Distinct storages that autograd keeps for a backward, without the parameters and their low-precision copies."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -92,30 +114,35 @@ def kept_bytes(model: nn.Module, hidden: Callable[[Any, Tensor], Tensor], dtype:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
-    ("make", "hidden", "feed_forward_tensors", "within"),
-    [(tiny_bert, bert_hidden, 2, 0.05), (tiny_distilbert, distilbert_hidden, 2, 0.1), (tiny_llama, llama_hidden, 4, 0.25)],
-    ids=["bert", "distilbert", "llama"],
+    ("make", "hidden", "feed_forward", "within"),
+    [
+        (tiny_bert, bert_hidden, {}, 0.05),
+        (tiny_distilbert, distilbert_hidden, {}, 0.1),
+        (tiny_llama, llama_hidden, {"gated": True}, 0.25),
+        (tiny_gpt2, gpt2_hidden, {"gelu_written_out": True}, 0.25),
+    ],
+    ids=["bert", "distilbert", "llama", "gpt2"],
 )
 def test_activations_are_what_autograd_keeps(
     make: Callable[[float], nn.Module],
     hidden: Callable[[Any, Tensor], Tensor],
-    feed_forward_tensors: int,
+    feed_forward: dict[str, bool],
     within: float,
     dropout: float,
     dtype: torch.dtype,
 ) -> None:
-    shape = shape_of(make(dropout), dropout=dropout > 0 and make is not tiny_llama, feed_forward_tensors=feed_forward_tensors)
+    shape = shape_of(make(dropout), dropout=dropout > 0 and make is not tiny_llama, **feed_forward)
     estimated = B * S * student_activation_bytes(shape, dtype, on_gpu=False, sequence_length=S)
     measured = kept_bytes(make(dropout), hidden, dtype)
     assert measured > B * S * L * D * dtype.itemsize  # something was counted
     assert estimated == pytest.approx(measured, rel=within)
 
 
-def shape_of(model: nn.Module, dropout: bool = False, feed_forward_tensors: int = 2) -> Shape:
+def shape_of(model: nn.Module, dropout: bool = False, **feed_forward: bool) -> Shape:
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=L, hidden=D, intermediate=F, heads=H, vocabulary=V, dropout=dropout, attention_dropout=dropout,
-        feed_forward_tensors=feed_forward_tensors,
+        **feed_forward,
     )  # fmt: skip
 
 
@@ -200,6 +227,7 @@ def test_host_memory_sees_what_is_allocated() -> None:
     after = host_memory()
     assert during.rss_bytes - before.rss_bytes > 60 << 20
     assert after.peak_rss_bytes >= before.rss_bytes + (60 << 20)
+    assert before.rss_bytes == pytest.approx(psutil.Process().memory_info().rss, rel=0.02)
     assert before.anonymous_bytes <= before.rss_bytes <= before.peak_rss_bytes
     assert after.rss_bytes < during.rss_bytes - (60 << 20)
 

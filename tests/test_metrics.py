@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdistil.errors import CorruptData, DiskFull, UserError
+from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.metrics import Console, EventLog, Meter, TensorBoard, read_events
+from fastdistil.watchdog import FiniteGuard
 
 # --- the event log ---
 
@@ -151,13 +152,18 @@ def effective_by_definition(events: list[dict[str, Any]]) -> list[dict[str, Any]
     return [
         event
         for i, event in enumerate(events)
-        if event["event"] == "resume"
+        if event["event"] in ("start", "resume")
         or "update" not in event
-        or not any(later["event"] == "resume" and later["update"] < event["update"] for later in events[i + 1 :])
+        or not any(later["event"] in ("start", "resume") and later["update"] < event["update"] for later in events[i + 1 :])
     ]
 
 
-@given(st.lists(st.one_of(st.just(("note", None)), st.tuples(st.sampled_from(["step", "step", "resume"]), st.integers(0, 9)))))
+@given(
+    st.lists(
+        st.one_of(st.just(("note", None)), st.tuples(st.sampled_from(["step", "step", "start", "resume"]), st.integers(0, 9)))
+    )
+)
+@example([("step", 5), ("resume", 7), ("resume", 3)])
 def test_effective_events_leave_out_what_was_superseded(kinds: list[tuple[str, int | None]]) -> None:
     from fastdistil.metrics import _effective
 
@@ -248,12 +254,18 @@ def test_one_wait_per_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: waits.append(tensor.shape) or tolist(tensor))
     for name in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(Tensor, name, lambda tensor, name=name: pytest.fail(f"another wait: {name}"))
-    meter = Meter()
+    meter, guard = Meter(), FiniteGuard("skip", limit=2)
     for lines in (1, 2):
-        for _ in range(5):
-            meter.add({"soft": scalar(1.0), "hard": scalar(2.0)}, scalar(3.0), 10, 0.0)
-        meter.read()
+        for norm in (1.0, math.inf, 3.0):
+            terms = {"soft": scalar(1.0), "hard": scalar(2.0)}
+            meter.add(terms, scalar(norm), 10, 0.0, guard.check(terms, scalar(norm)))
+        fields = meter.read(guard)
+        assert (fields["skipped"], fields["skipped_in_all"], fields["grad_norm"]) == (1, lines, 2.0)
         assert len(waits) == lines
+    meter.add(terms, scalar(norm), 10, 0.0, guard.check(terms, scalar(math.nan)))
+    with pytest.raises(NonFinite, match="3 updates"):
+        meter.read(guard)
+    assert len(waits) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -324,6 +336,7 @@ def test_a_bar_on_a_terminal_without_colour_if_asked(monkeypatch: pytest.MonkeyP
     reader.join()
     os.close(mine)
     seen = b"".join(received).decode()
+    assert "100/1000" in seen
     assert "150/1000" in seen
     assert "loss 1.5" in seen
     assert "saved [x]" in seen

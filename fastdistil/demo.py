@@ -1,0 +1,192 @@
+"""`fastdistil train demo`: everything from nothing, with honest numbers, in minutes on two cores.
+
+    documentation of this Python -> WordPiece tokenizer -> token shards -> teacher (pre-trained with the same loop)
+      -> student of half the layers, distilled            runs/demo-N
+      -> control: same initialisation, data and steps, without the teacher's signal
+      -> all of them, and the student before any step, on held-out documents
+
+Each stage is an ordinary run beside the student's, so an interrupted demo continues with --resume auto.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import rich.console
+import rich.table
+import torch
+
+from fastdistil import models
+from fastdistil.corpus import Corpus, PrepareOptions, load_tokenizer, prepare, token_facts, train_wordpiece
+from fastdistil.errors import FellShort, UserError, translated
+from fastdistil.evaluate import HeldOut, held_out
+from fastdistil.inputs import resolve
+from fastdistil.metrics import Console
+from fastdistil.plan import show_plan
+from fastdistil.pythondocs import python_documents
+from fastdistil.recipe import Recipe, load_recipe
+from fastdistil.runs import choose_run, next_free
+from fastdistil.train import Result, train
+
+TEXT_BYTES = 5_000_000
+VOCABULARY = 8192
+MAX_LENGTH = 128
+HELD_OUT = 20
+"""One document in so many is held out."""
+KL_RATIO = 0.75
+"""The student's held-out KL to the teacher must be at most this share of the control's."""
+FILLED_IN = "made-by-the-demo"
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    parameters: int
+    found: HeldOut
+    tokens_per_second: float | None
+    """While it was trained; None if it was not."""
+
+
+def run_demo(recipe: Recipe, resume: str | None = None) -> list[Row]:
+    """Run all stages and print the table. Raises FellShort if the student learnt too little from its teacher."""
+    began = time.perf_counter()
+    run, continued = choose_run(recipe, "demo", resume)
+    if resume == "auto" and not continued:
+        # The newest demo may have been stopped before its student had a run of its own.
+        continued = (newest := _unfinished(Path(recipe.runs_dir))) is not None and recipe.name is None
+        run = newest if continued and newest is not None else run
+    stages = {stage: run.with_name(f"{run.name}-{stage}") for stage in ("data", "teacher", "control")}
+    if not continued and any(path.exists() for path in stages.values()):
+        raise UserError(f"{stages['data']} or a stage beside it exists; continue with --resume auto, or choose another name=...")
+    how = "auto" if continued else None
+    console = Console()
+
+    console.note("1/4 collecting text from this Python installation, training a tokenizer")
+    train_dir, heldout_dir = make_corpus(stages["data"], console)
+    corpora = {"train": str(train_dir), "heldout": str(heldout_dir)}
+
+    console.note("2/4 pre-training the teacher")
+    names = {"runs_dir": recipe.runs_dir, "seed": recipe.seed, "device": recipe.device}
+    teacher_recipe = load_recipe("demo-teacher").with_(data=corpora, name=stages["teacher"].name, **names)
+    teacher_recipe = teacher_recipe.with_(loop={"precision": recipe.loop.precision})
+    teacher = train(teacher_recipe, resume=how, recipe_name="demo-teacher")
+
+    console.note("3/4 distilling the student")
+    student_recipe = recipe.with_(data=corpora, name=run.name, teacher={"path": str(teacher.run_dir / "student")})
+    student = train(student_recipe, resume=how)
+
+    console.note("4/4 the control: the same without the teacher")
+    without = {"a_ce": 0.0, "a_cos": 0.0, "a_mse": 0.0, "projection": False}
+    control = train(student_recipe.with_(name=stages["control"].name, objective=without), resume=how)
+
+    rows = evaluate_all(resolve(student_recipe), heldout_dir, teacher, student, control)
+    report(rows, run, time.perf_counter() - began)
+    check_ratio(rows)
+    return rows
+
+
+def _unfinished(runs: Path) -> Path | None:
+    """The newest demo that has at least its data."""
+    newest = runs / next_free(runs, "demo").name
+    number = int(newest.name.rpartition("-")[2]) - 1
+    candidate = runs / f"demo-{number}"
+    return candidate if number > 0 and candidate.with_name(f"{candidate.name}-data").exists() else None
+
+
+def make_corpus(data: Path, console: Console) -> tuple[Path, Path]:
+    """Text, tokenizer and shards below `data`; what is already there is kept. Returns (train, held-out) shards."""
+    text, tokenizer = data / "text", data / "tokenizer"
+    if not tokenizer.exists():
+        with translated("writing the demo's text", data):
+            text.mkdir(parents=True, exist_ok=True)
+            documents = list(python_documents(TEXT_BYTES))
+            if len(documents) < 10 * HELD_OUT:
+                raise UserError(f"this Python installation has only {len(documents)} documentation strings; was it stripped?")
+            for name, chosen in zip(("train", "heldout"), split(documents), strict=True):
+                lines = (json.dumps({"text": document}) + "\n" for document in chosen)
+                (text / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            train_wordpiece(split(documents)[0], VOCABULARY, tokenizer)
+    for name in ("train", "heldout"):
+        options = PrepareOptions(tokenizer=str(tokenizer), max_length=MAX_LENGTH)
+        manifest = prepare([str(text / f"{name}.jsonl")], data / name, options)
+        console.note(f"    {name}: {manifest.tokens:,} tokens of {manifest.documents:,} documents")
+    return data / "train", data / "heldout"
+
+
+def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(train, held-out) by each document's own hash, so that no document moves when others come or go."""
+    out = [hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] % HELD_OUT == 0 for document in documents]
+    kept = [document for document, held in zip(documents, out, strict=True) if not held]
+    return kept, [document for document, held in zip(documents, out, strict=True) if held]
+
+
+def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result, control: Result) -> list[Row]:
+    """Every model on all held-out text; the KL is to the teacher in float32."""
+    corpus = Corpus.open(heldout)
+    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
+    device = torch.device(recipe.device)
+    reference = models.load_model(str(teacher.run_dir / "student")).to(device)
+    untrained = models.make_student(recipe.student, reference, facts.vocab_size).to(device)
+    candidates = (
+        ("teacher", reference, teacher.tokens_per_second),
+        ("student", models.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
+        ("control (no teacher)", models.load_model(str(control.run_dir / "student")).to(device), control.tokens_per_second),
+        ("student, untrained", untrained, None),
+    )
+    rows = []
+    for name, model, speed in candidates:
+        found = held_out(model, corpus, facts, teacher=reference, device=device)
+        rows.append(Row(name, models.parameter_count(model), found, speed))
+    return rows
+
+
+def report(rows: Sequence[Row], run: Path, seconds: float) -> None:
+    found = rows[0].found
+    table = rich.table.Table(
+        title=f"Held-out text: {found.sequences:,} sequences, {found.labels:,} masked tokens. ± is one standard error.",
+        title_justify="left",
+    )
+    columns = ("model", "MLM loss", "perplexity", "KL to teacher", "parameters", "training tokens/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row.model,
+            f"{row.found.loss:.4f} ± {row.found.loss_se:.4f}",
+            f"{row.found.perplexity:.1f}",
+            f"{row.found.kl:.4f} ± {row.found.kl_se:.4f}",
+            f"{row.parameters:,}",
+            "not trained" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        )
+    rich.console.Console().print(table)
+    print(f"{seconds:.0f} s in all; the student is in {run / 'student'}, its numbers in {run / 'demo.json'}")
+    values = {"seconds": seconds, "kl_ratio": kl_ratio(rows), "rows": [asdict(row) for row in rows]}
+    with translated("writing the demo's results", run):
+        (run / "demo.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def kl_ratio(rows: Sequence[Row]) -> float:
+    student, control = rows[1].found.kl, rows[2].found.kl
+    return student / control if student is not None and control else math.nan
+
+
+def check_ratio(rows: Sequence[Row]) -> None:
+    ratio = kl_ratio(rows)
+    print(f"The student's KL to its teacher is {ratio:.2f} of the control's (wanted: at most {KL_RATIO}).")
+    if not ratio <= KL_RATIO:
+        raise FellShort(f"the student's KL is {ratio:.2f} of the control's, wanted at most {KL_RATIO}; train longer: loop.updates=...")
+
+
+def plan_demo(recipe: Recipe, console: rich.console.Console) -> None:
+    """--dry-run: both recipes with their estimates."""
+    run, _ = choose_run(recipe, "demo", None)
+    teacher_recipe = resolve(load_recipe("demo-teacher"))
+    config = models.config_from(teacher_recipe.student.config or {}, VOCABULARY)
+    console.print("# teacher", markup=False)
+    show_plan(teacher_recipe, run.with_name(f"{run.name}-teacher"), console, teacher_config=None, vocabulary=VOCABULARY)
+    console.print("\n# student (the control's is the same with objective a_ce, a_cos and a_mse 0)", markup=False)
+    show_plan(resolve(recipe), run, console, teacher_config=config, vocabulary=VOCABULARY)
