@@ -3,7 +3,7 @@
 Both read the same text in the same run, turn about; the ratio of the medians is printed and kept in `extra_info`, not
 asserted. The rival gets its text as strings in memory, in the stretches in which it is fastest (it takes up to 1.6 times
 as long for whole books), and as many threads as prepare has processes. The time a worker process needs to start is
-measured apart, by a corpus of one line, and taken off: it does not grow with the corpus.
+measured apart, by a corpus of one line a process, and taken off: it does not grow with the corpus.
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from tokenizers import Tokenizer
 
+from fastdistil import textfiles
 from fastdistil.corpus import PrepareOptions, cut_at_spaces, load_tokenizer, plain, prepare, train_wordpiece
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,12 +85,18 @@ def test_prepare_against_the_tokenizer_alone(
     tokenizer: Tokenizer = load_tokenizer(tokenizer_dir).backend_tokenizer
     plain(tokenizer)
     out = tmp_path / "out"
-    line = tmp_path / "line.txt"
-    line.write_text("one line\n")
+    lines = [tmp_path / f"{index}.txt" for index in range(threads)]
+    for line in lines:
+        line.write_text("one line\n")
 
     def run(inputs: list[str]) -> Cost:
         shutil.rmtree(out, ignore_errors=True)
         return cost(lambda: prepare(inputs, out, options))
+
+    def run_start() -> Cost:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(textfiles, "BLOCK_CHARACTERS", 1)  # a block, and so a process, for each line
+            return run([str(line) for line in lines])
 
     ours: list[Cost] = []
     start: list[Cost] = []
@@ -98,7 +105,7 @@ def test_prepare_against_the_tokenizer_alone(
     def round_of_three() -> None:
         rival.append(cost(lambda: tokenizer.encode_batch_fast(stretches, add_special_tokens=False)))
         ours.append(run(files))
-        start.append(run([str(line)]))
+        start.append(run_start())
 
     round_of_three()
     for costs in (ours, start, rival):

@@ -47,13 +47,14 @@ def packed_attention(
     # torch's variable-length attention knows neither dropout nor fp32; both go the other way, which computes the same function.
     if query_1HTd.is_cuda and dropout == 0.0 and query_1HTd.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query_1HTd, key_1KTd, value_1KTd, packing, scaling, causal, sliding_window)
-    return _grouped(query_1HTd, key_1KTd, value_1KTd, packing, dropout, scaling, causal, sliding_window)
+    out: Tensor = _grouped(query_1HTd, key_1KTd, value_1KTd, packing, dropout, scaling, causal, sliding_window)
+    return out
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, causal: bool, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # not needed, and not always there, without a GPU
 
     reach = -1 if window is None else window - 1
     out_THd = varlen_attn(
@@ -68,10 +69,11 @@ def _varlen(
         window_size=(reach, 0 if causal else reach),
     )
     assert isinstance(out_THd, Tensor)
-    return out_THd.unsqueeze(0)
+    unpacked: Tensor = out_THd.unsqueeze(0)
+    return unpacked
 
 
-@torch.compiler.disable  # the groups differ from batch to batch: compiling them would compile every batch anew
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the groups differ from batch to batch: compiling them would compile every batch anew
 def _grouped(
     query: Tensor,
     key: Tensor,
@@ -83,10 +85,12 @@ def _grouped(
     window: int | None,
 ) -> Tensor:
     heads, width = query.shape[1], query.shape[3]
+    # split, not slices: the gradient of a slice is as large as the whole row, that of a split is one concatenation.
+    sizes = [length * count for length, _, count in packing.groups]
+    parts = zip(*(torch.split(x[0], sizes, dim=1) for x in (query, key, value)), strict=True)
     outs = []
-    for length, first, count in packing.groups:
-        rows = slice(first, first + length * count)
-        q, k, v = (x[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))  # [G, H, L, d]
+    for (length, _, count), part in zip(packing.groups, parts, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)  # [G, H, L, d]
         mask = None
         if window is not None and length > window:
             position = torch.arange(length, device=query.device)

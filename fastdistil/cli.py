@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
 import click
 import rich.console
@@ -25,10 +25,12 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to change, e.g. optim.lr=1e-4", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to change, e.g. optim.lr=1e-4", show_default=False),
 ]
 Resume = Annotated[
-    str | None, typer.Option(metavar="auto|PATH", help="Continue the newest run of this recipe, or the run or checkpoint at PATH.")
+    str | None,
+    typer.Option(metavar="auto|PATH", help="Continue the newest run of this recipe, or the run or checkpoint at PATH."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve everything, print recipe and estimates, start nothing.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
@@ -105,7 +107,10 @@ def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
     from fastdistil.train import train as run
 
     result = run(recipe, recipe_name=stem, resume=resume)
-    print(f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; the student is in {result.run_dir / 'student'}")
+    print(
+        f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; "
+        f"the student is in {result.run_dir / 'student'}"
+    )
 
 
 @app.command(epilog="Example: fastdistil prepare books/ --tokenizer bert-base-uncased --out corpus --strip-gutenberg")
@@ -162,7 +167,7 @@ class PrepareBar:
         self._task = self._bar.add_task("", total=None)
         self._told_s = 0.0
 
-    def __enter__(self) -> "PrepareBar":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -184,9 +189,13 @@ class PrepareBar:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id or directory of a masked or causal language model.")],
     corpora: Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Prepared directories or text files.")],
-    positions: Annotated[str, typer.Option(metavar="N|all", help="Token positions for pseudo-perplexity; 0: leave it out.")] = "2000",
+    positions: Annotated[
+        str, typer.Option(metavar="N|all", help="Token positions for pseudo-perplexity; 0: leave it out.")
+    ] = "2000",
     seed: Annotated[int, typer.Option(help="Of masks and sampled positions.")] = 0,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence (default 512), or of a causal model's window (1024).")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of the longest sequence (default 512), or of a causal model's window (1024).")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Causal models: tokens the window moves by; default: half of it.")] = None,
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
@@ -234,7 +243,7 @@ class EvaluateBar:
         self._task = self._bar.add_task("evaluating", total=1.0)
         self._stage = ""
 
-    def __enter__(self) -> "EvaluateBar":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 

@@ -61,7 +61,9 @@ def run_demo(recipe: Recipe, resume: str | None = None) -> list[Row]:
         run = newest if continued and newest is not None else run
     stages = {stage: run.with_name(f"{run.name}-{stage}") for stage in ("data", "teacher", "control")}
     if not continued and any(path.exists() for path in stages.values()):
-        raise UserError(f"{stages['data']} or a stage beside it exists; continue with --resume auto, or choose another name=...")
+        raise UserError(
+            f"{stages['data']} or a stage beside it exists; continue with --resume auto, or choose another name=..."
+        )
     how = "auto" if continued else None
     console = Console()
 
@@ -178,7 +180,9 @@ def check_ratio(rows: Sequence[Row]) -> None:
     ratio = kl_ratio(rows)
     print(f"The student's KL to its teacher is {ratio:.2f} of the control's (wanted: at most {KL_RATIO}).")
     if not ratio <= KL_RATIO:
-        raise FellShort(f"the student's KL is {ratio:.2f} of the control's, wanted at most {KL_RATIO}; train longer: loop.updates=...")
+        raise FellShort(
+            f"the student's KL is {ratio:.2f} of the control's, wanted at most {KL_RATIO}; train longer: loop.updates=..."
+        )
 
 
 def plan_demo(recipe: Recipe, console: rich.console.Console) -> None:

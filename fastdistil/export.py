@@ -1,4 +1,4 @@
-"""The finished student as a directory that transformers loads without fastdistil, with a model card that says how it was made."""
+"""The finished student as a directory that transformers loads without fastdistil, with a card that says how it was made."""
 
 from pathlib import Path
 
@@ -11,9 +11,7 @@ from fastdistil.inputs import Inputs
 from fastdistil.recipe import Recipe
 
 
-def export_student(
-    inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut | None, *, updates: int, tokens: int
-) -> None:
+def export_student(inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut | None, *, updates: int, tokens: int) -> None:
     """Write weights, configuration, tokenizer and README.md to `target`, all or nothing."""
     with atomic_directory(target) as directory:
         models.save_pretrained(inputs.student, directory)
@@ -34,9 +32,11 @@ def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: i
         "",
         f"# {target_name(recipe)}",
         "",
-        f"A language model {teacher} with fastdistil {__version__} (torch {torch.__version__}, {inputs.device.type}, "
-        f"{recipe.loop.precision}): {models.parameter_count(inputs.student):,} parameters, {updates:,} updates, "
-        f"{tokens:,} training tokens.",
+        (
+            f"A language model {teacher} with fastdistil {__version__} (torch {torch.__version__}, {inputs.device.type}, "
+            f"{recipe.loop.precision}): {models.parameter_count(inputs.student):,} parameters, {updates:,} updates, "
+            f"{tokens:,} training tokens."
+        ),
         "",
         "## Measured on held-out text",
         "",
@@ -59,5 +59,3 @@ def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: i
 
 def target_name(recipe: Recipe) -> str:
     return recipe.name or "student"
-
-

@@ -1,7 +1,7 @@
 """From a recipe to what the loop runs on: device and precision resolved, models loaded and checked, windows of batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,7 +94,7 @@ class MappingSource:
     def updates(self, loop: Loop) -> int:
         if loop.updates is not None:
             return loop.updates
-        if not hasattr(self._mappings, "__len__"):
+        if not isinstance(self._mappings, Sized):
             raise UserError("loop.epochs needs batches with a length; set loop.updates for an iterable without one")
         assert loop.epochs is not None
         per_epoch = -(-len(self._mappings) // loop.accumulation)
@@ -163,7 +163,10 @@ def load_inputs(
     batches: Iterable[Mapping[str, Any]] | None = None,
     note: Callable[[str], None] = print,
 ) -> Inputs:
-    """Load and check all that a resolved recipe names; the arguments stand in for parts of it. Raises UserError, CorruptData."""
+    """Load and check all that a resolved recipe names; the arguments stand in for parts of it.
+
+    Raises UserError, CorruptData.
+    """
     device = torch.device(recipe.device)
     if recipe.objective.needs_teacher and recipe.teacher is None and teacher is None:
         raise UserError(
@@ -175,7 +178,9 @@ def load_inputs(
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
     facts = token_facts(tokenizer) if tokenizer is not None else None
     if corpus is not None and heldout is not None and heldout.manifest.fingerprint != corpus.manifest.fingerprint:
-        raise UserError(f"data.heldout {recipe.data.heldout} has another vocabulary than data.train; prepare both with one --tokenizer")
+        raise UserError(
+            f"data.heldout {recipe.data.heldout} has another vocabulary than data.train; prepare both with one --tokenizer"
+        )
     if corpus is None and heldout is not None:
         tokenizer = load_tokenizer(str(heldout.tokenizer_dir))
         facts = token_facts(tokenizer)
@@ -189,7 +194,8 @@ def load_inputs(
     else:
         if recipe.student.path is not None and corpus is not None:
             _check_tokenizer(recipe.student.path, corpus, "the student's model")
-        student_model = models.make_student(recipe.student, teacher_model, vocabulary)  # type: ignore[arg-type]
+        pad_id = facts.pad_id if facts is not None else None
+        student_model = models.make_student(recipe.student, teacher_model, vocabulary, pad_id)
     projection = _check(recipe, teacher_model, student_model, corpus, facts)
     student_model.float().to(device)
     if teacher_model is not None:
@@ -220,7 +226,7 @@ def load_inputs(
 def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
     if not path:
         raise UserError(f"{key} is not set; give a directory written by `fastdistil prepare`, e.g. {key}=corpus/")
-    return Corpus.open(path, verify=verify)  # type: ignore[arg-type]
+    return Corpus.open(path, verify=verify)
 
 
 def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None) -> Any | None:
@@ -228,6 +234,7 @@ def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None) -> 
         return models.as_language_model(given)
     if recipe.teacher is None:
         return None
+    models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
     if corpus is not None:
         _check_tokenizer(recipe.teacher.path, corpus, "the teacher")
     return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype])
@@ -238,10 +245,12 @@ def _check_tokenizer(path: str, corpus: Corpus, who: str) -> None:
     models.check_tokenizer(path, fingerprint, who, lambda place: vocabulary_fingerprint(load_tokenizer(place)))
 
 
-def _check(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None, facts: TokenFacts | None) -> nn.Linear | None:
+def _check(
+    recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None, facts: TokenFacts | None
+) -> nn.Linear | None:
     """Refuse what cannot be trained; returns the projection if the objective has one."""
     objective = recipe.objective
-    if student.causal and objective.a_mlm or not student.causal and objective.a_clm:
+    if (student.causal and objective.a_mlm) or (not student.causal and objective.a_clm):
         kind, right, wrong = ("causal", "a_clm", "a_mlm") if student.causal else ("masked", "a_mlm", "a_clm")
         raise UserError(f"the student is a {kind} model: set objective.{right} instead of objective.{wrong}")
     if facts is not None and models.shape(student)[0] < facts.vocab_size:
@@ -253,7 +262,9 @@ def _check(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | N
     for name, model in (("student", student), ("teacher", teacher)):
         limit = models.max_length(model) if model is not None else None
         if limit is not None and longest > limit:
-            raise UserError(f"the corpus has sequences of {longest} tokens, the {name} takes {limit}; prepare it with --max-length {limit}")
+            raise UserError(
+                f"the corpus has sequences of {longest} tokens, the {name} takes {limit}; prepare it with --max-length {limit}"
+            )
     if teacher is None:
         return None
     hidden_terms = bool(objective.a_cos or objective.a_mse)

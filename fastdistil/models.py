@@ -304,6 +304,26 @@ def _from_config(config: PretrainedConfig) -> LanguageModel:
         raise UserError(f"student.config makes no {config.model_type} model: {_reason(error)}") from error
 
 
+def student_config(
+    recipe: Student, teacher: PretrainedConfig | None, vocabulary: int, pad_id: int | None = None
+) -> PretrainedConfig:
+    """The configuration of what `make_student` makes: for estimates, before there are weights."""
+    if recipe.path is not None:
+        return load_config(recipe.path)
+    if recipe.config is not None:
+        return config_from(recipe.config, vocabulary, pad_id)
+    if teacher is None:
+        raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
+    layers = student_layers(recipe, teacher)
+    return distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
+
+
+def count_without_weights(config: PretrainedConfig) -> int:
+    """Parameters of a configuration's model, without allocating them."""
+    with torch.device("meta"):
+        return parameter_count(_auto(config).from_config(config))
+
+
 def student_layers(recipe: Student, config: PretrainedConfig) -> list[int]:
     depth = int(getattr(config, family_of(config).depth))
     layers = list(recipe.layers) if recipe.layers is not None else list(range(0, depth, recipe.every or 1))

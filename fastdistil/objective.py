@@ -100,16 +100,15 @@ def _vocabulary_terms(
     objective: Objective, student: Any, teacher: Any, student_hidden_ND: Tensor, teacher_hidden_NE: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """Sums of the soft and the hard term. Rows that enter neither are dropped before the matrix products."""
+    rows = batch.label_rows if objective.soft_rows == "masked" else batch.valid_rows
     if objective.soft_rows == "masked":
-        rows = batch.label_rows
-        label_rows_M = torch.arange(rows.shape[0], device=rows.device)
+        label_rows_M = torch.arange(batch.label_rows.shape[0], device=batch.label_rows.device)
     else:
-        rows = batch.valid_rows
         label_rows_M = batch.label_rows if rows is None else torch.searchsorted(rows, batch.label_rows)
-    weights_N = batch.weights_N
-    if weights_N is not None:
-        # The labelled rows count alike (`denominators`), all others by their weight.
-        weights_N = None if objective.soft_rows == "masked" else _rows(weights_N, rows)
+    # With soft_rows "masked" the labelled rows count alike, as their denominator does.
+    weights_N = None
+    if batch.weights_N is not None and objective.soft_rows == "all":
+        weights_N = _rows(batch.weights_N, rows)
     with torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):
         teacher_features_NE = teacher.transform(_rows(teacher_hidden_NE, rows))
     return linear_distill_reference(

@@ -28,8 +28,11 @@ def show_plan(
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
         teacher_config = models.load_config(recipe.teacher.path)
-    student_config = models.student_config(recipe.student, teacher_config, vocabulary)
-    student, teacher = transformer_shape(student_config), transformer_shape(teacher_config) if teacher_config is not None else None
+    student_config = models.student_config(
+        recipe.student, teacher_config, vocabulary, facts.pad_id if facts is not None else None
+    )
+    student = transformer_shape(student_config)
+    teacher = transformer_shape(teacher_config) if teacher_config is not None else None
     rows = recipe.data.micro_batch_tokens
     only_labels = not recipe.objective.a_ce or recipe.objective.soft_rows == "masked"
     causal = models.family_of(student_config).causal
@@ -44,7 +47,9 @@ def show_plan(
         sequence_length=int(corpus.lengths.max()) if corpus is not None else 512,
     )
     disk = estimate_disk(student, keep=recipe.checkpoint.keep)
-    table = rich.table.Table("estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False)
+    table = rich.table.Table(
+        "estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False
+    )
     if corpus is not None and facts is not None:
         batches = Batches(
             corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=recipe.loop.accumulation, causal=causal
@@ -53,7 +58,9 @@ def show_plan(
         table.add_row("corpus", f"{corpus.manifest.tokens:,} tokens in {len(corpus):,} sequences")
         table.add_row("updates", f"{updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens")
     elif recipe.loop.updates is not None:
-        table.add_row("updates", f"{recipe.loop.updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens")
+        table.add_row(
+            "updates", f"{recipe.loop.updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens"
+        )
     table.add_row("student parameters", f"{student.parameters:,}")
     table.add_row("teacher parameters", f"{teacher.parameters:,}" if teacher is not None else "none")
     for name, size in vars(memory).items():
@@ -67,7 +74,9 @@ def show_plan(
 def transformer_shape(config: Any) -> Shape:
     """What memory estimates need to know of a transformers configuration."""
     hidden = int(config.hidden_size)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or getattr(config, "n_inner", None)
+    inner = (
+        getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or getattr(config, "n_inner", None)
+    )
     dropouts = {name: value for name, value in config.to_dict().items() if "dropout" in name or name.endswith("pdrop")}
     attention = {name for name in dropouts if name.startswith("att")}
     return Shape(
@@ -79,6 +88,7 @@ def transformer_shape(config: Any) -> Shape:
         vocabulary=int(config.vocab_size),
         dropout=any(value for name, value in dropouts.items() if name not in attention),
         attention_dropout=any(dropouts[name] for name in attention),
+        gelu_written_out=config.model_type == "gpt2",
         gated=config.model_type in ("modernbert", "llama", "qwen2", "qwen3"),
     )
 

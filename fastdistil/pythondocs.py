@@ -1,4 +1,4 @@
-"""Text that every Python installation has: documentation strings of the standard library and of installed packages, and READMEs.
+"""Text that every Python installation has: documentation strings of the standard library and of packages, and READMEs.
 
 The demo learns from it, so that it needs no download. What there is depends on the installation; for one installation the
 result is always the same.
@@ -13,9 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Well-documented packages that fastdistil itself needs; the standard library comes first.
-PACKAGES = ("numpy", "torch", "pydantic", "rich", "typer", "transformers", "huggingface_hub", "tokenizers", "safetensors", "yaml")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "pydantic",
+    "rich",
+    "typer",
+    "transformers",
+    "huggingface_hub",
+    "tokenizers",
+    "safetensors",
+    "yaml",
+)
 # Not documentation: tests, and files whose text is generated or repeated.
-LEFT_OUT = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "_vendor"})
+LEFT_OUT = frozenset(
+    {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "_vendor"}
+)
 SHORTEST = 200
 """Characters: shorter strings say little."""
 LARGEST_FILE_BYTES = 400_000

@@ -13,7 +13,16 @@ from fastdistil.errors import UserError, translated
 from fastdistil.recipe import VERSION, Recipe, validated
 
 # What may differ between a run and its continuation: it changes no bit of what is learnt.
-FREE_KEYS = ("name", "runs_dir", "logging", "checkpoint", "data.prefetch", "data.verify", "loop.nonfinite", "loop.nonfinite_limit")
+FREE_KEYS = (
+    "name",
+    "runs_dir",
+    "logging",
+    "checkpoint",
+    "data.prefetch",
+    "data.verify",
+    "loop.nonfinite",
+    "loop.nonfinite_limit",
+)
 
 
 def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> tuple[Path, bool]:
@@ -31,10 +40,10 @@ def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> t
             raise UserError(f"{run} exists; continue it with --resume auto, or choose another name=...")
         return run, False
     if str(resume) == "auto":
-        run = runs / recipe.name if recipe.name is not None else _newest(runs, recipe_name)
-        if run is None or not (run / "recipe.yaml").exists():
-            return (run if recipe.name is not None and run is not None else next_free(runs, recipe_name)), False
-        return run, True
+        found = runs / recipe.name if recipe.name is not None else _newest(runs, recipe_name)
+        if found is not None and (found / "recipe.yaml").exists():
+            return found, True
+        return runs / recipe.name if recipe.name is not None else next_free(runs, recipe_name), False
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if not (run / "recipe.yaml").is_file():
@@ -91,7 +100,9 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     ]
     if differing:
-        raise UserError(f"{run} was started with another recipe: {'; '.join(differing[:5])}; give it another name to start anew")
+        raise UserError(
+            f"{run} was started with another recipe: {'; '.join(differing[:5])}; give it another name to start anew"
+        )
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

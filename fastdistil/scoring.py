@@ -24,7 +24,7 @@ from fastdistil.errors import UserError
 from fastdistil.kernels.distill import divergence_reference
 from fastdistil.masking import Facts, Ints, offsets, ranges
 
-ROWS = 2048
+ROWS = 512
 """Logits of so many rows exist at a time."""
 Progress = Callable[[float], None]
 

@@ -8,9 +8,10 @@ dropout's random numbers, the learning rate. A continued run therefore replays e
 checkpoint holds no generator state and no data position beyond the number of updates.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from fastdistil.optim import learning_rate, make_optimizer
 from fastdistil.recipe import Recipe, load_recipe, validated
 from fastdistil.runs import check_same_recipe, choose_run, create_run
 from fastdistil.watchdog import FiniteGuard, Signals
-
 
 # Of a log line's fields, those that a person watches; events.jsonl has them all.
 SHOWN = ("total", "soft", "hard", "cosine", "mse", "grad_norm", "lr", "tokens_per_s", "data_wait_share")
@@ -159,7 +159,8 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
         per = denominators(objective, update_counts, batch.counts, len(window))
         with run.autocast():
             terms = loss_terms(objective, inputs.student, inputs.teacher, batch, per, inputs.projection)
-        (terms.total if run.scaler is None else run.scaler.scale(terms.total)).backward()
+        loss = terms.total if run.scaler is None else run.scaler.scale(terms.total)
+        torch.autograd.backward(loss)
         for name, term in terms._asdict().items():
             sums[name] = sums[name] + term.detach() if name in sums else term.detach()
     grad_norm, found_inf = _apply_gradients(run, sums)
@@ -170,7 +171,7 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
 
 
 def _apply_gradients(run: Run, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Clip and step, unless a loss or the gradient is not finite. Returns the norm before clipping and that flag, on the device."""
+    """Clip and step, unless a loss or the gradient is not finite. Returns the norm before clipping, and that flag."""
     optim = run.recipe.optim
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
@@ -234,9 +235,9 @@ def _announce(run: Run) -> None:
 
 def _log(run: Run) -> None:
     """The one host sync of a log line."""
-    skipped = _check_finite(run)
-    fields: dict[str, Any] = run.meter.read()
-    fields |= {"lr": run.optimizer.param_groups[0]["lr"], "skipped_in_all": skipped}
+    with _rolling_back(run):
+        fields: dict[str, Any] = run.meter.read(run.guard)
+    fields["lr"] = run.optimizer.param_groups[0]["lr"]
     if run.scaler is not None:
         fields["loss_scale"] = run.scaler.get_scale()
     run.events.write("train", update=run.update, **fields)
@@ -245,16 +246,17 @@ def _log(run: Run) -> None:
         run.board.write(run.update, {f"train/{name}": value for name, value in fields.items()})
 
 
-def _check_finite(run: Run) -> int:
-    """Updates skipped so far; waits for the device. Raises NonFinite, with the state saved as it was before the bad update."""
+@contextmanager
+def _rolling_back(run: Run) -> Iterator[None]:
+    """On NonFinite, save the state: it is as before the bad update (stop), or without the skipped ones (skip)."""
     try:
-        return run.guard.read()
+        yield
     except NonFinite as error:
         if error.update is not None:
             run.update = error.update - 1
-        _write_checkpoint(run, run.recipe.loop.nonfinite_limit)
+        _write_checkpoint(run, skipped=0)
         run.events.write("nonfinite", update=run.update, message=str(error))
-        raise
+        raise NonFinite(f"{error}; saved after update {run.update}, continue with --resume {run.directory}") from error
 
 
 def _evaluate(run: Run) -> HeldOut | None:
@@ -275,17 +277,20 @@ def _evaluate(run: Run) -> HeldOut | None:
             precision=run.recipe.loop.precision,
         )
     run.events.write("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(found))
-    run.console.note(f"update {run.update}: held-out loss {found.loss:.4f} ± {found.loss_se:.4f}, perplexity {found.perplexity:.2f}")
+    run.console.note(
+        f"update {run.update}: held-out loss {found.loss:.4f} ± {found.loss_se:.4f}, perplexity {found.perplexity:.2f}"
+    )
     if run.board is not None:
         run.board.write(run.update, {f"evaluation/{name}": value for name, value in asdict(found).items()})
-    if run.best_loss is None or found.loss < run.best_loss:
+    if math.isfinite(found.loss) and (run.best_loss is None or found.loss < run.best_loss):
         run.best_loss, run.best_update = found.loss, run.update
         _save(run)
     return found
 
 
 def _save(run: Run) -> None:
-    skipped = _check_finite(run)
+    with _rolling_back(run):
+        skipped = run.guard.read()
     with run.meter.excluded():
         _write_checkpoint(run, skipped)
 
@@ -311,7 +316,7 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
         "best_update": run.best_update,
         "best_loss": run.best_loss,
         "corpus": run.inputs.source.identity,
-        "skipped": skipped if run.recipe.loop.nonfinite == "skip" else 0,
+        "skipped": skipped,
         "scaler": run.scaler.state_dict() if run.scaler is not None else None,
     }
     protect = frozenset() if run.best_update is None else frozenset({run.best_update})
@@ -331,14 +336,19 @@ def _restore(run: Run, path: Path | None) -> None:
             return
         loaded = newest
     if loaded.state["corpus"] != run.inputs.source.identity:
-        raise UserError(f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; give back that corpus, or start anew")
+        raise UserError(
+            f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; give back that corpus, or start anew"
+        )
     for part, module in (("student", run.inputs.student), ("projection", run.inputs.projection)):
         if module is not None:
-            models.load_own_state(module, {
-                name.removeprefix(f"{part}."): tensor
-                for name, tensor in loaded.tensors["model"].items()
-                if name.startswith(f"{part}.")
-            })
+            models.load_own_state(
+                module,
+                {
+                    name.removeprefix(f"{part}."): tensor
+                    for name, tensor in loaded.tensors["model"].items()
+                    if name.startswith(f"{part}.")
+                },
+            )
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in loaded.tensors["optimizer"].items():
         index, _, field = name.partition(".")
@@ -348,7 +358,11 @@ def _restore(run: Run, path: Path | None) -> None:
         run.scaler.load_state_dict(loaded.state["scaler"])
     loop = run.recipe.loop
     run.guard = FiniteGuard(
-        loop.nonfinite, loop.nonfinite_limit, done=loaded.update, skipped=loaded.state["skipped"], describe=run.inputs.source.describe
+        loop.nonfinite,
+        loop.nonfinite_limit,
+        done=loaded.update,
+        skipped=loaded.state["skipped"],
+        describe=run.inputs.source.describe,
     )
     run.update, run.tokens = loaded.update, loaded.state["tokens"]
     run.best_update, run.best_loss = loaded.state["best_update"], loaded.state["best_loss"]

@@ -1,6 +1,6 @@
 """Losses of hidden states: one minus the cosine to the teacher's, and the mean squared error.
 
-    cosine = sum_n 1 - s_n . t_n / (|s_n| |t_n|)        (torch.nn.functional.cosine_embedding_loss with target 1; Sanh et al. 2019)
+    cosine = sum_n 1 - s_n . t_n / (|s_n| |t_n|)        (torch's cosine_embedding_loss with target 1; Sanh et al. 2019)
     mse    = sum_n |s_n - t_n|^2 / D                    (mean over the width, sum over rows)
 
 Legend: N rows (tokens), D width.

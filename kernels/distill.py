@@ -34,7 +34,12 @@ def _times(p: Tensor, difference: Tensor) -> Tensor:
 
 
 def divergence_reference(
-    student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1.0, divergence: Divergence = "forward-kl", beta: float = 0.5
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward-kl",
+    beta: float = 0.5,
 ) -> Tensor:
     """D(teacher, student) of each row times temperature squared, [N], float32 or wider. Differentiable in both."""
     wide = torch.promote_types(student_NV.dtype, torch.float32)

@@ -42,8 +42,6 @@ def linear_distill_reference(
     return DistillTerms(soft, hard)
 
 
-def linear_cross_entropy_reference(
-    features_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor
-) -> Tensor:
+def linear_cross_entropy_reference(features_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor) -> Tensor:
     """Sum of the labels' cross-entropy from hidden states: the hard term alone, for rows that carry a label."""
     return cross_entropy_reference(linear(features_MD, weight_VD, bias_V), labels_M)

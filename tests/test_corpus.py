@@ -159,7 +159,7 @@ def test_the_examples_dropping_rules_when_asked(wordpiece: Path, tmp_path: Path)
 
 
 def test_the_share_of_unknown_tokens_counts_special_ones_and_its_limit_drops() -> None:
-    tokens = np.array([9, 9, 5, 5] + [9, 9, 9, 5], np.uint16)  # 9 is unknown: 2 of 6 and 3 of 6 with the frame
+    tokens = np.array([9, 9, 5, 5, 9, 9, 9, 5], np.uint16)  # 9 is unknown: 2 of 6 and 3 of 6 with the frame
     for limit, kept in ((1.0, 2), (0.51, 2), (0.5, 1), (2 / 6, 0)):
         encoded = pieces(tokens, np.array([4, 4]), Plan(16, 1, 2, 9, 0, limit, "uint16"))
         assert (len(encoded.lengths), encoded.dropped) == (kept, 2 - kept)

@@ -259,12 +259,15 @@ class Unigram(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(log_probabilities_V[:, None])
         self.modes: list[bool] = []
+        self.autocast: list[bool] = []
 
     def hidden(self, batch: Batch) -> Tensor:
         self.modes.append(self.training)
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
         return torch.ones(batch.ids_BS.numel(), 1, dtype=self.weight.dtype)
 
     def transform(self, hidden_ND: Tensor) -> Tensor:
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
         return hidden_ND
 
 
@@ -302,7 +305,16 @@ def test_half_precision_is_near(precision: str, corpus: Corpus, facts: TokenFact
     half = held_out(model, corpus, facts, teacher=model, precision=precision)
     assert half.loss == pytest.approx(exact.loss, rel=0.01)
     assert half.loss != exact.loss
-    assert 0 < half.kl < 0.01  # the teacher stays in float32
+    assert 0 < half.kl < 0.01
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_is_for_the_model_and_not_for_its_teacher(outside: bool, corpus: Corpus, facts: TokenFacts) -> None:
+    model, teacher, plain = (Unigram(torch.zeros(facts.vocab_size)) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        held_out(model, corpus, facts, teacher=teacher, precision="bf16")
+        held_out(plain, corpus, facts, precision="fp32")
+    assert (set(model.autocast), set(teacher.autocast), set(plain.autocast)) == ({True}, {False}, {False})
 
 
 def test_gradients_are_not_recorded(corpus: Corpus, facts: TokenFacts) -> None:

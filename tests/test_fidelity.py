@@ -6,6 +6,7 @@ CrossEntropyLoss over the masked tokens; CosineEmbeddingLoss of the last hidden 
 """
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def test_normalisation_makes_the_cut_of_an_update_irrelevant() -> None:
         return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
     whole = gradient([text], objective)
-    parts = [{name: tensor[rows] for name, tensor in text.items()} for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5))]
+    parts = [
+        {name: tensor[rows] for name, tensor in text.items()} for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5))
+    ]
     cut = gradient(parts, objective)
     assert float((whole - cut).norm() / whole.norm()) < 1e-12
     means = gradient(parts, objective.model_copy(update={"normalisation": "micro-batch"}))
@@ -228,7 +231,9 @@ def test_a_batch_without_labels_has_a_hard_term_of_zero() -> None:
     assert bool(torch.isfinite(terms.total))
 
 
-def literal_training(student: Any, teacher: Any, batches: Batches, updates: int, accumulation: int, optim: Optim) -> list[float]:
+def literal_training(
+    student: Any, teacher: Any, batches: Batches, updates: int, accumulation: int, optim: Optim
+) -> list[float]:
     """The example's loop, literally, on padded copies of our batches: the mean loss of each update."""
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=optim.lr, eps=1e-6, betas=(0.9, 0.98), weight_decay=0.0)
@@ -259,7 +264,7 @@ def unpacked(batch: Batch) -> dict[str, Tensor]:
     shape = (len(bounds) - 1, batch.packing.max_seqlen)
     text = {"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.zeros(shape, dtype=torch.long)}
     text["labels"] = torch.full(shape, -100)
-    for row, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (first, end) in enumerate(itertools.pairwise(bounds)):
         text["input_ids"][row, : end - first] = batch.ids_BS[0, first:end]
         text["attention_mask"][row, : end - first] = 1
         text["labels"][row, : end - first] = batch.labels_N[first:end]
@@ -269,7 +274,9 @@ def unpacked(batch: Batch) -> dict[str, Tensor]:
 def test_fifty_updates_follow_the_published_loop(tmp_path: Path) -> None:
     """Same weights, same batches, float32: the losses agree to 1e-5 at every one of 50 updates."""
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(docstrings(Path(json.__file__))) + "\n\n".join(docstrings(Path(copy.__file__))), encoding="utf-8")
+    text.write_text(
+        "\n\n".join(docstrings(Path(json.__file__))) + "\n\n".join(docstrings(Path(copy.__file__))), encoding="utf-8"
+    )
     tokenizer = train_wordpiece([text.read_text(encoding="utf-8")], VOCABULARY + 200, tmp_path / "tokenizer")
     prepare([str(text)], tmp_path / "corpus", PrepareOptions(tokenizer=str(tokenizer), max_length=32, workers=1))
     corpus = Corpus.open(tmp_path / "corpus")

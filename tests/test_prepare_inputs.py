@@ -80,6 +80,8 @@ def test_what_a_document_is(tmp_path: Path) -> None:
     assert read([path], tmp_path, documents="file")[0] == ["First line\nsecond\n\n \t\n\nnext paragraph\nold Mac line"]
     assert read([path], tmp_path, documents="paragraph")[0] == ["First line\nsecond", "next paragraph\nold Mac line"]
     assert read([path], tmp_path, documents="line")[0] == ["First line", "second", "next paragraph", "old Mac line"]
+    path.write_text("one\n \t\ntwo\n")  # a line of white space is blank
+    assert read([path], tmp_path, documents="paragraph")[0] == ["one", "two"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -36,7 +36,9 @@ def test_overrides_reach_every_level() -> None:
     assert (recipe.seed, recipe.data.heldout) == (7, "x")
     assert recipe.teacher is not None and recipe.teacher.path == "t"
     assert (recipe.loop.updates, recipe.loop.epochs) == (3, None)  # one of two ways to say it replaces the other
-    recipe = load_recipe("distilbert", ["student.config.model_type=bert", "student.config.num_hidden_layers=2", "student.architecture=same"])
+    recipe = load_recipe(
+        "distilbert", ["student.config.model_type=bert", "student.config.num_hidden_layers=2", "student.architecture=same"]
+    )
     assert recipe.student.config == {"model_type": "bert", "num_hidden_layers": 2}
     assert recipe.student.layers is None
 
@@ -94,7 +96,7 @@ def test_wrong_overrides_are_refused_with_the_way_out(override: str, says: str |
 def test_bad_recipe_files(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="mine.yaml") as caught:
+    with pytest.raises(UserError, match=r"mine\.yaml") as caught:
         load_recipe(str(path))
     assert says in str(caught.value)
 
@@ -117,7 +119,7 @@ def test_a_recipe_is_frozen_and_changed_copies_are_checked() -> None:
     assert recipe.with_(optim={"lr": 1.0}).optim.lr == 1.0
     with pytest.raises(UserError, match="greater than 0"):
         recipe.with_(optim={"lr": 0.0})
-    with pytest.raises(UserError, match="takes layers from a teacher|teacher"):
+    with pytest.raises(UserError, match="teacher"):
         validated({**recipe.model_dump(), "teacher": None}, "here")
 
 

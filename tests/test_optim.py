@@ -1,0 +1,87 @@
+"""Parameter groups and the learning rate."""
+
+import pytest
+import torch
+import transformers
+
+from fastdistil.optim import learning_rate, make_optimizer, parameter_groups
+from fastdistil.recipe import Optim
+
+SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def models() -> dict[str, torch.nn.Module]:
+    return {
+        "bert": transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+        "roberta": transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
+        "distilbert": transformers.DistilBertForMaskedLM(
+            transformers.DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=24)
+        ),
+        "modernbert": transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**SMALL, pad_token_id=0)),
+        "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2)),
+        "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
+        "qwen2": transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL)),
+    }
+
+
+@pytest.mark.parametrize("name", list(models()))
+def test_norms_and_biases_are_not_decayed(name: str) -> None:
+    """By the modules' own types, not by names: every weight of a norm module, every bias, and nothing else."""
+    model = models()[name]
+    plain: set[int] = set()
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            plain.update(id(parameter) for parameter in module.parameters(recurse=False))
+    plain.update(id(parameter) for key, parameter in model.named_parameters() if key.endswith("bias"))
+    decayed, kept = parameter_groups([model], 0.1)
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+    assert {id(parameter) for parameter in kept["params"]} == plain  # type: ignore[attr-defined]
+    every = [*decayed["params"], *kept["params"]]  # type: ignore[misc]
+    assert sorted(id(p) for p in every) == sorted({id(p) for p in model.parameters()})  # tied ones once, none missing
+
+
+def test_distilberts_norms_are_found() -> None:
+    """The published example looks for "LayerNorm.weight" and so finds one of DistilBERT's six norms of two layers."""
+    model = models()["distilbert"]
+    kept = {id(parameter) for parameter in parameter_groups([model], 0.1)[1]["params"]}  # type: ignore[attr-defined]
+    norms = [key for key, _ in model.named_parameters() if "norm" in key.lower() and key.endswith("weight")]
+    assert len(norms) == 6
+    assert all(id(model.get_parameter(key)) in kept for key in norms)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = models()["bert"]
+    embedding = model.get_parameter("bert.embeddings.position_embeddings.weight")
+    embedding.requires_grad_(False)
+    assert all(parameter is not embedding for group in parameter_groups([model], 0.0) for parameter in group["params"])  # type: ignore[attr-defined]
+
+
+def test_decay_reaches_matrices_only() -> None:
+    """One step with gradients of zero: AdamW shrinks what it decays by lr * decay, and leaves the rest alone."""
+    model = models()["distilbert"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    make_optimizer([model], Optim(lr=0.5, weight_decay=0.1)).step()
+    for key, parameter in model.named_parameters():
+        wanted = 1.0 if parameter.dim() == 1 else 1.0 - 0.5 * 0.1
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, wanted), msg=key)
+
+
+def test_the_linear_schedule_is_transformers() -> None:
+    optim, updates = Optim(lr=2.0, warmup=0.13), 50
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, 7, updates)  # ceil(0.13 * 50)
+    for update in range(updates):
+        assert learning_rate(optim, update, updates) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_other_schedules() -> None:
+    cosine = Optim(lr=1.0, warmup=0.0, schedule="cosine")
+    assert [round(learning_rate(cosine, update, 4), 6) for update in range(5)] == [1.0, 0.853553, 0.5, 0.146447, 0.0]
+    constant = Optim(lr=1.0, warmup=0.5, schedule="constant")
+    assert [learning_rate(constant, update, 4) for update in range(4)] == [0.0, 0.5, 1.0, 1.0]
