@@ -111,6 +111,7 @@ def latest(directory: Path, warn: Callable[[str], None], device: str | torch.dev
     Raises CorruptData if there are some and all are corrupt.
     """
     found = _present(directory)
+    reasons = []
     for update in sorted(found, reverse=True):
         try:
             loaded = load(found[update], device)
@@ -118,9 +119,13 @@ def latest(directory: Path, warn: Callable[[str], None], device: str | torch.dev
                 raise CorruptData(f"{found[update]} is named for update {update} but holds update {loaded.update}")
             return loaded
         except CorruptData as error:
+            reasons.append(str(error))
             warn(f"{error}; passed over for the one before it")
     if found:
-        raise CorruptData(f"all {len(found)} checkpoints in {directory} are corrupt; start the run again under another name")
+        raise CorruptData(
+            f"all {len(found)} checkpoints in {directory} are corrupt (the newest: {reasons[0]}); "
+            "start the run again under another name"
+        )
     return None
 
 

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
-import click
 import rich.console
 import typer
 
@@ -42,13 +41,15 @@ def main() -> NoReturn:
         sys.exit(app(standalone_mode=False) or 0)
     except FastdistilError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        _fail("interrupted", 130)
-    except click.ClickException as error:
-        error.show()
+    except typer.Abort:
+        _fail("interrupted; what was saved before is whole", 130)
+    except Exception as error:
+        # Wrong arguments: click's exceptions, or typer's own copies of them, which are not public.
+        show = getattr(error, "show", None)
+        if not callable(show):
+            raise
+        show()
         sys.exit(2)
-    except KeyboardInterrupt:
-        _fail("interrupted: nothing was saved since the last checkpoint", 130)
 
 
 def _fail(message: str, code: int) -> NoReturn:

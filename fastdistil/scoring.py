@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdistil import models
 from fastdistil.batches import Batch, Tokens, packed_plan
-from fastdistil.errors import UserError
+from fastdistil.errors import CorruptData, UserError
 from fastdistil.kernels.distill import divergence_reference
 from fastdistil.masking import Facts, Ints, offsets, ranges
 
@@ -63,6 +63,10 @@ def drawn_positions(corpus: Tokens, facts: Facts, wanted: int | Literal["all"], 
         tokens_P = tokens_P[~special_V[corpus.gather(sequences)[here]]]
         if len(tokens_P) >= missing:
             return np.sort(tokens_P[:missing])
+        if draw == total:
+            raise CorruptData(
+                f"the corpus counts {ordinary} tokens that are not special and holds {len(tokens_P)}; prepare it again"
+            )
 
 
 class Windows(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdistil import models
 from fastdistil.batches import Batch
 from fastdistil.corpus import Corpus, PrepareOptions, TokenFacts, load_tokenizer, prepare, token_facts, train_wordpiece
-from fastdistil.errors import UserError
+from fastdistil.errors import CorruptData, UserError
 from fastdistil.evaluate import EvaluateOptions, causal_perplexity, evaluate, held_out, pseudo_perplexity
 from fastdistil.masking import mask_table, mask_tokens
 from fastdistil.models import LanguageModel
@@ -427,6 +427,9 @@ def test_positions_are_found_among_many_special_tokens(facts: TokenFacts) -> Non
         drawn = drawn_positions(rare, facts, wanted, 0)
         assert len(drawn) == wanted
         assert set(drawn) <= set(range(360, 370))
+    rare.counts[-1] += 5
+    with pytest.raises(CorruptData, match="counts 15 tokens that are not special and holds 10"):
+        drawn_positions(rare, facts, 11, 0)
     empty = Mostly(int(facts.special_ids[0]))
     empty.counts, empty.tokens = np.zeros(facts.vocab_size, np.int64), np.zeros((40, 50), np.int64)
     with pytest.raises(UserError, match="none that is not special"):
