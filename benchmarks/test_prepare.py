@@ -18,7 +18,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastdistil import textfiles
-from fastdistil.corpus import PrepareOptions, cut_at_spaces, load_tokenizer, plain, prepare, train_wordpiece
+from fastdistil.corpus import load_tokenizer, plain, train_wordpiece
+from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.tokenising import cut_at_spaces
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 5

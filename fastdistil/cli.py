@@ -11,8 +11,8 @@ from fastdistil import __version__
 from fastdistil.errors import EXIT_CODES, FastdistilError
 
 if TYPE_CHECKING:
-    from fastdistil.corpus import Progress
     from fastdistil.evaluate import Report
+    from fastdistil.prepare import Progress
 
 app = typer.Typer(
     name="fastdistil",
@@ -100,7 +100,7 @@ def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     if dry_run:
         from fastdistil.inputs import resolve
-        from fastdistil.plan import show_plan
+        from fastdistil.estimate import show_plan
         from fastdistil.runs import choose_run
 
         show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())
@@ -131,9 +131,10 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
 ) -> None:
     """Turn text into token shards."""
-    from fastdistil import corpus
+    from fastdistil.prepare import PrepareOptions
+    from fastdistil.prepare import prepare as run
 
-    options = corpus.PrepareOptions(
+    options = PrepareOptions(
         tokenizer=tokenizer,
         max_length=max_length,
         documents=documents,  # type: ignore[arg-type]
@@ -147,7 +148,7 @@ def prepare(
         workers=workers,
     )
     with PrepareBar() as bar:
-        manifest = corpus.prepare(inputs, out, options, bar)
+        manifest = run(inputs, out, options, bar)
     print(
         f"{out}: {manifest.tokens:,} tokens in {manifest.sequences:,} sequences of {manifest.documents:,} documents"
         + (f"; {manifest.dropped:,} pieces dropped" if manifest.dropped else "")

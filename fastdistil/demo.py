@@ -21,12 +21,13 @@ import rich.table
 import torch
 
 from fastdistil import models
-from fastdistil.corpus import Corpus, PrepareOptions, load_tokenizer, prepare, token_facts, train_wordpiece
+from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import FellShort, UserError, translated
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
-from fastdistil.plan import show_plan
+from fastdistil.estimate import show_plan
+from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import python_documents
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run, next_free
@@ -132,7 +133,7 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
     device = torch.device(recipe.device)
     reference = models.load_model(str(teacher.run_dir / "student")).to(device)
-    untrained = models.make_student(recipe.student, reference, facts.vocab_size).to(device)
+    untrained = models.make_student(recipe.student, reference, facts.vocab_size).eval().to(device)
     candidates = (
         ("teacher", reference, teacher.tokens_per_second),
         ("student", models.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
@@ -164,7 +165,8 @@ def report(rows: Sequence[Row], run: Path, seconds: float) -> None:
             f"{row.parameters:,}",
             "not trained" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         )
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    console.print(table, width=None if console.is_terminal else 120)
     print(f"{seconds:.0f} s in all; the student is in {run / 'student'}, its numbers in {run / 'demo.json'}")
     values = {"seconds": seconds, "kl_ratio": kl_ratio(rows), "rows": [asdict(row) for row in rows]}
     with translated("writing the demo's results", run):

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from fastdistil import models
 from fastdistil.batches import Batch, Layout, Tokens, assemble, evaluation_batches
-from fastdistil.corpus import Corpus, PrepareOptions, load_tokenizer, prepare, token_facts, vocabulary_fingerprint
+from fastdistil.corpus import Corpus, load_tokenizer, token_facts, vocabulary_fingerprint
 from fastdistil.errors import UserError, translated
 from fastdistil.masking import Facts, Ints, offsets, ranges
+from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Mask
 from fastdistil.scoring import (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastdistil import models
-from fastdistil.batches import Batch, Batches, Counts, Window, from_mappings, prefetched
+from fastdistil.batches import Batch, Batches, Counts, Window
 from fastdistil.corpus import (
     Corpus,
     TokenFacts,
@@ -21,6 +21,8 @@ from fastdistil.corpus import (
     vocabulary_fingerprint,
 )
 from fastdistil.errors import UserError
+from fastdistil.mappings import from_mappings
+from fastdistil.prefetch import prefetched
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Loop, Recipe
 
@@ -83,7 +85,7 @@ class MappingSource:
     """Windows of your own iterable of micro-batches.
 
     Each is a mapping of tensors [B, S]: input_ids, and optionally attention_mask, labels and weights (see
-    `batches.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
+    `mappings.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
     batches each time for a continued run to be the same run: what was used before is iterated over again and dropped.
     """
 

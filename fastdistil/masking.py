@@ -13,13 +13,15 @@ Shapes: V vocabulary, n sequences, T tokens of n sequences laid end to end, W wo
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastdistil.errors import UserError
-from fastdistil.recipe import Mask
+
+if TYPE_CHECKING:  # corpus.py and its worker processes use the arithmetic here and never a recipe
+    from fastdistil.recipe import Mask
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -90,7 +92,7 @@ def ranges(starts_n: Ints, lengths_n: NDArray[Any]) -> Ints:
 class MaskTable:
     """Per-vocabulary tables of one recipe; made by `mask_table`."""
 
-    mask: Mask
+    mask: "Mask"
     mask_id: int
     handicap_V: Floats
     """-log of the weight; inf for special tokens, which never win the race."""
@@ -99,7 +101,7 @@ class MaskTable:
     continues_V: Bools
 
 
-def mask_table(mask: Mask, facts: Facts, counts_V: Ints) -> MaskTable:
+def mask_table(mask: "Mask", facts: Facts, counts_V: Ints) -> MaskTable:
     """Raises UserError: no mask token, counts of another vocabulary, whole words where the vocabulary does not mark them."""
     if facts.mask_id is None:
         raise UserError("a masked model needs a tokenizer with a mask token, and this one has none; use its own tokenizer")

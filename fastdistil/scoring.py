@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdistil import models
-from fastdistil.batches import Batch, Tokens, packed_plan
+from fastdistil.batches import Batch, Tokens
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.kernels.distill import divergence_reference
 from fastdistil.masking import Facts, Ints, offsets, ranges
+from fastdistil.plans import packed_plan
 
 ROWS = 512
 """Logits of so many rows exist at a time."""

@@ -28,12 +28,10 @@ from fastdistil.inputs import Inputs, load_inputs, resolve
 from fastdistil.masking import update_seed
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.optim import learning_rate, make_optimizer
-from fastdistil.recipe import Recipe, load_recipe, validated
+from fastdistil.recipe import Objective, Recipe, load_recipe, validated
 from fastdistil.runs import check_same_recipe, choose_run, create_run
+from fastdistil.state import learnt_tensors, load_learnt
 from fastdistil.watchdog import FiniteGuard, Signals
-
-# Of a log line's fields, those that a person watches; events.jsonl has them all.
-SHOWN = ("total", "soft", "hard", "cosine", "mse", "grad_norm", "lr", "tokens_per_s", "data_wait_share")
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,10 @@ class Run:
     @property
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def modules(self) -> dict[str, nn.Module | None]:
+        return {"student": self.inputs.student, "projection": self.inputs.projection}
 
     def autocast(self) -> AbstractContextManager[Any]:
         precision = self.recipe.loop.precision
@@ -206,8 +208,7 @@ def _assemble(
     stack.callback(events.close)
     if board is not None:
         stack.callback(board.close)
-    modules = [module for module in (inputs.student, inputs.projection) if module is not None]
-    optimizer = make_optimizer(modules, recipe.optim)
+    optimizer = make_optimizer([m for m in (inputs.student, inputs.projection) if m is not None], recipe.optim)
     scaler = torch.amp.GradScaler(inputs.device.type) if recipe.loop.precision == "fp16" else None
     guard = FiniteGuard(recipe.loop.nonfinite, recipe.loop.nonfinite_limit, describe=inputs.source.describe)
     inputs.student.train()
@@ -241,9 +242,21 @@ def _log(run: Run) -> None:
     if run.scaler is not None:
         fields["loss_scale"] = run.scaler.get_scale()
     run.events.write("train", update=run.update, **fields)
-    run.console.update(run.update, {name: fields[name] for name in SHOWN if name in fields})
+    run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:
         run.board.write(run.update, {f"train/{name}": value for name, value in fields.items()})
+
+
+def _watched(objective: Objective) -> list[str]:
+    """Of a log line's fields, those that a person looks at; events.jsonl has them all."""
+    weights = {
+        "soft": objective.a_ce,
+        "hard": objective.a_mlm + objective.a_clm,
+        "cosine": objective.a_cos,
+        "mse": objective.a_mse,
+    }
+    terms = [name for name, weight in weights.items() if weight]
+    return ["total", *(terms if len(terms) > 1 else []), "grad_norm", "lr", "tokens_per_s", "data_wait_share"]
 
 
 @contextmanager
@@ -273,6 +286,7 @@ def _evaluate(run: Run) -> HeldOut | None:
             teacher=inputs.teacher,
             max_sequences=evaluation.max_sequences,
             batch_tokens=evaluation.batch_tokens,
+            layout=run.recipe.data.layout,
             device=inputs.device,
             precision=run.recipe.loop.precision,
         )
@@ -297,20 +311,7 @@ def _save(run: Run) -> None:
 
 def _write_checkpoint(run: Run, skipped: int) -> None:
     begun = time.perf_counter()
-    trained = {"student": run.inputs.student, "projection": run.inputs.projection}
-    tensors = {
-        "model": {
-            f"{part}.{name}": tensor
-            for part, module in trained.items()
-            if module is not None
-            for name, tensor in models.own_state(module).items()
-        },
-        "optimizer": {
-            f"{index}.{name}": value
-            for index, values in run.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        },
-    }
+    tensors = learnt_tensors(run.modules, run.optimizer)
     state = {
         "tokens": run.tokens,
         "best_update": run.best_update,
@@ -339,21 +340,7 @@ def _restore(run: Run, path: Path | None) -> None:
         raise UserError(
             f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; give back that corpus, or start anew"
         )
-    for part, module in (("student", run.inputs.student), ("projection", run.inputs.projection)):
-        if module is not None:
-            models.load_own_state(
-                module,
-                {
-                    name.removeprefix(f"{part}."): tensor
-                    for name, tensor in loaded.tensors["model"].items()
-                    if name.startswith(f"{part}.")
-                },
-            )
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in loaded.tensors["optimizer"].items():
-        index, _, field = name.partition(".")
-        states.setdefault(int(index), {})[field] = tensor
-    run.optimizer.load_state_dict({"state": states, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    load_learnt(loaded.tensors, run.modules, run.optimizer)
     if run.scaler is not None:
         run.scaler.load_state_dict(loaded.state["scaler"])
     loop = run.recipe.loop

@@ -17,13 +17,11 @@ from fastdistil.batches import (
     Packing,
     assemble,
     evaluation_batches,
-    from_mappings,
-    grouped_plan,
-    packed_plan,
-    prefetched,
-    shuffled,
 )
 from fastdistil.errors import UserError
+from fastdistil.mappings import from_mappings
+from fastdistil.plans import grouped_plan, packed_plan, shuffled
+from fastdistil.prefetch import prefetched
 from fastdistil.recipe import Data, Mask
 
 LAYOUTS = ["packed", "length-grouped"]
@@ -187,9 +185,9 @@ def test_denominators_count_what_all_ranks_hold(layout, mask):
 
 def test_packed_batch_in_full():
     corpus = Memory([[11, 12, 13], [21], [31, 32, 33], [41, 42]], 50)
-    (batch,) = list(evaluation_batches(corpus, corpus.facts, batch_tokens=9, causal=True, position_offset=2))
+    (batch,) = list(evaluation_batches(corpus, corpus.facts, batch_tokens=9, causal=True))
     assert batch.ids_BS.tolist() == [[21, 41, 42, 11, 12, 13, 31, 32, 33]]
-    assert batch.positions_BS.tolist() == [[2, 2, 3, 2, 3, 4, 2, 3, 4]]
+    assert batch.positions_BS.tolist() == [[0, 0, 1, 0, 1, 2, 0, 1, 2]]
     assert batch.labels_N.tolist() == [-100, 42, -100, 12, 13, -100, 32, 33, -100]
     assert batch.label_rows.tolist() == [1, 3, 4, 6, 7]
     assert batch.sequence_of_label.tolist() == [3, 0, 0, 2, 2]
@@ -205,12 +203,10 @@ def test_packed_batch_in_full():
 
 def test_padded_batch_in_full():
     corpus = Memory([[11, 12, 13], [21], [41, 42]], 50)
-    batches = evaluation_batches(
-        corpus, corpus.facts, np.array([0, 2]), batch_tokens=9, causal=True, layout="length-grouped", position_offset=2
-    )
+    batches = evaluation_batches(corpus, corpus.facts, np.array([0, 2]), batch_tokens=9, causal=True, layout="length-grouped")
     (batch,) = list(batches)
     assert batch.ids_BS.tolist() == [[41, 42, PAD], [11, 12, 13]]
-    assert batch.positions_BS.tolist() == [[2, 3, 1], [2, 3, 4]]
+    assert batch.positions_BS.tolist() == [[0, 1, 0], [0, 1, 2]]
     assert batch.attention_mask_BS.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.labels_N.tolist() == [42, -100, -100, 12, 13, -100]
     assert batch.label_rows.tolist() == [0, 3, 4]
@@ -487,13 +483,13 @@ def test_own_masked_batches():
         "weights": np.array([[1, 0.5, 0], [2, 1, 9]]),
         "token_type_ids": None,
     }
-    (batch,) = from_mappings([given], causal=False, vocab_size=10, position_offset=2)
+    (batch,) = from_mappings([given], causal=False, vocab_size=10)
     assert batch.ids_BS.tolist() == [[5, 3, 7], [3, 9, 0]]
     assert batch.ids_BS.dtype == batch.labels_N.dtype == batch.attention_mask_BS.dtype == torch.int64
     assert batch.labels_N.tolist() == [-100, 6, -100, 8, -100, -100]
     assert batch.label_rows.tolist() == [1, 3]
     assert batch.valid_rows.tolist() == [0, 1, 2, 3, 4]
-    assert batch.positions_BS.tolist() == [[2, 3, 4], [2, 3, 1]]
+    assert batch.positions_BS.tolist() == [[0, 1, 2], [0, 1, 0]]
     assert batch.weights_N.dtype == torch.float32
     assert batch.counts == Counts(4.5, 5, 2, 2)  # the weight on padding does not count
     assert batch.packing is None

@@ -11,23 +11,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastdistil import corpus as corpus_module
-from fastdistil import textfiles
+from fastdistil import textfiles, tokenising
 from fastdistil.corpus import (
     Corpus,
-    Encoder,
     Manifest,
-    Plan,
-    PrepareOptions,
     load_tokenizer,
-    pieces,
-    prepare,
-    ranges,
     token_facts,
     train_wordpiece,
     vocabulary_fingerprint,
 )
 from fastdistil.errors import CorruptData, UserError
+from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.tokenising import Encoder, Plan, pieces
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards boxed quietly, then slept"
 WORDS = TEXT.split()
@@ -195,13 +190,13 @@ def test_wide_vocabularies_take_four_bytes(lines: Path, tmp_path: Path) -> None:
 def test_long_documents_in_stretches_give_the_tokens_of_the_whole(
     wordpiece: Path, byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(tokenising, "PIECE_CHARACTERS", 100)
     # Runs of spaces of every length lie where a stretch would end: cut within one, byte-level BPE gives other tokens.
     text = "".join(sentence + ("\n\n" if i % 3 else " " * (i % 90)) for i, sentence in enumerate(SENTENCES)) + "x" * 300
     for folder in (wordpiece, byte_level):
         encoder = Encoder(str(folder / "tokenizer.json"), Plan(10**6, None, None, None, 0, 1.0, "uint16"))
         assert encoder.stretch == 100
-        assert len(list(corpus_module.cut_at_spaces(text, 100))) > 50
+        assert len(list(tokenising.cut_at_spaces(text, 100))) > 50
         assert encoder([text, "a dog"]).tokens.tolist() == [
             *encoder.tokenizer.encode(text, add_special_tokens=False).ids,
             *encoder.tokenizer.encode("a dog", add_special_tokens=False).ids,
@@ -247,11 +242,6 @@ def test_gather_across_shards_in_any_order(wordpiece: Path, lines: Path, tmp_pat
             gathered = corpus.gather(order)
             assert gathered.dtype == np.int64
             assert gathered.tolist() == expected
-
-
-def test_ranges_is_one_arange_after_another() -> None:
-    starts, lengths = np.array([5, 0, 9, 9]), np.array([2, 0, 3, 1])
-    assert ranges(starts, lengths).tolist() == [5, 6, 9, 10, 11, 9]
 
 
 # Opening what is damaged

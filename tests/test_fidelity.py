@@ -18,12 +18,14 @@ import transformers
 from torch import Tensor, nn
 
 from fastdistil import distil
-from fastdistil.batches import Batch, Batches, Counts, from_mappings
-from fastdistil.corpus import Corpus, PrepareOptions, load_tokenizer, prepare, token_facts, train_wordpiece
+from fastdistil.batches import Batch, Batches, Counts
+from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.mappings import from_mappings
 from fastdistil.masking import Ints
 from fastdistil.models import LanguageModel, distilbert_from_bert, fewer_layers
 from fastdistil.objective import Denominators, denominators, loss_terms
 from fastdistil.optim import learning_rate
+from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Objective, Optim
 

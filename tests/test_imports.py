@@ -23,11 +23,14 @@ DOORS = {
     "horovod": ("fastdistil.world", "fastdistil.launch"),
     "transformers": ("fastdistil.models", "fastdistil.corpus", "fastdistil.evaluate"),
 }
-# Modules at the top of the trainer -> the only modules that may import them.
+# Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {
     "fastdistil.cli": ("fastdistil.__main__",),
     "fastdistil.launch": ("fastdistil.cli",),
     "fastdistil.train": ("fastdistil", "fastdistil.cli", "fastdistil.demo"),
+    "fastdistil.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
+    "fastdistil.shards": ("fastdistil.prepare",),
+    "fastdistil.tokenising": ("fastdistil.prepare", "fastdistil.shards"),
 }
 
 
@@ -147,6 +150,7 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.profiling.device", "import triton.language as tl", "only fastdistil.kernels may"),
         ("fastdistil.kernels.x", "def f():\n    import transformers", "only fastdistil.models"),
         ("fastdistil.train", "from transformers import AutoModel", "only fastdistil.models"),
+        ("fastdistil.prepare", "if 1:\n    from transformers import AutoTokenizer", "only fastdistil.models"),
         ("fastdistil.cli", "import importlib\nimportlib.import_module('transformers.utils')", "only fastdistil.models"),
         ("fastdistil.buckets", "if 1:\n    import horovod.torch as hvd", "only fastdistil.world, fastdistil.launch may"),
         ("fastdistil.kernels.x", "from fastdistil.errors import UserError", "imports nothing else of fastdistil"),
@@ -157,6 +161,8 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.profiling.x", "import fastdistil.recipe", "imports nothing else of fastdistil"),
         ("fastdistil.errors", "from fastdistil.cli import main", "only fastdistil.__main__ may"),
         ("fastdistil.errors", "from fastdistil import train", "only fastdistil, fastdistil.cli"),
+        ("fastdistil.corpus", "def f():\n    from fastdistil.prepare import prepare", "only fastdistil.cli, fastdistil.demo"),
+        ("fastdistil.corpus", "from fastdistil.tokenising import Encoder", "only fastdistil.prepare, fastdistil.shards may"),
         ("fastdistil.errors", "def f():\n    from fastdistil import recipe", "import cycle"),
         ("fastdistil.errors", "from .recipe import Recipe", "import cycle"),
     ],
@@ -174,6 +180,7 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
     [
         ("fastdistil.kernels.distill", "import triton\nimport triton.language as tl\nfrom fastdistil.kernels.tiles import f"),
         ("fastdistil.models", "from transformers import AutoModel"),
+        ("fastdistil.evaluate", "from fastdistil.prepare import prepare"),
         ("fastdistil.world", "import horovod.torch as hvd"),
         ("fastdistil.objective", "from fastdistil.kernels.distill import f\nfrom fastdistil.profiling import spans"),
         (

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil.errors import UserError
-from fastdistil.masking import choose_targets, hashed, mask_table, mask_tokens, offsets, uniform, update_seed
+from fastdistil.masking import choose_targets, hashed, mask_table, mask_tokens, offsets, ranges, uniform, update_seed
 from fastdistil.recipe import Mask
 
 V = 60
@@ -314,3 +314,8 @@ def test_refusals_say_what_to_do():
     with pytest.raises(UserError, match=r"mask\.whole_word needs a vocabulary that marks"):
         mask_table(Mask(whole_word=True), unmarked, COUNTS)
     mask_table(Mask(), unmarked, COUNTS)
+
+
+def test_ranges_is_one_arange_after_another():
+    starts, lengths = np.array([5, 0, 9, 9]), np.array([2, 0, 3, 1])
+    assert ranges(starts, lengths).tolist() == [5, 6, 9, 10, 11, 9]

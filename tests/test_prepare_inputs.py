@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil import textfiles
-from fastdistil.corpus import Corpus, PrepareOptions, Progress, load_tokenizer, prepare, train_wordpiece
+from fastdistil.corpus import Corpus, load_tokenizer, train_wordpiece
 from fastdistil.errors import UserError
+from fastdistil.prepare import PrepareOptions, Progress, prepare
 from fastdistil.textfiles import GutenbergBody, Reading, cut_documents, cut_in_line, find_inputs
 
 TEXTS = [f"document {number} of the small library, with words and more words" for number in range(30)]

@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 
-from fastdistil import corpus as corpus_module
+from fastdistil import prepare as prepare_module
 from fastdistil import textfiles
-from fastdistil.corpus import Corpus, Manifest, PrepareOptions, Progress, prepare, train_wordpiece
+from fastdistil.corpus import Corpus, Manifest, train_wordpiece
 from fastdistil.errors import CorruptData, DiskFull, OutOfMemory, UserError
+from fastdistil.prepare import PrepareOptions, Progress, prepare
 
 LINES = [f"sentence {number} of a text that fills several shards, and says {number % 7}" for number in range(400)]
 
 SCRIPT = """
 import json, multiprocessing, os, signal, sys
 from fastdistil import textfiles
-from fastdistil.corpus import PrepareOptions, prepare
+from fastdistil.prepare import PrepareOptions, prepare
 
 def told(progress):
     global blocks
@@ -268,18 +269,18 @@ def test_a_manifest_is_whole_or_absent(job: Job, tmp_path: Path, monkeypatch: py
 def test_workers_default_to_what_the_input_is_worth(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    original = corpus_module.encoded_blocks
+    original = prepare_module.encoded_blocks
 
     def counted(*arguments: Any) -> Any:
         asked.append(arguments[-1])
         return original(*arguments[:-1], 1)
 
-    monkeypatch.setattr(corpus_module, "encoded_blocks", counted)
+    monkeypatch.setattr(prepare_module, "encoded_blocks", counted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     job.prepare(tmp_path / "small", workers=None)
-    monkeypatch.setattr(corpus_module, "BYTES_PER_WORKER", 10_000)
+    monkeypatch.setattr(prepare_module, "BYTES_PER_WORKER", 10_000)
     job.prepare(tmp_path / "medium", workers=None)
-    monkeypatch.setattr(corpus_module, "BYTES_PER_WORKER", 10)
+    monkeypatch.setattr(prepare_module, "BYTES_PER_WORKER", 10)
     job.prepare(tmp_path / "large", workers=None)
     assert asked[0] == 1
     assert 1 < asked[1] < 8

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fastdistil import distil, train
 from fastdistil.checkpoint import list_updates
-from fastdistil.corpus import PrepareOptions, prepare, train_wordpiece
-from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
+from fastdistil.corpus import train_wordpiece
+from fastdistil.errors import CorruptData, NonFinite, OutOfMemory, Stopped, UserError
 from fastdistil.metrics import Console, read_events
+from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
 
@@ -202,7 +203,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[
     return run
 
 
-@pytest.mark.parametrize(("how", "at", "code"), [("KILL", 6, -9), ("TERM", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)])
+@pytest.mark.parametrize(
+    ("how", "at", "code"), [("KILL", 6, -9), ("TERM", 1, 75), ("TERM", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)]
+)
 def test_an_interrupted_run_is_the_uninterrupted_one(
     how: str, at: int, code: int, material: Path, tmp_path: Path, start: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -373,6 +376,19 @@ def test_skipping_has_a_limit(material: Path, tmp_path: Path, monkeypatch: pytes
         quiet(small(material, tmp_path, "loop.nonfinite=skip", "loop.nonfinite_limit=2", "evaluation.every=null"))
 
 
+def test_running_out_of_memory_says_which_keys_help(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator's own refusal, of more than any machine has."""
+
+    def greedy(*arguments: Any) -> bool:
+        torch.empty(2**58)
+        return True
+
+    monkeypatch.setattr(train, "train_step", greedy)
+    with pytest.raises(OutOfMemory, match=r"data\.micro_batch_tokens") as caught:
+        quiet(small(material, tmp_path))
+    assert caught.value.exit_code == 11
+
+
 def test_one_host_sync_a_log_line(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor -> number conversions are counted: none in a step, one at a log line."""
     counts = {"inside": 0, "all": 0}
@@ -517,6 +533,23 @@ class TinyModel(nn.Module):
 
     def transform(self, hidden_ND: Tensor) -> Tensor:
         return hidden_ND
+
+
+def test_a_module_as_teacher_gives_its_layers(material: Path, tmp_path: Path) -> None:
+    teacher = transformers.AutoModelForMaskedLM.from_pretrained(material / "teacher")
+    result = distil(
+        "distilbert",
+        teacher=teacher,
+        student={"layers": [1], "architecture": "distilbert"},
+        corpus=material / "train",
+        data={"micro_batch_tokens": 256},
+        loop={"updates": 1, "epochs": None},
+        runs_dir=str(tmp_path),
+        device="cpu",
+    )
+    assert type(result.student).__name__ == "DistilBertForMaskedLM"
+    assert result.run_dir == tmp_path / "distilbert-1"
+    assert "given from Python" in (result.run_dir / "recipe.yaml").read_text()
 
 
 def test_the_python_interface_takes_your_own_parts(tmp_path: Path) -> None:
