@@ -99,8 +99,8 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, resume: Resume = N
 def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     if dry_run:
-        from fastdistil.inputs import resolve
         from fastdistil.estimate import show_plan
+        from fastdistil.inputs import resolve
         from fastdistil.runs import choose_run
 
         show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())

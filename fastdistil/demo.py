@@ -23,10 +23,10 @@ import torch
 from fastdistil import models
 from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import FellShort, UserError, translated
+from fastdistil.estimate import show_plan
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
-from fastdistil.estimate import show_plan
 from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import python_documents
 from fastdistil.recipe import Recipe, load_recipe
