@@ -22,7 +22,7 @@ import torch
 
 from fastdistil import models
 from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
-from fastdistil.errors import FellShort, UserError, translated
+from fastdistil.errors import FellShort, Stopped, UserError, translated
 from fastdistil.estimate import show_plan
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.inputs import resolve
@@ -30,7 +30,7 @@ from fastdistil.metrics import Console
 from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import python_documents
 from fastdistil.recipe import Recipe, load_recipe
-from fastdistil.runs import choose_run, next_free
+from fastdistil.runs import choose_run
 from fastdistil.train import Result, train
 
 TEXT_BYTES = 5_000_000
@@ -40,7 +40,6 @@ HELD_OUT = 20
 """One document in so many is held out."""
 KL_RATIO = 0.75
 """The student's held-out KL to the teacher must be at most this share of the control's."""
-FILLED_IN = "made-by-the-demo"
 
 
 @dataclass(frozen=True)
@@ -52,39 +51,35 @@ class Row:
     """While it was trained; None if it was not."""
 
 
-def run_demo(recipe: Recipe, resume: str | None = None) -> list[Row]:
-    """Run all stages and print the table. Raises FellShort if the student learnt too little from its teacher."""
+def run_demo(recipe: Recipe, resume: str | None = None, teacher_recipe: Recipe | None = None) -> list[Row]:
+    """Run all stages and print the table. Raises FellShort if the student learnt too little from its teacher.
+
+    `teacher_recipe`: how to pre-train the teacher; None: as the recipe demo-teacher says.
+    """
     began = time.perf_counter()
-    run, continued = choose_run(recipe, "demo", resume)
-    if resume == "auto" and not continued:
-        # The newest demo may have been stopped before its student had a run of its own.
-        continued = (newest := _unfinished(Path(recipe.runs_dir))) is not None and recipe.name is None
-        run = newest if continued and newest is not None else run
-    stages = {stage: run.with_name(f"{run.name}-{stage}") for stage in ("data", "teacher", "control")}
-    if not continued and any(path.exists() for path in stages.values()):
-        raise UserError(
-            f"{stages['data']} or a stage beside it exists; continue with --resume auto, or choose another name=..."
-        )
-    how = "auto" if continued else None
+    run, how = _place(recipe, resume)
+    data, teacher_run, control_run = _stages(run)
     console = Console()
+    try:
+        console.note("1/4 collecting text from this Python installation, training a tokenizer")
+        train_dir, heldout_dir = make_corpus(data, console)
+        corpora = {"train": str(train_dir), "heldout": str(heldout_dir)}
 
-    console.note("1/4 collecting text from this Python installation, training a tokenizer")
-    train_dir, heldout_dir = make_corpus(stages["data"], console)
-    corpora = {"train": str(train_dir), "heldout": str(heldout_dir)}
+        console.note("2/4 pre-training the teacher")
+        same = {"runs_dir": recipe.runs_dir, "seed": recipe.seed, "device": recipe.device}
+        same |= {"data": corpora, "loop": {"precision": recipe.loop.precision}}
+        start = teacher_recipe or load_recipe("demo-teacher")
+        teacher = train(start.with_(name=teacher_run.name, **same), resume=how)
 
-    console.note("2/4 pre-training the teacher")
-    names = {"runs_dir": recipe.runs_dir, "seed": recipe.seed, "device": recipe.device}
-    teacher_recipe = load_recipe("demo-teacher").with_(data=corpora, name=stages["teacher"].name, **names)
-    teacher_recipe = teacher_recipe.with_(loop={"precision": recipe.loop.precision})
-    teacher = train(teacher_recipe, resume=how, recipe_name="demo-teacher")
+        console.note("3/4 distilling the student")
+        student_recipe = recipe.with_(data=corpora, name=run.name, teacher={"path": str(teacher.run_dir / "student")})
+        student = train(student_recipe, resume=how)
 
-    console.note("3/4 distilling the student")
-    student_recipe = recipe.with_(data=corpora, name=run.name, teacher={"path": str(teacher.run_dir / "student")})
-    student = train(student_recipe, resume=how)
-
-    console.note("4/4 the control: the same without the teacher")
-    without = {"a_ce": 0.0, "a_cos": 0.0, "a_mse": 0.0, "projection": False}
-    control = train(student_recipe.with_(name=stages["control"].name, objective=without), resume=how)
+        console.note("4/4 the control: the same without the teacher")
+        without = {"a_ce": 0.0, "a_cos": 0.0, "a_mse": 0.0, "projection": False}
+        control = train(student_recipe.with_(name=control_run.name, objective=without), resume=how)
+    except Stopped as stopped:
+        raise Stopped(f"{str(stopped).partition(';')[0]}; continue the demo with --resume auto") from stopped
 
     rows = evaluate_all(resolve(student_recipe), heldout_dir, teacher, student, control)
     report(rows, run, time.perf_counter() - began)
@@ -92,12 +87,22 @@ def run_demo(recipe: Recipe, resume: str | None = None) -> list[Row]:
     return rows
 
 
-def _unfinished(runs: Path) -> Path | None:
-    """The newest demo that has at least its data."""
-    newest = runs / next_free(runs, "demo").name
-    number = int(newest.name.rpartition("-")[2]) - 1
-    candidate = runs / f"demo-{number}"
-    return candidate if number > 0 and candidate.with_name(f"{candidate.name}-data").exists() else None
+def _stages(run: Path) -> tuple[Path, Path, Path]:
+    """Where the text and shards, the teacher's run and the control's lie, beside the student's run."""
+    return run.with_name(f"{run.name}-data"), run.with_name(f"{run.name}-teacher"), run.with_name(f"{run.name}-control")
+
+
+def _place(recipe: Recipe, resume: str | None) -> tuple[Path, str | None]:
+    """(the student's run, how every stage is to be resumed). Raises UserError."""
+    if resume not in (None, "auto"):
+        raise UserError(f"the demo has several runs and continues with --resume auto, not with --resume {resume}")
+    run, _ = choose_run(recipe, "demo", None if recipe.name is None else "auto")
+    if resume == "auto" and recipe.name is None:
+        number = int(run.name.rpartition("-")[2]) - 1  # the newest one, whichever stage it reached
+        return (run.with_name(f"demo-{number}"), "auto") if number else (run, None)
+    if resume is None and any(place.exists() for place in (run, *_stages(run))):
+        raise UserError(f"{run}, or a stage beside it, exists; continue with --resume auto, or choose another name=...")
+    return run, resume
 
 
 def make_corpus(data: Path, console: Console) -> tuple[Path, Path]:

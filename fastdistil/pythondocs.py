@@ -51,10 +51,10 @@ def python_documents(limit_bytes: int) -> Iterator[str]:
 
 
 def _all_documents() -> Iterator[str]:
-    yield from _readmes()
     paths = sysconfig.get_paths()
     for path in _sources(Path(paths["stdlib"])):
         yield from docstrings(path)
+    yield from _readmes()
     for name in PACKAGES:
         for root in {paths["purelib"], paths["platlib"]}:
             for path in _sources(Path(root) / name):
