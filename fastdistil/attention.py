@@ -7,6 +7,7 @@ attention call; elsewhere the sequences of a batch are sorted by length, and eac
 Legend: T tokens, H query heads, K key/value heads, d head width, G sequences of one group, L their length.
 """
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -45,10 +46,65 @@ def packed_attention(
         key_1KTd = key_1KTd.repeat_interleave(repeats, dim=1)
         value_1KTd = value_1KTd.repeat_interleave(repeats, dim=1)
     # torch's variable-length attention knows neither dropout nor fp32; both go the other way, which computes the same function.
-    if query_1HTd.is_cuda and dropout == 0.0 and query_1HTd.dtype in (torch.float16, torch.bfloat16):
+    if dropout == 0.0 and _has_varlen(query_1HTd):
         return _varlen(query_1HTd, key_1KTd, value_1KTd, packing, scaling, causal, sliding_window)
     out: Tensor = _grouped(query_1HTd, key_1KTd, value_1KTd, packing, dropout, scaling, causal, sliding_window)
     return out
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether torch's flash attention takes such heads on this device: no other implementation stands behind varlen_attn."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = query.shape[-1]
+    return width % 8 == 0 and width <= 256 and (torch.version.hip is not None or _capability(query.device) >= (8, 0))
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def padded_attention(
+    module: nn.Module,
+    query_BHSd: Tensor,
+    key_BKSd: Tensor,
+    value_BKSd: Tensor,
+    tokens_B11S: Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attention to the places that hold tokens (tokens_B11S, bool), not to padding. Returns [B, S, H, d].
+
+    transformers would look at the mask on the host in every forward, to see whether it can be left out; this never waits.
+    """
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    repeats = query_BHSd.shape[1] // key_BKSd.shape[1]
+    if repeats > 1:
+        key_BKSd = key_BKSd.repeat_interleave(repeats, dim=1)
+        value_BKSd = value_BKSd.repeat_interleave(repeats, dim=1)
+    mask = tokens_B11S
+    length = query_BHSd.shape[2]
+    near = _near(length, causal, sliding_window, query_BHSd.device)
+    if near is not None:
+        # Padding in front of a causal sequence sees nothing; let it see itself, so that no row is without any place.
+        itself = torch.eye(length, dtype=torch.bool, device=query_BHSd.device)
+        mask = (mask & near) | itself
+    out = F.scaled_dot_product_attention(query_BHSd, key_BKSd, value_BKSd, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2)
+
+
+def _near(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """bool [S, S]: the places each place may see for their distance; None: all."""
+    if not causal and (window is None or length <= window):
+        return None
+    position = torch.arange(length, device=device)
+    ahead = position[None, :] - position[:, None]
+    near = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return near if window is None else near & (ahead.abs() < window)
 
 
 def _varlen(
@@ -91,11 +147,7 @@ def _grouped(
     outs = []
     for (length, _, count), part in zip(packing.groups, parts, strict=True):
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)  # [G, H, L, d]
-        mask = None
-        if window is not None and length > window:
-            position = torch.arange(length, device=query.device)
-            ahead = position[None, :] - position[:, None]
-            mask = (ahead.abs() < window) & ((ahead <= 0) | (not causal))
+        mask = _near(length, causal, window, query.device) if window is not None and length > window else None
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling
         )

@@ -336,15 +336,21 @@ def evaluation_batches(
     maker = _Maker(corpus, facts, table, layout, seed)
     chosen_n = chosen_n[np.argsort(lengths_n, kind="stable")]
     lengths_n = corpus.lengths[chosen_n]
-    if layout == "packed":
-        starts = packed_plan(lengths_n, np.arange(len(chosen_n)), batch_tokens).starts.tolist()
-    else:
-        starts = [0]
-        while (first := starts[-1]) < len(chosen_n):
-            ends = range(first + 1, len(chosen_n) + 1)
-            fitting = bisect.bisect_right(ends, batch_tokens, key=lambda end: (end - starts[-1]) * int(lengths_n[end - 1]))
-            starts.append(first + fitting)
+    starts = ascending_starts(lengths_n, batch_tokens, layout)
     return (maker.make(chosen_n[a:b], (0, i), clusters=True) for i, (a, b) in enumerate(pairwise(starts)))
+
+
+def ascending_starts(lengths_n: NDArray[Any], budget: int, layout: Layout) -> list[int]:
+    """Where the batches of sequences begin whose lengths ascend, and n: `budget` tokens at most, padding included."""
+    if layout == "packed":
+        starts: list[int] = packed_plan(lengths_n, np.arange(len(lengths_n)), budget).starts.tolist()
+        return starts
+    starts = [0]
+    while (first := starts[-1]) < len(lengths_n):
+        ends = range(first + 1, len(lengths_n) + 1)
+        fitting = bisect.bisect_right(ends, budget, key=lambda end: (end - starts[-1]) * int(lengths_n[end - 1]))
+        starts.append(first + fitting)
+    return starts
 
 
 def _check_fits(corpus: Tokens, lengths_n: NDArray[Any], budget: int, key: str) -> None:

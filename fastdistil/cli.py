@@ -116,7 +116,7 @@ def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
 
 @app.command(epilog="Example: fastdistil prepare books/ --tokenizer bert-base-uncased --out corpus --strip-gutenberg")
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help=".txt, .jsonl, .parquet files (.gz too), directories, globs.")],
+    inputs: Annotated[list[str], typer.Argument(help=".txt, .jsonl (both also .gz), .parquet files, directories, globs.")],
     tokenizer: Annotated[str, typer.Option(help="Hub id or directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write; an interrupted one is continued.")],
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence, special ones included.")] = 512,
@@ -285,11 +285,11 @@ def _loss(found: Any) -> str:
 
 @app.command(epilog="Example: fastdistil pause runs/distilbert-1")
 def pause(run: Annotated[Path, typer.Argument(help="Directory of the run.")]) -> None:
-    """Ask a run to save, evaluate and stop after its current update (exit code 75)."""
+    """Ask a run to drop the window under way, save its last update, evaluate and stop (exit code 75)."""
     from fastdistil.watchdog import request_pause
 
     request_pause(run)
-    print(f"asked {run} to pause; it stops after its current update and continues with --resume {run}")
+    print(f"asked {run} to pause; it says how to continue it when it has saved")
 
 
 @app.command()

@@ -38,6 +38,7 @@ VOCABULARY = 8192
 MAX_LENGTH = 128
 HELD_OUT = 20
 """One document in so many is held out."""
+FILLED_IN = "made-by-the-demo"
 KL_RATIO = 0.75
 """The student's held-out KL to the teacher must be at most this share of the control's."""
 
@@ -94,6 +95,15 @@ def _stages(run: Path) -> tuple[Path, Path, Path]:
 
 def _place(recipe: Recipe, resume: str | None) -> tuple[Path, str | None]:
     """(the student's run, how every stage is to be resumed). Raises UserError."""
+    named = [
+        key
+        for key, value in (("teacher.path", recipe.teacher and recipe.teacher.path), ("data.train", recipe.data.train))
+        if value != FILLED_IN
+    ]
+    if named or recipe.data.heldout != FILLED_IN:
+        raise UserError(
+            f"the demo makes its own corpus and teacher; leave out {', '.join(named) or 'data.heldout'}, or use another recipe"
+        )
     if resume not in (None, "auto"):
         raise UserError(f"the demo has several runs and continues with --resume auto, not with --resume {resume}")
     run, _ = choose_run(recipe, "demo", None if recipe.name is None else "auto")

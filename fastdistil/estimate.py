@@ -10,7 +10,7 @@ import torch
 from fastdistil import models
 from fastdistil.batches import Batches
 from fastdistil.corpus import load_tokenizer, token_facts
-from fastdistil.inputs import CorpusSource, open_corpus
+from fastdistil.inputs import CorpusSource, check_models, check_tokenizer, open_corpus
 from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory
 from fastdistil.recipe import Recipe
 
@@ -28,11 +28,20 @@ def show_plan(
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
         teacher_config = models.load_config(recipe.teacher.path)
+        if corpus is not None:
+            check_tokenizer(recipe.teacher.path, corpus, "the teacher", console.print)
+    if recipe.data.heldout is not None and corpus is not None:
+        open_corpus(recipe.data.heldout, "size", "data.heldout")
     student_config = models.student_config(
         recipe.student, teacher_config, vocabulary, facts.pad_id if facts is not None else None
     )
-    student = transformer_shape(student_config)
-    teacher = transformer_shape(teacher_config) if teacher_config is not None else None
+    student_model = models.without_weights(student_config)
+    teacher_model = models.without_weights(teacher_config) if teacher_config is not None else None
+    check_models(recipe, teacher_model, student_model, corpus, facts)
+    if recipe.student.dropout is not None:
+        models.set_dropout(student_model.module, recipe.student.dropout)
+    student = transformer_shape(student_model)
+    teacher = transformer_shape(teacher_model) if teacher_model is not None else None
     rows = recipe.data.micro_batch_tokens
     only_labels = not recipe.objective.a_ce or recipe.objective.soft_rows == "masked"
     causal = models.family_of(student_config).causal
@@ -71,8 +80,9 @@ def show_plan(
     console.print(table)
 
 
-def transformer_shape(config: Any) -> Shape:
-    """What memory estimates need to know of a transformers configuration."""
+def transformer_shape(model: models.LanguageModel) -> Shape:
+    """What memory estimates need to know of a model."""
+    config: Any = model.module.config
     hidden = int(config.hidden_size)
     inner = (
         getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or getattr(config, "n_inner", None)
@@ -80,7 +90,7 @@ def transformer_shape(config: Any) -> Shape:
     dropouts = {name: value for name, value in config.to_dict().items() if "dropout" in name or name.endswith("pdrop")}
     attention = {name for name in dropouts if name.startswith("att")}
     return Shape(
-        parameters=models.count_without_weights(config),
+        parameters=models.parameter_count(model),
         layers=int(config.num_hidden_layers),
         hidden=hidden,
         intermediate=int(inner or 4 * hidden),

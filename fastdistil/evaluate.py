@@ -7,6 +7,7 @@
     causal_perplexity   causal models: every token of a whole document once, through sliding windows
     evaluate            all of these for a model's directory, on prepared corpora and on raw text
 
+Models are those that can be trained (models.LanguageModel) or any other of transformers (models.AnyModel).
 Perplexity is exp(loss). Standard errors have sequences as their sample (see `scoring.ratio`).
 """
 
@@ -33,10 +34,13 @@ from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Mask
 from fastdistil.scoring import (
     Progress,
+    budget_of,
     by_sequence,
+    device_of,
     drawn_positions,
     drawn_sequences,
     evaluating,
+    layout_of,
     ratio,
     score_pieces,
     sequence_sums,
@@ -97,32 +101,33 @@ def held_out(
     probability: float = 0.15,
     max_sequences: int | None = None,
     batch_tokens: int = 8192,
-    layout: Layout = "packed",
+    layout: Layout | None = None,
     device: torch.device | str | None = None,
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> HeldOut:
     """Loss on held-out sequences, all or `max_sequences` drawn with the seed, and KL to a teacher that sees the same.
 
-    `model` and `teacher`: models.LanguageModel or modules with its interface, on `device` (None: where the model is); training
-    mode is off meanwhile. `precision` (fp32, bf16, fp16) is autocast's for the model; the teacher computes in its own dtype.
-    The same seed gives the same masks and sequences whatever the batch size. Raises UserError: no tokens to predict, sequences
-    too long for the model, another vocabulary, no mask token.
+    `model` and `teacher`: models.LanguageModel, AnyModel or modules with their interface, on `device` (None: where the model
+    is); training mode is off meanwhile. `layout` None: packed where the models can. `precision` (fp32, bf16, fp16) is
+    autocast's for the model; the teacher computes in its own dtype. The same seed gives the same masks and sequences whatever
+    the batch size. Raises UserError: no tokens to predict, sequences too long for the model, another vocabulary, no mask token.
     """
     if not 0 < probability < 1:
         raise UserError(f"probability must lie between 0 and 1, got {probability:g}")
     chosen_n = drawn_sequences(len(corpus), max_sequences, seed)
     _check_corpus(model, corpus.lengths[chosen_n], facts)
-    where = torch.device(device) if device is not None else model.weight.device
+    where = torch.device(device) if device is not None else device_of(model)
+    longest = int(corpus.lengths[chosen_n].max(initial=0))
     batches = evaluation_batches(
         corpus,
         facts,
         chosen_n,
-        batch_tokens=batch_tokens,
+        batch_tokens=min(budget_of(each, longest, batch_tokens) for each in (model, teacher) if each is not None),
         causal=bool(model.causal),
         mask=Mask(probability=probability, smoothing=0.0),
         seed=seed,
-        layout=layout,
+        layout=layout if layout is not None else layout_of(model, teacher),
     )
     total = int(corpus.lengths[chosen_n].sum())
     done, parts = 0, []
@@ -167,7 +172,7 @@ def pseudo_perplexity(
     starts_n = offsets(corpus.lengths)
     sequences_P = np.searchsorted(starts_n, tokens_P, side="right") - 1
     places_P = tokens_P - starts_n[sequences_P]
-    mask_id = facts.mask_id
+    mask_id, layout = facts.mask_id, layout_of(model)
 
     def make(chosen: Ints) -> Batch:
         sequences = sequences_P[chosen]
@@ -176,7 +181,7 @@ def pseudo_perplexity(
         targets = offsets(lengths)[:-1] + places_P[chosen]
         labels = ids_T[targets]
         ids_T[targets] = mask_id
-        return assemble(ids_T, lengths, targets, labels, sequence_of_label_M=sequences)
+        return assemble(ids_T, lengths, targets, labels, layout=layout, pad_id=facts.pad_id, sequence_of_label_M=sequences)
 
     scored = score_pieces(model, corpus.lengths[sequences_P], make, batch_tokens, device, precision, progress)
     sums, counts = by_sequence(*scored)
@@ -213,7 +218,7 @@ def causal_perplexity(
     if not 1 <= step < size:
         raise UserError(f"stride must be from 1 to {size - 1} (max_length - 1), got {step}: every token needs one before it")
     _check_corpus(model, np.minimum(corpus.lengths, size), facts)
-    windows = sliding_windows(corpus.lengths, size, step)
+    windows, layout = sliding_windows(corpus.lengths, size, step), layout_of(model)
 
     def make(chosen: Ints) -> Batch:
         sequence, begin, first, end = (column[chosen] for column in windows)
@@ -222,7 +227,8 @@ def causal_perplexity(
         ids_T = text[ranges(starts[inverse] + begin, end - begin)]
         targets = ranges(offsets(end - begin)[:-1] + first - 1 - begin, end - first)
         clusters = np.repeat(sequence, end - first)
-        return assemble(ids_T, end - begin, targets, ids_T[targets + 1], sequence_of_label_M=clusters)
+        labels = ids_T[targets + 1]
+        return assemble(ids_T, end - begin, targets, labels, layout=layout, pad_id=facts.pad_id, sequence_of_label_M=clusters)
 
     lengths_W = windows.end - windows.begin
     sums, counts = by_sequence(*score_pieces(model, lengths_W, make, batch_tokens, device, precision, progress))
@@ -231,7 +237,7 @@ def causal_perplexity(
 
 
 def _check_corpus(model: Any, lengths_n: NDArray[Any], facts: Facts) -> None:
-    vocabulary, longest, limit = models.shape(model)[0], int(lengths_n.max(initial=0)), models.max_length(model)
+    vocabulary, longest, limit = models.vocabulary(model), int(lengths_n.max(initial=0)), models.max_length(model)
     if facts.vocab_size > vocabulary:
         raise UserError(
             f"the tokenizer has {facts.vocab_size} entries, the model's vocabulary {vocabulary}; "
@@ -337,8 +343,7 @@ def evaluate(
     if not corpora:
         raise UserError("nothing to evaluate on; give prepared directories or text files")
     device, precision = _resolve(options)
-    config = models.load_config(model_path)
-    causal = models.family_of(config).causal
+    config, causal = models.evaluation_config(model_path)
     raw = [given for given in corpora if not _is_prepared(given)]
     for given in raw:
         find_inputs([given], Path(given))
@@ -346,7 +351,7 @@ def evaluate(
         token_facts(load_tokenizer(model_path))
     opened = {given: _open(given, model_path) for given in corpora if given not in raw}
     tell(0.0, f"loading {model_path}")
-    model = models.load_model(model_path).to(device)
+    model = models.load_for_evaluation(model_path).to(device)
     size = _size(model, options, causal)
     for corpus in opened.values():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
@@ -365,7 +370,7 @@ def evaluate(
         model=model_path,
         architecture=str(config.model_type),
         parameters=models.parameter_count(model),
-        vocabulary=models.shape(model)[0],
+        vocabulary=models.vocabulary(model),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         precision=precision,
         torch=torch.__version__,
@@ -387,7 +392,7 @@ class _Share(NamedTuple):
 
 
 def _evaluate_one(
-    model: models.LanguageModel,
+    model: models.LanguageModel | models.AnyModel,
     given: str,
     corpus: Corpus,
     options: EvaluateOptions,
@@ -441,7 +446,7 @@ def _open(given: str, model_path: str) -> Corpus:
     return corpus
 
 
-def _size(model: models.LanguageModel, options: EvaluateOptions, causal: bool) -> int:
+def _size(model: models.LanguageModel | models.AnyModel, options: EvaluateOptions, causal: bool) -> int:
     """Tokens of a sequence or window."""
     limit = models.max_length(model)
     if limit is not None and options.max_length is not None and options.max_length > limit:

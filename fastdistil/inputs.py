@@ -84,6 +84,7 @@ class CorpusSource:
 class MappingSource:
     """Windows of your own iterable of micro-batches.
 
+    They are made when the step asks for them, so your iterable may keep it waiting (a DataLoader has workers of its own).
     Each is a mapping of tensors [B, S]: input_ids, and optionally attention_mask, labels and weights (see
     `mappings.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
     batches each time for a continued run to be the same run: what was used before is iterated over again and dropped.
@@ -141,20 +142,26 @@ class Inputs:
     tokenizer: Any | None
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with every `auto` replaced by what this machine gives. Raises UserError for what it cannot give."""
+def resolve(recipe: Recipe, own_teacher: bool = False) -> Recipe:
+    """The recipe with every `auto` replaced by what this machine gives. Raises UserError for what it cannot give.
+
+    A teacher given as a module (`own_teacher`) keeps its dtype unless the recipe names one.
+    """
     device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda and torch finds no GPU; set device=cpu, or see `fastdistil doctor`")
     precision = recipe.loop.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(torch.device(device)) else "fp32"
-    if recipe.loop.deterministic and device == "cpu" and recipe.loop.compile:
-        raise UserError("loop.deterministic with loop.compile is not promised; set one of them to false")
     changes: dict[str, Any] = {"device": device, "loop": {"precision": precision}}
-    if recipe.teacher is not None and recipe.teacher.dtype == "auto":
+    if recipe.teacher is not None and recipe.teacher.dtype == "auto" and not own_teacher:
         changes["teacher"] = {"dtype": precision}
     return recipe.with_(**changes)
+
+
+def indexed_device(name: str) -> torch.device:
+    """A device as the things that need one of several GPUs take it: "cuda" is the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def load_inputs(
@@ -169,7 +176,7 @@ def load_inputs(
 
     Raises UserError, CorruptData.
     """
-    device = torch.device(recipe.device)
+    device = indexed_device(recipe.device)
     if recipe.objective.needs_teacher and recipe.teacher is None and teacher is None:
         raise UserError(
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
@@ -189,16 +196,16 @@ def load_inputs(
 
     # The same seed gives the same student, whatever was drawn before.
     torch.manual_seed(recipe.seed)
-    teacher_model = _teacher(recipe, teacher, corpus)
+    teacher_model = _teacher(recipe, teacher, corpus, note)
     vocabulary = facts.vocab_size if facts is not None else 0
     if student is not None:
         student_model = models.as_language_model(student)
     else:
         if recipe.student.path is not None and corpus is not None:
-            _check_tokenizer(recipe.student.path, corpus, "the student's model")
+            check_tokenizer(recipe.student.path, corpus, "the student's model", note)
         pad_id = facts.pad_id if facts is not None else None
         student_model = models.make_student(recipe.student, teacher_model, vocabulary, pad_id)
-    projection = _check(recipe, teacher_model, student_model, corpus, facts)
+    projection = check_models(recipe, teacher_model, student_model, corpus, facts)
     student_model.float().to(device)
     if teacher_model is not None:
         teacher_model.to(device=device).eval().requires_grad_(False)
@@ -209,7 +216,7 @@ def load_inputs(
             if isinstance(model, models.LanguageModel):
                 model.compile()
             elif model is not None:
-                note("loop.compile: a module given from Python is not compiled; compile it yourself")
+                raise UserError("loop.compile is for transformers models; compile your own module yourself and set it to false")
 
     causal = bool(student_model.causal)
     source: Source
@@ -231,23 +238,27 @@ def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
     return Corpus.open(path, verify=verify)
 
 
-def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None) -> Any | None:
+def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None, note: Callable[[str], None]) -> Any | None:
     if given is not None:
-        return models.as_language_model(given)
+        own = models.as_language_model(given)
+        named = recipe.teacher.dtype if recipe.teacher is not None else "auto"
+        return own if named == "auto" else own.to(models.DTYPES[named])
     if recipe.teacher is None:
         return None
     models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
     if corpus is not None:
-        _check_tokenizer(recipe.teacher.path, corpus, "the teacher")
+        check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
     return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype])
 
 
-def _check_tokenizer(path: str, corpus: Corpus, who: str) -> None:
+def check_tokenizer(path: str, corpus: Corpus, who: str, note: Callable[[str], None]) -> None:
     fingerprint = corpus.manifest.fingerprint
+    if not models.has_tokenizer(path):
+        note(f"{who} {path} has no tokenizer files: only the size of its vocabulary can be compared with the corpus")
     models.check_tokenizer(path, fingerprint, who, lambda place: vocabulary_fingerprint(load_tokenizer(place)))
 
 
-def _check(
+def check_models(
     recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None, facts: TokenFacts | None
 ) -> nn.Linear | None:
     """Refuse what cannot be trained; returns the projection if the objective has one."""

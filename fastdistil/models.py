@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from fastdistil.attention import attention_keywords, packed_attention
+from fastdistil.attention import attention_keywords, packed_attention, padded_attention
 from fastdistil.batches import Batch
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.recipe import Student
@@ -39,12 +40,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
-    packing = keywords.pop("packing", None)
-    if packing is None:
+    packing, tokens = keywords.pop("packing", None), keywords.pop("tokens_B11S", None)
+    if packing is None and tokens is None:  # called by somebody else
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
         return out, None
     dropout, scaling = keywords.get("dropout", 0.0), keywords.get("scaling")
     rest = attention_keywords(keywords)
+    if packing is None:
+        return padded_attention(module, query, key, value, tokens, dropout=dropout, scaling=scaling, **rest), None
     return packed_attention(module, query, key, value, packing, dropout=dropout, scaling=scaling, **rest), None
 
 
@@ -127,7 +130,8 @@ class LanguageModel(nn.Module):
         self.module = module
         module.set_attn_implementation(ATTENTION)
         self.position_offset = self.family.position_offset(module.config)
-        # A four-dimensional mask is handed down as it is; packed attention looks at `packing` alone.
+        # A four-dimensional mask is handed down as it is: transformers then makes none, and our attention looks at `packing`
+        # or `tokens_B11S` alone.
         self.register_buffer("_no_mask", torch.zeros(1, 1, 1, 1), persistent=False)
         # In a tuple: as an attribute it would be registered, and its parameters listed, a second time.
         self._backbone: tuple[Callable[..., Any]] = (module.get_submodule(self.family.backbone),)
@@ -144,10 +148,12 @@ class LanguageModel(nn.Module):
             keywords["inputs_embeds"] = self.module.get_input_embeddings()(batch.ids_BS)
         else:
             keywords["input_ids"] = batch.ids_BS
+        keywords["attention_mask"] = self._no_mask
         if batch.packing is not None:
-            keywords |= {"packing": batch.packing, "attention_mask": self._no_mask}
+            keywords["packing"] = batch.packing
         else:
-            keywords["attention_mask"] = batch.attention_mask_BS
+            assert batch.attention_mask_BS is not None
+            keywords["tokens_B11S"] = batch.attention_mask_BS.bool()[:, None, None, :]
         if batch.positions_BS is not None:
             keywords["position_ids"] = batch.positions_BS + self.position_offset
         states_BSD: Tensor = self._backbone[0](**keywords).last_hidden_state
@@ -173,11 +179,54 @@ class LanguageModel(nn.Module):
         return bias
 
 
+class AnyModel(nn.Module):
+    """Any masked or causal language model of transformers, to evaluate: it gives whole logits, and cannot be trained on.
+
+    `hidden` is the logits, [N, V], and `weight` None says so. Batches must be padded (length-grouped): packing would need the
+    architecture's attention.
+    """
+
+    weight = None
+    bias = None
+
+    def __init__(self, module: PreTrainedModel, causal: bool) -> None:
+        super().__init__()
+        self.module, self.causal = module, causal
+        self.vocabulary = int(module.config.get_text_config().vocab_size)
+        # Like RoBERTa, several number positions from behind a padding index, for which their table of positions keeps a row.
+        tables = (part for name, part in module.named_modules() if name.endswith("position_embeddings"))
+        self.position_offset = max((table.padding_idx + 1 for table in tables if _is_number(table.padding_idx)), default=0)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[N, V]; zero for padding."""
+        if batch.attention_mask_BS is None:
+            raise UserError(f"{type(self.module).__name__} takes no packed batches; use layout='length-grouped'")
+        # A forward for each length, and no padding: convolutions, pooling, Fourier transforms look past an attention mask.
+        length_B = batch.attention_mask_BS.sum(1)
+        keywords = {"use_cache": False} if self.causal else {}
+        logits_BSV: Tensor | None = None
+        with _quiet():
+            for length in sorted(set(length_B.tolist())):
+                rows = (length_B == length).nonzero().squeeze(1)
+                found: Tensor = self.module(input_ids=batch.ids_BS[rows, :length], **keywords).logits
+                if len(rows) == len(length_B):
+                    return found.flatten(0, 1)
+                if logits_BSV is None:
+                    logits_BSV = found.new_zeros(*batch.ids_BS.shape, found.shape[2])
+                logits_BSV[rows, :length] = found
+        assert logits_BSV is not None, "a batch has sequences"
+        return logits_BSV.flatten(0, 1)
+
+    def transform(self, hidden_ND: Tensor) -> Tensor:
+        return hidden_ND
+
+
 def family_of(config: PretrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"architecture {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}. "
-            "Another one can be given from Python as a module with hidden, transform, weight, bias (see fastdistil.models)"
+            f"architecture {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)} (`evaluate` takes any "
+            "masked or causal one). Another one can be given from Python as a module with hidden, transform, weight, bias "
+            "(see fastdistil.models)"
         )
     return FAMILIES[config.model_type]
 
@@ -196,7 +245,32 @@ def as_language_model(model: Any) -> nn.Module:
 
 
 def load_config(path: str) -> PretrainedConfig:
-    """The configuration of a hub id or local directory. Raises UserError."""
+    """The configuration of a hub id or local directory, of a supported architecture. Raises UserError."""
+    config = _any_config(path)
+    family_of(config)
+    return config
+
+
+def evaluation_config(path: str) -> tuple[PretrainedConfig, bool]:
+    """(configuration, whether the model is causal) of any masked or causal language model. Raises UserError.
+
+    An architecture that transformers has as both is masked, unless the configuration names the causal class.
+    """
+    config = _any_config(path)
+    kind = config.model_type
+    if kind in FAMILIES:
+        return config, FAMILIES[kind].causal
+    masked, causal = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if masked is None and causal is None:
+        raise UserError(
+            f"architecture {kind!r} is neither a masked nor a causal language model; "
+            "give one that AutoModelForMaskedLM or AutoModelForCausalLM of transformers loads"
+        )
+    named = causal != masked and causal in (config.architectures or ())
+    return config, masked is None or named
+
+
+def _any_config(path: str) -> PretrainedConfig:
     # The library would take a missing directory for a misspelt hub id, and say so.
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"no model directory {path}; give a hub id or a directory with config.json")
@@ -205,7 +279,6 @@ def load_config(path: str) -> PretrainedConfig:
             config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"no model at {path!r}: {_reason(error)}; give a hub id or a directory with config.json") from error
-    family_of(config)
     return config
 
 
@@ -214,12 +287,38 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
 
     Weights the architecture needs and the files lack are an error, never drawn at random; unused ones are left out.
     """
-    config = load_config(path)
+    return LanguageModel(_pretrained(_auto(load_config(path)), path, dtype)).eval()
+
+
+def load_for_evaluation(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel | AnyModel:
+    """As `load_model`, for any masked or causal language model of transformers."""
+    config, causal = evaluation_config(path)
+    if config.model_type in FAMILIES:
+        return load_model(path, dtype)
+    model = AnyModel(_pretrained(_auto_class(causal), path, dtype), causal).eval()
+    if causal and _sees_later_tokens(model):
+        raise UserError(
+            f"the model at {path!r} is a causal one by its configuration, and its predictions change with later tokens; "
+            "give a decoder (is_decoder: true where the architecture is an encoder too)"
+        )
+    return model
+
+
+@torch.no_grad()
+def _sees_later_tokens(model: AnyModel) -> bool:
+    """Encoders loaded as causal models, and XLNet, would be given a perplexity that is far too low."""
+    ids_BS = torch.arange(8).repeat(2, 1) + model.vocabulary // 2
+    ids_BS[1, -1] -= 4
+    with _quiet():
+        logits_BSV = model.module(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
+    return bool((logits_BSV[0] - logits_BSV[1]).abs().max() > 1e-3 * logits_BSV.std())
+
+
+def _pretrained(auto: Any, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel
     with translated(f"loading {path}"), _quiet():
         try:
-            model, report = _auto(config).from_pretrained(
-                path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-            )
+            model, report = auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True)
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -235,7 +334,7 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
                 f"the checkpoint at {path!r} {problem} {len(names)} of the weights of {type(model).__name__} ({first}, ...); "
                 "give one that was saved with its language-model head and its own config.json"
             )
-    return LanguageModel(model).eval()
+    return model
 
 
 @contextmanager
@@ -318,10 +417,10 @@ def student_config(
     return distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
 
 
-def count_without_weights(config: PretrainedConfig) -> int:
-    """Parameters of a configuration's model, without allocating them."""
+def without_weights(config: PretrainedConfig) -> LanguageModel:
+    """A configuration's model with shapes and no memory (torch's meta device): to count and to check."""
     with torch.device("meta"):
-        return parameter_count(_auto(config).from_config(config))
+        return LanguageModel(_fresh(config))
 
 
 def student_layers(recipe: Student, config: PretrainedConfig) -> list[int]:
@@ -422,7 +521,10 @@ def distilbert_from_bert(teacher: PreTrainedModel, layers: list[int], copy_head:
 
 
 def _auto(config: PretrainedConfig) -> Any:
-    causal = family_of(config).causal
+    return _auto_class(family_of(config).causal)
+
+
+def _auto_class(causal: bool) -> Any:
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
 
 
@@ -499,7 +601,7 @@ def check_pair(teacher: nn.Module, student: nn.Module, *, hidden_terms: bool, pr
 
 def check_tokenizer(path: str, fingerprint: str, where: str, fingerprint_of: Callable[[str], str]) -> None:
     """Refuse a model whose tokenizer maps tokens to other ids than the corpus; a model without one cannot be checked."""
-    if not _has_tokenizer(path):
+    if not has_tokenizer(path):
         return
     found = fingerprint_of(path)
     if found != fingerprint:
@@ -509,7 +611,7 @@ def check_tokenizer(path: str, fingerprint: str, where: str, fingerprint_of: Cal
         )
 
 
-def _has_tokenizer(path: str) -> bool:
+def has_tokenizer(path: str) -> bool:
     folder = Path(path)
     names = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer_config.json")
     return not folder.is_dir() or any((folder / name).exists() for name in names)
@@ -540,12 +642,19 @@ def shape(model: nn.Module) -> tuple[int, int]:
     return int(weight.shape[0]), int(weight.shape[1])
 
 
+def vocabulary(model: nn.Module) -> int:
+    """Entries of a model's vocabulary."""
+    return model.vocabulary if isinstance(model, AnyModel) else shape(model)[0]
+
+
 def max_length(model: nn.Module) -> int | None:
     """Longest sequence the model has positions for; None where it does not say."""
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, LanguageModel | AnyModel):
         return None
-    limit = getattr(model.module.config, "max_position_embeddings", None)
-    return None if limit is None else int(limit) - model.position_offset
+    config = model.module.config.get_text_config()
+    # n_positions and others have this name too, by attribute_map; MPT's has not. XLNet says -1 for none.
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
+    return None if limit is None or limit < 1 else int(limit) - model.position_offset
 
 
 def parameter_count(model: nn.Module) -> int:

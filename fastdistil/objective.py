@@ -34,9 +34,6 @@ class LossTerms(NamedTuple):
     cosine: Tensor
     mse: Tensor
 
-    def detached(self) -> "LossTerms":
-        return LossTerms(*(term.detach() for term in self))
-
 
 class Denominators(NamedTuple):
     soft: float

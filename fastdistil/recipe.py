@@ -278,11 +278,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             here[part] = {}
         here = here[part]
     here[parts[-1]] = value
-    # The ways to say one thing exclude each other: naming one on the command line replaces the recipe's.
-    for group in (("student", ("path", "config", "layers", "every")), ("loop", ("epochs", "updates"))):
-        if parts[0] == group[0] and len(parts) > 1 and parts[1] in group[1] and value is not None:
-            for other in set(group[1]) - {parts[1]}:
-                values[group[0]].pop(other, None)
+    if len(parts) > 1:
+        replace_alternatives(values, parts[0], {parts[1]: value})
+
+
+ALTERNATIVES = {"student": ("path", "config", "layers", "every"), "loop": ("epochs", "updates")}
+
+
+def replace_alternatives(values: dict[str, Any], section: str, given: Mapping[str, Any]) -> None:
+    """The ways to say one thing exclude each other: one that is given replaces the recipe's."""
+    ways = ALTERNATIVES.get(section, ())
+    if any(given.get(way) is not None for way in ways) and isinstance(values.get(section), dict):
+        for way in ways:
+            if way not in given:
+                values[section].pop(way, None)
 
 
 def _check_key(key: str) -> None:

@@ -3,7 +3,11 @@
 runs/<name>/ holds recipe.yaml, events.jsonl, checkpoints/ and student/, and is the product's memory: every tool reads it.
 """
 
+import fcntl
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ FREE_KEYS = (
     "runs_dir",
     "logging",
     "checkpoint",
+    "evaluation",
     "data.prefetch",
     "data.verify",
     "loop.nonfinite",
@@ -78,6 +83,21 @@ def create_run(run: Path, recipe: Recipe) -> None:
         except NotADirectoryError:
             raise UserError(f"{run.parent} is not a directory; choose another runs_dir") from None
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+@contextmanager
+def sole_user(run: Path) -> Iterator[None]:
+    """Hold the run against a second process. Raises UserError if there is one."""
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {run}; wait until it has stopped, or choose another name=..."
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def stored_recipe(run: Path) -> Recipe:

@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdistil import models
-from fastdistil.batches import Batch, Tokens
+from fastdistil.batches import Batch, Layout, Tokens, ascending_starts
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.kernels.distill import divergence_reference
 from fastdistil.masking import Facts, Ints, offsets, ranges
-from fastdistil.plans import packed_plan
 
 ROWS = 512
 """Logits of so many rows exist at a time."""
+LOGITS = 2**27
+"""Elements of the logits of a batch, for models that give them whole: 0.5 GiB in float32."""
 Progress = Callable[[float], None]
 
 
@@ -92,6 +93,23 @@ def sliding_windows(lengths_n: NDArray[Any], size: int, stride: int) -> Windows:
 # Scoring
 
 
+def layout_of(*modules: Any) -> Layout:
+    """Packed, unless one of the models gives whole logits (models.AnyModel)."""
+    return "length-grouped" if any(model is not None and model.weight is None for model in modules) else "packed"
+
+
+def budget_of(model: Any, longest: int, batch_tokens: int) -> int:
+    """Tokens of a batch: `batch_tokens`, or less where whole logits would take more than LOGITS, but one sequence at least."""
+    if model.weight is not None:
+        return batch_tokens
+    return min(batch_tokens, max(longest, LOGITS // models.vocabulary(model)))
+
+
+def device_of(model: Any) -> torch.device:
+    weight: Tensor = model.weight if model.weight is not None else next(model.parameters())
+    return weight.device
+
+
 def sequence_sums(model: Any, teacher: Any | None, batch: Batch, precision: str) -> NDArray[np.float64]:
     """[4, n] for the n sequences of a batch: cross-entropy, labels, KL, tokens compared with the teacher."""
     rows = batch.label_rows
@@ -136,7 +154,9 @@ def row_losses(model: Any, teacher: Any | None, batch: Batch, rows: Tensor, prec
 
 def _logits(model: Any, hidden_RD: Tensor) -> Tensor:
     """[R, V], float32 or wider."""
-    logits_RV = F.linear(model.transform(hidden_RD), model.weight, model.bias)
+    logits_RV: Tensor = model.transform(hidden_RD)
+    if model.weight is not None:
+        logits_RV = F.linear(logits_RV, model.weight, model.bias)
     return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
 
 
@@ -149,15 +169,17 @@ def score_pieces(
     precision: str,
     progress: Progress | None,
 ) -> tuple[Ints, NDArray[np.float64]]:
-    """Pieces of text in packed batches, the shortest first: (sequence, cross-entropy) of every label. `make` builds a batch."""
+    """Pieces of text in batches, the shortest first: (sequence, cross-entropy) of every label. `make` builds a batch, whose
+    layout must be `layout_of(model)`.
+    """
     if len(lengths_P) == 0:
         raise UserError("no token to predict: every text has a single token; give more or longer text")
     if int(lengths_P.max()) > batch_tokens:
         raise UserError(f"a text of {int(lengths_P.max())} tokens does not fit into batch_tokens {batch_tokens}; raise it")
-    where = torch.device(device) if device is not None else model.weight.device
+    where = torch.device(device) if device is not None else device_of(model)
     shortest_first = np.argsort(lengths_P, kind="stable")
     lengths_P = lengths_P[shortest_first]
-    starts = packed_plan(lengths_P, np.arange(len(lengths_P)), batch_tokens).starts.tolist()
+    starts = ascending_starts(lengths_P, budget_of(model, int(lengths_P[-1]), batch_tokens), layout_of(model))
     done_P = offsets(lengths_P)
     clusters, losses = [], []
     with evaluating(model):

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
 from fastdistil.masking import update_seed
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.optim import learning_rate, make_optimizer
-from fastdistil.recipe import Objective, Recipe, load_recipe, validated
-from fastdistil.runs import check_same_recipe, choose_run, create_run
+from fastdistil.optim import LossScale, learning_rate, make_optimizer
+from fastdistil.recipe import Objective, Recipe, load_recipe, replace_alternatives, validated
+from fastdistil.runs import check_same_recipe, choose_run, create_run, sole_user
 from fastdistil.state import learnt_tensors, load_learnt
 from fastdistil.watchdog import FiniteGuard, Signals
 
@@ -54,7 +54,7 @@ class Run:
     directory: Path
     inputs: Inputs
     optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler | None
+    loss_scale: LossScale | None
     guard: FiniteGuard
     meter: metrics.Meter
     events: metrics.EventLog
@@ -65,8 +65,12 @@ class Run:
     best_update: int | None = None
     best_loss: float | None = None
     tokens: int = 0
-    tokens_before: int = 0
-    trained_s: float = 0.0
+    """Of all updates done."""
+    unread: list[int] = field(default_factory=list)
+    """Tokens of each update since the last log line: what a bad one among them takes back."""
+    logged_tokens: int = 0
+    logged_s: float = 0.0
+    saved_update: int | None = None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -75,6 +79,10 @@ class Run:
     @property
     def modules(self) -> dict[str, nn.Module | None]:
         return {"student": self.inputs.student, "projection": self.inputs.projection}
+
+    @property
+    def interrupted(self) -> bool:
+        return self.signals.requested is not None or watchdog.pause_requested(self.directory)
 
     def autocast(self) -> AbstractContextManager[Any]:
         precision = self.recipe.loop.precision
@@ -98,22 +106,25 @@ def train(
     `teacher`, `student` (modules) and `batches` (an iterable of micro-batches, see `inputs.MappingSource`) stand in for what
     the recipe names.
     """
-    recipe = resolve(recipe)
+    recipe = resolve(recipe, own_teacher=teacher is not None)
     directory, continued = choose_run(recipe, recipe_name, resume)
     if continued:
         check_same_recipe(directory, recipe)
     console = console or metrics.Console()
     with ExitStack() as stack:
         stack.callback(console.close)
+        if continued:
+            stack.enter_context(sole_user(directory))
+            watchdog.clear_pause(directory)  # the one that stopped it; a later one is meant for this process
         with translated("loading the models and the corpus"):
             inputs = load_inputs(recipe, teacher=teacher, student=student, batches=batches, note=console.note)
         if not continued:
             create_run(directory, recipe)
+            stack.enter_context(sole_user(directory))
         signals = stack.enter_context(Signals(console.note))
         run = _assemble(stack, recipe, directory, inputs, console, signals)
         if continued:
             _restore(run, None if resume == "auto" else Path(resume or directory))
-        watchdog.clear_pause(directory)
         _announce(run)
         with translated("training", directory):
             _loop(run)
@@ -128,8 +139,7 @@ def _loop(run: Run) -> None:
         for window, counts in windows:
             waited_s = time.perf_counter() - asked
             if not train_step(run, window, counts, waited_s):
-                _stop(run, str(run.signals.requested))
-            run.trained_s += time.perf_counter() - asked
+                _stop(run)
             last = run.update == run.inputs.updates
             if run.update % log_every == 0 or last:
                 _log(run)
@@ -137,37 +147,32 @@ def _loop(run: Run) -> None:
                 _evaluate(run)
             if save_every and run.update % save_every == 0 and not last:
                 _save(run)
-            if run.signals.requested:
-                _stop(run, run.signals.requested)
-            if watchdog.pause_requested(run.directory):
-                _stop(run, watchdog.PAUSE)
             asked = time.perf_counter()
 
 
 def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float) -> bool:
     """One update: all micro-batches of the window, then the optimizer. Waits for nothing on the device.
 
-    False if a signal arrived meanwhile: then the window is dropped and the update has not happened.
+    False if a signal or PAUSE arrived meanwhile: then the window is dropped and the update has not happened.
     """
     inputs, objective = run.inputs, run.recipe.objective
     torch.manual_seed(update_seed(run.recipe.seed, run.update))  # so that a continued run draws the same
     run.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for on_host in window:
-        if run.signals.requested:
+        if run.interrupted:
             run.optimizer.zero_grad(set_to_none=True)
             return False
         batch = on_host.to(inputs.device, non_blocking=True)
         per = denominators(objective, update_counts, batch.counts, len(window))
         with run.autocast():
             terms = loss_terms(objective, inputs.student, inputs.teacher, batch, per, inputs.projection)
-        loss = terms.total if run.scaler is None else run.scaler.scale(terms.total)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
         for name, term in terms._asdict().items():
             sums[name] = sums[name] + term.detach() if name in sums else term.detach()
     grad_norm, found_inf = _apply_gradients(run, sums)
     run.update += 1
-    run.tokens += update_counts.tokens
+    run.unread.append(update_counts.tokens)
     run.meter.add(sums, grad_norm, update_counts.tokens, waited_s, found_inf)
     return True
 
@@ -175,25 +180,22 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
 def _apply_gradients(run: Run, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Clip and step, unless a loss or the gradient is not finite. Returns the norm before clipping, and that flag."""
     optim = run.recipe.optim
-    if run.scaler is not None:
-        run.scaler.unscale_(run.optimizer)
+    if run.loss_scale is not None:
+        run.loss_scale.unscale(run.parameters)
     clip = optim.clip if optim.clip is not None else float("inf")
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, clip, foreach=True)
-    if run.scaler is None:
+    if run.loss_scale is None:
         found_inf = run.guard.check(sums, grad_norm, run.update + 1)
     else:
-        # Under loss scaling an infinite gradient is how the scaler learns its scale, not a failure.
-        found_inf = run.guard.check(sums, None, run.update + 1)
-        for overflow in run.scaler._found_inf_per_device(run.optimizer).values():
-            found_inf = torch.maximum(found_inf, overflow.reshape(1))
+        sums["loss_scale"] = run.loss_scale.scale
+        overflow, judged = run.loss_scale.update(grad_norm)
+        found_inf = torch.maximum(run.guard.check(sums, judged, run.update + 1), overflow)
     # The fused optimizer leaves weights, moments and step as they were where found_inf is 1: no wait for the host.
-    run.optimizer.found_inf = found_inf.reshape(())  # type: ignore[attr-defined]
+    run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     run.optimizer.grad_scale = None  # type: ignore[attr-defined]
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(optim, run.update, run.inputs.updates)
     run.optimizer.step()
-    if run.scaler is not None:
-        run.scaler.update()
     return grad_norm, found_inf
 
 
@@ -209,15 +211,14 @@ def _assemble(
     if board is not None:
         stack.callback(board.close)
     optimizer = make_optimizer([m for m in (inputs.student, inputs.projection) if m is not None], recipe.optim)
-    scaler = torch.amp.GradScaler(inputs.device.type) if recipe.loop.precision == "fp16" else None
+    loss_scale = LossScale(inputs.device) if recipe.loop.precision == "fp16" else None
     guard = FiniteGuard(recipe.loop.nonfinite, recipe.loop.nonfinite_limit, describe=inputs.source.describe)
     inputs.student.train()
     meter = metrics.Meter()
-    return Run(recipe, directory, inputs, optimizer, scaler, guard, meter, events, console, board, signals)
+    return Run(recipe, directory, inputs, optimizer, loss_scale, guard, meter, events, console, board, signals)
 
 
 def _announce(run: Run) -> None:
-    run.tokens_before = run.tokens
     run.events.write(
         "resume" if run.update else "start",
         update=run.update,
@@ -238,9 +239,10 @@ def _log(run: Run) -> None:
     """The one host sync of a log line."""
     with _rolling_back(run):
         fields: dict[str, Any] = run.meter.read(run.guard)
+    _count(run)
     fields["lr"] = run.optimizer.param_groups[0]["lr"]
-    if run.scaler is not None:
-        fields["loss_scale"] = run.scaler.get_scale()
+    run.logged_tokens += fields["tokens"]
+    run.logged_s += fields["tokens"] / fields["tokens_per_s"]
     run.events.write("train", update=run.update, **fields)
     run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:
@@ -261,15 +263,24 @@ def _watched(objective: Objective) -> list[str]:
 
 @contextmanager
 def _rolling_back(run: Run) -> Iterator[None]:
-    """On NonFinite, save the state: it is as before the bad update (stop), or without the skipped ones (skip)."""
+    """Around a read of the guard. On NonFinite, save: the state is as before the bad update, or (skip) without the skipped."""
     try:
         yield
     except NonFinite as error:
         if error.update is not None:
-            run.update = error.update - 1
-        _write_checkpoint(run, skipped=0)
+            good = error.update - 1
+            run.unread = run.unread[: len(run.unread) - (run.update - good)]
+            run.update = good
+        _count(run)
+        _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
         run.events.write("nonfinite", update=run.update, message=str(error))
-        raise NonFinite(f"{error}; saved after update {run.update}, continue with --resume {run.directory}") from error
+        raise NonFinite(f"{error}; saved after update {run.update}, continue with {_command(run)}") from error
+
+
+def _count(run: Run) -> None:
+    """What was read is no longer to be taken back."""
+    run.tokens += sum(run.unread)
+    run.unread.clear()
 
 
 def _evaluate(run: Run) -> HeldOut | None:
@@ -277,6 +288,9 @@ def _evaluate(run: Run) -> HeldOut | None:
     inputs, evaluation = run.inputs, run.recipe.evaluation
     if inputs.heldout is None or inputs.facts is None:
         return None
+    with _rolling_back(run):
+        # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
+        run.guard.read()
     begun = time.perf_counter()
     with run.meter.excluded():
         found = held_out(
@@ -298,13 +312,17 @@ def _evaluate(run: Run) -> HeldOut | None:
         run.board.write(run.update, {f"evaluation/{name}": value for name, value in asdict(found).items()})
     if math.isfinite(found.loss) and (run.best_loss is None or found.loss < run.best_loss):
         run.best_loss, run.best_update = found.loss, run.update
+        run.saved_update = None
         _save(run)
     return found
 
 
 def _save(run: Run) -> None:
+    if run.saved_update == run.update:
+        return
     with _rolling_back(run):
         skipped = run.guard.read()
+    _count(run)
     with run.meter.excluded():
         _write_checkpoint(run, skipped)
 
@@ -318,7 +336,7 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
         "best_loss": run.best_loss,
         "corpus": run.inputs.source.identity,
         "skipped": skipped,
-        "scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
     }
     protect = frozenset() if run.best_update is None else frozenset({run.best_update})
     keep = run.recipe.checkpoint.keep
@@ -341,8 +359,8 @@ def _restore(run: Run, path: Path | None) -> None:
             f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; give back that corpus, or start anew"
         )
     load_learnt(loaded.tensors, run.modules, run.optimizer)
-    if run.scaler is not None:
-        run.scaler.load_state_dict(loaded.state["scaler"])
+    if run.loss_scale is not None:
+        run.loss_scale.load_state(loaded.state["loss_scale"])
     loop = run.recipe.loop
     run.guard = FiniteGuard(
         loop.nonfinite,
@@ -356,20 +374,27 @@ def _restore(run: Run, path: Path | None) -> None:
     run.console.note(f"continuing {run.directory} after update {run.update}")
 
 
-def _stop(run: Run, why: str) -> None:
+def _stop(run: Run) -> None:
     """Save the last update's state, evaluate when paused, and leave."""
+    why = run.signals.requested or watchdog.PAUSE
     _save(run)
     if why == watchdog.PAUSE:
         _evaluate(run)
         watchdog.clear_pause(run.directory)
     run.events.write("stopped", update=run.update, why=why)
-    raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with --resume {run.directory}")
+    raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {_command(run)}")
+
+
+def _command(run: Run) -> str:
+    """What continues this run, whatever it was started with; --resume auto does too, beside the same arguments."""
+    command = "train" if run.recipe.teacher is not None else "pretrain"
+    return f"fastdistil {command} {run.directory / 'recipe.yaml'} --resume {run.directory}"
 
 
 def _finish(run: Run) -> Result:
     found = _evaluate(run)
     _save(run)
-    speed = (run.tokens - run.tokens_before) / run.trained_s if run.trained_s else 0.0
+    speed = run.logged_tokens / run.logged_s if run.logged_s else 0.0
     with translated("saving the student", run.directory):
         export_student(run.inputs, run.recipe, run.directory / "student", found, updates=run.update, tokens=run.tokens)
     run.events.write("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
@@ -396,7 +421,7 @@ def distil(
 
     Raises FastdistilError; its exit_code tells what happened.
     """
-    name = recipe if isinstance(recipe, str) else "run"
+    name = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
     start = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     values = start.model_dump()
     if teacher is not None:
@@ -408,10 +433,12 @@ def distil(
     if corpus is not None:
         values["data"]["train"] = _named(corpus)
     for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            replace_alternatives(values, key, value)
         values[key] = {**(values.get(key) or {}), **value} if isinstance(value, Mapping) else value
     return train(
         validated(values, "distil(...)"),
-        recipe_name=Path(name).stem,
+        recipe_name=name,
         resume=resume,
         teacher=teacher if isinstance(teacher, nn.Module) else None,
         student=student if isinstance(student, nn.Module) else None,

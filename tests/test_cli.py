@@ -133,6 +133,17 @@ def test_a_dry_run_starts_nothing(run: Run, material: Path, tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_refuses_what_a_run_would(run: Run, material: Path) -> None:
+    assert prepared(run, material)[0] == 0
+    for wrong, says in (
+        ("student.layers=[0,5]", "below the teacher's 2 layers"),
+        ("objective={a_clm: 2, a_mlm: 0}", "objective.a_mlm"),
+        ("student.config={model_type: bert, hidden_size: 24, num_attention_heads: 2}", "objective.projection=true"),
+        ("data.heldout=nowhere", "nowhere"),
+    ):
+        assert_refused(run("train", "distilbert", *overrides(material), wrong, "--dry-run"), 2, says)
+
+
 def test_tensorboard_is_written_when_asked(run: Run, material: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs pip install fastdistil[tensorboard]")
     assert prepared(run, material)[0] == 0

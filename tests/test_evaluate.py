@@ -46,9 +46,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 2, "eos_token_id": 3},
     "llama": {**SIZES, "num_key_value_heads": 2},
     "qwen2": {**SIZES, "num_key_value_heads": 2},
+    # Not among models.FAMILIES: evaluated by transformers' own forward.
+    "albert": {**SIZES, "embedding_size": 16},
+    "electra": {**SIZES, "embedding_size": 16},
+    "xlm-roberta": {**SIZES, "type_vocab_size": 1},
+    "convbert": {**SIZES, "embedding_size": 16, "conv_kernel_size": 3},
+    "mistral": {**SIZES, "num_key_value_heads": 2, "sliding_window": 6},
+    "opt": {**SIZES, "ffn_dim": 40, "word_embed_proj_dim": 32},
 }
+CAUSAL = ("gpt2", "llama", "qwen2", "mistral", "opt")
 masked_families = pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
 causal_families = pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+other_masked = pytest.mark.parametrize("kind", ["albert", "electra", "xlm-roberta", "convbert"])
+other_causal = pytest.mark.parametrize("kind", ["mistral", "opt"])
 
 
 def documents(n: int = 10) -> list[str]:
@@ -94,9 +104,8 @@ def build(kind: str, vocabulary: int, seed: int = 0) -> Any:
     """A small model of transformers in float64, far from its initial state, in evaluation mode."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(kind, vocab_size=vocabulary, **CONFIGS[kind])
-    causal = kind in ("gpt2", "llama", "qwen2")
-    auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
-    model = auto.from_config(config, attn_implementation="sdpa").eval()
+    auto: Any = transformers.AutoModelForCausalLM if kind in CAUSAL else transformers.AutoModelForMaskedLM
+    model = auto.from_config(config, attn_implementation="eager" if kind == "convbert" else "sdpa").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -646,6 +655,145 @@ def test_evaluate_checks_everything_before_it_measures(
     prepare([str(text)], tmp_path / "long", PrepareOptions(tokenizer=good, max_length=64, workers=1))
     refused(good, [here, str(tmp_path / "long")], "sequences of 64 tokens, the model takes 32")
     assert evaluate(saved["bare"], [here], FP32).corpora[0].heldout is not None
+
+
+# Models of any architecture
+
+
+def save(model: Any, tokenizer: Path, folder: Path) -> str:
+    """As transformers saves it, in float32, with the tokenizer."""
+    copy.deepcopy(model).float().save_pretrained(folder)
+    load_tokenizer(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@other_masked
+@torch.no_grad()
+def test_any_masked_model_is_measured_as_transformers_computes_it(
+    kind: str, corpus: Corpus, text: Path, tokenizer: Path, facts: TokenFacts, tmp_path: Path
+) -> None:
+    reference = build(kind, facts.vocab_size)
+    sums, counts = [], []
+    for seen, labels in masked_as_held_out(corpus, facts, seed=3):
+        logits = reference(input_ids=seen[None]).logits[0]
+        sums.append(float(F.cross_entropy(logits, labels, reduction="sum")))
+        counts.append(int((labels >= 0).sum()))
+    pseudo = literal_pseudo_losses(reference, corpus, facts)
+    every = [loss for losses in pseudo for loss in losses]
+    assert np.std(every) > 0.1  # otherwise it would not matter which token was masked
+    path = save(reference, tokenizer, tmp_path / "model")
+    limit = 32 - (reference.config.pad_token_id + 1 if kind == "xlm-roberta" else 0)
+
+    model = models.load_for_evaluation(path, torch.float64)
+    assert isinstance(model, models.AnyModel)
+    assert models.max_length(model) == limit
+    model.module.load_state_dict(reference.state_dict())  # of float64, before it was rounded
+    found = held_out(model, corpus, facts, seed=3, batch_tokens=100)
+    assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
+    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
+    one_by_one = pseudo_perplexity(model, corpus, facts, positions="all", batch_tokens=150)
+    assert one_by_one.positions == len(every)
+    assert one_by_one.loss == pytest.approx(sum(every) / len(every), rel=1e-10)
+    assert one_by_one.loss_se == pytest.approx(
+        error_of_ratio([sum(losses) for losses in pseudo], [len(losses) for losses in pseudo]), rel=1e-8
+    )
+
+    options = EvaluateOptions(
+        precision="fp32", device="cpu", documents="line", max_length=LENGTH, positions="all", seed=3, batch_tokens=100
+    )
+    report = evaluate(path, [str(corpus.path), str(text)], options)
+    for measured in report.corpora:
+        assert measured.heldout is not None
+        assert measured.pseudo is not None
+        assert measured.causal is None
+        assert measured.heldout.loss == pytest.approx(found.loss, rel=1e-5)
+        assert measured.pseudo.loss == pytest.approx(one_by_one.loss, rel=1e-5)
+    assert (report.architecture, report.vocabulary) == (kind, facts.vocab_size)
+    refused(
+        path,
+        [str(corpus.path)],
+        f"max_length is {limit + 1} and the model takes {limit}",
+        EvaluateOptions(max_length=limit + 1),
+    )
+
+
+@other_causal
+@torch.no_grad()
+def test_any_causal_model_is_measured_as_transformers_computes_it(
+    kind: str, whole: Corpus, text: Path, tokenizer: Path, facts: TokenFacts, tmp_path: Path
+) -> None:
+    reference, size, step = build(kind, facts.vocab_size), 16, 8
+    sums, counts = [], []
+    for ids in each(whole):
+        losses = []
+        for token in range(1, len(ids)):
+            begin = 0 if token < size else step * math.ceil((token - size + 1) / step)
+            logits = reference(input_ids=torch.from_numpy(ids[begin:token])[None]).logits[0, -1]
+            losses.append(-float(logits.log_softmax(0)[int(ids[token])]))
+        sums.append(sum(losses))
+        counts.append(len(losses))
+    path = save(reference, tokenizer, tmp_path / "model")
+
+    model = models.load_for_evaluation(path, torch.float64)
+    model.module.load_state_dict(reference.state_dict())
+    assert (type(model), models.max_length(model)) == (models.AnyModel, 32)
+    found = causal_perplexity(model, whole, facts, max_length=size, batch_tokens=70)
+    assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-9)
+    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-7)
+
+    options = EvaluateOptions(precision="fp32", device="cpu", documents="line", max_length=size, batch_tokens=100)
+    for measured in evaluate(path, [str(whole.path), str(text)], options).corpora:
+        assert measured.causal is not None
+        assert (measured.heldout, measured.pseudo) == (None, None)
+        assert measured.causal.loss == pytest.approx(found.loss, rel=1e-5)
+        assert measured.causal.tokens == sum(counts)
+
+
+def test_whole_logits_bound_the_batch(corpus: Corpus, facts: TokenFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.AnyModel(build("albert", facts.vocab_size), causal=False)
+    teacher = LanguageModel(build("bert", facts.vocab_size, seed=1))
+    expected = asdict(held_out(model, corpus, facts, teacher=teacher))
+    assert expected["kl"] > 0.1
+    rows: list[int] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda batch: (rows.append(batch.ids_BS.numel()), hidden(batch))[1])
+    monkeypatch.setattr("fastdistil.scoring.LOGITS", 50 * facts.vocab_size)
+    assert asdict(held_out(model, corpus, facts, teacher=teacher)) == pytest.approx(expected, rel=1e-10)
+    assert LENGTH < max(rows) <= 50
+    monkeypatch.setattr("fastdistil.scoring.LOGITS", 1)
+    assert asdict(held_out(model, corpus, facts, teacher=teacher)) == pytest.approx(expected, rel=1e-10)
+    with pytest.raises(UserError, match="takes no packed batches"):
+        held_out(model, corpus, facts, layout="packed")
+
+
+def test_masked_or_causal_is_what_transformers_and_the_configuration_say(
+    corpus: Corpus, tokenizer: Path, facts: TokenFacts, tmp_path: Path
+) -> None:
+    def saved_as(name: str, kind: str, **values: Any) -> str:
+        transformers.AutoConfig.for_model(kind, **values).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    assert not models.evaluation_config(saved_as("plain", "electra"))[1]
+    assert not models.evaluation_config(saved_as("masked", "electra", architectures=["ElectraForMaskedLM"]))[1]
+    assert models.evaluation_config(saved_as("causal", "electra", architectures=["ElectraForCausalLM"]))[1]
+    assert not models.evaluation_config(saved_as("one class", "xlm", architectures=["XLMWithLMHeadModel"]))[1]
+    assert models.evaluation_config(saved_as("decoder", "mistral"))[1]
+    refused(saved_as("t5", "t5"), [str(corpus.path)], "architecture 't5' is neither a masked nor a causal language model")
+
+    for decoder in (True, False):
+        config = transformers.AutoConfig.for_model(
+            "electra", vocab_size=facts.vocab_size, is_decoder=decoder, **CONFIGS["electra"]
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        path = save(model, tokenizer, tmp_path / f"electra-{decoder}")
+        if decoder:
+            found = evaluate(path, [str(corpus.path)], FP32).corpora[0]
+            assert found.causal is not None
+        else:
+            refused(path, [str(corpus.path)], "its predictions change with later tokens")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from fastdistil.optim import learning_rate, make_optimizer, parameter_groups
+from fastdistil.optim import LossScale, learning_rate, make_optimizer, parameter_groups
 from fastdistil.recipe import Optim
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -85,3 +85,35 @@ def test_other_schedules() -> None:
     assert [round(learning_rate(cosine, update, 4), 6) for update in range(5)] == [1.0, 0.853553, 0.5, 0.146447, 0.0]
     constant = Optim(lr=1.0, warmup=0.5, schedule="constant")
     assert [learning_rate(constant, update, 4) for update in range(4)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_the_loss_scale_is_gradscalers() -> None:
+    """Overflows halve it, a run of good updates doubles it: the same sequence as torch.amp.GradScaler's."""
+    ours = LossScale(torch.device("cpu"))
+    ours.GROWTH_AFTER = 3  # type: ignore[misc]
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for number in range(30):
+        value = float("inf") if number in (0, 1, 7, 15, 16) else 0.5
+        parameter.grad = torch.full((4,), value) * ours.scale
+        theirs.scale(torch.zeros(()))  # it makes its scale at the first use
+        expected = theirs.get_scale()
+        assert float(ours.scale) == expected, number
+        ours.unscale([parameter])
+        if value == 0.5:
+            assert torch.equal(parameter.grad, torch.full((4,), 0.5))
+        overflow, judged = ours.update(parameter.grad.norm())
+        assert float(overflow) == float(value != 0.5) and bool(judged.isfinite())
+        parameter.grad = torch.full((4,), value) * expected
+        theirs.unscale_(optimizer)
+        theirs.update()
+
+
+def test_a_gradient_that_never_becomes_finite_is_seen_by_the_guard() -> None:
+    scale = LossScale(torch.device("cpu"))
+    judged = [bool(scale.update(torch.tensor(float("nan")))[1].isfinite()) for _ in range(LossScale.PERSISTENT)]
+    assert judged == [True] * (LossScale.PERSISTENT - 1) + [False]
+    other = LossScale(torch.device("cpu"))
+    other.load_state(scale.state())
+    assert other.state() == scale.state()

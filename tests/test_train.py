@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from fastdistil.checkpoint import list_updates
 from fastdistil.corpus import train_wordpiece
 from fastdistil.errors import CorruptData, NonFinite, OutOfMemory, Stopped, UserError
 from fastdistil.metrics import Console, read_events
+from fastdistil.optim import LossScale
 from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
+from fastdistil.runs import sole_user
 
 TINY = {
     "model_type": "bert",
@@ -204,7 +207,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize(
-    ("how", "at", "code"), [("KILL", 6, -9), ("TERM", 1, 75), ("TERM", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)]
+    ("how", "at", "code"),
+    [("KILL", random.randint(2, 8), -9), ("TERM", 1, 75), ("TERM", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)],
 )
 def test_an_interrupted_run_is_the_uninterrupted_one(
     how: str, at: int, code: int, material: Path, tmp_path: Path, start: Callable[..., subprocess.CompletedProcess[str]]
@@ -217,10 +221,8 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
     assert first.returncode == code, first.stderr
     assert not (run / "student").exists()
     if how == "PAUSE":
-        # The update under way is finished, saved and evaluated.
-        assert list_updates(run / "checkpoints")[-1] == 3
-        assert events(run, "evaluation", update=3) and not (run / "PAUSE").exists()
-    elif code == 75:
+        assert events(run, "evaluation", update=at - 1) and not (run / "PAUSE").exists()
+    if code == 75:
         # The open window is dropped: the last whole update is what is saved.
         assert list_updates(run / "checkpoints")[-1] == at - 1
         assert "--resume" in first.stderr
@@ -364,6 +366,55 @@ def stop_after(update: int) -> Callable[..., bool]:
     return limited
 
 
+def test_a_bad_update_before_an_evaluation_is_not_evaluated(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, best loss and checkpoint are those of the last good update, though later ones ran before the host heard of it."""
+    real, calls = train.loss_terms, 0
+
+    def poisoned(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        terms = real(*arguments, **keywords)
+        return terms._replace(total=terms.total * (float("nan") if calls == 3 else 1.0))  # the second update
+
+    monkeypatch.setattr(train, "loss_terms", poisoned)
+    with pytest.raises(NonFinite, match=r"update 2 .*--resume"):
+        quiet(small(material, tmp_path, "logging.every=10", "evaluation.every=4", "checkpoint.every=null"))
+    run = tmp_path / "run"
+    assert list_updates(run / "checkpoints") == [1] and not events(run, "evaluation")
+    state = json.loads((run / "checkpoints" / "step-00000001" / "state.json").read_text())
+    assert state["best_update"] is None
+    monkeypatch.undo()
+    quiet(small(material, tmp_path / "one", "loop.updates=1", "evaluation.every=null"))
+    other = json.loads((tmp_path / "one" / "run" / "checkpoints" / "step-00000001" / "state.json").read_text())
+    assert state["tokens"] == other["tokens"] > 0
+
+
+def test_fp16_stops_when_no_scale_helps(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "PERSISTENT", 4)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(float("nan")))
+    with pytest.raises(NonFinite, match=r"update 4 .*gradient norm nan"):
+        quiet(small(material, tmp_path, "loop.precision=fp16", "evaluation.every=null"))
+
+
+def test_a_second_process_is_refused(material: Path, tmp_path: Path) -> None:
+    recipe = small(material, tmp_path, "loop.updates=1", "evaluation.every=null")
+    quiet(recipe)
+    with sole_user(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        quiet(recipe, resume="auto")
+
+
+def test_the_advice_to_continue_works_as_it_is_printed(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the overrides that the run was started with."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stop_after(2))
+        with pytest.raises(Stopped, match=r"continue with fastdistil train \S+/recipe\.yaml --resume \S+/run$") as caught:
+            quiet(small(material, tmp_path))
+    _, _, recipe, _, resume = str(caught.value).rpartition("continue with ")[2].split()
+    assert quiet(load_recipe(recipe), resume=resume).updates == 8
+
+
 def test_skipping_has_a_limit(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = train.loss_terms
 
@@ -389,7 +440,8 @@ def test_running_out_of_memory_says_which_keys_help(material: Path, tmp_path: Pa
     assert caught.value.exit_code == 11
 
 
-def test_one_host_sync_a_log_line(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [["data.layout=packed"], ["data.layout=length-grouped"], ["loop.precision=fp16"]])
+def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor -> number conversions are counted: none in a step, one at a log line."""
     counts = {"inside": 0, "all": 0}
     inside = False
@@ -427,7 +479,7 @@ def test_one_host_sync_a_log_line(material: Path, tmp_path: Path, monkeypatch: p
         counting(name)
     monkeypatch.setattr(train, "_evaluate", lambda run: None)
     monkeypatch.setattr(train, "_save", lambda run: None)
-    quiet(small(material, tmp_path, "logging.every=4"))
+    quiet(small(material, tmp_path, "logging.every=4", *options))
     assert counts["inside"] == 0
 
 
@@ -564,7 +616,7 @@ def test_the_python_interface_takes_your_own_parts(tmp_path: Path) -> None:
     keywords: dict[str, Any] = {
         "teacher": teacher,
         "corpus": batches,
-        "loop": {"updates": 40, "epochs": None, "accumulation": 3, "precision": "fp32"},
+        "loop": {"updates": 40, "accumulation": 3, "precision": "fp32"},
         "optim": {"lr": 0.01},
         "logging": {"every": 1},
         "runs_dir": str(tmp_path),
