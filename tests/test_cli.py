@@ -277,6 +277,22 @@ def test_places_that_cannot_be_written(run: Run, material: Path, tmp_path: Path)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_a_read_only_place(run: Run, material: Path, tmp_path: Path) -> None:
+    assert prepared(run, material)[0] == 0
+    place = tmp_path / "place"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(place)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a read-only file system needs root")
+    try:
+        assert_refused(
+            run("train", "distilbert", *overrides(material), f"runs_dir={place / 'runs'}"), 2, "place", "you can write to"
+        )
+        assert_refused(prepared(run, material, str(place / "corpus")), 2, "place")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 def test_a_full_disk(run: Run, material: Path, tmp_path: Path) -> None:
     """On a real file system of one megabyte."""
     assert prepared(run, material)[0] == 0
