@@ -652,11 +652,9 @@ def max_length(model: nn.Module) -> int | None:
     if not isinstance(model, LanguageModel | AnyModel):
         return None
     config = model.module.config.get_text_config()
-    try:  # n_positions and others have this name too, by attribute_map; MPT's has not
-        limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
-    except NotImplementedError:  # XLNet's way of saying that it has none
-        return None
-    return None if limit is None else int(limit) - model.position_offset
+    # n_positions and others have this name too, by attribute_map; MPT's has not. XLNet says -1 for none.
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
+    return None if limit is None or limit < 1 else int(limit) - model.position_offset
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ checkpoint holds no generator state and no data position beyond the number of up
 """
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -203,6 +204,8 @@ def _assemble(
     stack: ExitStack, recipe: Recipe, directory: Path, inputs: Inputs, console: metrics.Console, signals: Signals
 ) -> Run:
     if recipe.loop.deterministic:
+        # cuBLAS reads it when it is first used, which is later.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         stack.callback(torch.use_deterministic_algorithms, False)
     board = metrics.TensorBoard(directory / "tensorboard", console.note) if recipe.logging.tensorboard else None

@@ -496,6 +496,14 @@ def test_low_precision_follows_fp32(layout: str, precision: str, material: Path,
         assert a[1] == pytest.approx(b[1], rel=0.02)
 
 
+def test_deterministic_algorithms_run_every_step(material: Path, tmp_path: Path) -> None:
+    """Nothing on the step's path is an operation that torch knows to be indeterminate, and the switch is put back."""
+    quiet(small(material, tmp_path / "plain", "loop.updates=2"))
+    quiet(small(material, tmp_path / "switched", "loop.updates=2", "loop.deterministic=true"))
+    assert_same_bits(final_state(tmp_path / "plain" / "run", 2), final_state(tmp_path / "switched" / "run", 2))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_layouts_give_the_same_losses(material: Path, tmp_path: Path) -> None:
     """One update over the whole corpus: packed or padded, the tokens, masks and losses are the same."""
     found = []
