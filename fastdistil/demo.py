@@ -33,7 +33,7 @@ from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import Result, train
 
-TEXT_BYTES = 5_000_000
+TEXT_BYTES = 4_000_000
 VOCABULARY = 8192
 MAX_LENGTH = 128
 HELD_OUT = 20
@@ -80,7 +80,7 @@ def run_demo(recipe: Recipe, resume: str | None = None, teacher_recipe: Recipe |
         without = {"a_ce": 0.0, "a_cos": 0.0, "a_mse": 0.0, "projection": False}
         control = train(student_recipe.with_(name=control_run.name, objective=without), resume=how)
     except Stopped as stopped:
-        raise Stopped(f"{str(stopped).partition(';')[0]}; continue the demo with --resume auto") from stopped
+        raise Stopped(f"{str(stopped).partition(';')[0]}; continue with fastdistil train demo --resume auto") from stopped
 
     rows = evaluate_all(resolve(student_recipe), heldout_dir, teacher, student, control)
     report(rows, run, time.perf_counter() - began)
@@ -181,7 +181,9 @@ def report(rows: Sequence[Row], run: Path, seconds: float) -> None:
             "not trained" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         )
     console = rich.console.Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:  # a file has no width of its own
+        console = rich.console.Console(width=120)
+    console.print(table)
     print(f"{seconds:.0f} s in all; the student is in {run / 'student'}, its numbers in {run / 'demo.json'}")
     values = {"seconds": seconds, "kl_ratio": kl_ratio(rows), "rows": [asdict(row) for row in rows]}
     with translated("writing the demo's results", run):

@@ -20,6 +20,7 @@ EXIT_CODES = {
     13: "the disk is full",
     14: "corrupt data: a shard or checkpoint does not match its checksum",
     75: "stopped and saved: continue with --resume auto",
+    130: "interrupted before there was anything to save",
 }
 
 

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,8 @@ def _any_config(path: str) -> PretrainedConfig:
     # The library would take a missing directory for a misspelt hub id, and say so.
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"no model directory {path}; give a hub id or a directory with config.json")
+    if Path(path).is_file():
+        raise UserError(f"the model {path} is a file; give a hub id or a directory with config.json and weights")
     try:
         with _quiet():
             config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path)
@@ -344,9 +347,13 @@ def _quiet() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub = getLogger("huggingface_hub")  # a line a retry
+    hub_level = hub.level
+    hub.setLevel(ERROR)
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

@@ -5,7 +5,7 @@ birth, and written back as `recipe.yaml` into the run's directory. Nothing downs
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -235,7 +235,7 @@ def named_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or path and apply `key=value` overrides. Raises UserError."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -257,7 +257,8 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         raise UserError(f"{path} is a recipe of version {found}, this fastdistil reads up to {VERSION}; upgrade fastdistil")
     for override in overrides:
         apply_override(values, override)
-    return validated(values, str(path))
+    changed = " ".join(overrides)
+    return validated(values, f"recipe {name_or_path} with {changed}" if changed else str(path))
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -334,4 +335,6 @@ def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{key}: only letters, digits and . _ - (not first) make a name, got {problem['input']!r}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

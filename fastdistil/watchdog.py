@@ -68,7 +68,7 @@ def pause_requested(run_dir: Path) -> bool:
 
 def request_pause(run_dir: Path) -> None:
     """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run."""
-    if not run_dir.is_dir():
+    if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"no run at {run_dir}; give the directory of a run, e.g. runs/NAME")
     with translated("asking for a pause", run_dir):
         (run_dir / PAUSE).touch()

@@ -163,6 +163,9 @@ def test_tensorboard_is_written_when_asked(run: Run, material: Path, tmp_path: P
 def test_pause(run: Run, tmp_path: Path) -> None:
     assert_refused(run("pause", tmp_path / "runs" / "none"), 2, "no run at")
     (tmp_path / "runs" / "some").mkdir(parents=True)
+    assert_refused(run("pause", tmp_path / "runs" / "some"), 2, "no run at")  # nothing is written into other directories
+    assert list((tmp_path / "runs" / "some").iterdir()) == []
+    (tmp_path / "runs" / "some" / "recipe.yaml").write_text("")
     assert run("pause", tmp_path / "runs" / "some")[0] == 0
     assert (tmp_path / "runs" / "some" / "PAUSE").exists()
 
@@ -179,6 +182,7 @@ def test_pause(run: Run, tmp_path: Path) -> None:
         (["train", "distilbert"], ["data.train is not set"]),
         (["train", "distilbert", "--resume", "nowhere"], ["nowhere", "run directory"]),
         (["evaluate", "nowhere", "nothing.txt"], ["nowhere"]),
+        (["train", "distilbert", "name=a b"], ["letters, digits"]),
         (["evaluate", "nowhere", "nothing.txt", "--positions", "some"], ["--positions"]),
     ],
 )

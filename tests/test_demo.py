@@ -70,7 +70,7 @@ def test_a_stopped_demo_goes_on_and_unnamed_ones_count(
     monkeypatch.setattr(demo, "check_ratio", lambda rows: None)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", interrupted)
-        with pytest.raises(Stopped, match="continue the demo with --resume auto"):
+        with pytest.raises(Stopped, match="continue with fastdistil train demo --resume auto"):
             demo.run_demo(student, teacher_recipe=teacher)
     demo.run_demo(student, "auto", teacher)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [

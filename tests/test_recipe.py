@@ -61,7 +61,7 @@ def test_overrides_reach_every_level() -> None:
         ("seed=-1", "greater than or equal to 0"),
         ("student.every=2", None),
         ("objective.a_clm=1", "set one of them to 0"),
-        ("name=../evil", "pattern"),
+        ("name=../evil", "letters, digits"),
         ("loop", "key=value"),
         ("=3", "key=value"),
         ("optim.lr=[", "YAML"),

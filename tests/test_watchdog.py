@@ -96,6 +96,9 @@ def test_a_process_stops_between_its_updates() -> None:
 
 def test_pause_file(tmp_path: Path) -> None:
     assert not watchdog.pause_requested(tmp_path)
+    with pytest.raises(UserError, match="no run at"):
+        watchdog.request_pause(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
     watchdog.request_pause(tmp_path)
     watchdog.request_pause(tmp_path)
     assert watchdog.pause_requested(tmp_path)
