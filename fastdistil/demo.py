@@ -20,7 +20,7 @@ import rich.console
 import rich.table
 import torch
 
-from fastdistil import models
+from fastdistil import models, students
 from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import FellShort, Stopped, UserError, translated
 from fastdistil.estimate import show_plan
@@ -148,7 +148,7 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
     device = torch.device(recipe.device)
     reference = models.load_model(str(teacher.run_dir / "student")).to(device)
-    untrained = models.make_student(recipe.student, reference, facts.vocab_size).eval().to(device)
+    untrained = students.make_student(recipe.student, reference, facts.vocab_size).eval().to(device)
     candidates = (
         ("teacher", reference, teacher.tokens_per_second),
         ("student", models.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),

@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 import torch
 
-from fastdistil import models
+from fastdistil import models, students
 from fastdistil.batches import Batches
 from fastdistil.corpus import load_tokenizer, token_facts
 from fastdistil.inputs import CorpusSource, check_models, check_tokenizer, open_corpus
@@ -32,14 +32,14 @@ def show_plan(
             check_tokenizer(recipe.teacher.path, corpus, "the teacher", console.print)
     if recipe.data.heldout is not None and corpus is not None:
         open_corpus(recipe.data.heldout, "size", "data.heldout")
-    student_config = models.student_config(
+    student_config = students.student_config(
         recipe.student, teacher_config, vocabulary, facts.pad_id if facts is not None else None
     )
     student_model = models.without_weights(student_config)
     teacher_model = models.without_weights(teacher_config) if teacher_config is not None else None
     check_models(recipe, teacher_model, student_model, corpus, facts)
     if recipe.student.dropout is not None:
-        models.set_dropout(student_model.module, recipe.student.dropout)
+        students.set_dropout(student_model.module, recipe.student.dropout)
     student = transformer_shape(student_model)
     teacher = transformer_shape(teacher_model) if teacher_model is not None else None
     rows = recipe.data.micro_batch_tokens

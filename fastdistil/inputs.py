@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastdistil import models
+from fastdistil import models, students
 from fastdistil.batches import Batch, Batches, Counts, Window
 from fastdistil.corpus import (
     Corpus,
@@ -204,7 +204,7 @@ def load_inputs(
         if recipe.student.path is not None and corpus is not None:
             check_tokenizer(recipe.student.path, corpus, "the student's model", note)
         pad_id = facts.pad_id if facts is not None else None
-        student_model = models.make_student(recipe.student, teacher_model, vocabulary, pad_id)
+        student_model = students.make_student(recipe.student, teacher_model, vocabulary, pad_id)
     projection = check_models(recipe, teacher_model, student_model, corpus, facts)
     student_model.float().to(device)
     if teacher_model is not None:

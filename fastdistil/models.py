@@ -1,4 +1,4 @@
-"""Teacher and student: transformers' models seen as backbone + head, and students made from teacher layers.
+"""Teacher and student: transformers' models seen as backbone + head.
 
 The objective works from hidden states and the vocabulary matrix, so that logits need never exist whole. A `LanguageModel`
 gives it those, for every supported architecture:
@@ -10,7 +10,6 @@ gives it those, for every supported architecture:
 Legend: N = batch * length rows, D width, V vocabulary.
 """
 
-import copy
 import difflib
 import json
 import textwrap
@@ -32,7 +31,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fastdistil.attention import attention_keywords, packed_attention, padded_attention
 from fastdistil.batches import Batch
 from fastdistil.errors import FastdistilError, UserError, translated
-from fastdistil.recipe import Student
 
 ATTENTION = "fastdistil"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -196,7 +194,7 @@ class AnyModel(nn.Module):
         self.vocabulary = int(module.config.get_text_config().vocab_size)
         # Like RoBERTa, several number positions from behind a padding index, for which their table of positions keeps a row.
         tables = (part for name, part in module.named_modules() if name.endswith("position_embeddings"))
-        self.position_offset = max((table.padding_idx + 1 for table in tables if _is_number(table.padding_idx)), default=0)
+        self.position_offset = max((table.padding_idx + 1 for table in tables if is_number(table.padding_idx)), default=0)
 
     def hidden(self, batch: Batch) -> Tensor:
         """[N, V]; zero for padding."""
@@ -359,20 +357,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int, pad_id: int | None = None) -> LanguageModel:
-    """The student a recipe asks for, float32. `vocabulary`, `pad_id`: of the tokenizer, where a configuration names none."""
-    if recipe.path is not None:
-        return _with_options(load_model(recipe.path), recipe)
-    if recipe.config is not None:
-        return _with_options(_from_config(config_from(recipe.config, vocabulary, pad_id)), recipe)
-    if teacher is None:
-        raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
-    layers = student_layers(recipe, teacher.module.config)
-    if recipe.architecture == "distilbert":
-        return _with_options(distilbert_from_bert(teacher.module, layers, recipe.copy_head), recipe)
-    return _with_options(fewer_layers(teacher.module, layers, recipe.copy_head), recipe)
-
-
 def config_from(values: Mapping[str, Any], vocabulary: int, pad_id: int | None = None) -> PretrainedConfig:
     """A configuration from a recipe's mapping; unknown options are refused. Raises UserError."""
     values = dict(values)
@@ -400,131 +384,20 @@ def config_from(values: Mapping[str, Any], vocabulary: int, pad_id: int | None =
         raise UserError(f"student.config is not a valid {kind} configuration: {_reason(error)}") from error
 
 
-def _from_config(config: PretrainedConfig) -> LanguageModel:
+def model_of(config: PretrainedConfig) -> LanguageModel:
     try:
         with translated("making the student"):
-            return LanguageModel(_fresh(config))
+            return LanguageModel(fresh_model(config))
     except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         if isinstance(error, FastdistilError) or (isinstance(error, RuntimeError) and "negative dimension" not in str(error)):
             raise
         raise UserError(f"student.config makes no {config.model_type} model: {_reason(error)}") from error
 
 
-def student_config(
-    recipe: Student, teacher: PretrainedConfig | None, vocabulary: int, pad_id: int | None = None
-) -> PretrainedConfig:
-    """The configuration of what `make_student` makes: for estimates, before there are weights."""
-    if recipe.path is not None:
-        return load_config(recipe.path)
-    if recipe.config is not None:
-        return config_from(recipe.config, vocabulary, pad_id)
-    if teacher is None:
-        raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
-    layers = student_layers(recipe, teacher)
-    return distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
-
-
 def without_weights(config: PretrainedConfig) -> LanguageModel:
     """A configuration's model with shapes and no memory (torch's meta device): to count and to check."""
     with torch.device("meta"):
-        return LanguageModel(_fresh(config))
-
-
-def student_layers(recipe: Student, config: PretrainedConfig) -> list[int]:
-    depth = int(getattr(config, family_of(config).depth))
-    layers = list(recipe.layers) if recipe.layers is not None else list(range(0, depth, recipe.every or 1))
-    if max(layers) >= depth or sorted(set(layers)) != layers:
-        raise UserError(f"student.layers {layers} must be ascending, different and below the teacher's {depth} layers")
-    return layers
-
-
-def config_with_layers(teacher: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
-    config = copy.deepcopy(teacher)
-    setattr(config, family_of(teacher).depth, len(layers))
-    if getattr(config, "layer_types", None):
-        config.layer_types = [teacher.layer_types[layer] for layer in layers]
-    return config
-
-
-def fewer_layers(teacher: PreTrainedModel, layers: list[int], copy_head: bool = True) -> LanguageModel:
-    """A student of the teacher's architecture with some of its layers; everything else is copied."""
-    family = family_of(teacher.config)
-    student = _fresh(config_with_layers(teacher.config, layers))
-    place = {old: new for new, old in enumerate(layers)}
-    prefix = family.layers + "."
-    weights = {}
-    for name, tensor in teacher.state_dict().items():
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            if int(number) not in place:
-                continue
-            name = f"{prefix}{place[int(number)]}.{rest}"
-        weights[name] = tensor.float()
-    _load(student, weights, () if copy_head else family.head)
-    return LanguageModel(student)
-
-
-def distilbert_config(old: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
-    if old.model_type != "bert":
-        raise UserError(f"student.architecture: distilbert needs a BERT teacher, got {old.model_type}; use architecture: same")
-    if old.layer_norm_eps != 1e-12:
-        raise UserError(f"DistilBERT's norms have eps 1e-12, the teacher's {old.layer_norm_eps:g}; use architecture: same")
-    return transformers.DistilBertConfig(
-        vocab_size=old.vocab_size,
-        max_position_embeddings=old.max_position_embeddings,
-        n_layers=len(layers),
-        n_heads=old.num_attention_heads,
-        dim=old.hidden_size,
-        hidden_dim=old.intermediate_size,
-        dropout=old.hidden_dropout_prob,
-        attention_dropout=old.attention_probs_dropout_prob,
-        activation=old.hidden_act,
-        initializer_range=old.initializer_range,
-        pad_token_id=old.pad_token_id,
-        tie_word_embeddings=old.tie_word_embeddings,
-    )
-
-
-_DISTILBERT_NAMES = {
-    "attention.self.query": "attention.q_lin",
-    "attention.self.key": "attention.k_lin",
-    "attention.self.value": "attention.v_lin",
-    "attention.output.dense": "attention.out_lin",
-    "attention.output.LayerNorm": "sa_layer_norm",
-    "intermediate.dense": "ffn.lin1",
-    "output.dense": "ffn.lin2",
-    "output.LayerNorm": "output_layer_norm",
-}
-
-
-def distilbert_from_bert(teacher: PreTrainedModel, layers: list[int], copy_head: bool = True) -> LanguageModel:
-    """DistilBERT with layers of a BERT teacher (Sanh et al. 2019).
-
-    DistilBERT has no segment embeddings: those of segment 0, the only one in distillation, are added to the positions. With
-    all layers the student therefore computes exactly the teacher's function. (The published script leaves them out.)
-    """
-    old = teacher.config
-    student = _fresh(distilbert_config(old, layers))
-    source = {name: tensor.float() for name, tensor in teacher.state_dict().items()}
-    embeddings = "bert.embeddings."
-    segment_D = source[embeddings + "token_type_embeddings.weight"][0]
-    weights = {
-        "distilbert.embeddings.word_embeddings.weight": source[embeddings + "word_embeddings.weight"],
-        "distilbert.embeddings.position_embeddings.weight": source[embeddings + "position_embeddings.weight"] + segment_D,
-        "vocab_transform.weight": source["cls.predictions.transform.dense.weight"],
-        "vocab_transform.bias": source["cls.predictions.transform.dense.bias"],
-        "vocab_projector.weight": source["cls.predictions.decoder.weight"],
-        "vocab_projector.bias": source["cls.predictions.decoder.bias"],
-    }
-    for part in ("weight", "bias"):
-        weights[f"distilbert.embeddings.LayerNorm.{part}"] = source[f"{embeddings}LayerNorm.{part}"]
-        weights[f"vocab_layer_norm.{part}"] = source[f"cls.predictions.transform.LayerNorm.{part}"]
-        for new, layer in enumerate(layers):
-            for bert_name, distil_name in _DISTILBERT_NAMES.items():
-                tensor = source[f"bert.encoder.layer.{layer}.{bert_name}.{part}"]
-                weights[f"distilbert.transformer.layer.{new}.{distil_name}.{part}"] = tensor
-    _load(student, weights, () if copy_head else FAMILIES["distilbert"].head)
-    return LanguageModel(student)
+        return LanguageModel(fresh_model(config))
 
 
 def _auto(config: PretrainedConfig) -> Any:
@@ -535,55 +408,9 @@ def _auto_class(causal: bool) -> Any:
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
 
 
-def _fresh(config: PretrainedConfig) -> PreTrainedModel:
+def fresh_model(config: PretrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = _auto(config).from_config(config, dtype=torch.float32)
     return model
-
-
-def _load(student: PreTrainedModel, weights: dict[str, Tensor], leave: tuple[str, ...]) -> None:
-    """Load all of `weights` but the prefixes in `leave`; every other parameter must be given."""
-    tied_output = family_of(student.config).output + ".weight"
-    kept = {name: tensor for name, tensor in weights.items() if not (leave and name.startswith(leave) and name != tied_output)}
-    missing, unexpected = student.load_state_dict(kept, strict=False)
-    missing = [name for name in missing if not (leave and name.startswith(leave))]
-    if missing or unexpected:
-        name = (missing or unexpected)[0]
-        raise UserError(
-            f"student.layers: the chosen layers do not fit the places they would take ({name}); "
-            "ModernBERT students must start with layer 0, whose attention has no norm"
-        )
-    student.tie_weights()
-
-
-def _with_options(student: LanguageModel, recipe: Student) -> LanguageModel:
-    if recipe.dropout is not None:
-        set_dropout(student.module, recipe.dropout)
-    if recipe.freeze_positions:
-        frozen = [p for name, p in student.module.named_parameters() if "position_embeddings" in name or ".wpe." in name]
-        if not frozen:
-            raise UserError("student.freeze_positions: this architecture has no position embeddings; set it to false")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return student
-
-
-def set_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Every dropout of the model, in its modules and in its configuration."""
-    for name, value in model.config.to_dict().items():
-        if _is_number(value) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(model.config, name, probability)
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "out_drop", None), nn.Identity):  # what ModernBERT makes of a probability of 0
-            module.out_drop = nn.Dropout(probability)
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        for name in ("attention_dropout", "dropout_prob"):  # attention keeps its own as a number
-            if _is_number(getattr(module, name, None)):
-                setattr(module, name, probability)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_pair(teacher: nn.Module, student: nn.Module, *, hidden_terms: bool, projection: bool) -> None:
@@ -689,3 +516,7 @@ def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise UserError(f"the checkpoint is of another model (differs in {', '.join(names) or 'shapes'}); start a new run")
     for name, tensor in state.items():
         own[name].copy_(tensor)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastdistil import models
+from fastdistil import models, students
 from fastdistil.batches import Batch, assemble
 from fastdistil.errors import UserError
 from fastdistil.models import LanguageModel
@@ -209,7 +209,7 @@ def test_a_packed_row_may_be_longer_than_the_positions(kind: str) -> None:
 @every_family
 def test_dropout_is_on_in_training_and_reaches_attention(kind: str) -> None:
     model = LanguageModel(build(kind))
-    models.set_dropout(model.module, 0.0)
+    students.set_dropout(model.module, 0.0)
     batch = batch_of(sequences())
     hidden = model.eval().hidden(batch)
     assert torch.equal(model.train().hidden(batch), hidden)
@@ -275,7 +275,7 @@ def test_a_module_of_your_own_is_taken_or_told_what_is_missing() -> None:
 @every_family
 def test_a_student_has_the_layers_it_was_promised(kind: str) -> None:
     teacher = build(kind)
-    student = models.fewer_layers(teacher, [0, 3])
+    student = students.fewer_layers(teacher, [0, 3])
     source, copied = teacher.state_dict(), student.module.state_dict()
     first, second = (LAYERS[kind].format(place) for place in (0, 1))
     assert not any(LAYERS[kind].format(2) in name for name in copied)
@@ -290,7 +290,7 @@ def test_a_student_has_the_layers_it_was_promised(kind: str) -> None:
 @torch.no_grad()
 def test_a_student_of_all_layers_is_the_teacher(kind: str) -> None:
     teacher = build(kind)
-    student = models.fewer_layers(teacher, list(range(DEPTH)))
+    student = students.fewer_layers(teacher, list(range(DEPTH)))
     texts = sequences()
     own = own_logits(copy.deepcopy(teacher).double(), texts)
     torch.testing.assert_close(logits(student.eval().double(), batch_of(texts)), own, rtol=0, atol=1e-10)
@@ -307,14 +307,14 @@ def test_modernbert_layers_keep_their_windows(layers: list[int]) -> None:
     """Computed by the teacher with its other layers skipped."""
     teacher = build("modernbert").double()
     texts = sequences()
-    student = logits(models.fewer_layers(teacher, layers).eval().double(), batch_of(texts))
+    student = logits(students.fewer_layers(teacher, layers).eval().double(), batch_of(texts))
     teacher.model.layers = nn.ModuleList(teacher.model.layers[layer] for layer in layers)
     torch.testing.assert_close(student, own_logits(teacher, texts), rtol=0, atol=1e-6)  # through float32 weights
 
 
 def test_modernbert_students_start_with_the_first_layer() -> None:
     with pytest.raises(UserError, match="must start with layer 0"):
-        models.fewer_layers(build("modernbert"), [1, 3])
+        students.fewer_layers(build("modernbert"), [1, 3])
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
@@ -326,7 +326,7 @@ def test_distilbert_with_all_layers_is_its_bert(activation: str) -> None:
     for table in (embeddings.position_embeddings.weight, embeddings.token_type_embeddings.weight):
         table.copy_((table * 1024).round() / 1024)
     assert embeddings.token_type_embeddings.weight[0].abs().max() > 0.1
-    student = models.distilbert_from_bert(teacher, list(range(DEPTH)))
+    student = students.distilbert_from_bert(teacher, list(range(DEPTH)))
     texts = sequences()
     truth = own_logits(copy.deepcopy(teacher).double(), texts)
     torch.testing.assert_close(logits(student.eval().double(), batch_of(texts)), truth, rtol=0, atol=1e-10)
@@ -334,7 +334,7 @@ def test_distilbert_with_all_layers_is_its_bert(activation: str) -> None:
 
 def test_distilbert_takes_the_layers_it_was_promised() -> None:
     teacher = build("bert")
-    student = models.distilbert_from_bert(teacher, [1, 3]).module
+    student = students.distilbert_from_bert(teacher, [1, 3]).module
     assert student.config.model_type == "distilbert"
     for place, layer in enumerate((1, 3)):
         new, old = student.distilbert.transformer.layer[place], teacher.bert.encoder.layer[layer]
@@ -345,9 +345,9 @@ def test_distilbert_takes_the_layers_it_was_promised() -> None:
 
 def test_distilbert_refuses_what_it_cannot_express() -> None:
     with pytest.raises(UserError, match="needs a BERT teacher, got roberta"):
-        models.distilbert_from_bert(build("roberta"), [0])
+        students.distilbert_from_bert(build("roberta"), [0])
     with pytest.raises(UserError, match="eps 1e-12, the teacher's 1e-05"):
-        models.distilbert_from_bert(build("bert", layer_norm_eps=1e-5), [0])
+        students.distilbert_from_bert(build("bert", layer_norm_eps=1e-5), [0])
 
 
 HEADS = {
@@ -362,8 +362,8 @@ HEADS = {
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_that_is_not_copied_is_new_but_the_vocabulary_stays(kind: str, tied: bool) -> None:
     teacher = build(kind, tie_word_embeddings=tied)
-    kept = models.fewer_layers(teacher, [0, 2], copy_head=True)
-    left = models.fewer_layers(teacher, [0, 2], copy_head=False)
+    kept = students.fewer_layers(teacher, [0, 2], copy_head=True)
+    left = students.fewer_layers(teacher, [0, 2], copy_head=False)
     source = teacher.state_dict()
     assert torch.equal(kept.module.state_dict()[HEADS[kind]], source[HEADS[kind]])
     assert not torch.equal(left.module.state_dict()[HEADS[kind]], source[HEADS[kind]])
@@ -376,7 +376,7 @@ def test_a_head_that_is_not_copied_is_new_but_the_vocabulary_stays(kind: str, ti
 
 def test_distilbert_head_that_is_not_copied_is_new_but_tied() -> None:
     teacher = build("bert")
-    left = models.distilbert_from_bert(teacher, [0, 2], copy_head=False)
+    left = students.distilbert_from_bert(teacher, [0, 2], copy_head=False)
     assert left.module.distilbert.embeddings.word_embeddings.weight is left.weight
     assert torch.equal(left.weight, teacher.cls.predictions.decoder.weight)
     assert not torch.equal(left.module.vocab_transform.weight, teacher.cls.predictions.transform.dense.weight)
@@ -385,20 +385,20 @@ def test_distilbert_head_that_is_not_copied_is_new_but_tied() -> None:
 
 def test_make_student_follows_the_recipe(tmp_path: Path) -> None:
     teacher = LanguageModel(build("bert"))
-    every = models.make_student(Student(every=3), teacher, VOCABULARY)
+    every = students.make_student(Student(every=3), teacher, VOCABULARY)
     assert torch.equal(
         every.module.bert.encoder.layer[1].output.dense.weight, teacher.module.bert.encoder.layer[3].output.dense.weight
     )
-    distil = models.make_student(Student(layers=(0, 2), architecture="distilbert", dropout=0.25), teacher, VOCABULARY)
+    distil = students.make_student(Student(layers=(0, 2), architecture="distilbert", dropout=0.25), teacher, VOCABULARY)
     assert distil.module.config.model_type == "distilbert"
     assert {m.p for m in distil.modules() if isinstance(m, nn.Dropout)} == {0.25}
     config = {"model_type": "bert", **SIZES, "num_hidden_layers": 1}
-    fresh = models.make_student(Student(config=config, freeze_positions=True), None, 33)
+    fresh = students.make_student(Student(config=config, freeze_positions=True), None, 33)
     assert models.shape(fresh) == (33, WIDTH)
     frozen = [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
     assert frozen == ["module.bert.embeddings.position_embeddings.weight"]
     models.save_pretrained(every, tmp_path)
-    loaded = models.make_student(Student(path=str(tmp_path)), None, VOCABULARY)
+    loaded = students.make_student(Student(path=str(tmp_path)), None, VOCABULARY)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), every.parameters(), strict=True))
 
 
@@ -418,23 +418,23 @@ def test_make_student_follows_the_recipe(tmp_path: Path) -> None:
 )
 def test_what_makes_no_student_is_one_line(recipe: Student, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as caught:
-        models.make_student(recipe, LanguageModel(build("bert")), VOCABULARY)
+        students.make_student(recipe, LanguageModel(build("bert")), VOCABULARY)
     assert "\n" not in str(caught.value)
 
 
 def test_layers_need_a_teacher_and_positions_to_freeze() -> None:
     with pytest.raises(UserError, match=r"set teacher\.path"):
-        models.make_student(Student(every=2), None, VOCABULARY)
+        students.make_student(Student(every=2), None, VOCABULARY)
     with pytest.raises(UserError, match="no position embeddings"):
-        models.make_student(Student(every=2, freeze_positions=True), LanguageModel(build("llama")), VOCABULARY)
+        students.make_student(Student(every=2, freeze_positions=True), LanguageModel(build("llama")), VOCABULARY)
 
 
 @every_family
 def test_a_configuration_needs_no_special_tokens(kind: str, said: list[str]) -> None:
     """The defaults may lie outside of a small vocabulary; padding is the tokenizer's where it is known."""
     sizes = {name: value for name, value in CONFIGS[kind].items() if not name.endswith("_token_id")}
-    plain = models.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY)
-    padded = models.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, pad_id=7)
+    plain = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY)
+    padded = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, pad_id=7)
     config = plain.module.config.to_dict()
     assert all(value is None or value < VOCABULARY for name, value in config.items() if name.endswith("_token_id"))
     assert padded.module.config.pad_token_id == 7
@@ -446,7 +446,7 @@ def test_a_configuration_needs_no_special_tokens(kind: str, said: list[str]) -> 
 def test_set_dropout_reaches_every_dropout(kind: str, before: float) -> None:
     names = [name for name, value in config_of(kind).to_dict().items() if "drop" in name and isinstance(value, float | int)]
     model = build(kind, **dict.fromkeys(names, before))
-    models.set_dropout(model, 0.125)
+    students.set_dropout(model, 0.125)
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} <= {0.125}
     assert all(getattr(model.config, name) == 0.125 for name in names)
     fresh = auto(kind).from_config(model.config)
@@ -490,7 +490,7 @@ def test_a_tokenizer_with_other_ids_is_refused(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_saved_student_loads_without_fastdistil(kind: str, tmp_path: Path) -> None:
     teacher = LanguageModel(build(kind).bfloat16())
-    student = models.fewer_layers(teacher.module, [0, 3]).eval()
+    student = students.fewer_layers(teacher.module, [0, 3]).eval()
     models.save_pretrained(student, tmp_path)
     plain, report = auto(kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
