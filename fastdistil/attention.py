@@ -41,10 +41,7 @@ def packed_attention(
     `sliding_window` w lets a token see others less than w positions away (before it, when causal).
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    repeats = query_1HTd.shape[1] // key_1KTd.shape[1]
-    if repeats > 1:
-        key_1KTd = key_1KTd.repeat_interleave(repeats, dim=1)
-        value_1KTd = value_1KTd.repeat_interleave(repeats, dim=1)
+    key_1KTd, value_1KTd = (_per_query_head(x, query_1HTd) for x in (key_1KTd, value_1KTd))
     # torch's variable-length attention knows neither dropout nor fp32; both go the other way, which computes the same function.
     if dropout == 0.0 and _has_varlen(query_1HTd):
         return _varlen(query_1HTd, key_1KTd, value_1KTd, packing, scaling, causal, sliding_window)
@@ -82,10 +79,7 @@ def padded_attention(
     transformers would look at the mask on the host in every forward, to see whether it can be left out; this never waits.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    repeats = query_BHSd.shape[1] // key_BKSd.shape[1]
-    if repeats > 1:
-        key_BKSd = key_BKSd.repeat_interleave(repeats, dim=1)
-        value_BKSd = value_BKSd.repeat_interleave(repeats, dim=1)
+    key_BKSd, value_BKSd = (_per_query_head(x, query_BHSd) for x in (key_BKSd, value_BKSd))
     mask = tokens_B11S
     length = query_BHSd.shape[2]
     near = _near(length, causal, sliding_window, query_BHSd.device)
@@ -95,6 +89,12 @@ def padded_attention(
         mask = (mask & near) | itself
     out = F.scaled_dot_product_attention(query_BHSd, key_BKSd, value_BKSd, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2)
+
+
+def _per_query_head(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values [B, K, S, d] as many times as query heads share them: [B, H, S, d]."""
+    repeats = query.shape[1] // x.shape[1]
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
 
 def _near(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:

@@ -93,7 +93,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> Loaded:
     Raises UserError if there is none at `path` or a newer fastdistil wrote it, CorruptData if a file is missing or changed.
     """
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}; give a directory step-XXXXXXXX that `fastdistil train` wrote")
+        raise UserError(f"no checkpoint at {path}; give a directory such as checkpoints/step-00000500 of a run")
     manifest = _verified(path)
     with translated("reading a checkpoint", path):
         tensors = {

@@ -286,7 +286,7 @@ def _loss(found: Any) -> str:
 @app.command(epilog="Example: fastdistil pause runs/distilbert-1")
 def pause(run: Annotated[Path, typer.Argument(help="Directory of the run.")]) -> None:
     """Ask a run to drop the window under way, save its last update, evaluate and stop (exit code 75)."""
-    from fastdistil.watchdog import request_pause
+    from fastdistil.runs import request_pause
 
     request_pause(run)
     print(f"asked {run} to pause; it says how to continue it when it has saved")

@@ -214,7 +214,7 @@ def load_inputs(
     if recipe.loop.compile:
         for model in (student_model, teacher_model):
             if isinstance(model, models.LanguageModel):
-                model.compile()
+                model.compile_backbone()
             elif model is not None:
                 raise UserError("loop.compile is for transformers models; compile your own module yourself and set it to false")
 

@@ -54,10 +54,6 @@ class EventLog:
                 self._file.truncate(before)
                 raise
 
-    def resume(self, update: int) -> None:
-        """Mark everything logged for updates after `update` as superseded."""
-        self.write("resume", update=update)
-
     def close(self) -> None:
         self._file.close()
 

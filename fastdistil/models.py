@@ -135,7 +135,7 @@ class LanguageModel(nn.Module):
         # In a tuple: as an attribute it would be registered, and its parameters listed, a second time.
         self._backbone: tuple[Callable[..., Any]] = (module.get_submodule(self.family.backbone),)
 
-    def compile(self, *args: Any, **keywords: Any) -> None:
+    def compile_backbone(self) -> None:
         """torch.compile the backbone (the rest is small)."""
         self._backbone = (torch.compile(self.module.get_submodule(self.family.backbone), dynamic=True),)
 

@@ -16,6 +16,9 @@ import yaml
 from fastdistil.errors import UserError, translated
 from fastdistil.recipe import VERSION, Recipe, validated
 
+PAUSE = "PAUSE"
+"""A file of this name in its directory asks a run to stop."""
+
 # What may differ between a run and its continuation: it changes no bit of what is learnt.
 FREE_KEYS = (
     "name",
@@ -129,3 +132,20 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {prefix[:-1]: values}
     return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def pause_requested(run_dir: Path) -> bool:
+    return (run_dir / PAUSE).exists()
+
+
+def request_pause(run_dir: Path) -> None:
+    """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"no run at {run_dir}; give the directory of a run, e.g. runs/NAME")
+    with translated("asking for a pause", run_dir):
+        (run_dir / PAUSE).touch()
+
+
+def clear_pause(run_dir: Path) -> None:
+    with translated("clearing a pause", run_dir):
+        (run_dir / PAUSE).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil import checkpoint, metrics, models, watchdog
+from fastdistil import checkpoint, metrics, models
 from fastdistil.batches import Counts, Window
 from fastdistil.errors import NonFinite, Stopped, UserError, translated
 from fastdistil.evaluate import HeldOut, held_out
@@ -30,7 +30,7 @@ from fastdistil.masking import update_seed
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.optim import LossScale, learning_rate, make_optimizer
 from fastdistil.recipe import Objective, Recipe, load_recipe, replace_alternatives, validated
-from fastdistil.runs import check_same_recipe, choose_run, create_run, sole_user
+from fastdistil.runs import PAUSE, check_same_recipe, choose_run, clear_pause, create_run, pause_requested, sole_user
 from fastdistil.state import learnt_tensors, load_learnt
 from fastdistil.watchdog import FiniteGuard, Signals
 
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        return self.signals.requested is not None or watchdog.pause_requested(self.directory)
+        return self.signals.requested is not None or pause_requested(self.directory)
 
     def autocast(self) -> AbstractContextManager[Any]:
         precision = self.recipe.loop.precision
@@ -116,7 +116,7 @@ def train(
         stack.callback(console.close)
         if continued:
             stack.enter_context(sole_user(directory))
-            watchdog.clear_pause(directory)  # the one that stopped it; a later one is meant for this process
+            clear_pause(directory)  # the one that stopped it; a later one is meant for this process
         with translated("loading the models and the corpus"):
             inputs = load_inputs(recipe, teacher=teacher, student=student, batches=batches, note=console.note)
         if not continued:
@@ -379,11 +379,11 @@ def _restore(run: Run, path: Path | None) -> None:
 
 def _stop(run: Run) -> None:
     """Save the last update's state, evaluate when paused, and leave."""
-    why = run.signals.requested or watchdog.PAUSE
+    why = run.signals.requested or PAUSE
     _save(run)
-    if why == watchdog.PAUSE:
+    if why == PAUSE:
         _evaluate(run)
-        watchdog.clear_pause(run.directory)
+        clear_pause(run.directory)
     run.events.write("stopped", update=run.update, why=why)
     raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {_command(run)}")
 

@@ -8,16 +8,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from fastdistil.errors import NonFinite, UserError, translated
-
-PAUSE = "PAUSE"
+from fastdistil.errors import NonFinite
 
 
 class Signals:
@@ -60,23 +57,6 @@ class Signals:
                 raise KeyboardInterrupt
         if self.requested is None:
             self.requested = signal.Signals(number).name
-
-
-def pause_requested(run_dir: Path) -> bool:
-    return (run_dir / PAUSE).exists()
-
-
-def request_pause(run_dir: Path) -> None:
-    """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run."""
-    if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"no run at {run_dir}; give the directory of a run, e.g. runs/NAME")
-    with translated("asking for a pause", run_dir):
-        (run_dir / PAUSE).touch()
-
-
-def clear_pause(run_dir: Path) -> None:
-    with translated("clearing a pause", run_dir):
-        (run_dir / PAUSE).unlink(missing_ok=True)
 
 
 class FiniteGuard:

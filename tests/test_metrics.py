@@ -178,7 +178,7 @@ def test_effective_events_of_a_file(tmp_path: Path) -> None:
     with EventLog(path) as log:
         for update in (1, 2, 3):
             log.write("step", update=update, try_=1)
-        log.resume(1)
+        log.write("resume", update=1)
         log.write("step", update=2, try_=2)
     seen = [(event["event"], event["update"], event.get("try_")) for event in read_events(path, effective=True)]
     assert seen == [("step", 1, 1), ("resume", 1, None), ("step", 2, 2)]

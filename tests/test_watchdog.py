@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistil import watchdog
+from fastdistil import runs
 from fastdistil.errors import NonFinite, UserError
 from fastdistil.watchdog import FiniteGuard, Signals
 
@@ -95,19 +95,19 @@ def test_a_process_stops_between_its_updates() -> None:
 
 
 def test_pause_file(tmp_path: Path) -> None:
-    assert not watchdog.pause_requested(tmp_path)
+    assert not runs.pause_requested(tmp_path)
     with pytest.raises(UserError, match="no run at"):
-        watchdog.request_pause(tmp_path)
+        runs.request_pause(tmp_path)
     (tmp_path / "recipe.yaml").touch()
-    watchdog.request_pause(tmp_path)
-    watchdog.request_pause(tmp_path)
-    assert watchdog.pause_requested(tmp_path)
+    runs.request_pause(tmp_path)
+    runs.request_pause(tmp_path)
+    assert runs.pause_requested(tmp_path)
     assert (tmp_path / "PAUSE").exists()
-    watchdog.clear_pause(tmp_path)
-    watchdog.clear_pause(tmp_path)
-    assert not watchdog.pause_requested(tmp_path)
+    runs.clear_pause(tmp_path)
+    runs.clear_pause(tmp_path)
+    assert not runs.pause_requested(tmp_path)
     with pytest.raises(UserError, match=r"no run at .*nowhere"):
-        watchdog.request_pause(tmp_path / "nowhere")
+        runs.request_pause(tmp_path / "nowhere")
 
 
 # --- values that are not finite ---
