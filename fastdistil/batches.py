@@ -107,6 +107,12 @@ class Batch:
     """(epoch, number of the batch in it)"""
     sequence_of_label: Tensor | None = None
     """int64 [M], in evaluation: the sequence of each label, to cluster standard errors by."""
+    cached_indices_NK: Tensor | None = None
+    """int64: with `teacher.cache`, the tokens that the teacher's distribution is known for; see kernels.sparse_distill."""
+    cached_log_probabilities_NK: Tensor | None = None
+    """float32, at the objective's temperature."""
+    cached_tail_N: Tensor | None = None
+    """float32: the teacher's mass on all other tokens; None: they are not learnt from."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -21,6 +21,7 @@ from fastdistil.corpus import (
     vocabulary_fingerprint,
 )
 from fastdistil.errors import UserError
+from fastdistil.kernels.handover import chosen_path
 from fastdistil.mappings import from_mappings
 from fastdistil.prefetch import prefetched
 from fastdistil.profiling.device import has_fast_bf16
@@ -153,10 +154,19 @@ def resolve(recipe: Recipe, own_teacher: bool = False) -> Recipe:
     precision = recipe.loop.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(torch.device(device)) else "fp32"
-    changes: dict[str, Any] = {"device": device, "loop": {"precision": precision}}
+    changes: dict[str, Any] = {"device": device, "loop": {"precision": precision}, "kernels": _kernels(recipe, device)}
     if recipe.teacher is not None and recipe.teacher.dtype == "auto" and not own_teacher:
         changes["teacher"] = {"dtype": precision}
     return recipe.with_(**changes)
+
+
+def _kernels(recipe: Recipe, device: str) -> str:
+    if recipe.kernels == "reference":
+        return recipe.kernels
+    try:
+        return chosen_path(recipe.kernels, device)
+    except ValueError as error:
+        raise UserError(f"kernels is {recipe.kernels} and the run's device is {device}: {error}") from error
 
 
 def indexed_device(name: str) -> torch.device:

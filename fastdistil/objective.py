@@ -7,6 +7,9 @@
     cosine  sum_i (1 - cos(h_i^s, h_i^t)) / n                      over every non-padding token
     mse     sum_i |h_i^s - h_i^t|^2 / (D n)
 
+One pass over the vocabulary makes soft, hard and their gradient, so the coefficients a / denominator go into the ops, and each
+op's `total` is already what is differentiated.
+
 The denominators are those of the whole update, over all its micro-batches and ranks, so that the gradient does not depend on
 how the update was cut; `normalisation: micro-batch` takes the mean of the micro-batches' means, as the published example
 does. Models hand over hidden states, not logits: the kernels own the vocabulary.
@@ -20,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.batches import Batch, Counts
-from fastdistil.kernels.cosine import cosine_loss_reference, mse_loss_reference
-from fastdistil.kernels.linear_distill import linear_cross_entropy_reference, linear_distill_reference
+from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
+from fastdistil.kernels.handover import Path
+from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss
+from fastdistil.kernels.options import DistillOptions, DistillTerms, SparseTeacher
 from fastdistil.recipe import Objective
 
 
@@ -56,8 +61,13 @@ def loss_terms(
     batch: Batch,
     per: Denominators,
     projection: nn.Linear | None = None,
+    *,
+    path: Path = "auto",
 ) -> LossTerms:
-    """The objective on one micro-batch. `student`, `teacher`: models.LanguageModel or modules with its interface."""
+    """The objective on one micro-batch. `student`, `teacher`: models.LanguageModel or modules with its interface.
+
+    Only `total` carries a gradient. `path`: which implementation of the losses (recipe key `kernels`).
+    """
     teacher_hidden_NE = None
     if teacher is not None and objective.needs_teacher:
         # Teacher first: its activations are freed before the student's are made. In its own dtype, whatever autocast says.
@@ -65,27 +75,33 @@ def loss_terms(
             teacher_hidden_NE = teacher.hidden(batch)
     student_hidden_ND = student.hidden(batch)
     zero = torch.zeros((), device=student_hidden_ND.device)
-    soft, hard, cosine, mse = zero, zero, zero, zero
+    total, soft, hard, cosine, mse = zero, zero, zero, zero, zero
     a_hard = objective.a_clm if student.causal else objective.a_mlm
 
-    if objective.a_ce and teacher_hidden_NE is not None:
-        soft, hard = _vocabulary_terms(objective, student, teacher, student_hidden_ND, teacher_hidden_NE, batch)
+    options = DistillOptions(
+        temperature=objective.temperature,
+        divergence=objective.divergence,
+        beta=objective.beta,
+        soft=objective.a_ce / per.soft,
+        hard=a_hard / per.hard,
+    )
+    if objective.a_ce and (teacher_hidden_NE is not None or batch.cached_indices_NK is not None):
+        found = _vocabulary_terms(objective, options, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, path)
+        total, soft, hard = found.total, found.soft / per.soft, found.hard / per.hard
     elif a_hard:
         features_MD = student.transform(student_hidden_ND.index_select(0, batch.label_rows))
         labels_M = batch.labels_N.index_select(0, batch.label_rows)
-        hard = linear_cross_entropy_reference(features_MD, student.weight, student.bias, labels_M)
+        found = linear_cross_entropy_loss(features_MD, student.weight, student.bias, labels_M, options=options, path=path)
+        total, hard = found.total, found.hard / per.hard
 
     if teacher_hidden_NE is not None and (objective.a_cos or objective.a_mse):
-        s_ND, t_ND = _rows(student_hidden_ND, batch.valid_rows), _rows(teacher_hidden_NE, batch.valid_rows)
         if projection is not None:
-            s_ND = projection(s_ND)
-        if objective.a_cos:
-            cosine = cosine_loss_reference(s_ND, t_ND)
-        if objective.a_mse:
-            mse = mse_loss_reference(s_ND, t_ND)
+            student_hidden_ND = projection(student_hidden_ND)
+        weighed = HiddenOptions(cosine=objective.a_cos / per.hidden, mse=objective.a_mse / per.hidden)
+        states = ([student_hidden_ND], [teacher_hidden_NE])
+        hidden = cosine_loss(*states, batch.valid_rows, options=weighed, path=path)
+        total, cosine, mse = total + hidden.total, hidden.cosine / per.hidden, hidden.mse / per.hidden
 
-    soft, hard, cosine, mse = soft / per.soft, hard / per.hard, cosine / per.hidden, mse / per.hidden
-    total = objective.a_ce * soft + a_hard * hard + objective.a_cos * cosine + objective.a_mse * mse
     return LossTerms(total, soft, hard, cosine, mse)
 
 
@@ -94,31 +110,30 @@ def _rows(hidden_ND: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _vocabulary_terms(
-    objective: Objective, student: Any, teacher: Any, student_hidden_ND: Tensor, teacher_hidden_NE: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Sums of the soft and the hard term. Rows that enter neither are dropped before the matrix products."""
+    objective: Objective,
+    options: DistillOptions,
+    student: Any,
+    teacher: Any | None,
+    student_hidden_ND: Tensor,
+    teacher_hidden_NE: Tensor | None,
+    batch: Batch,
+    path: Path,
+) -> DistillTerms:
+    """Soft and hard term. Rows that enter neither are dropped before the heads, transforms included."""
     rows = batch.label_rows if objective.soft_rows == "masked" else batch.valid_rows
-    if objective.soft_rows == "masked":
-        label_rows_M = torch.arange(batch.label_rows.shape[0], device=batch.label_rows.device)
-    else:
-        label_rows_M = batch.label_rows if rows is None else torch.searchsorted(rows, batch.label_rows)
     # With soft_rows "masked" the labelled rows count alike, as their denominator does.
     weights_N = None
     if batch.weights_N is not None and objective.soft_rows == "all":
         weights_N = _rows(batch.weights_N, rows)
+    features_ND, labels_N = student.transform(_rows(student_hidden_ND, rows)), _rows(batch.labels_N, rows)
+    head = (features_ND, student.weight, student.bias)
+    if teacher_hidden_NE is None:
+        cached = (batch.cached_indices_NK, batch.cached_log_probabilities_NK, batch.cached_tail_N)
+        sparse = SparseTeacher(*(None if each is None else _rows(each, rows) for each in cached))  # type: ignore[arg-type]
+        return linear_sparse_distill_loss(*head, sparse, labels_N, weights_N, options=options, path=path)
+    assert teacher is not None
     with torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):
         teacher_features_NE = teacher.transform(_rows(teacher_hidden_NE, rows))
-    return linear_distill_reference(
-        student.transform(_rows(student_hidden_ND, rows)),
-        student.weight,
-        student.bias,
-        teacher_features_NE,
-        teacher.weight,
-        teacher.bias,
-        batch.labels_N.index_select(0, batch.label_rows),
-        label_rows_M,
-        weights_N,
-        temperature=objective.temperature,
-        divergence=objective.divergence,
-        beta=objective.beta,
-    )
+    bias_V = None if teacher.bias is None else teacher.bias.detach()
+    teacher_head = (teacher_features_NE, teacher.weight.detach(), bias_V)
+    return linear_distill_loss(*head, *teacher_head, labels_N, weights_N, options=options, path=path)

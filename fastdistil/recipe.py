@@ -203,6 +203,9 @@ class Recipe(Section):
     runs_dir: str = "runs"
     seed: NonNegativeInt = Field(default=56, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "reference", "triton", "torch"] = "auto"
+    """Implementation of the losses. reference: eager torch with whole logits, the specification; triton: a GPU's; torch: any
+    device's, made for the CPU; auto: triton on a GPU, torch on a CPU."""
     teacher: Teacher | None = None
     student: Student
     data: Data = Data()

@@ -167,7 +167,9 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
         batch = on_host.to(inputs.device, non_blocking=True)
         per = denominators(objective, update_counts, batch.counts, len(window))
         with run.autocast():
-            terms = loss_terms(objective, inputs.student, inputs.teacher, batch, per, inputs.projection)
+            terms = loss_terms(
+                objective, inputs.student, inputs.teacher, batch, per, inputs.projection, path=run.recipe.kernels
+            )
         torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
         for name, term in terms._asdict().items():
             sums[name] = sums[name] + term.detach() if name in sums else term.detach()
@@ -231,6 +233,7 @@ def _announce(run: Run) -> None:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         precision=run.recipe.loop.precision,
+        kernels=run.recipe.kernels,
         student_parameters=models.parameter_count(run.inputs.student),
         teacher_parameters=models.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
     )

@@ -1,27 +1,291 @@
-"""Losses of hidden states: one minus the cosine to the teacher's, and the mean squared error.
+"""Losses of hidden states: one minus the cosine to the teacher's, and the mean squared error; one or several layers at once.
 
-    cosine = sum_n 1 - s_n . t_n / (|s_n| |t_n|)        (torch's cosine_embedding_loss with target 1; Sanh et al. 2019)
-    mse    = sum_n |s_n - t_n|^2 / D                    (mean over the width, sum over rows)
+    cosine = sum_l sum_n w_n (1 - c_ln)         c = s . t / sqrt((|s|^2 + eps) (|t|^2 + eps)),  eps = 1e-12
+    mse    = sum_l sum_n w_n |s_ln - t_ln|^2 / D
+    total  = c_cosine cosine + c_mse mse
 
-Legend: N rows (tokens), D width.
+    gradient of 1 - c in s:  -(t - (s . t) / (|s|^2 + eps) s) / sqrt((|s|^2 + eps) (|t|^2 + eps));  of mse:  2 (s - t) / D
+
+torch's cosine_embedding_loss with target 1, epsilon included; Sanh et al. 2019 (DistilBERT) use it on the last layer. Moves
+3 N D elements a layer: both states are read and the gradient is written in one pass, as a row fits on the chip. As in
+distill.py the coefficients are arguments, `total` is what to differentiate, and cosine and mse are for the log.
+
+A row of zeros has cosine 0 (loss 1) and, with eps, a gradient of -t / (1e-6 |t|): torch's. A row that is not listed, or has
+weight 0, contributes exactly 0, whatever it holds. Squares beyond the range of the arithmetic (|s| > 1e19 in float32) give inf
+or nan.
+
+Legend: L layers, N rows (tokens), M rows that count, D width (it may differ between layers), R rows of a block.
 """
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from fastdistil.kernels.buffers import buffer
+from fastdistil.kernels.handover import Path, chosen_path, hand_gradients, keep_gradients
 
 # torch's cosine_embedding_loss adds it to each squared norm.
-_EPSILON = 1e-12
+EPSILON = 1e-12
 
 
-def cosine_loss_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """Sum over rows of 1 - cosine, 0-dimensional, float32 or wider. Two zero vectors give 1, as in torch."""
+class HiddenTerms(NamedTuple):
+    """0-dimensional sums over layers and rows, float32 or wider. `total` is differentiable; the others are for the log."""
+
+    total: Tensor
+    cosine: Tensor
+    mse: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenOptions:
+    """Coefficients of the terms in `total`."""
+
+    cosine: float = 1.0
+    mse: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("cosine", "mse"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+
+
+def cosine_rows_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """1 - cosine of each row, [N], float32 or wider. Differentiable in both."""
     wide = torch.promote_types(student_ND.dtype, torch.float32)
     s, t = student_ND.to(wide), teacher_ND.to(wide)
-    norms_N = ((s * s).sum(-1) + _EPSILON) * ((t * t).sum(-1) + _EPSILON)
-    return (1 - (s * t).sum(-1) / norms_N.sqrt()).sum()
+    norms_N = ((s * s).sum(-1) + EPSILON) * ((t * t).sum(-1) + EPSILON)
+    return 1 - (s * t).sum(-1) / norms_N.sqrt()
 
 
-def mse_loss_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """Sum over rows of the squared error's mean over the width, 0-dimensional, float32 or wider."""
+def mse_rows_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """The squared error's mean over the width, [N], float32 or wider. Differentiable in both."""
     wide = torch.promote_types(student_ND.dtype, torch.float32)
-    return (student_ND.to(wide) - teacher_ND.to(wide)).square().mean(-1).sum()
+    return (student_ND.to(wide) - teacher_ND.to(wide)).square().mean(-1)
+
+
+def cosine_loss_reference(
+    student_states: Sequence[Tensor],
+    teacher_states: Sequence[Tensor],
+    rows_M: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    *,
+    options: HiddenOptions,
+) -> HiddenTerms:
+    """The specification of `cosine_loss`, with its arguments but projections; differentiable in both sides, twice."""
+    wide = torch.promote_types(student_states[0].dtype, torch.float32)
+    cosine = mse = torch.zeros((), dtype=wide, device=student_states[0].device)
+    for s_ND, t_ND in zip(student_states, teacher_states, strict=True):
+        w_N, s, t = weights_N, s_ND, t_ND
+        if rows_M is not None:
+            s, t, w_N = (None if x is None else x.index_select(0, rows_M) for x in (s, t, w_N))  # type: ignore[assignment]
+        if w_N is not None:
+            # Replaced before the arithmetic: 0 times the gradient of a nan would be nan.
+            out_N1 = (w_N == 0)[:, None]
+            s, t = s.masked_fill(out_N1, 0.0), t.masked_fill(out_N1, 0.0)
+        one_N, two_N = cosine_rows_reference(s, t), mse_rows_reference(s, t)
+        cosine = cosine + (one_N if w_N is None else w_N * one_N).sum()
+        mse = mse + (two_N if w_N is None else w_N * two_N).sum()
+    return _terms(cosine, mse, options)
+
+
+def _terms(cosine: Tensor, mse: Tensor, options: HiddenOptions) -> HiddenTerms:
+    weighed = ((options.cosine, cosine), (options.mse, mse))
+    total = sum((coefficient * term for coefficient, term in weighed if coefficient), torch.zeros_like(cosine))
+    return HiddenTerms(total, cosine.detach(), mse.detach())
+
+
+# ---- the fast path in torch: blocks of rows that stay in the cache ----
+
+_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # elements
+
+
+def _rows_torch(
+    student_ND: Tensor,
+    teacher_ND: Tensor,
+    rows_M: Tensor | None,
+    weights_M: Tensor | None,
+    options: HiddenOptions,
+    terms_M2: Tensor,
+    grad_ND: Tensor | None,
+) -> None:
+    width, wide = student_ND.shape[1], terms_M2.dtype
+    size = max(1, _BLOCK["cpu" if student_ND.device.type == "cpu" else "cuda"] // width)
+    for first in range(0, terms_M2.shape[0], size):
+        end = min(first + size, terms_M2.shape[0])
+        here = slice(first, end) if rows_M is None else rows_M[first:end]
+        s, t = student_ND[here].to(wide), teacher_ND[here].to(wide)
+        ss_R = torch.linalg.vecdot(s, s) + EPSILON
+        scale_R = (ss_R * (torch.linalg.vecdot(t, t) + EPSILON)).rsqrt()
+        st_R = torch.linalg.vecdot(s, t)
+        weights_R = None if weights_M is None else weights_M[first:end].to(wide)
+        # From the difference: |s|^2 + |t|^2 - 2 s.t would cancel.
+        mse_R = torch.linalg.vecdot(difference := s - t, difference) / width
+        terms_R2 = torch.stack([1 - st_R * scale_R, mse_R], 1)
+        if weights_R is not None:
+            terms_R2 = torch.where((weights_R == 0)[:, None], 0, terms_R2 * weights_R[:, None])
+        terms_M2[first:end] = terms_R2
+        if grad_ND is None:
+            continue
+        # In (s, t): the cosine's -scale t + scale (s.t) / |s|^2 s, the mean square's 2/D s - 2/D t.
+        of_s_R, of_t_R = options.cosine * scale_R * st_R / ss_R, -options.cosine * scale_R
+        # Not in place: in the wide dtype s is a view of the student's own states.
+        g = (s * of_s_R[:, None]).addcmul_(t, of_t_R[:, None])
+        if options.mse:
+            g.add_(difference, alpha=2 * options.mse / width)
+        if weights_R is not None:
+            g.mul_(weights_R[:, None]).masked_fill_((weights_R == 0)[:, None], 0.0)
+        grad_ND[here] = g.to(grad_ND.dtype)
+
+
+# ---- the op ----
+
+
+def _unit(options: HiddenOptions, dtype: torch.dtype) -> tuple[HiddenOptions, float]:
+    """As low_precision_unit in distill.py: float16 gradients get their coefficient in backward, in float32."""
+    unit = max(abs(options.cosine), abs(options.mse))
+    if dtype != torch.float16 or unit == 0:
+        return options, 1.0
+    return HiddenOptions(cosine=options.cosine / unit, mse=options.mse / unit), unit
+
+
+@torch.library.custom_op(
+    "fastdistil::cosine",
+    mutates_args=(),
+    schema="(Tensor[] student, Tensor[] teacher, Tensor? rows, Tensor? weights, float cosine, float mse, bool need_grad, "
+    "str path) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+def _cosine(
+    student_states: Sequence[Tensor],
+    teacher_states: Sequence[Tensor],
+    rows_M: Tensor | None,
+    weights_N: Tensor | None,
+    cosine: float,
+    mse: float,
+    need_grad: bool,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    options, first = HiddenOptions(cosine=cosine, mse=mse), student_states[0]
+    scaled, _ = _unit(options, first.dtype)
+    rows = first.shape[0] if rows_M is None else rows_M.shape[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    terms_LM2 = first.new_empty(len(student_states), rows, 2, dtype=wide)
+    grads = [buffer(each.shape, each.dtype, each.device) for each in student_states] if need_grad else []
+    if rows_M is not None:
+        for grad_ND in grads:
+            grad_ND.zero_()
+    weights_M = weights_N if weights_N is None or rows_M is None else weights_N.index_select(0, rows_M)
+    if path == "triton":
+        from fastdistil.kernels.cosine_triton import cosine_rows_triton
+
+        cosine_rows_triton(
+            student_states, teacher_states, rows_M, weights_M, scaled.cosine, scaled.mse, EPSILON, terms_LM2, grads
+        )
+    else:
+        for layer, (s_ND, t_ND) in enumerate(zip(student_states, teacher_states, strict=True)):
+            _rows_torch(s_ND, t_ND, rows_M, weights_M, scaled, terms_LM2[layer], grads[layer] if grads else None)
+    sums_2 = terms_LM2.flatten(0, 1).sum(0)
+    return *_terms(sums_2[0].clone(), sums_2[1].clone(), options), grads
+
+
+@_cosine.register_fake
+def _(student_states: Sequence[Tensor], teacher_states: Any, rows_M: Any, weights_N: Any, *rest: Any) -> Any:
+    wide = torch.promote_types(student_states[0].dtype, torch.float32)
+    scalars = tuple(student_states[0].new_empty((), dtype=wide) for _ in range(3))
+    return *scalars, [each.new_empty(each.shape) for each in student_states] if rest[2] else []
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(output[1], output[2], *output[3])
+    options = HiddenOptions(cosine=inputs[4], mse=inputs[5])
+    keep_gradients(ctx, output[3], _unit(options, inputs[0][0].dtype)[1])
+    ctx.layers = len(inputs[0])
+
+
+def _hand_gradient(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return hand_gradients(ctx, grad_total), [None] * ctx.layers, None, None, None, None, None, None
+
+
+_cosine.register_autograd(_hand_gradient, setup_context=_keep_gradient)
+
+
+def cosine_loss(
+    student_states: Sequence[Tensor] | Tensor,
+    teacher_states: Sequence[Tensor] | Tensor,
+    rows_M: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    *,
+    options: HiddenOptions,
+    projections: Sequence[Tensor | None] | None = None,
+    path: Path = "auto",
+) -> HiddenTerms:
+    """Cosine and mean squared error of hidden states, all layers in one launch, with the gradient from the same pass.
+
+    student_states, teacher_states: float, L tensors [N, D] (or one tensor for one layer), one dtype a side; rows may lie apart.
+    rows_M: int64, without repetitions: the rows that count; None: all. weights_N: float. projections: [D_teacher, D_student] a
+    layer, or None, for sides of different widths: a linear map of the student's states, with its own gradient.
+    Only the student's states (and projections) get a gradient, once: anything else needs path="reference".
+    Raises ValueError for shapes, dtypes and paths that do not fit.
+    """
+    student = [student_states] if isinstance(student_states, Tensor) else list(student_states)
+    teacher = [teacher_states] if isinstance(teacher_states, Tensor) else list(teacher_states)
+    if projections is not None:
+        if len(projections) != len(student):
+            raise ValueError(f"{len(projections)} projections for {len(student)} layers: give one (or None) a layer")
+        student = [s if p is None else linear(s, p) for s, p in zip(student, projections, strict=True)]
+    _check(student, teacher, rows_M, weights_N)
+    if path == "reference":
+        return cosine_loss_reference(student, teacher, rows_M, weights_N, options=options)
+    grad = torch.is_grad_enabled()
+    if grad and any(each.requires_grad for each in (*teacher, *(() if weights_N is None else (weights_N,)))):
+        raise ValueError(
+            "only the student's states get a gradient: detach the teacher's and the weights, or use path='reference'"
+        )
+    need_grad = grad and any(each.requires_grad for each in student)
+    chosen = chosen_path(path, student[0].device)
+    total, cosine, mse, _ = _cosine(student, teacher, rows_M, weights_N, options.cosine, options.mse, need_grad, chosen)
+    return HiddenTerms(total, cosine, mse)
+
+
+def _check(student: list[Tensor], teacher: list[Tensor], rows_M: Tensor | None, weights_N: Tensor | None) -> None:
+    if len(student) != len(teacher) or not student:
+        raise ValueError(
+            f"the student has {len(student)} layers of states and the teacher {len(teacher)}; give as many, at least 1"
+        )
+    for layer, (s_ND, t_ND) in enumerate(zip(student, teacher, strict=True)):
+        if s_ND.ndim != 2 or s_ND.shape != t_ND.shape or s_ND.shape[0] != student[0].shape[0]:
+            raise ValueError(
+                f"layer {layer}: states must be [rows, width] and equal on both sides, got {list(s_ND.shape)} and "
+                f"{list(t_ND.shape)}; for different widths give projections"
+            )
+        for name, tensor, like in (("student", s_ND, student[0]), ("teacher", t_ND, teacher[0])):
+            if not tensor.is_floating_point() or tensor.dtype != like.dtype or tensor.device != student[0].device:
+                raise ValueError(
+                    f"layer {layer}: the {name}'s states must be {like.dtype} on {student[0].device} as its first, "
+                    f"got {tensor.dtype} on {tensor.device}"
+                )
+            if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+                raise ValueError(
+                    f"layer {layer}: the {name}'s states have strides {tensor.stride()}; adjacent columns are needed"
+                )
+    if rows_M is not None and (rows_M.ndim != 1 or rows_M.dtype != torch.int64):
+        raise ValueError(f"rows must be int64 [M], got {rows_M.dtype} {list(rows_M.shape)}")
+    if weights_N is not None and (weights_N.shape != student[0].shape[:1] or not weights_N.is_floating_point()):
+        raise ValueError(f"weights must be float [{student[0].shape[0]}], got {weights_N.dtype} {list(weights_N.shape)}")
+
+
+# ---- what it costs ----
+
+
+def bytes_moved(rows: int, width: int, itemsize: int, *, layers: int = 1, gradient: bool = True) -> int:
+    """Bytes that must cross the memory bus: both sides' states read once, the gradient written once."""
+    return (3 if gradient else 2) * layers * rows * width * itemsize
+
+
+def flops(rows: int, width: int, *, layers: int = 1, gradient: bool = True) -> int:
+    """Three dot products and, for the gradient, two products and a sum an element."""
+    return layers * rows * width * (6 + (3 if gradient else 0))

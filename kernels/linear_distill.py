@@ -1,47 +1,400 @@
-"""Distillation losses from hidden states: both vocabulary heads and the losses of `distill.py` in one place.
+"""Distillation losses from hidden states: both vocabulary heads and the losses of `distill.py`, logits never whole.
 
-    student logits = student_features_ND @ student_weight_VD.T + student_bias_V          (teacher likewise, width E)
-    soft, hard as in distill.py; soft over all N rows, hard over the labelled ones.
+    student logits = student_hidden_ND @ student_weight_VD.T + student_bias_V          (the teacher likewise, width E)
 
-Legend: N rows, M of them labelled, D student width, E teacher width, V vocabulary.
+Rows are taken in chunks. Of each chunk both sides' logits are made, the loss writes its gradient over the student's, and two
+products turn that into the gradients of the hidden states and of the head, before the next chunk uses the same buffers:
+
+    2 N V (3 D + E) floating-point operations (products for gradients nobody wants are left out), the least there is unless
+    logits are computed twice; 7 elements moved per logit.
+
+How many rows a chunk has: every chunk reads both heads (V (D + E) elements) and reads and writes the head's gradient (2 V D in
+float32), against products that grow with its rows. On an H200 that overhead is about 255/rows of the products' time: 4096
+rows cost 6%, 32 rows eight times the products. On a CPU the products reach their rate at 512 rows. So a chunk has 4096 rows
+(GPU) or 1024 (CPU), or fewer where two buffers of logits would not fit the budget below.
+
+Autocast: the student's hidden states decide the dtype of its products (under autocast: autocast's), the teacher keeps its own.
+The head's gradient is summed over chunks in float32.
+
+Legend: N rows, M of them used, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastdistil.kernels.distill import DistillTerms, Divergence, cross_entropy_reference, divergence_reference
+from fastdistil.kernels.buffers import buffer
+from fastdistil.kernels.distill import check_rows, distill_loss_reference, low_precision_unit, rows_function, sum_terms
+from fastdistil.kernels.handover import Path, chosen_path, hand_gradients, keep_gradients
+from fastdistil.kernels.options import OPTIONS_SCHEMA, DistillOptions, DistillTerms, SparseTeacher, pack, unpack
+from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_rows_function
+
+# Bytes of both sides' logits of one chunk.
+_BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
-def linear_distill_reference(
-    student_features_ND: Tensor,
+def rows_per_chunk(rows: int, columns: int, itemsizes: int, device: torch.device) -> int:
+    """The law above. `itemsizes`: bytes of a student's and a teacher's logit together.
+
+    Chunks of one loss are equally long, up to a multiple of 64 rows: a short last one would waste its share of the heads.
+    """
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    largest = max(64, min(_ROWS[kind], _BUDGET[kind] // (columns * itemsizes)))
+    chunks = -(-rows // largest)
+    return rows if chunks <= 1 else min(largest, 64 * -(-rows // (chunks * 64)))
+
+
+class _Teacher:
+    """The teacher's side of a chunk: logits from its head into one buffer, or a slice of what was cached."""
+
+    def __init__(self, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, width: int, largest: int) -> None:
+        self._hidden_NE, self._weight_VE = hidden_NE, weight_VE[:width]
+        self._bias_V = None if bias_V is None else bias_V[:width]
+        self._logits_CV = buffer((largest, width), hidden_NE.dtype, hidden_NE.device)
+
+    def logits(self, first: int, end: int) -> Tensor:
+        return _product(self._hidden_NE[first:end], self._weight_VE, self._bias_V, self._logits_CV[: end - first])
+
+
+def _product(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
+    if bias_V is None:
+        return torch.mm(hidden_CD, weight_VD.t(), out=out_CV)
+    return torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=out_CV)
+
+
+class _Head:
+    """The student's side: logits of a chunk, and the gradients that were asked for."""
+
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, width: int, largest: int, need: tuple[bool, ...]
+    ) -> None:
+        dtype, device = hidden_ND.dtype, hidden_ND.device
+        wide = torch.promote_types(dtype, torch.float32)
+        # float16 gradients are scaled before they are rounded: in backward.
+        stored = wide if dtype == torch.float16 else dtype
+        self.hidden_ND = hidden_ND
+        self.weight_VD = weight_VD[:width]
+        if weight_VD.dtype != dtype:
+            self.weight_VD = buffer((width, weight_VD.shape[1]), dtype, device).copy_(self.weight_VD)
+        self.bias_V = None if bias_V is None else bias_V[:width].to(dtype)
+        self.logits_CV = buffer((largest, width), dtype, device)
+        self.grad_hidden_ND = buffer(hidden_ND.shape if need[0] else (0,), stored, device)
+        self.grad_weight_VD = buffer(weight_VD.shape if need[1] else (0,), wide, device)
+        self.grad_bias_V = buffer(weight_VD.shape[:1] if need[2] else (0,), wide, device)
+        self._need, self._width, self._begun = need, width, False
+        self._part_VD: Tensor | None = None
+
+    def logits(self, first: int, end: int) -> Tensor:
+        return _product(self.hidden_ND[first:end], self.weight_VD, self.bias_V, self.logits_CV[: end - first])
+
+    def add(self, first: int, end: int, grad_CV: Tensor) -> None:
+        """The gradient of a chunk's logits into those of the hidden states, the weight and the bias."""
+        need_hidden, need_weight, need_bias = self._need
+        if need_hidden:
+            out_CD = self.grad_hidden_ND[first:end]
+            if out_CD.dtype == grad_CV.dtype:
+                torch.mm(grad_CV, self.weight_VD, out=out_CD)
+            elif grad_CV.is_cuda:
+                torch.ops.aten.mm.dtype_out(grad_CV, self.weight_VD, out_CD.dtype, out=out_CD)
+            else:
+                out_CD.copy_(torch.mm(grad_CV.to(out_CD.dtype), self.weight_VD.to(out_CD.dtype)))
+        if need_weight:
+            self._add_weight(grad_CV.t(), self.hidden_ND[first:end])
+        if need_bias:
+            part_V = grad_CV.sum(0, dtype=self.grad_bias_V.dtype if grad_CV.is_cuda else None)
+            self.grad_bias_V[: self._width] = self.grad_bias_V[: self._width] + part_V if self._begun else part_V
+        self._begun = True
+
+    def _add_weight(self, grad_VC: Tensor, hidden_CD: Tensor) -> None:
+        """In float32 over the chunks, whatever the products' dtype."""
+        out_VD, keep = self.grad_weight_VD[: self._width], int(self._begun)
+        if grad_VC.dtype == out_VD.dtype:
+            torch.addmm(out_VD, grad_VC, hidden_CD, beta=keep, out=out_VD)
+        elif grad_VC.is_cuda:
+            torch.ops.aten.addmm.dtype_out(out_VD, grad_VC, hidden_CD, out_VD.dtype, beta=keep, out=out_VD)
+        else:
+            # The processor's half-precision products give half precision: each chunk's is rounded once, their sum is not.
+            if self._part_VD is None:
+                self._part_VD = buffer(out_VD.shape, grad_VC.dtype, grad_VC.device)
+            torch.mm(grad_VC, hidden_CD, out=self._part_VD)
+            if self._begun:
+                out_VD.add_(self._part_VD)
+            else:
+                out_VD.copy_(self._part_VD)
+
+    def gradients(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        self._part_VD = None
+        if not self._begun:  # no rows
+            self.grad_weight_VD.zero_()
+            self.grad_bias_V.zero_()
+        self.grad_weight_VD[self._width :].zero_()
+        self.grad_bias_V[self._width :].zero_()
+        half = self.hidden_ND.dtype == torch.float16
+        weight_VD = self.grad_weight_VD if half else self.grad_weight_VD.to(weight_dtype)
+        return self.grad_hidden_ND, weight_VD, self.grad_bias_V if half else self.grad_bias_V.to(bias_dtype)
+
+
+@torch.library.custom_op(
+    "fastdistil::linear_distill",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
+    "bool need_hidden, bool need_weight, bool need_bias, str path, int chunk_rows, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_distill(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    teacher_hidden_NE: Tensor | None,
+    teacher_weight_VE: Tensor | None,
+    teacher_bias_V: Tensor | None,
+    indices_NK: Tensor | None,
+    log_probabilities_NK: Tensor | None,
+    tail_N: Tensor | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    path: str,
+    chunk_rows: int,
+    *packed: Any,
+) -> tuple[Tensor, ...]:
+    options = unpack(packed)
+    scaled, _ = low_precision_unit(options, hidden_ND.dtype)
+    need = (need_hidden, need_weight, need_bias)
+    rows, wide = hidden_ND.shape[0], torch.promote_types(hidden_ND.dtype, torch.float32)
+    terms_N3 = hidden_ND.new_empty(rows, 3, dtype=wide)
+    width = options.columns or weight_VD.shape[0]
+    largest = min(chunk_rows, rows)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        head = _Head(hidden_ND, weight_VD, bias_V, width, largest, need)
+        teacher = None
+        if teacher_hidden_NE is not None:
+            assert teacher_weight_VE is not None
+            teacher = _Teacher(teacher_hidden_NE, teacher_weight_VE, teacher_bias_V, width, largest)
+        dense, sparse = rows_function(path), sparse_rows_function(path)
+        for first in range(0, rows, chunk_rows):
+            end = min(first + chunk_rows, rows)
+            logits_CV, labels_C, weights_C = head.logits(first, end), _part(labels_N, first, end), _part(weights_N, first, end)
+            grad_CV = logits_CV if any(need) else None
+            rest = (labels_C, weights_C, scaled, terms_N3[first:end], grad_CV)
+            if teacher is not None:
+                dense(logits_CV, teacher.logits(first, end), *rest)
+            elif indices_NK is None:
+                dense(logits_CV, None, *rest)
+            else:
+                assert log_probabilities_NK is not None
+                cached = SparseTeacher(indices_NK[first:end], log_probabilities_NK[first:end], _part(tail_N, first, end))
+                sparse(logits_CV, cached, *rest)
+            if grad_CV is not None:
+                head.add(first, end, grad_CV)
+        gradients = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
+    return *sum_terms(terms_N3, options), *gradients
+
+
+def _part(rows_N: Tensor | None, first: int, end: int) -> Tensor | None:
+    return None if rows_N is None else rows_N[first:end]
+
+
+@_linear_distill.register_fake
+def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = rest[8:11]
+    half, wide = hidden_ND.dtype == torch.float16, torch.promote_types(hidden_ND.dtype, torch.float32)
+    bias_dtype = weight_VD.dtype if bias_V is None else bias_V.dtype
+    return (
+        *(hidden_ND.new_empty((), dtype=wide) for _ in range(4)),
+        hidden_ND.new_empty(hidden_ND.shape if need_hidden else 0, dtype=wide if half else hidden_ND.dtype),
+        hidden_ND.new_empty(weight_VD.shape if need_weight else 0, dtype=wide if half else weight_VD.dtype),
+        hidden_ND.new_empty(weight_VD.shape[:1] if need_bias else 0, dtype=wide if half else bias_dtype),
+    )
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    dtypes = [None if each is None else each.dtype for each in inputs[:3]]
+    keep_gradients(ctx, output[4:], low_precision_unit(unpack(inputs[16:]), inputs[0].dtype)[1], dtypes)
+
+
+def _hand_gradient(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return *hand_gradients(ctx, grad_total), *(None,) * (ctx.inputs - 3)
+
+
+_linear_distill.register_autograd(_hand_gradient, setup_context=_keep_gradient)
+
+
+def linear_distill_loss(
+    student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
     student_bias_V: Tensor | None,
-    teacher_features_NE: Tensor,
+    teacher_hidden_NE: Tensor,
     teacher_weight_VE: Tensor,
     teacher_bias_V: Tensor | None,
-    labels_M: Tensor,
-    label_rows_M: Tensor,
+    labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    divergence: Divergence = "forward-kl",
-    beta: float = 0.5,
+    rows_M: Tensor | None = None,
+    options: DistillOptions,
+    path: Path = "auto",
+    chunk_rows: int | None = None,
 ) -> DistillTerms:
-    """Sums over rows of the divergence to the teacher and of the labels' cross-entropy.
+    """`distill_loss` of the two heads' logits, which never exist whole.
 
-    labels_M (int64) belong to the rows label_rows_M (int64) of the features; weights_N (float) weigh the soft term. Logits
-    are whole here; the student's follow autocast, the teacher's keep the dtype of its features. Sums are float32 or wider.
+    student_hidden_ND, teacher_hidden_NE: float, one row a token; weights [V, D] and [V, E] as nn.Linear has them, biases [V] or
+    None. labels_N (int64), weights_N (float): as in `distill_loss`. rows_M (int64): the rows that enter any term; the others
+    are dropped before the products (their numbers come from the host, so that shapes are known without waiting).
+    chunk_rows: rows of logits at a time; None: by the law above.
+    Gradients of hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss` does.
     """
-    student_NV = linear(student_features_ND, student_weight_VD, student_bias_V)
+    options.width(student_weight_VD.shape[0], teacher_weight_VE.shape[0])
+    _check_head("teacher", teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
+    if path != "reference" and torch.is_grad_enabled():
+        for tensor in (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    "the teacher gets no gradient: compute its hidden states under torch.no_grad() and "
+                    "detach its head, or use path='reference'"
+                )
+    teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
+    student = (student_hidden_ND, student_weight_VD, student_bias_V)
+    return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
+
+
+def linear_sparse_distill_loss(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    student_bias_V: Tensor | None,
+    teacher: SparseTeacher,
+    labels_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    *,
+    rows_M: Tensor | None = None,
+    options: DistillOptions,
+    path: Path = "auto",
+    chunk_rows: int | None = None,
+) -> DistillTerms:
+    """`linear_distill_loss` with a teacher known by its likeliest tokens (see sparse_distill.py): forward KL only."""
+    student = (student_hidden_ND, student_weight_VD, student_bias_V)
+    return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
+
+
+def linear_cross_entropy_loss(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_M: Tensor,
+    *,
+    options: DistillOptions,
+    path: Path = "auto",
+    chunk_rows: int | None = None,
+) -> DistillTerms:
+    """The hard and the z term alone, without a teacher (pre-training): `options.soft` has no effect."""
+    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, None, options, path, chunk_rows)
+
+
+_Dense = tuple[Tensor, Tensor, Tensor | None]
+_NONE = (None, None, None)
+
+
+def _loss(
+    student: _Dense,
+    teacher: _Dense | SparseTeacher | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor | None,
+    rows_M: Tensor | None,
+    options: DistillOptions,
+    path: Path,
+    chunk_rows: int | None,
+) -> DistillTerms:
+    hidden_ND, weight_VD, bias_V = student
+    device = hidden_ND.device
+    _check_head("student", hidden_ND, weight_VD, bias_V)
+    check_rows(
+        hidden_ND, None if teacher is None else teacher[1 if isinstance(teacher, SparseTeacher) else 0], labels_N, weights_N
+    )
+    if rows_M is not None:
+        hidden_ND = hidden_ND.index_select(0, rows_M)
+        labels_N = None if labels_N is None else labels_N.index_select(0, rows_M)
+        weights_N = None if weights_N is None else weights_N.index_select(0, rows_M)
+        if isinstance(teacher, SparseTeacher):
+            teacher = SparseTeacher(*(None if each is None else each.index_select(0, rows_M) for each in teacher))  # type: ignore[arg-type]
+        elif teacher is not None:
+            teacher = (teacher[0].index_select(0, rows_M), *teacher[1:])
+    if path == "reference":
+        return _reference((hidden_ND, weight_VD, bias_V), teacher, labels_N, weights_N, options)
+    if torch.is_autocast_enabled(device.type):
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
+    grad = torch.is_grad_enabled()
+    need = [grad and each is not None and each.requires_grad for each in (hidden_ND, weight_VD, bias_V)]
+    dense = _NONE if teacher is None or isinstance(teacher, SparseTeacher) else teacher
+    sparse = teacher if isinstance(teacher, SparseTeacher) else _NONE
+    width = options.columns or weight_VD.shape[0]
+    if chunk_rows is None:
+        itemsizes = hidden_ND.element_size() + (0 if dense[0] is None else dense[0].element_size())
+        chunk_rows = rows_per_chunk(hidden_ND.shape[0], width, itemsizes, device)
+    elif chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, or None for the default; got {chunk_rows}")
+    *terms, _, _, _ = _linear_distill(
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        *dense,
+        *sparse,
+        labels_N,
+        weights_N,
+        *need,
+        chosen_path(path, hidden_ND.device),
+        max(1, chunk_rows),
+        *pack(options),
+    )
+    return DistillTerms(*terms)
+
+
+def _reference(
+    student: _Dense,
+    teacher: _Dense | SparseTeacher | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor | None,
+    options: DistillOptions,
+) -> DistillTerms:
+    """The specification: whole logits. The student's follow autocast, the teacher's keep the dtype of its hidden states."""
+    student_NV = linear(*student)
     with torch.autocast(student_NV.device.type, enabled=False):
-        teacher_NV = linear(teacher_features_NE, teacher_weight_VE, teacher_bias_V)
-    rows_N = divergence_reference(student_NV, teacher_NV, temperature=temperature, divergence=divergence, beta=beta)
-    soft = rows_N.sum() if weights_N is None else (rows_N * weights_N).sum()
-    hard = cross_entropy_reference(student_NV.index_select(0, label_rows_M), labels_M)
-    return DistillTerms(soft, hard)
+        if isinstance(teacher, SparseTeacher):
+            return sparse_distill_reference(student_NV, teacher, labels_N, weights_N, options=options)
+        return distill_loss_reference(
+            student_NV, None if teacher is None else linear(*teacher), labels_N, weights_N, options=options
+        )
 
 
-def linear_cross_entropy_reference(features_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor) -> Tensor:
-    """Sum of the labels' cross-entropy from hidden states: the hard term alone, for rows that carry a label."""
-    return cross_entropy_reference(linear(features_MD, weight_VD, bias_V), labels_M)
+def _check_head(name: str, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"the {name}'s hidden states [N, D] and weight [V, D] do not fit: {list(hidden_ND.shape)}, {list(weight_VD.shape)}"
+        )
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise ValueError(f"the {name}'s bias must have {weight_VD.shape[0]} elements, got {list(bias_V.shape)}")
+
+
+# ---- what it costs ----
+
+
+def bytes_moved(
+    rows: int, columns: int, student_width: int, teacher_width: int, itemsize: int, *, chunk_rows: int, weight_itemsize: int = 4
+) -> int:
+    """Bytes that cross the memory bus at least: logits and their gradient (7 elements each), heads, the head's gradient."""
+    chunks = -(-rows // chunk_rows)
+    heads = chunks * columns * (2 * student_width + teacher_width) * itemsize
+    head_gradient = (2 * chunks - 1) * columns * student_width * weight_itemsize
+    hidden = rows * (3 * student_width + teacher_width) * itemsize
+    return 7 * rows * columns * itemsize + heads + head_gradient + hidden
+
+
+def flops(rows: int, columns: int, student_width: int, teacher_width: int, *, hidden: bool = True, weight: bool = True) -> int:
+    """Floating-point operations of the products; `hidden`, `weight`: whether those gradients are asked for."""
+    return 2 * rows * columns * (student_width * (1 + hidden + weight) + teacher_width)

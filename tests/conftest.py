@@ -8,6 +8,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Triton's kernels run on the CPU, slowly. TRITON_INTERPRET=0 tests them on a GPU instead.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

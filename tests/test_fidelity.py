@@ -315,3 +315,52 @@ def test_fifty_updates_follow_the_published_loop(tmp_path: Path) -> None:
     assert theirs[-1] < theirs[0] - 0.5  # something was learnt
     for update, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         assert abs(a / b - 1) < 1e-5, f"update {update}: {a} against {b}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_reference_and_fast_kernels_train_alike(precision: str, tmp_path: Path) -> None:
+    """Fifty updates with either: the losses stay together within the dtype's error."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(docstrings(Path(json.__file__))), encoding="utf-8")
+    tokenizer = train_wordpiece([text.read_text(encoding="utf-8")], VOCABULARY + 200, tmp_path / "tokenizer")
+    prepare([str(text)], tmp_path / "corpus", PrepareOptions(tokenizer=str(tokenizer), max_length=32, workers=1))
+    facts = token_facts(load_tokenizer(str(Corpus.open(tmp_path / "corpus").tokenizer_dir)))
+    teacher = bert(1, vocab_size=facts.vocab_size, pad_token_id=facts.pad_id)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    curves = {}
+    for kernels in ("reference", "torch"):
+        result = distil(
+            "distilbert",
+            teacher=copy.deepcopy(teacher),
+            student=fewer_layers(teacher, [0, 2]).module,
+            corpus=tmp_path / "corpus",
+            data={"micro_batch_tokens": 200},
+            loop={"updates": 50, "epochs": None, "accumulation": 2, "precision": precision},
+            logging={"every": 1},
+            runs_dir=str(tmp_path / kernels),
+            device="cpu",
+            kernels=kernels,
+        )
+        events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+        assert next(event for event in events if event["event"] == "start")["kernels"] == kernels
+        curves[kernels] = [event["total"] for event in events if event["event"] == "train"]
+    assert len(curves["torch"]) == 50
+    assert curves["torch"][-1] < curves["torch"][0] - 0.5
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert max(abs(a / b - 1) for a, b in zip(curves["torch"], curves["reference"], strict=True)) < tolerance
+
+
+def test_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdistil.errors import UserError
+    from fastdistil.inputs import resolve
+    from fastdistil.kernels import handover
+    from fastdistil.recipe import load_recipe
+
+    recipe = load_recipe("demo", ["device=cpu"])
+    assert resolve(recipe).kernels == "torch"
+    assert resolve(recipe.with_(kernels="reference")).kernels == "reference"
+    monkeypatch.setattr(handover, "_interpreted", lambda: False)
+    with pytest.raises(UserError, match="kernels is triton and the run's device is cpu: triton kernels need tensors on a GPU"):
+        resolve(recipe.with_(kernels="triton"))

@@ -1,0 +1,104 @@
+"""Gradients made in the forward pass and handed over in the backward one; which path computes them.
+
+A fused loss knows its gradient as soon as it knows its value. The op returns both; autograd keeps the gradient and backward
+multiplies it, in place, by what arrives from above, which is 1 where the loss is the end of the graph: a kernel reads that
+number on the device and then touches nothing, so nobody waits. Since the buffer itself is handed over, that works once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Path = Literal["auto", "reference", "triton", "torch"]
+
+
+def chosen_path(path: Path, device: torch.device | str) -> str:
+    """ "triton" or "torch" for tensors on a device. Raises ValueError for a path that it has not."""
+    kind = torch.device(device).type
+    if path == "torch":
+        return path
+    if path == "auto":
+        if kind == "cuda" and not _has_triton():
+            raise ValueError(
+                "losses on a GPU need the package triton, which is not installed; pip install triton, or say 'torch'"
+            )
+        return "triton" if kind == "cuda" else "torch"
+    if path != "triton":
+        raise ValueError(f"the path must be one of auto, reference, triton, torch; got {path!r}")
+    if not _has_triton():
+        raise ValueError("triton kernels need the package triton, which is not installed; pip install triton, or say 'torch'")
+    if kind != "cuda" and not _interpreted():
+        raise ValueError(
+            f"triton kernels need tensors on a GPU, these are on {kind}; say 'torch' or 'auto', or for tests set "
+            "TRITON_INTERPRET=1 before triton is imported (slow)"
+        )
+    return "triton"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.library.custom_op("fastdistil::scale_", mutates_args=("tensor",))
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """tensor *= factor (0-dimensional), in float32 or wider; not touched where the factor is 1."""
+    if not tensor.is_cuda:
+        if float(factor) != 1.0:
+            tensor.mul_(factor.to(torch.promote_types(tensor.dtype, torch.float32)))
+    elif _has_triton():
+        from fastdistil.kernels.distill_triton import scale_triton_
+
+        scale_triton_(tensor, factor)
+    else:
+        tensor.mul_(factor)
+
+
+@scale_.register_fake
+def _(tensor: Tensor, factor: Tensor) -> None:
+    return None
+
+
+def keep_gradients(
+    ctx: Any, gradients: Sequence[Tensor], unit: float, dtypes: Sequence[torch.dtype | None] | None = None
+) -> None:
+    """In an op's setup_context. `dtypes`: of the gradients as they are handed over, by default their own."""
+    # Detached, because an output kept as it is would keep itself alive.
+    ctx.gradients = [gradient.detach() for gradient in gradients]
+    ctx.dtypes = dtypes or [gradient.dtype for gradient in gradients]
+    ctx.unit = unit
+    ctx.set_materialize_grads(False)
+
+
+def hand_gradients(ctx: Any, grad_total: Tensor | None) -> list[Tensor | None]:
+    """In an op's backward: the gradients of the op's total, times what arrived; None for those that were not asked for."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("this loss can be differentiated once (create_graph=True is not supported); use path='reference'")
+    if ctx.gradients is None:
+        raise RuntimeError("the gradient of this loss was handed over by an earlier backward; compute the loss again")
+    gradients, ctx.gradients = ctx.gradients, None
+    if grad_total is None:
+        return [None] * len(gradients)
+    factor = grad_total * ctx.unit
+    handed: list[Tensor | None] = []
+    for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+        if gradient.ndim == 1 and not gradient.numel():  # not asked for (asked for, and of no rows, it has two dimensions)
+            handed.append(None)
+        elif type(gradient) is Tensor:
+            scale_(gradient, factor)
+            handed.append(gradient.to(dtype))
+        else:  # torch.compile traces; it may not write into what the forward graph gave out, and fuses the product anyway
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            handed.append((gradient.to(wide) * factor).to(dtype))
+    return handed

@@ -1,0 +1,108 @@
+"""What a distillation loss is asked for and gives: options and terms of distill.py, sparse_distill.py and linear_distill.py.
+
+Legend: N rows (tokens), V vocabulary, K listed tokens.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
+
+
+class DistillTerms(NamedTuple):
+    """0-dimensional sums over rows, float32 or wider. `total` is differentiable; the others are for the log."""
+
+    total: Tensor
+    soft: Tensor
+    hard: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """What the loss is. Raises ValueError for values that no loss has."""
+
+    temperature: float = 1.0
+    divergence: Divergence = "forward-kl"
+    beta: float = 0.5
+    """Of the generalised JSD: the teacher's weight in the mixture, between 0 and 1."""
+    soft: float = 1.0
+    """Coefficient of the soft term in `total`; likewise hard and z."""
+    hard: float = 1.0
+    z: float = 0.0
+    ignore_index: int = -100
+    """Label of a row that has none."""
+    student_scale: float = 1.0
+    """Multiplies the logits before anything else (Cohere's logit_scale)."""
+    teacher_scale: float = 1.0
+    student_softcap: float | None = None
+    """cap * tanh(logits / cap), after the scale (Gemma 2's final_logit_softcapping)."""
+    teacher_softcap: float | None = None
+    columns: int | None = None
+    """Only the first `columns` of both vocabularies exist: the others (padding, tokens that one side lacks) have probability
+    0 on both sides and gradient 0, as if their logits were -inf. None: all, and both sides must be equally wide."""
+
+    def __post_init__(self) -> None:
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(f"divergence must be one of {', '.join(get_args(Divergence))}, got {self.divergence!r}")
+        if not (0 < self.temperature < math.inf):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must lie between 0 and 1, got {self.beta}; 0 and 1 are the KL divergences")
+        for name in ("student_softcap", "teacher_softcap"):
+            cap = getattr(self, name)
+            if cap is not None and not 0 < cap < math.inf:
+                raise ValueError(f"{name} must be positive and finite, or None for none; got {cap}")
+        for name in ("soft", "hard", "z", "student_scale", "teacher_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.columns is not None and self.columns < 1:
+            raise ValueError(f"columns must be at least 1, or None for all; got {self.columns}")
+
+    def width(self, student_V: int, teacher_V: int) -> int:
+        """Columns that exist. Raises ValueError when the sides differ and nothing was said about it."""
+        if self.columns is None:
+            if student_V != teacher_V:
+                raise ValueError(
+                    f"the student's vocabulary has {student_V} columns and the teacher's {teacher_V}; where the first "
+                    f"{min(student_V, teacher_V)} mean the same tokens say so: columns={min(student_V, teacher_V)}"
+                )
+            return student_V
+        if self.columns > min(student_V, teacher_V):
+            raise ValueError(
+                f"columns is {self.columns}; the student has {student_V}, the teacher {teacher_V}: give at most that"
+            )
+        return self.columns
+
+
+class SparseTeacher(NamedTuple):
+    """A teacher's distribution at the loss's temperature. No token may be listed twice in a row."""
+
+    indices_NK: Tensor
+    """int64 or int32, below the vocabulary's width, in unused slots too."""
+    log_probabilities_NK: Tensor
+    """Float, natural logarithm; -inf: the slot is unused."""
+    tail_N: Tensor | None
+    """Float, probability mass of all tokens not listed. None: what is not listed is not learnt from."""
+
+
+# ---- as arguments of an op ----
+
+_SCHEMA_TYPES: dict[Any, str] = {float: "float", int: "int", float | None: "float?", int | None: "int?"}
+OPTIONS_SCHEMA = ", ".join(
+    f"{_SCHEMA_TYPES.get(field.type, 'str')} o_{field.name}" for field in dataclasses.fields(DistillOptions)
+)
+
+
+def pack(options: DistillOptions) -> tuple[Any, ...]:
+    """As the arguments of an op, in the order of OPTIONS_SCHEMA."""
+    return dataclasses.astuple(options)
+
+
+def unpack(values: tuple[Any, ...]) -> DistillOptions:
+    names = [field.name for field in dataclasses.fields(DistillOptions)]
+    return DistillOptions(**dict(zip(names, values, strict=True)))

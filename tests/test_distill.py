@@ -1,0 +1,432 @@
+"""The logits loss against its specification in float64, on the path for the CPU and on Triton's through its interpreter."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdistil.kernels import distill
+from fastdistil.kernels.distill import bytes_moved, distill_loss, flops
+from fastdistil.kernels.distill_triton import distill_rows_triton
+from fastdistil.kernels.options import DistillOptions, DistillTerms, pack
+
+PATHS = ["torch", "triton"]
+DIVERGENCES = ["forward-kl", "reverse-kl", "jsd"]
+EVERYTHING: dict[str, Any] = {"temperature": 2.0, "soft": 0.7, "hard": 0.4, "z": 0.1, "beta": 0.3}
+
+
+def logits(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return 3 * torch.randn(rows, columns, dtype=dtype), 3 * torch.randn(rows, columns, dtype=dtype)
+
+
+def some_labels(rows: int, columns: int) -> Tensor:
+    labels = torch.arange(rows) * 7 % columns
+    labels[1::3] = -100
+    return labels
+
+
+def some_weights(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    weights = torch.linspace(0.2, 1.7, rows, dtype=dtype)
+    weights[::4] = 0
+    return weights
+
+
+def gradient(student: Tensor, *rest: Any, **keywords: Any) -> tuple[DistillTerms, Tensor]:
+    leaf = student.detach().clone().requires_grad_()
+    terms = distill_loss(leaf, *rest, **keywords)
+    (grad,) = torch.autograd.grad(3.0 * terms.total, leaf)
+    return terms, grad
+
+
+def double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double() if tensor.is_floating_point() else tensor
+
+
+def assert_as_specified(student: Tensor, teacher: Tensor, *rest: Tensor | None, path: Any, options: DistillOptions) -> None:
+    """Values and gradient, in the inputs' dtype, against float64."""
+    truth, wanted = gradient(student.double(), teacher.double(), *map(double, rest), options=options, path="reference")
+    before = [each.clone() for each in (student, teacher)]
+    terms, grad = gradient(student, teacher, *rest, options=options, path=path)
+    # The kernel's coefficients are float32.
+    tolerance = 1e-6 if student.dtype == torch.float64 else 2e-5
+    for name, found, term in zip(DistillTerms._fields, terms, truth, strict=True):
+        torch.testing.assert_close(found.double(), term, rtol=tolerance, atol=1e-6 * len(student), msg=lambda m: f"{name}: {m}")  # noqa: B023
+    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
+    for each, copy in zip((student, teacher), before, strict=True):
+        assert torch.equal(each, copy), "an input was written to"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("columns", [1, 7, 255, 507, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_divergence(path: str, divergence: Any, columns: int, dtype: torch.dtype) -> None:
+    student, teacher = logits(7, columns, dtype)
+    options = DistillOptions(divergence=divergence, **EVERYTHING)
+    rest = (some_labels(7, columns), some_weights(7, dtype))
+    assert_as_specified(student, teacher, *rest, path=path, options=options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_real_vocabulary(path: str) -> None:
+    student, teacher = logits(3, 30522, torch.float32)
+    assert_as_specified(student, teacher, some_labels(3, 30522), path=path, options=DistillOptions(**EVERYTHING))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "divergence": "jsd"},
+        {"student_softcap": 5.0, "student_scale": 0.8},
+        {"teacher_softcap": 4.0, "teacher_scale": 1.3, "divergence": "reverse-kl"},
+        {"student_softcap": 5.0, "teacher_softcap": 5.0, "temperature": 1.0, "divergence": "jsd"},
+        {"columns": 90},
+        {"z": 0.0, "hard": 0.0},
+        {"soft": 0.0},
+        {"ignore_index": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("given", ["labels weights", "labels", "weights", ""])
+def test_options(path: str, changes: dict[str, Any], given: str) -> None:
+    student, teacher = logits(5, 97)
+    options = DistillOptions(**{**EVERYTHING, **changes})
+    labels = some_labels(5, 60)
+    if options.soft == 0 and "labels" not in given:
+        assert float(distill_loss(student, teacher, options=options, path=path).total) == 0  # type: ignore[arg-type]
+        return
+    if options.ignore_index != -100:
+        labels = labels.where(labels >= 0, 0)
+        labels[2] = options.ignore_index
+    rest = (labels if "labels" in given else None, some_weights(5) if "weights" in given else None)
+    if options.columns:
+        teacher = teacher[:, :93]
+    assert_as_specified(student, teacher, *rest, path=path, options=options)
+
+
+def naive(student: Tensor, teacher: Tensor, labels: Tensor, options: DistillOptions) -> Tensor:
+    """The gradient as a user's few lines in the logits' own dtype have it."""
+    leaf = student.clone().requires_grad_()
+    t = options.temperature
+    soft = F.kl_div((leaf / t).log_softmax(-1), (teacher / t).softmax(-1), reduction="sum") * t * t
+    total = options.soft * soft + options.hard * F.cross_entropy(leaf, labels, reduction="sum")
+    (grad,) = torch.autograd.grad(total, leaf)
+    return grad
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_no_worse_than_the_naive_way(path: str, dtype: torch.dtype) -> None:
+    student, teacher = (each.to(dtype) for each in logits(6, 1000))
+    labels, options = some_labels(6, 1000), DistillOptions(temperature=2.0, soft=0.7, hard=0.4)
+    truth, wanted = gradient(student.double(), teacher.double(), labels, options=options, path="reference")
+    assert float(wanted.abs().max()) > 10 * float(wanted.abs().mean()) > 0
+    terms, grad = gradient(student, teacher, labels, options=options, path=path)
+    error = float((grad.double() - wanted).norm())
+    limit = float((3 * naive(student, teacher, labels, options).double() - wanted).norm())
+    assert error <= 1.5 * limit + 1e-9
+    assert abs(float(terms.total.detach()) / float(truth.total.detach()) - 1) < 1e-5  # sums are float32
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_float16_gradients_survive_the_mean_over_many_tokens(path: str) -> None:
+    """Coefficients of 1 / 16384 tokens; the loss scale arrives in backward only."""
+    student, teacher = (each.half() for each in logits(4, 1000))
+    student.requires_grad_()
+    options = DistillOptions(temperature=2.0, soft=1 / 16384)
+    (distill_loss(student, teacher, options=options, path=path).total * 65536).backward()  # type: ignore[arg-type]
+    assert student.grad is not None
+    wide = student.detach().double().requires_grad_()
+    (distill_loss(wide, teacher.double(), options=options, path="reference").total * 65536).backward()
+    assert wide.grad is not None
+    difference = (student.grad.double() - wide.grad).norm() / wide.grad.norm()
+    assert float(difference) < 1e-3
+    assert float((student.grad == 0).double().mean()) < 0.01
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_minus_infinity_on_both_sides_is_a_missing_column(path: Any, divergence: Any) -> None:
+    student, teacher = logits(4, 40)
+    labels = torch.tensor([3, -100, 0, 17])
+    options = DistillOptions(divergence=divergence, **EVERYTHING)
+    truth, wanted = gradient(student[:, :30], teacher[:, :30], labels, options=options, path="reference")
+    student[:, 30:] = teacher[:, 30:] = -INF
+    terms, grad = gradient(student, teacher, labels, options=options, path=path)
+    torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grad[:, :30], wanted, rtol=0, atol=1e-6)
+    assert (grad[:, 30:] == 0).all()
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_minus_infinity_on_one_side(path: Any) -> None:
+    student, teacher = logits(4, 40)
+    teacher[:, 5] = -INF
+    finite, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    p = teacher.softmax(-1)
+    q = student.softmax(-1)
+    kl = torch.where(p > 0, p * (p.log() - q.log()), 0).sum()
+    torch.testing.assert_close(finite.soft, kl, rtol=1e-9, atol=0)
+    torch.testing.assert_close(grad, 3 * (q - p), rtol=0, atol=1e-6)
+    # Forward KL where the student has nothing and the teacher something: infinite, with a finite gradient.
+    student[0, 7] = -INF
+    infinite, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    assert float(infinite.soft) == INF
+    torch.testing.assert_close(grad, 3 * (student.softmax(-1) - p), rtol=0, atol=1e-6)
+    # Reverse KL the other way round: infinite, and so says its gradient.
+    infinite, grad = gradient(student, teacher, options=DistillOptions(divergence="reverse-kl"), path=path)
+    assert float(infinite.soft) == INF
+    assert not bool(grad[0].isfinite().all())
+    # JSD has a value wherever both sides have a distribution.
+    options = DistillOptions(divergence="jsd", beta=0.3)
+    finite, grad = gradient(student, teacher, options=options, path=path)
+    m = 0.3 * p + 0.7 * (q := student.softmax(-1))
+    parts = [torch.where(x > 0, x * (x.log() - m.log()), 0).sum() for x in (p, q)]
+    torch.testing.assert_close(finite.soft, 0.3 * parts[0] + 0.7 * parts[1], rtol=1e-6, atol=0)
+    assert bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_a_label_of_no_probability(path: Any) -> None:
+    student, teacher = logits(2, 40)
+    student[1, 4] = teacher[1, 4] = -INF
+    terms, grad = gradient(student, teacher, torch.tensor([1, 4]), options=DistillOptions(soft=0.0), path=path)
+    assert float(terms.hard) == INF
+    onehot = F.one_hot(torch.tensor([1, 4]), 40)
+    torch.testing.assert_close(grad, 3 * (student.softmax(-1) - onehot), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_huge_and_equal_logits(path: str, divergence: Any) -> None:
+    student, _ = logits(4, 300, torch.float32)
+    options = DistillOptions(divergence=divergence, **EVERYTHING)
+    assert_as_specified(1e4 * student, 1e4 * student.flip(0).roll(1, 1), path=path, options=options)
+    terms, grad = gradient(student, student.clone(), options=DistillOptions(divergence=divergence), path=path)
+    assert abs(float(terms.soft)) < 1e-4
+    assert float(grad.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_that_are_out_contribute_exactly_nothing(path: Any, divergence: Any) -> None:
+    """Whatever they hold; and with all of them out, the loss is 0."""
+    student, teacher = logits(3, 40)
+    student[1], teacher[2], student[0, 3] = math.nan, math.nan, INF
+    labels = torch.full((3,), -100)
+    options = DistillOptions(divergence=divergence, **EVERYTHING)
+    terms, grad = gradient(student, teacher, labels, torch.zeros(3), options=options, path=path)
+    assert [float(term) for term in terms] == [0, 0, 0, 0]
+    assert bool((grad == 0).all())
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_no_rows(path: Any) -> None:
+    terms, grad = gradient(
+        torch.zeros(0, 9), torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), options=DistillOptions(), path=path
+    )
+    assert float(terms.total) == 0.0
+    assert grad.shape == (0, 9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_may_lie_apart(path: str) -> None:
+    wide, teacher = logits(5, 128)
+    assert_as_specified(wide[:, 5:66], teacher[:, 3:64], some_labels(5, 61), path=path, options=DistillOptions(**EVERYTHING))
+    with pytest.raises(ValueError, match=r"adjacent columns are needed: \.contiguous"):
+        distill_loss(wide.t(), teacher.t(), options=DistillOptions(), path=path)  # type: ignore[arg-type]
+
+
+def test_offsets_are_64_bit() -> None:
+    """A row that begins beyond 2^31 elements: rows 2^31 + 64 apart over one storage, most of which is never touched."""
+    stride, columns = 2**31 + 64, 50
+    storage = torch.empty(stride + columns, dtype=torch.bfloat16)  # 4 GiB of addresses, two pages of memory
+    student = storage.as_strided((2, columns), (stride, 1))
+    small, teacher = (each.bfloat16() for each in logits(2, columns))
+    student.copy_(small)
+    for path in PATHS:
+        options = DistillOptions(**EVERYTHING)
+        terms = distill_loss(student, teacher, torch.tensor([1, 2]), options=options, path=path)  # type: ignore[arg-type]
+        truth = distill_loss(small, teacher, torch.tensor([1, 2]), options=options, path="reference")
+        torch.testing.assert_close(terms.total, truth.total)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("columns", [64, 300])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offset: int) -> None:
+    """A small block makes many segments; in place; unaligned rows; whole segments of -inf."""
+    student, teacher = logits(5, columns + offset)
+    student, teacher = student[:, offset:], teacher[:, offset:]
+    if columns == 300:
+        teacher[2, 100:200] = student[2, 100:200] = teacher[3, :130] = -INF
+    labels, weights = some_labels(5, columns), some_weights(5)
+    options = DistillOptions(divergence=divergence, **EVERYTHING)
+    truth, wanted = gradient(student, teacher, labels, weights, options=options, path="reference")
+    terms_N3, grad = torch.empty(5, 3, dtype=torch.float64), student.clone()
+    distill_rows_triton(grad, teacher, labels, weights, options, terms_N3, grad, block=64)
+    if not (divergence == "reverse-kl" and columns == 300):  # infinite where the teacher alone is -inf
+        torch.testing.assert_close(3 * grad, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(terms_N3.sum(0), torch.stack(truth[1:]), rtol=1e-6, atol=1e-9)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    student, teacher = logits(9, 3000, torch.float32)
+    options = DistillOptions(divergence="jsd", **EVERYTHING)
+    for path in PATHS:
+        first, second = (gradient(student, teacher, some_labels(9, 3000), options=options, path=path) for _ in range(2))
+        assert torch.equal(first[1], second[1])
+        assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_are_the_values_slopes(divergence: Any) -> None:
+    """gradcheck of the specification, twice differentiable; central differences of the fast paths, which hand over once."""
+    student, teacher = logits(3, 11)
+    labels, weights = some_labels(3, 11), some_weights(3)
+    options = DistillOptions(divergence=divergence, student_softcap=6.0, **EVERYTHING)
+
+    def total(student: Tensor, path: Any = "reference") -> Tensor:
+        return distill_loss(student, teacher, labels, weights, options=options, path=path).total
+
+    assert torch.autograd.gradcheck(total, student.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(total, student.clone().requires_grad_())
+    for path in PATHS:
+        _, grad = gradient(student, teacher, labels, weights, options=options, path=path)
+        for at in ((0, 0), (1, 4), (2, 3), (2, 10)):
+            step = torch.zeros_like(student)
+            step[at] = 1e-5
+            slope = (total(student + step, path) - total(student - step, path)) / 2e-5
+            assert abs(3 * float(slope) - float(grad[at])) < 1e-5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_op_is_registered_as_torch_wants_it(path: str) -> None:
+    student, teacher = logits(4, 30, torch.float32)
+    options = DistillOptions(**EVERYTHING)
+    tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    arguments = (student.requires_grad_(), teacher, some_labels(4, 30), None, True, path, *pack(options))
+    torch.library.opcheck(distill._distill, arguments, test_utils=tests)
+
+
+def test_compiled_without_a_graph_break() -> None:
+    student, teacher = logits(4, 30, torch.float32)
+    labels, options = some_labels(4, 30), DistillOptions(**EVERYTHING)
+
+    def loss(student: Tensor) -> Tensor:
+        return distill_loss(2 * student, teacher, labels, options=options).total * 5
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (eager,) = torch.autograd.grad(loss(student.requires_grad_()), student)
+    (found,) = torch.autograd.grad(compiled(student), student)
+    torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_differentiable_once(path: Any) -> None:
+    student, teacher = logits(4, 30)
+    student.requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
+        torch.autograd.grad(
+            distill_loss(student, teacher, options=DistillOptions(), path=path).total, student, create_graph=True
+        )
+    total = distill_loss(student, teacher, options=DistillOptions(), path=path).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
+        total.backward()
+    terms = distill_loss(student, teacher, options=DistillOptions(), path=path)
+    assert not terms.soft.requires_grad
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 70),
+    divergence=st.sampled_from(DIVERGENCES),
+    temperature=st.floats(0.5, 4.0),
+    beta=st.floats(0.1, 0.9),
+    cap=st.none() | st.floats(3.0, 30.0),
+    labelled=st.booleans(),
+    weighed=st.booleans(),
+    path=st.sampled_from(PATHS),
+)
+def test_any_shape_and_option(
+    rows: int,
+    columns: int,
+    divergence: Any,
+    temperature: float,
+    beta: float,
+    cap: Any,
+    labelled: bool,
+    weighed: bool,
+    path: str,
+) -> None:
+    student, teacher = logits(rows, columns, seed=rows * 100 + columns)
+    rest = (some_labels(rows, columns) if labelled else None, some_weights(rows) if weighed else None)
+    options = DistillOptions(temperature=temperature, divergence=divergence, beta=beta, student_softcap=cap, z=0.01)
+    assert_as_specified(student, teacher, *rest, path=path, options=options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"beta": 1.0}, "beta must lie between 0 and 1"),
+        ({"student_softcap": 0.0}, "student_softcap must be positive"),
+        ({"z": math.nan}, "z must be finite"),
+        ({"columns": 0}, "columns must be at least 1"),
+    ],
+)
+def test_options_are_checked_at_birth(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillOptions(**change)
+
+
+def test_inputs_are_checked() -> None:
+    student, teacher = logits(4, 30)
+    plain = DistillOptions()
+    cases: list[tuple[tuple[Any, ...], DistillOptions, str, str]] = [
+        ((student, teacher[:, :20]), plain, "auto", "say so: columns=20"),
+        ((student, teacher), DistillOptions(columns=31), "auto", "columns is 31"),
+        ((student, teacher[:3]), plain, "auto", "must have 4 rows"),
+        ((student, teacher, torch.zeros(4)), plain, "auto", "labels must be int64"),
+        ((student, teacher, torch.full((4,), 30)), plain, "auto", r"labels must lie in 0 \.\.\. 29, got 30"),
+        ((student, teacher, None, torch.ones(4, dtype=torch.long)), plain, "auto", "weights must be floating-point"),
+        ((student.long(), teacher), plain, "auto", "must be floating-point"),
+        ((student, teacher.clone().requires_grad_()), plain, "auto", "only the student's logits get a gradient"),
+        ((student, teacher), plain, "cuda", "must be one of auto, reference"),
+    ]
+    for arguments, options, path, message in cases:
+        with pytest.raises(ValueError, match=message):
+            distill_loss(*arguments, options=options, path=path)  # type: ignore[arg-type]
+
+
+def test_no_waiting_on_a_gpu() -> None:
+    """Tensors without data take the path of a GPU, and any look at a value is an error."""
+    student, teacher = (torch.empty(5, 40, device="meta") for _ in range(2))
+    labels, weights = torch.empty(5, dtype=torch.long, device="meta"), torch.empty(5, device="meta")
+    terms_N3 = torch.empty(5, 3, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(weights.sum() > 0)
+    for divergence in DIVERGENCES:
+        options = DistillOptions(divergence=divergence, **EVERYTHING)  # type: ignore[arg-type]
+        distill.distill_rows_torch(student, teacher, labels, weights, options, terms_N3, student)
+
+
+def test_costs() -> None:
+    assert bytes_moved(10, 100, 2) == 10 * 100 * 2 * 3
+    assert bytes_moved(10, 100, 2, gradient=False) == 10 * 100 * 2 * 2
+    assert flops(10, 100) == 14_000
+    assert flops(10, 100, labelled=2) == 14_800

@@ -1,0 +1,266 @@
+"""The losses from hidden states against their specification: whole logits, autograd, float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdistil.kernels import linear_distill
+from fastdistil.kernels.linear_distill import (
+    bytes_moved,
+    flops,
+    linear_cross_entropy_loss,
+    linear_distill_loss,
+    linear_sparse_distill_loss,
+    rows_per_chunk,
+)
+from fastdistil.kernels.options import DistillOptions, DistillTerms, pack
+from fastdistil.kernels.sparse_distill import top_k
+
+OPTIONS = DistillOptions(temperature=2.0, soft=0.7, hard=0.4, z=0.1)
+
+
+Found = tuple[DistillTerms, list[Any]]
+
+
+class Case:
+    """Heads and hidden states of both sides; the first three are the student's and want gradients."""
+
+    def __init__(
+        self, rows: int = 21, columns: int = 50, d: int = 8, e: int = 12, dtype: torch.dtype = torch.float64, bias: bool = True
+    ) -> None:
+        torch.manual_seed(rows)
+        self.student = [
+            torch.randn(rows, d, dtype=dtype),
+            torch.randn(columns, d, dtype=dtype),
+            torch.randn(columns, dtype=dtype),
+        ]
+        self.teacher = [
+            torch.randn(rows, e, dtype=dtype),
+            torch.randn(columns, e, dtype=dtype),
+            torch.randn(columns, dtype=dtype),
+        ]
+        self.labels = torch.arange(rows) * 7 % columns
+        self.labels[1::3] = -100
+        self.weights = torch.linspace(0.3, 1.6, rows, dtype=dtype)
+        self.weights[::5] = 0
+        if not bias:
+            self.student.pop()
+            self.teacher.pop()
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        self.student, self.teacher = ([each.to(dtype) for each in side] for side in (self.student, self.teacher))
+        return self
+
+    def run(
+        self, kind: str = "dense", grads: tuple[bool, ...] = (True,) * 3, **keywords: Any
+    ) -> tuple[DistillTerms, list[Any]]:
+        leaves = [each.clone().requires_grad_(want) for each, want in zip(self.student, grads, strict=False)]
+        head = [*leaves, None][:3]
+        teacher = [*self.teacher, None][:3]
+        options = keywords.pop("options", OPTIONS)
+        if kind == "dense":
+            terms = linear_distill_loss(*head, *teacher, self.labels, self.weights, options=options, **keywords)  # type: ignore[arg-type]
+        elif kind == "sparse":
+            logits = torch.nn.functional.linear(*teacher).double()  # type: ignore[arg-type]
+            sparse = top_k(logits, 6, temperature=options.temperature)
+            terms = linear_sparse_distill_loss(*head, sparse, self.labels, self.weights, options=options, **keywords)  # type: ignore[arg-type]
+        else:
+            keywords.pop("rows_M", None)
+            terms = linear_cross_entropy_loss(*head, self.labels, options=options, **keywords)  # type: ignore[arg-type]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(3 * terms.total, wanted))
+        return terms, [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def assert_close(found: Found, truth: Found, rtol: float) -> None:
+    for name, a, b in zip(DistillTerms._fields, found[0], truth[0], strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    for a, b in zip(found[1], truth[1], strict=True):
+        if b is not None:
+            assert float((a.double() - b.double()).norm()) <= rtol * float(b.double().norm())
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hard"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk_rows", [1, 8, 21, None])
+def test_chunks_make_no_difference(kind: str, bias: bool, chunk_rows: int | None) -> None:
+    case = Case(bias=bias)
+    truth = case.run(kind, path="reference")
+    assert all(float(each.abs().max()) > 1e-3 for each in truth[1])
+    assert_close(case.run(kind, chunk_rows=chunk_rows), truth, 1e-12)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hard"])
+@pytest.mark.parametrize(
+    "changes", [{"columns": 41}, {"temperature": 1.0}, {"student_softcap": 5.0, "student_scale": 0.6}, {"z": 0.0}], ids=str
+)
+def test_options_on_every_path(path: str, kind: str, changes: dict[str, Any]) -> None:
+    case = Case()
+    case.labels = case.labels.clamp_max(40)
+    options = DistillOptions(**{"temperature": 2.0, "soft": 0.7, "hard": 0.4, "z": 0.1, **changes})
+    if kind == "sparse" and options.columns:
+        case.teacher = [case.teacher[0], case.teacher[1][:41], case.teacher[2][:41]]
+    truth = case.run(kind, options=options, path="reference")
+    assert_close(case.run(kind, options=options, path=path, chunk_rows=8), truth, 1e-12 if path == "torch" else 1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jsd"])
+def test_divergences(divergence: Any) -> None:
+    case, options = Case(), DistillOptions(divergence=divergence, temperature=1.5)
+    assert_close(case.run(options=options, chunk_rows=8), case.run(options=options, path="reference"), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_rows_that_enter_no_term_are_dropped(kind: str, path: str) -> None:
+    case, rows = Case(), torch.tensor([0, 2, 3, 11, 20])
+    truth = case.run(kind, path="reference", rows_M=rows)
+    assert float(truth[1][0].norm(dim=1)[[1, 4, 5, 19]].max()) == 0
+    assert_close(case.run(kind, path=path, rows_M=rows, chunk_rows=2), truth, 1e-6)
+
+
+@pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+def test_only_gradients_that_are_asked_for(grads: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen head costs nothing: no product and no buffer."""
+    case = Case()
+    truth = case.run(path="reference", grads=grads)
+    products = []
+    real = linear_distill._Head._add_weight
+    monkeypatch.setattr(linear_distill._Head, "_add_weight", lambda *a: (products.append(1), real(*a)))
+    found = case.run(grads=grads, chunk_rows=8)
+    assert_close(found, truth, 1e-12)
+    assert len(products) == (3 if grads[1] else 0)
+
+
+def naive(case: Case) -> list[Tensor]:
+    """A user's few lines, in the tensors' own dtype."""
+    leaves = [each.clone().requires_grad_() for each in case.student]
+    student, teacher = torch.nn.functional.linear(*leaves), torch.nn.functional.linear(*case.teacher)
+    rows = torch.nn.functional.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="none").sum(-1)
+    hard = torch.nn.functional.cross_entropy(student, case.labels, reduction="sum")
+    lse = torch.where(case.labels >= 0, student.logsumexp(-1), 0)
+    total = 0.7 * 4 * (rows * case.weights.to(rows.dtype)).sum() + 0.4 * hard + 0.1 * lse.square().sum()
+    return list(torch.autograd.grad(3 * total, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_the_naive_way(dtype: torch.dtype) -> None:
+    case = Case(rows=64, columns=300, d=32, e=48).to(dtype)
+    truth = Case(rows=64, columns=300, d=32, e=48).to(dtype).to(torch.float64).run(path="reference")
+    terms, found = case.run(chunk_rows=16)
+    for ours, theirs, exact in zip(found, naive(case), truth[1], strict=True):
+        assert ours.dtype == dtype
+        error, limit = (float((each.double() - exact).norm()) for each in (ours, theirs))
+        assert error <= 1.5 * limit + 1e-7 * float(exact.norm())
+    # Terms are float32 sums; only the logits were rounded.
+    assert abs(float(terms.total.detach()) / float(truth[0].total.detach()) - 1) < 0.02
+
+
+def test_weights_wider_than_the_products_get_their_gradient_in_their_own_dtype() -> None:
+    """What autocast does: float32 weights, bfloat16 products, float32 sums over the chunks."""
+    case = Case(rows=64, columns=300, d=32, e=48, dtype=torch.float32)
+    truth = case.run(path="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, grads = case.run(chunk_rows=16)
+        eager = case.run(path="reference")
+    assert [each.dtype for each in grads] == [torch.float32] * 3
+    assert terms.total.dtype == torch.float32
+    for ours, theirs, exact in zip(grads, eager[1], truth[1], strict=True):
+        assert 0 < float((ours - exact).norm()) <= 1.5 * float((theirs - exact).norm())
+
+
+def test_the_law_of_chunks() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert rows_per_chunk(16384, 30522, 4, gpu) == 4096
+    assert rows_per_chunk(5000, 30522, 4, gpu) == 2560  # two equal ones
+    assert rows_per_chunk(300, 30522, 4, gpu) == 300
+    assert rows_per_chunk(8192, 262144, 8, gpu) <= 4 * 2**30 // (262144 * 8)
+    assert rows_per_chunk(2048, 30522, 4, cpu) == 1024
+    assert rows_per_chunk(2048, 30522, 8, cpu) <= 128 * 2**20 // (30522 * 8)
+    assert rows_per_chunk(10**6, 10**7, 8, cpu) == 64
+    assert rows_per_chunk(0, 100, 4, cpu) == 0
+
+
+def test_logits_never_exist_whole() -> None:
+    """The peak of torch's CPU allocations during the op is that of its chunks."""
+    case = Case(rows=512, columns=4000, d=16, e=16, dtype=torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        case.run(chunk_rows=64)
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty")
+    assert 64 * 4000 * 4 <= largest < 512 * 4000 * 4 // 4
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_the_op_is_registered_as_torch_wants_it(path: str) -> None:
+    case = Case(rows=6, dtype=torch.float32)
+    student = [each.requires_grad_() for each in case.student]
+    rest = (None, None, None, case.labels, case.weights, True, True, True, path, 4, *pack(OPTIONS))
+    torch.library.opcheck(linear_distill._linear_distill, (*student, *case.teacher, *rest))
+
+
+def test_compiled_without_a_graph_break() -> None:
+    case = Case(rows=6, dtype=torch.float32)
+    hidden, weight, bias = (each.requires_grad_() for each in case.student)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_distill_loss(2 * hidden, weight, bias, *case.teacher, case.labels, options=OPTIONS).total  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    found = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    for a, b in zip(found, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = Case(rows=100, columns=400, dtype=torch.float32)
+    first, second = case.run(chunk_rows=32), case.run(chunk_rows=32)
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 20),
+    columns=st.integers(2, 40),
+    d=st.integers(1, 9),
+    e=st.integers(1, 9),
+    chunk=st.integers(1, 25),
+    kind=st.sampled_from(["dense", "hard"]),
+)
+def test_any_shape(rows: int, columns: int, d: int, e: int, chunk: int, kind: str) -> None:
+    case = Case(rows=rows, columns=columns, d=d, e=e)
+    assert_close(case.run(kind, chunk_rows=chunk), case.run(kind, path="reference"), 1e-10)
+
+
+def test_mistakes_are_told() -> None:
+    case = Case()
+    case.teacher[1].requires_grad_()
+    with pytest.raises(ValueError, match="the teacher gets no gradient"):
+        case.run()
+    case = Case()
+    case.student[1] = case.student[1][:, :5]
+    with pytest.raises(ValueError, match=r"student's hidden states .* do not fit"):
+        case.run()
+    case = Case()
+    case.teacher[2] = case.teacher[2][:5]
+    with pytest.raises(ValueError, match="teacher's bias must have 50 elements"):
+        case.run()
+    case = Case()
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
+        case.run(chunk_rows=0)
+    case.teacher[1], case.teacher[2] = case.teacher[1][:44], case.teacher[2][:44]
+    with pytest.raises(ValueError, match="say so: columns=44"):
+        case.run()
+
+
+def test_costs() -> None:
+    assert flops(10, 100, 4, 6) == 2 * 10 * 100 * (3 * 4 + 6)
+    assert flops(10, 100, 4, 6, hidden=False, weight=False) == 2 * 10 * 100 * (4 + 6)
+    one = bytes_moved(10, 100, 4, 6, 2, chunk_rows=10)
+    assert one == 7 * 10 * 100 * 2 + 100 * (2 * 4 + 6) * 2 + 100 * 4 * 4 + 10 * (3 * 4 + 6) * 2
+    assert bytes_moved(10, 100, 4, 6, 2, chunk_rows=5) == one + 100 * (2 * 4 + 6) * 2 + 2 * 100 * 4 * 4

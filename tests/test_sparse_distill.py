@@ -1,0 +1,220 @@
+"""The sparse teacher's loss against the dense definition, in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistil.kernels import sparse_distill as module
+from fastdistil.kernels.distill import distill_loss
+from fastdistil.kernels.options import DistillOptions, DistillTerms, SparseTeacher, pack
+from fastdistil.kernels.sparse_distill import bytes_moved, flops, sparse_distill_loss, top_k
+
+PATHS = ["torch", "triton"]
+EVERYTHING: dict[str, Any] = {"temperature": 2.0, "soft": 0.7, "hard": 0.4, "z": 0.1}
+
+
+def logits(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(rows + columns)
+    return 3 * torch.randn(rows, columns, dtype=dtype), 3 * torch.randn(rows, columns, dtype=dtype)
+
+
+def some_labels(rows: int, columns: int) -> Tensor:
+    labels = torch.arange(rows) * 7 % columns
+    labels[1::3] = -100
+    return labels
+
+
+def gradient(student: Tensor, *rest: Any, loss: Any = sparse_distill_loss, **keywords: Any) -> tuple[DistillTerms, Tensor]:
+    leaf = student.detach().clone().requires_grad_()
+    terms = loss(leaf, *rest, **keywords)
+    (grad,) = torch.autograd.grad(3.0 * terms.total, leaf)
+    return terms, grad
+
+
+def by_hand(student: Tensor, teacher: Tensor, k: int, temperature: float) -> Tensor:
+    """Both distributions with everything outside of the teacher's k likeliest merged; the KL of what results."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    listed = torch.zeros_like(p, dtype=torch.bool).scatter(1, p.topk(k).indices, True)
+    rows = torch.where(listed, p * (p.log() - q.log()), 0).sum(-1)
+    p_r, q_r = ((x * ~listed).sum(-1) for x in (p, q))
+    return temperature**2 * (rows + torch.where(p_r > 0, p_r * (p_r.log() - q_r.log()), 0))
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("k", [1, 3, 20])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_is_the_divergence_of_the_merged_distributions(path: Any, k: int, temperature: float) -> None:
+    student, teacher = logits(6, 50)
+    truth = student.clone().requires_grad_()
+    rows = by_hand(truth, teacher, k, temperature)
+    (wanted,) = torch.autograd.grad(3 * rows.sum(), truth)
+    options = DistillOptions(temperature=temperature)
+    terms, grad = gradient(student, top_k(teacher, k, temperature=temperature), options=options, path=path)
+    torch.testing.assert_close(terms.soft, rows.sum().detach(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-6)
+    dense = distill_loss(student, teacher, options=options, path="reference").soft
+    assert 0 < float(terms.soft) < float(dense)
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_all_tokens_listed_is_the_dense_loss(path: Any) -> None:
+    student, teacher = logits(6, 50)
+    labels, weights = some_labels(6, 50), torch.linspace(0, 1.5, 6, dtype=torch.float64)
+    options = DistillOptions(**EVERYTHING, student_softcap=8.0, student_scale=0.7)
+    wanted = gradient(student, teacher, labels, weights, loss=distill_loss, options=options, path="reference")
+    found = gradient(student, top_k(teacher, 50, temperature=2.0), labels, weights, options=options, path=path)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (4, 255, 30), (3, 3000, 40), (2, 30522, 32)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tail", [True, False])
+def test_fast_paths_are_as_specified(path: str, shape: tuple[int, int, int], dtype: torch.dtype, tail: bool) -> None:
+    rows, columns, k = shape
+    student, teacher_NV = logits(rows, columns)
+    teacher = top_k(teacher_NV, k, temperature=2.0, min_probability=None if tail else 0.02)
+    assert (teacher.tail_N is None) != tail
+    labels, weights = some_labels(rows, columns), torch.linspace(0.4, 1.5, rows, dtype=torch.float64)
+    weights[2:3] = 0
+    options = DistillOptions(**EVERYTHING)
+    truth, wanted = gradient(student.to(dtype).double(), teacher, labels, weights, options=options, path="reference")
+    narrow = SparseTeacher(teacher[0].int(), *(None if each is None else each.to(dtype) for each in teacher[1:]))  # type: ignore[arg-type]
+    leaf = student.to(dtype)
+    terms, grad = gradient(leaf, narrow, labels, weights.to(dtype), options=options, path=path)
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-5
+    for a, b in zip(terms, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(path: str, dtype: torch.dtype) -> None:
+    """The only rounding is that of the gradient to the logits' dtype."""
+    student, teacher_NV = logits(6, 500)
+    student, teacher = student.to(dtype), top_k(teacher_NV, 20, temperature=2.0)
+    options = DistillOptions(temperature=2.0)
+    truth, wanted = gradient(student.double(), teacher, options=options, path="reference")
+    terms, grad = gradient(student, teacher, options=options, path=path)
+    rounding = (wanted.to(dtype).double() - wanted).norm()
+    # Triton's interpreter cuts bfloat16 off instead of rounding it.
+    factor = 2.5 if path == "triton" and dtype == torch.bfloat16 else 1.5
+    assert float((grad.double() - wanted).norm()) <= factor * float(rounding) + 1e-6
+    assert abs(float(terms.soft) / float(truth.soft) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_columns_and_unused_slots(path: Any) -> None:
+    student, teacher_NV = logits(4, 40)
+    options = DistillOptions(**EVERYTHING, columns=30)
+    teacher = top_k(teacher_NV, 5, temperature=2.0, columns=30)
+    truth = gradient(student[:, :30], teacher, options=DistillOptions(**EVERYTHING), path="reference")
+    found = gradient(student, teacher, options=options, path=path)
+    torch.testing.assert_close(found[0].total, truth[0].total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1][:, :30], truth[1], rtol=0, atol=1e-6)
+    assert bool((found[1][:, 30:] == 0).all())
+    # Slots of -inf change nothing, even where they name a listed token.
+    more = SparseTeacher(
+        torch.cat([teacher.indices_NK, teacher.indices_NK[:, :2]], 1),
+        torch.cat([teacher.log_probabilities_NK, torch.full((4, 2), -math.inf)], 1),
+        teacher.tail_N,
+    )
+    again = gradient(student, more, options=options, path=path)
+    torch.testing.assert_close(again[1], found[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_limits(path: Any) -> None:
+    student, teacher_NV = logits(3, 20)
+    teacher = top_k(teacher_NV, 4, temperature=1.0)
+    # A column that the student lacks and the teacher lists: infinite, with a finite gradient.
+    student[0, teacher.indices_NK[0, 0]] = -math.inf
+    terms, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    assert float(terms.soft) == math.inf
+    assert bool(grad.isfinite().all())
+    # Rows of no weight contribute nothing, whatever they hold.
+    student[1] = math.nan
+    weights = torch.tensor([0.0, 0, 1])
+    terms, grad = gradient(student, teacher, None, weights, options=DistillOptions(), path=path)
+    alone = gradient(student[2:], SparseTeacher(*(each[2:] for each in teacher)), options=DistillOptions(), path="reference")  # type: ignore[misc, index]
+    torch.testing.assert_close(terms.total, alone[0].total, rtol=1e-6, atol=0)
+    assert bool((grad[:2] == 0).all())
+
+
+def test_top_k_is_the_softmax() -> None:
+    _, teacher_NV = logits(5, 60)
+    found = top_k(teacher_NV, 7, temperature=1.5)
+    p = (teacher_NV / 1.5).softmax(-1)
+    values, indices = p.topk(7)
+    assert torch.equal(found.indices_NK, indices)
+    torch.testing.assert_close(found.log_probabilities_NK.exp(), values)
+    assert found.tail_N is not None
+    torch.testing.assert_close(found.tail_N, 1 - values.sum(-1))
+    cut = top_k(teacher_NV, 7, temperature=1.5, min_probability=0.05)
+    assert cut.tail_N is None
+    kept = cut.log_probabilities_NK.isfinite()
+    expected = values >= 0.05
+    expected[:, 0] = True
+    assert torch.equal(kept, expected)
+    assert 0 < int(kept.sum()) < kept.numel()
+
+
+def test_gradcheck_of_the_specification() -> None:
+    student, teacher_NV = logits(3, 11)
+    teacher = top_k(teacher_NV, 4, temperature=2.0)
+
+    def total(student: Tensor) -> Tensor:
+        return sparse_distill_loss(
+            student, teacher, some_labels(3, 11), options=DistillOptions(**EVERYTHING), path="reference"
+        ).total
+
+    assert torch.autograd.gradcheck(total, student.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_op_is_registered_as_torch_wants_it(path: str) -> None:
+    student, teacher_NV = logits(4, 30, torch.float32)
+    teacher = top_k(teacher_NV, 5, temperature=2.0)
+    rest = (some_labels(4, 30), None, True, path, *pack(DistillOptions(**EVERYTHING)))
+    torch.library.opcheck(module._sparse_distill, (student.requires_grad_(), *teacher, *rest))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_differentiable_once_and_the_same_bits_twice(path: Any) -> None:
+    student, teacher_NV = logits(9, 3000, torch.float32)
+    teacher = top_k(teacher_NV, 16, temperature=1.0)
+    first, second = (gradient(student, teacher, options=DistillOptions(), path=path) for _ in range(2))
+    assert torch.equal(first[1], second[1])
+    total = sparse_distill_loss(student.requires_grad_(), teacher, options=DistillOptions(), path=path).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
+        total.backward()
+
+
+def test_mistakes_are_told() -> None:
+    student, teacher_NV = logits(4, 30)
+    teacher = top_k(teacher_NV, 5, temperature=1.0)
+    cases: list[tuple[SparseTeacher, dict[str, Any], str]] = [
+        (teacher, {"divergence": "jsd"}, "forward KL only"),
+        (teacher, {"teacher_scale": 2.0}, "give both to top_k"),
+        (teacher._replace(indices_NK=teacher.indices_NK.double()), {}, "indices must be int64 or int32"),
+        (teacher._replace(indices_NK=teacher.indices_NK + 20), {}, r"tokens must lie in 0 \.\.\. 29"),
+        (teacher._replace(tail_N=torch.ones(3)), {}, r"the tail must be \[4\]"),
+        (teacher._replace(log_probabilities_NK=torch.zeros(4, 4)), {}, r"must both be \[4, K\]"),
+    ]
+    for wrong, changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            sparse_distill_loss(student, wrong, options=DistillOptions(**changes))
+    for k, keywords, message in ((0, {}, r"k must lie in 1 \.\.\. 30"), (3, {"min_probability": 1.0}, "between 0 and 1")):
+        with pytest.raises(ValueError, match=message):
+            top_k(teacher_NV, k, temperature=1.0, **keywords)  # type: ignore[arg-type]
+
+
+def test_costs() -> None:
+    assert bytes_moved(10, 100, 5, 2) == 2 * 10 * 100 * 2 + 10 * 64
+    assert flops(10, 100, 5) == 6000 + 400
