@@ -42,6 +42,7 @@ from fastdistil.masking import (
 )
 from fastdistil.plans import Plan, grouped_plan, packed_plan, shuffled
 from fastdistil.recipe import Data, Mask
+from fastdistil.teacher_cache import Cached, TeacherCache
 
 NO_LABEL = -100
 Layout = Literal["packed", "length-grouped"]
@@ -202,6 +203,7 @@ class _Maker:
     """None for causal models: every token but a sequence's first is a label of the one before."""
     layout: Layout
     seed: int
+    cache: TeacherCache | None = None
 
     def make(self, sequences_n: Ints, index: tuple[int, int], clusters: bool = False) -> Batch:
         lengths_n = self.corpus.lengths[sequences_n]
@@ -216,7 +218,7 @@ class _Maker:
         else:
             seen_T, targets_M = mask_tokens(self.table, ids_T, lengths_n, sequences_n, seed=self.seed, epoch=index[0])
             labels_M = ids_T[targets_M]
-        return assemble(
+        batch = assemble(
             seen_T,
             lengths_n,
             targets_M,
@@ -226,6 +228,24 @@ class _Maker:
             index=index,
             sequence_of_label_M=np.repeat(sequences_n, lengths_n)[targets_M] if clusters else None,
         )
+        return batch if self.cache is None else _with_cached(batch, self.cache.rows(index[0], sequences_n))
+
+
+def _with_cached(batch: Batch, cached: Cached) -> Batch:
+    """Padding rows list token 0 with probability 1; no term reads them."""
+
+    def spread(values_T: NDArray[Any], padding: float) -> Tensor:
+        given = torch.from_numpy(values_T)
+        if batch.valid_rows is None:
+            return given
+        return given.new_full((batch.ids_BS.numel(), *given.shape[1:]), padding).index_copy_(0, batch.valid_rows, given)
+
+    return dataclasses.replace(
+        batch,
+        cached_indices_NK=spread(cached.indices_TK, 0),
+        cached_log_probabilities_NK=spread(cached.log_probabilities_TK, 0.0),
+        cached_tail_N=None if cached.tail_T is None else spread(cached.tail_T, 0.0),
+    )
 
 
 class Batches:
@@ -250,13 +270,14 @@ class Batches:
         causal: bool,
         rank: int = 0,
         ranks: int = 1,
+        cache: TeacherCache | None = None,
     ) -> None:
         assert 0 <= rank < ranks, (rank, ranks)
         _check_fits(corpus, corpus.lengths, data.micro_batch_tokens, "data.micro_batch_tokens")
         table = None if causal else mask_table(mask, facts, corpus.counts)
         self.corpus, self.data, self.seed = corpus, data, seed
         self.accumulation, self.rank, self.ranks = accumulation, rank, ranks
-        self._maker = _Maker(corpus, facts, table, data.layout, seed)
+        self._maker = _Maker(corpus, facts, table, data.layout, seed, cache)
         self._maskable_n = None
         if table is not None and ranks > 1 and not mask.whole_word:
             self._maskable_n = _all_maskable(corpus, table)
@@ -283,6 +304,10 @@ class Batches:
         if self.ranks == 1:
             return window, sum((batch.counts for batch in window), Counts())
         return window, self._count(plan, epoch, first, last)
+
+    def make(self, epoch: int, sequences_n: Ints) -> Batch:
+        """One batch of these sequences as the epoch has them. Their size is the caller's affair."""
+        return self._maker.make(sequences_n, (epoch, 0))
 
     def _make_plan(self, epoch: int) -> Plan:
         if self._plan is None or self._plan[0] != epoch:

@@ -160,7 +160,7 @@ def prepare(
 class PrepareBar:
     """A bar with the time left on a terminal; elsewhere a line every 10 seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: str = "evaluating") -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         self._console = rich.console.Console(highlight=False)
@@ -233,16 +233,37 @@ def evaluate(
         _print_report(report)
 
 
+@app.command(name="cache-teacher", epilog="Example: fastdistil cache-teacher distilbert data.train=corpus/ teacher.top_k=64")
+def cache_teacher(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write, or to complete; default: one inside data.train.")
+    ] = None,
+) -> None:
+    """Write the teacher's likeliest tokens for all that a recipe trains on, so that training needs no teacher."""
+    from fastdistil.cache_teacher import cache_teacher as run
+    from fastdistil.errors import translated
+    from fastdistil.recipe import load_recipe
+
+    with EvaluateBar("caching") as bar, translated("caching the teacher", out):
+        written = run(load_recipe(recipe, overrides or ()), out, bar)
+    print(
+        f"{written.shards} shards of {written.epochs} epochs, {written.size / 2**20:,.0f} MiB ({written.made} made now); "
+        f"train from it with teacher.cache={written.directory} objective.a_cos=0"
+    )
+
+
 class EvaluateBar:
     """On standard error, so that --json leaves standard output clean: a bar on a terminal, a line a stage elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: str = "evaluating") -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self._console = rich.console.Console(stderr=True, highlight=False)
         columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("evaluating", total=1.0)
+        self._task = self._bar.add_task(task, total=1.0)
         self._stage = ""
 
     def __enter__(self) -> Self:

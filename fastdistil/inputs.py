@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,8 @@ from fastdistil.kernels.handover import chosen_path
 from fastdistil.mappings import from_mappings
 from fastdistil.prefetch import prefetched
 from fastdistil.profiling.device import has_fast_bf16
-from fastdistil.recipe import Loop, Recipe
+from fastdistil.recipe import Loop, Recipe, Teacher
+from fastdistil.teacher_cache import TeacherCache, identity, teacher_fingerprint
 
 
 class Source(Protocol):
@@ -192,6 +194,13 @@ def load_inputs(
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
+    if recipe.teacher is not None and recipe.teacher.cache is None:
+        for key in ("top_k", "min_probability"):
+            if getattr(recipe.teacher, key) != Teacher.model_fields[key].default:
+                raise UserError(
+                    f"teacher.{key} is of a cached teacher and teacher.cache is not set; run `fastdistil cache-teacher` with "
+                    f"this recipe and set teacher.cache to what it wrote, or leave teacher.{key} out"
+                )
     corpus = None if batches is not None else open_corpus(recipe.data.train, recipe.data.verify, "data.train")
     heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
@@ -206,7 +215,11 @@ def load_inputs(
 
     # The same seed gives the same student, whatever was drawn before.
     torch.manual_seed(recipe.seed)
-    teacher_model = _teacher(recipe, teacher, corpus, note)
+    cached = recipe.teacher is not None and recipe.teacher.cache is not None
+    if cached:
+        check_cached(recipe, own_models=teacher is not None or batches is not None)
+    from_layers = recipe.student.layers is not None or recipe.student.every is not None
+    teacher_model = None if cached and not (from_layers and student is None) else _teacher(recipe, teacher, corpus, note)
     vocabulary = facts.vocab_size if facts is not None else 0
     if student is not None:
         student_model = models.as_language_model(student)
@@ -215,6 +228,8 @@ def load_inputs(
             check_tokenizer(recipe.student.path, corpus, "the student's model", note)
         pad_id = facts.pad_id if facts is not None else None
         student_model = students.make_student(recipe.student, teacher_model, vocabulary, pad_id)
+    if cached:
+        teacher_model = None  # it was needed for its layers only
     projection = check_models(recipe, teacher_model, student_model, corpus, facts)
     student_model.float().to(device)
     if teacher_model is not None:
@@ -234,12 +249,57 @@ def load_inputs(
         source = MappingSource(batches, recipe.loop, causal, models.shape(student_model)[0])
     else:
         assert corpus is not None and facts is not None
-        made = Batches(
-            corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=recipe.loop.accumulation, causal=causal
-        )
+        made = make_batches(recipe, corpus, facts, causal)
+        if cached:
+            epochs = epochs_of(recipe, made)
+            made = make_batches(recipe, corpus, facts, causal, open_cache(recipe, corpus, student_model, epochs))
         source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)
     updates = source.updates(recipe.loop)
     return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, facts, tokenizer)
+
+
+def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool, cache: TeacherCache | None = None) -> Batches:
+    accumulation = recipe.loop.accumulation
+    return Batches(
+        corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=accumulation, causal=causal, cache=cache
+    )
+
+
+def epochs_of(recipe: Recipe, batches: Batches) -> int:
+    """Epochs that a run reads from, the last one perhaps in part."""
+    source = CorpusSource(batches, "", torch.device("cpu"))
+    return source.place(source.updates(recipe.loop) - 1)[0] + 1
+
+
+def check_cached(recipe: Recipe, own_models: bool) -> None:
+    """What cannot be learnt from a cache. Raises UserError."""
+    objective = recipe.objective
+    if own_models:
+        raise UserError(
+            "teacher.cache is for teachers and corpora named by the recipe; leave teacher and batches out, or the cache"
+        )
+    if objective.a_cos or objective.a_mse:
+        raise UserError(
+            "a teacher cache holds no hidden states; set objective.a_cos=0 objective.a_mse=0, or teacher.cache=null"
+        )
+    if objective.divergence != "forward-kl":
+        raise UserError(
+            f"a teacher cache lists the likeliest tokens only, and {objective.divergence} needs all; "
+            "set objective.divergence=forward-kl, or teacher.cache=null"
+        )
+
+
+def open_cache(recipe: Recipe, corpus: Corpus, student: Any, epochs: int) -> TeacherCache:
+    assert recipe.teacher is not None and recipe.teacher.cache is not None
+    vocabulary = models.shape(student)[0]
+    wanted = cache_identity(recipe, corpus, bool(student.causal), vocabulary)
+    return TeacherCache.open(Path(recipe.teacher.cache), wanted, corpus, epochs, recipe.data.verify)
+
+
+def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int) -> dict[str, Any]:
+    assert recipe.teacher is not None
+    fingerprint = teacher_fingerprint(recipe.teacher.path, models.load_config(recipe.teacher.path))
+    return identity(recipe, corpus, causal, fingerprint, vocabulary)
 
 
 def open_corpus(path: str | None, verify: str, key: str) -> Corpus:

@@ -50,6 +50,14 @@ class Teacher(Section):
     """Hub id or directory of a masked or causal language model of transformers."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of its weights and arithmetic; auto: as loop.precision."""
+    cache: str | None = None
+    """Directory written by `fastdistil cache-teacher`: the soft loss then learns from the tokens listed there, and the teacher
+    does not run."""
+    top_k: PositiveInt = 32
+    """Likeliest tokens that a cache lists for each token."""
+    min_probability: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Of a cache: only the part of the teacher's distribution above this is learnt from. null: the tokens that are not listed
+    are one bucket of known mass."""
 
 
 class Student(Section):

@@ -1,0 +1,33 @@
+"""Markdown tables of what `pytest --benchmark-only --benchmark-json=FILE` wrote: `python benchmarks/table.py FILE`."""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+
+def tables(benchmarks: list[dict[str, Any]]) -> str:
+    """One table a group; ratios are to its side named eager (or the one that starts with it), larger is faster."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for each in benchmarks:
+        if "side" in each["extra_info"]:
+            groups[each["group"]].append(each["extra_info"])
+    lines = []
+    for group, sides in groups.items():
+        eager = next((side for side in sides if side["side"].startswith("eager")), sides[0])
+        lines += [f"**{group}**", "", "| side | ms | speed | of the ceiling | extra memory |", "|---|---|---|---|---|"]
+        for side in sides:
+            ratio = eager["median_s"] / side["median_s"]
+            ceiling = next((f"{side[key]:.0%} of {name}" for key, name in CEILINGS.items() if key in side), "")
+            memory = f"{side['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in side else ""
+            lines.append(f"| {side['side']} | {side['median_s'] * 1000:.1f} | {ratio:.2f}x | {ceiling} | {memory} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+CEILINGS = {"share_of_copy": "copy bandwidth", "share_of_products": "matrix rate"}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(tables(json.loads(Path(name).read_text(encoding="utf-8"))["benchmarks"]))

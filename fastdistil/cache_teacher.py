@@ -1,0 +1,162 @@
+"""`fastdistil cache-teacher`: the teacher's likeliest tokens for every token that a recipe trains on, written once.
+
+Shards are functions of the recipe alone, each is complete or absent, and a second call makes those that are missing: however
+often the work was interrupted, the bytes are the same.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastdistil import models
+from fastdistil.batches import Batches, ascending_starts
+from fastdistil.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
+from fastdistil.errors import CorruptData, DiskFull, UserError
+from fastdistil.inputs import cache_identity, check_tokenizer, epochs_of, indexed_device, make_batches, open_corpus, resolve
+from fastdistil.kernels.linear_distill import rows_per_chunk
+from fastdistil.kernels.sparse_distill import top_k
+from fastdistil.masking import offsets
+from fastdistil.recipe import Recipe
+from fastdistil.runs import sole_user
+from fastdistil.shards import write_atomically
+from fastdistil.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
+
+
+@dataclass(frozen=True)
+class Written:
+    directory: Path
+    epochs: int
+    shards: int
+    """All of them."""
+    made: int
+    """Those that this call made."""
+    size: int
+    """Bytes of all shards."""
+
+
+def cache_teacher(
+    recipe: Recipe, out: Path | None = None, progress: Callable[[float, str], None] = lambda fraction, text: None
+) -> Written:
+    """Write, or complete, the cache of a recipe's teacher. Raises FastdistilError.
+
+    out: None: a directory in that of the corpus, named after what the cache is made of.
+    """
+    recipe = resolve(recipe)
+    if recipe.teacher is None:
+        raise UserError("the recipe has no teacher to cache; set teacher.path")
+    device = indexed_device(recipe.device)
+    corpus = open_corpus(recipe.data.train, recipe.data.verify, "data.train")
+    models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
+    check_tokenizer(recipe.teacher.path, corpus, "the teacher", lambda text: progress(0.0, text))
+    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
+    teacher = models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype]).to(device)
+    vocabulary, longest = models.shape(teacher)[0], models.max_length(teacher)
+    if longest is not None and int(corpus.lengths.max()) > longest:
+        raise UserError(
+            f"the corpus has sequences of {int(corpus.lengths.max())} tokens, the teacher takes {longest}; "
+            f"prepare it with --max-length {longest}"
+        )
+    if recipe.teacher.top_k > vocabulary:
+        raise UserError(f"teacher.top_k is {recipe.teacher.top_k}, the teacher has {vocabulary} tokens; set it to at most that")
+    batches = make_batches(recipe, corpus, facts, teacher.causal)
+    wanted = cache_identity(recipe, corpus, teacher.causal, vocabulary)
+    directory = out or Path(recipe.data.train) / f"teacher-{text_sha256(canonical(wanted))[:12]}"
+    epochs = 1 if teacher.causal else epochs_of(recipe, batches)
+    starts = shard_starts(corpus)
+    work = [(epoch, shard) for epoch in range(epochs) for shard in range(len(starts) - 1)]
+    size = epochs * int(corpus.lengths.sum()) * record(vocabulary, recipe.teacher.top_k).itemsize
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with sole_user(directory):
+        if (directory / IDENTITY).exists():
+            check_identity(directory, wanted)
+        elif any(directory.glob("*.npy")):
+            raise UserError(f"{directory} holds files of something else; choose another --out")
+        missing = [each for each in work if not _complete(directory / shard_name(*each))]
+        _check_space(directory, size, len(missing) / max(1, len(work)))
+        sealed = {"identity": wanted, "sha256": text_sha256(canonical(wanted))}
+        write_atomically(directory / IDENTITY, json.dumps(sealed, indent=1, sort_keys=True) + "\n")
+        for done, (epoch, shard) in enumerate(missing):
+            progress(done / len(missing), f"epoch {epoch}, shard {shard} ({size / 2**20:,.0f} MiB in all)")
+            values = _shard(recipe, teacher, batches, corpus, epoch, starts[shard], starts[shard + 1], device)
+            _write(directory / shard_name(epoch, shard), values)
+    progress(1.0, "done")
+    return Written(directory, epochs, len(work), len(missing), size)
+
+
+def _complete(path: Path) -> bool:
+    if not path.with_suffix(".json").is_file():
+        return False
+    try:
+        check_shard(path, full=True)
+    except CorruptData:
+        return False
+    return True
+
+
+def _check_space(directory: Path, size: int, share: float) -> None:
+    free, needed = shutil.disk_usage(directory).free, int(size * share)
+    if needed > free:
+        raise DiskFull(
+            f"the cache needs {needed / 2**20:,.0f} MiB more and {directory} has {free / 2**20:,.0f} MiB free; lower "
+            "teacher.top_k, train fewer epochs, or choose another --out"
+        )
+
+
+@torch.no_grad()
+def _shard(
+    recipe: Recipe, teacher: Any, batches: Batches, corpus: Corpus, epoch: int, first: int, end: int, device: torch.device
+) -> NDArray[Any]:
+    """Records [tokens] of the sequences first ... end - 1."""
+    assert recipe.teacher is not None
+    vocabulary, k = models.shape(teacher)[0], recipe.teacher.top_k
+    bounds = offsets(corpus.lengths)
+    values = np.zeros(int(bounds[end] - bounds[first]), record(vocabulary, k))
+    order_n = first + np.argsort(corpus.lengths[first:end], kind="stable")
+    starts = ascending_starts(corpus.lengths[order_n], recipe.data.micro_batch_tokens, recipe.data.layout)
+    for a, b in pairwise(starts):
+        chosen_n = order_n[a:b]
+        batch = batches.make(epoch, chosen_n).to(device)
+        hidden_TE = teacher.hidden(batch)
+        if batch.valid_rows is not None:
+            hidden_TE = hidden_TE.index_select(0, batch.valid_rows)
+        at_T = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in chosen_n]) - bounds[first]
+        _fill(values, at_T, teacher.transform(hidden_TE), teacher, recipe)
+    return values
+
+
+def _fill(values: NDArray[Any], at_T: NDArray[Any], features_TE: Tensor, teacher: Any, recipe: Recipe) -> None:
+    """The records of one batch's tokens, a chunk of logits at a time."""
+    assert recipe.teacher is not None
+    k, cut, temperature = recipe.teacher.top_k, recipe.teacher.min_probability, recipe.objective.temperature
+    chunk = max(1, rows_per_chunk(len(at_T), len(teacher.weight), 4, features_TE.device))
+    for first in range(0, len(at_T), chunk):
+        here = at_T[first : first + chunk]
+        logits_CV = linear(features_TE[first : first + chunk], teacher.weight, teacher.bias)
+        found = top_k(logits_CV, k, temperature=temperature, min_probability=cut)
+        values["index"][here] = found.indices_NK.cpu().numpy()
+        values["log_probability"][here] = found.log_probabilities_NK.cpu().numpy()
+        if found.tail_N is not None:
+            values["tail"][here] = found.tail_N.cpu().numpy()
+
+
+def _write(path: Path, values: NDArray[Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, values)
+        file.flush()
+        os.fsync(file.fileno())
+    facts = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
+    temporary.replace(path)
+    write_atomically(path.with_suffix(".json"), json.dumps(facts) + "\n")

@@ -1,0 +1,176 @@
+"""A teacher's likeliest tokens, cached on disk: what training reads instead of running the teacher.
+
+    CACHE/identity.json               what the cache was made of and how (see `identity`)
+    CACHE/E-NNNNN.npy                 epoch E, shard NNNNN: one record a token, in the corpus's order
+    CACHE/E-NNNNN.json                its sha256 and size, written after it: a shard without is not there yet
+
+A record holds the K tokens (uint16 or int32), their log-probabilities at the objective's temperature (float16: 0.1% of each
+probability above e^-16) and the mass of the rest (float32). Masked teachers see other masks in every epoch, so each has its
+shards; causal ones see the same text, and epoch 0 serves all.
+
+Shapes: n sequences, T tokens end to end, K listed tokens.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdistil.corpus import Corpus, canonical, file_sha256, text_sha256
+from fastdistil.errors import CorruptData, UserError
+from fastdistil.masking import Ints, offsets
+from fastdistil.recipe import Recipe
+
+FORMAT = 1
+SHARD_TOKENS = 2**18
+IDENTITY = "identity.json"
+
+
+class Cached(NamedTuple):
+    """Of tokens end to end: int64 [T, K], float32 [T, K], float32 [T] or None (see kernels.options.SparseTeacher)."""
+
+    indices_TK: NDArray[np.int64]
+    log_probabilities_TK: NDArray[np.float32]
+    tail_T: NDArray[np.float32] | None
+
+
+def record(vocabulary: int, k: int) -> np.dtype[Any]:
+    index = np.uint16 if vocabulary <= 2**16 else np.int32
+    return np.dtype([("index", index, (k,)), ("log_probability", np.float16, (k,)), ("tail", np.float32)])
+
+
+def shard_starts(corpus: Corpus) -> list[int]:
+    """First sequence of each shard, and n: about SHARD_TOKENS tokens each."""
+    ends = np.cumsum(corpus.lengths, dtype=np.int64)
+    starts = [0]
+    while starts[-1] < len(ends):
+        done = int(ends[starts[-1] - 1]) if starts[-1] else 0
+        starts.append(max(starts[-1] + 1, int(ends.searchsorted(done + SHARD_TOKENS, side="right"))))
+    return starts
+
+
+def shard_name(epoch: int, shard: int) -> str:
+    return f"{epoch}-{shard:05d}.npy"
+
+
+def teacher_fingerprint(path: str, config: Any) -> str:
+    """Changes when the teacher does: its files' sha256, or for a hub id its name and commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
+    files = sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
+    return text_sha256(canonical([[file.name, file_sha256(file)] for file in files]))
+
+
+def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int) -> dict[str, Any]:
+    """All that the cached numbers depend on, by the names that a person can change. `recipe` must be resolved."""
+    assert recipe.teacher is not None
+    masks = None if causal else {"mask": recipe.mask.model_dump(), "seed": recipe.seed}
+    return {
+        "format": FORMAT,
+        "data.train": text_sha256(canonical(corpus.manifest.files)),
+        "tokenizer": corpus.manifest.fingerprint,
+        "teacher.path": teacher,
+        "teacher.dtype": recipe.teacher.dtype,
+        "teacher.top_k": min(recipe.teacher.top_k, vocabulary),
+        "teacher.min_probability": recipe.teacher.min_probability,
+        "objective.temperature": recipe.objective.temperature,
+        "vocabulary": vocabulary,
+        **({"mask and seed": masks} if masks else {}),
+    }
+
+
+def check_identity(directory: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where a cache was made of something else, CorruptData where its identity cannot be read."""
+    path = directory / IDENTITY
+    if not path.is_file():
+        raise UserError(f"no teacher cache at {directory}; make one with `fastdistil cache-teacher` and the run's recipe")
+    try:
+        values = json.loads(path.read_bytes())
+        found = values["identity"]
+        broken = text_sha256(canonical(found)) != values["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptData(f"{path} is damaged ({error}); delete {directory} and run fastdistil cache-teacher again") from error
+    if broken:
+        raise CorruptData(f"{path} is damaged (sha256); delete {directory} and run fastdistil cache-teacher again")
+    for key in dict.fromkeys([*wanted, *found]):
+        if wanted.get(key) != found.get(key):
+            raise UserError(
+                f"the teacher cache {directory} was made with another {key}: it has {_short(found.get(key))}, the recipe "
+                f"{_short(wanted.get(key))}; change the recipe back, or run fastdistil cache-teacher with this one"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """Reads shards, memory-mapped. Make one with `TeacherCache.open`."""
+
+    shards: Mapping[tuple[int, int], NDArray[Any]]
+    starts: Ints
+    """First sequence of each shard, and n."""
+    offsets_n: Ints
+    """First token of each sequence, and the total."""
+    causal: bool
+    tail: bool
+
+    @classmethod
+    def open(cls, directory: Path, wanted: Mapping[str, Any], corpus: Corpus, epochs: int, verify: str) -> "TeacherCache":
+        """All shards of `epochs` epochs, checked. Raises UserError, CorruptData."""
+        check_identity(directory, wanted)
+        causal = "mask and seed" not in wanted
+        starts, bounds = shard_starts(corpus), offsets(corpus.lengths)
+        shards = {}
+        dtype = record(wanted["vocabulary"], wanted["teacher.top_k"])
+        for epoch in range(1 if causal else epochs):
+            for shard in range(len(starts) - 1):
+                path = directory / shard_name(epoch, shard)
+                if not path.with_suffix(".json").is_file():
+                    raise UserError(
+                        f"the teacher cache {directory} lacks epoch {epoch}, shard {shard}: this run needs {epochs} epochs; "
+                        "run fastdistil cache-teacher with its recipe, which continues what is there"
+                    )
+                check_shard(path, full=verify == "full")
+                values = np.load(path, mmap_mode="r")
+                rows = int(bounds[starts[shard + 1]] - bounds[starts[shard]])
+                if values.dtype != dtype or values.shape != (rows,):
+                    raise CorruptData(
+                        f"{path} holds {values.shape} {values.dtype}, wanted {(rows,)} {dtype}; delete it and "
+                        "run fastdistil cache-teacher again"
+                    )
+                shards[epoch, shard] = values
+        return cls(shards, np.array(starts), bounds, causal, wanted["teacher.min_probability"] is None)
+
+    def rows(self, epoch: int, sequences_n: Ints) -> Cached:
+        """Of the tokens of these sequences, end to end."""
+        epoch = 0 if self.causal else epoch
+        parts = []
+        for sequence, shard in zip(sequences_n, self.starts.searchsorted(sequences_n, side="right") - 1, strict=True):
+            first = self.offsets_n[self.starts[shard]]
+            begin, end = self.offsets_n[sequence] - first, self.offsets_n[sequence + 1] - first
+            parts.append(self.shards[epoch, int(shard)][begin:end])
+        joined = np.concatenate(parts)
+        tail_T = np.ascontiguousarray(joined["tail"]) if self.tail else None
+        return Cached(joined["index"].astype(np.int64), joined["log_probability"].astype(np.float32), tail_T)
+
+
+def check_shard(path: Path, full: bool) -> None:
+    """Against the sha256 (full) or size beside it. Raises CorruptData."""
+    again = "delete it and run fastdistil cache-teacher again"
+    try:
+        expected = json.loads(path.with_suffix(".json").read_bytes())
+        size, sha256 = int(expected["bytes"]), str(expected["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptData(f"{path.with_suffix('.json')} is damaged ({error}); {again}") from error
+    if not path.is_file() or (found := path.stat().st_size) != size:
+        raise CorruptData(f"{path} is damaged: expected {size} bytes, found {found if path.is_file() else 'no file'}; {again}")
+    if full and (actual := file_sha256(path)) != sha256:
+        raise CorruptData(f"{path} is damaged: sha256 expected {sha256}, found {actual}; {again}")

@@ -1,0 +1,257 @@
+"""`fastdistil cache-teacher` and training from what it wrote, with small models on a real prepared corpus."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from fastdistil import teacher_cache
+from fastdistil.batches import Batches
+from fastdistil.cache_teacher import cache_teacher
+from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.errors import CorruptData, UserError
+from fastdistil.metrics import Console
+from fastdistil.models import load_model
+from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.pythondocs import docstrings
+from fastdistil.recipe import Recipe, load_recipe
+from fastdistil.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+UPDATES = 6
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of about 20,000 tokens, and two teachers: a masked and a causal one."""
+    folder = tmp_path_factory.mktemp("cache")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(docstrings(Path(json.__file__))) + "\n\n".join(docstrings(Path(re.__file__))), encoding="utf-8")
+    tokenizer = train_wordpiece([text.read_text(encoding="utf-8")], 300, folder / "tokenizer")
+    prepare([str(text)], folder / "corpus", PrepareOptions(tokenizer=str(tokenizer), max_length=32, workers=1))
+    facts = token_facts(load_tokenizer(str(tokenizer)))
+    for name, seed in (("bert", 1), ("other", 2)):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(
+            vocab_size=facts.vocab_size, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2
+        )
+        model: Any = transformers.BertForMaskedLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder / name)
+    torch.manual_seed(3)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=facts.vocab_size, n_embd=32, n_layer=2, n_head=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "gpt2")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache, "SHARD_TOKENS", 2000)
+
+
+def recipe_of(material: Path, tmp_path: Path, *overrides: str, teacher: str = "bert") -> Recipe:
+    causal = teacher == "gpt2"
+    given = [
+        f"teacher.path={material / teacher}",
+        f"data.train={material / 'corpus'}",
+        "data.micro_batch_tokens=1000",
+        *(["objective.a_mlm=0", "objective.a_clm=2"] if causal else []),
+        "objective.a_cos=0",
+        f"loop.updates={UPDATES}",
+        "loop.accumulation=3",
+        "loop.precision=fp32",
+        "logging.every=1",
+        "student.every=2",
+        "student.architecture=same",
+        "student.dropout=0",
+        "device=cpu",
+        f"runs_dir={tmp_path / 'runs'}",
+    ]
+    return load_recipe("distilbert", [*given, *overrides])
+
+
+def losses(recipe: Recipe) -> list[float]:
+    with Path(os.devnull).open("w") as nowhere:
+        result = train(recipe, console=Console(file=nowhere))
+    events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+    return [event["soft"] for event in events if event["event"] == "train"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".npy", ".json")}
+
+
+@pytest.mark.parametrize("layout", ["packed", "length-grouped"])
+def test_holds_the_teachers_distribution_under_the_runs_masks(layout: str, material: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(material, tmp_path, f"data.layout={layout}", "teacher.top_k=5")
+    written = cache_teacher(recipe, tmp_path / "cache")
+    assert written.epochs >= 1
+    assert written.made == written.shards >= 3
+    corpus = Corpus.open(material / "corpus")
+    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
+    batches = Batches(corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=1, causal=False)
+    starts, bounds = teacher_cache.shard_starts(corpus), np.r_[0, np.cumsum(corpus.lengths)]
+    teacher = load_model(str(material / "bert"))
+    for sequence in (0, 7, len(corpus) - 1):
+        batch = batches.make(0, np.array([sequence]))
+        model: Any = teacher.module
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            logits = model(input_ids=batch.ids_BS).logits[0]
+        p = (logits / recipe.objective.temperature).softmax(-1)
+        shard = int(np.searchsorted(starts, sequence, side="right")) - 1
+        values = np.load(tmp_path / "cache" / teacher_cache.shard_name(0, shard))
+        here = values[bounds[sequence] - bounds[starts[shard]] : bounds[sequence + 1] - bounds[starts[shard]]]
+        found = torch.from_numpy(here["log_probability"].astype(np.float32)).exp()
+        torch.testing.assert_close(found, p.gather(1, torch.from_numpy(here["index"].astype(np.int64))), rtol=5e-3, atol=0)
+        torch.testing.assert_close(found, p.topk(5).values, rtol=5e-3, atol=0)
+        torch.testing.assert_close(torch.from_numpy(here["tail"].copy()), 1 - p.topk(5).values.sum(-1), rtol=1e-3, atol=1e-5)
+        assert float(p.max()) > 3 / facts.vocab_size
+
+
+@pytest.mark.parametrize("teacher", ["bert", "gpt2"])
+@pytest.mark.parametrize("layout", ["packed", "length-grouped"])
+def test_a_cache_of_all_tokens_trains_as_the_teacher_does(teacher: str, layout: str, material: Path, tmp_path: Path) -> None:
+    vocabulary = load_model(str(material / teacher)).weight.shape[0]
+    plain = recipe_of(material, tmp_path, f"data.layout={layout}", teacher=teacher)
+    live = losses(plain)
+    keys = {"top_k": vocabulary, "cache": str(tmp_path / "cache")}
+    written = cache_teacher(plain.with_(teacher=keys), tmp_path / "cache")
+    assert (written.epochs == 1) == (teacher == "gpt2") or written.epochs > 1
+    cached = losses(plain.with_(teacher=keys))
+    assert len(live) == len(cached) == UPDATES
+    np.testing.assert_allclose(cached, live, rtol=2e-3)
+    fewer = losses(plain.with_(teacher={**keys, "top_k": 4, "cache": str(_made(plain, tmp_path, top_k=4))}))
+    assert all(few < all_ for few, all_ in zip(fewer[:1], live[:1], strict=True))
+
+
+def _made(recipe: Recipe, tmp_path: Path, **keys: Any) -> Path:
+    out = tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"
+    cache_teacher(recipe.with_(teacher=keys), out)
+    return out
+
+
+def test_a_cut_off_teaches_what_is_above_it(material: Path, tmp_path: Path) -> None:
+    plain = recipe_of(material, tmp_path)
+    out = _made(plain, tmp_path, top_k=20, min_probability=0.01)
+    values = np.load(out / teacher_cache.shard_name(0, 0))
+    kept = np.isfinite(values["log_probability"])
+    assert 0 < kept[:, 1:].mean() < 1
+    assert np.exp(values["log_probability"][:, 1:].astype(np.float64)[kept[:, 1:]]).min() > 0.0099
+    assert (values["tail"] == 0).all()
+    found = losses(plain.with_(teacher={"cache": str(out), "top_k": 20, "min_probability": 0.01}))
+    assert len(found) == UPDATES
+    assert all(np.isfinite(found))
+
+
+def test_training_from_a_cache_does_not_run_the_teacher(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdistil import inputs, models
+
+    plain = recipe_of(material, tmp_path, f"student.path={material / 'other'}")
+    out = _made(plain, tmp_path, top_k=4)
+    real, loaded = models.load_model, []
+    monkeypatch.setattr(inputs.models, "load_model", lambda path, dtype: (loaded.append(path), real(path, dtype))[1])
+    losses(plain.with_(teacher={"cache": str(out), "top_k": 4}))
+    assert loaded == []
+
+
+def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(material, tmp_path, "teacher.top_k=8")
+    whole = cache_teacher(recipe, tmp_path / "whole")
+    code = (
+        "import sys, yaml\nfrom pathlib import Path\n"
+        "from fastdistil import teacher_cache\nfrom fastdistil.recipe import validated\n"
+        "teacher_cache.SHARD_TOKENS = 2000\nfrom fastdistil.cache_teacher import cache_teacher\n"
+        "cache_teacher(validated(yaml.safe_load(sys.argv[1]), 'x'), Path(sys.argv[2]))\n"
+    )
+    out = tmp_path / "cut"
+    child = subprocess.Popen([sys.executable, "-c", code, recipe.to_yaml(), str(out)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while child.poll() is None and len(list(out.glob("*-*.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    before = len(list(out.glob("*-*.json")))
+    again = cache_teacher(recipe, out)
+    assert again.made <= whole.shards - min(before, whole.shards - 1)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert cache_teacher(recipe, out).made == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=57", "another mask and seed"),
+        ("mask.probability=0.2", "another mask and seed"),
+        ("objective.temperature=3", "another objective.temperature: it has 2.0, the recipe 3.0"),
+        ("teacher.top_k=9", r"another teacher\.top_k"),
+        ("teacher.min_probability=0.1", r"another teacher\.min_probability"),
+        ("teacher.dtype=bf16", r"another teacher\.dtype"),
+        ("teacher.path=OTHER", r"another teacher\.path"),
+        ("loop.updates=500", r"this run needs \d+ epochs; run fastdistil cache-teacher"),
+        ("objective.a_cos=1", "holds no hidden states; set objective.a_cos=0"),
+        ("objective.divergence=jsd", "set objective.divergence=forward-kl"),
+        ("teacher.cache=nowhere", "no teacher cache at nowhere"),
+        ("teacher.cache=null", "teacher.top_k is of a cached teacher"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(override: str, message: str, material: Path, tmp_path: Path) -> None:
+    plain = recipe_of(material, tmp_path, "student.path=" + str(material / "other"))
+    out = _made(plain, tmp_path, top_k=4)
+    overrides = [f"teacher.cache={out}", "teacher.top_k=4", override.replace("OTHER", str(material / "other"))]
+    recipe = recipe_of(material, tmp_path, f"student.path={material / 'other'}", *overrides)
+    with pytest.raises(UserError, match=message):
+        train(recipe)
+
+
+def test_damage_is_seen(material: Path, tmp_path: Path) -> None:
+    plain = recipe_of(material, tmp_path)
+    out = _made(plain, tmp_path, top_k=4)
+    recipe = plain.with_(teacher={"cache": str(out), "top_k": 4})
+    shard = out / teacher_cache.shard_name(0, 1)
+    good = shard.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for damaged in (bytes(flipped), good[:-5]):
+        shard.write_bytes(damaged)
+        with pytest.raises(CorruptData, match=r"is damaged: .* run fastdistil cache-teacher again"):
+            train(recipe)
+    assert cache_teacher(recipe, out).made == 1
+    assert shard.read_bytes() == good
+    (out / teacher_cache.IDENTITY).write_text("{}")
+    with pytest.raises(CorruptData, match=r"identity\.json is damaged"):
+        train(recipe)
+
+
+def test_the_command(material: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(recipe_of(material, tmp_path, "teacher.top_k=4").to_yaml())
+    command = [sys.executable, "-c", "from fastdistil.cli import main; main()", "cache-teacher", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = re.findall(r"teacher\.cache=(\S+)", done.stdout)
+    assert Path(path).parent == material / "corpus"
+    train_command = [*command[:3], "train", str(recipe), f"teacher.cache={path}"]
+    done = subprocess.run(train_command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*command, "teacher.top_k=100000"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "set it to at most that" in done.stderr
