@@ -150,7 +150,7 @@ class _Block:
     """
 
     def __init__(self, rows: int, width: int, wide: torch.dtype, device: torch.device) -> None:
-        self._buffers = [buffer((rows, width), wide, device) for _ in range(5)]
+        self._buffers = [buffer((rows, width), wide, device) for _ in range(6)]
 
     def first(self, rows: int) -> list[Tensor]:
         return [buffer[:rows] for buffer in self._buffers]
@@ -182,7 +182,7 @@ def _weighted_mean(p_RV: Tensor, x_RV: Tensor) -> Tensor:
 
 def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, Tensor]:
     """(D of each row [R], its gradient in student / T [R, V]) from student / T and teacher / T in block[0] and block[1]."""
-    a, b, q, p, m = block
+    a, b, q, p, m, _ = block
     lse_a_R, lse_b_R = _softmax(a, q), _softmax(b, p)
     match options.divergence:
         case "forward-kl":
@@ -238,18 +238,19 @@ def distill_rows_torch(
         return
     largest = next(_blocks(rows, width, device))[1]
     buffers = _Block(largest, width, wide, device)
-    for first, end in _blocks(rows, width, device):
-        student_RV, terms_R3 = student_NV[first:end, :width], terms_N3[first:end]
-        labels_R = None if labels_N is None else labels_N[first:end]
-        hard = _hard_rows(student_RV, labels_R, options, terms_R3)
-        block = buffers.first(end - first)
+    for at_R, labels_R in _selections(labels_N, options.ignore_index, rows, width, device):
+        student_RV, terms_R3 = _rows(student_NV[:, :width], at_R), terms_N3[at_R]
+        block = buffers.first(len(student_RV))
+        hard = _hard_rows(student_RV, labels_R, options, terms_R3, block[0], block[5])
         if teacher_NV is None:
             terms_R3[:, 0] = 0.0
             g_RV = block[2].zero_()
         else:
             _load(block[0], student_RV, options.student_scale, options.student_softcap)
-            _load(block[1], teacher_NV[first:end, :width], options.teacher_scale, options.teacher_softcap)
-            g_RV = _weighed_soft_block(block, None if weights_N is None else weights_N[first:end].to(wide), options, terms_R3)
+            _load(block[1], _rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
+            g_RV = _weighed_soft_block(block, None if weights_N is None else weights_N[at_R].to(wide), options, terms_R3)
+        if not isinstance(at_R, slice):
+            terms_N3[at_R] = terms_R3
         if grad_NV is None:
             continue
         if hard is not None:
@@ -260,15 +261,47 @@ def distill_rows_torch(
             g_RV.mul_(x_RV.mul_(1 / options.student_softcap).square_().neg_().add_(1.0))
         if options.student_scale != 1.0:
             g_RV.mul_(options.student_scale)
-        grad_NV[first:end, :width].copy_(g_RV)
+        if isinstance(at_R, slice):
+            grad_NV[at_R, :width].copy_(g_RV)
+        else:
+            grad_NV[:, :width].index_copy_(0, at_R, g_RV.to(grad_NV.dtype))
     if grad_NV is not None:
         grad_NV[:, width:].zero_()
 
 
+def _rows(values_NV: Tensor, at_R: slice | Tensor) -> Tensor:
+    return values_NV[at_R] if isinstance(at_R, slice) else values_NV.index_select(0, at_R)
+
+
+def _selections(
+    labels_N: Tensor | None, ignore_index: int, rows: int, width: int, device: torch.device
+) -> Iterator[tuple[Any, Tensor | None]]:
+    """Rows of each block, and their labels (None: they have none).
+
+    On the CPU labelled rows share blocks: one here and there would be worked on by one core.
+    """
+    labelled_M = None
+    if labels_N is not None and device.type == "cpu":
+        labelled_N = labels_N != ignore_index
+        labelled_M = labelled_N.nonzero().squeeze(1)
+    if labels_N is None or labelled_M is None or len(labelled_M) in (0, rows):
+        none = labelled_M is not None and len(labelled_M) == 0
+        for first, end in _blocks(rows, width, device):
+            yield slice(first, end), None if labels_N is None or none else labels_N[first:end]
+        return
+    for numbers_M, has in ((labelled_M, True), ((~labelled_N).nonzero().squeeze(1), False)):
+        for first, end in _blocks(len(numbers_M), width, device):
+            at_R = numbers_M[first:end]
+            yield at_R, labels_N[at_R] if has else None
+
+
 def _hard_rows(
-    student_RV: Tensor, labels_R: Tensor | None, options: DistillOptions, terms_R3: Tensor
+    student_RV: Tensor, labels_R: Tensor | None, options: DistillOptions, terms_R3: Tensor, x_RV: Tensor, q_RV: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The labelled rows' hard and z terms into terms_R3; (their numbers [M], their gradient [M, V]), None without any."""
+    """The labelled rows' hard and z terms into terms_R3; (their numbers [M], their gradient [M, V]), None without any.
+
+    x_RV is overwritten; the gradient is in q_RV.
+    """
     terms_R3[:, 1:].zero_()
     if labels_R is None:
         return None
@@ -279,14 +312,14 @@ def _hard_rows(
             return None
     else:
         rows_M = torch.arange(len(labels_R), device=labels_R.device)  # all of them: how many have labels is not known here
-    x_MV = student_RV.index_select(0, rows_M).to(terms_R3.dtype)
-    x_MV = _load(x_MV, x_MV, options.student_scale, options.student_softcap)
+    every, x_MV, q_MV = len(rows_M) == len(labels_R), x_RV[: len(rows_M)], q_RV[: len(rows_M)]
+    logits_MV = student_RV if every else student_RV.index_select(0, rows_M)
+    _load(x_MV, logits_MV, options.student_scale, options.student_softcap)
     has_M = labelled_R.index_select(0, rows_M)
     target_M1 = labels_R.index_select(0, rows_M).where(has_M, 0)[:, None]
     if labels_R.device.type == "cpu":
         check_labels(target_M1, student_RV.shape[1])
     x_M = x_MV.gather(1, target_M1).squeeze(1)
-    q_MV = torch.empty_like(x_MV)
     lse_M = _softmax(x_MV, q_MV)
     terms_R3[:, 1].index_copy_(0, rows_M, torch.where(has_M, lse_M - x_M, 0))
     terms_R3[:, 2].index_copy_(0, rows_M, torch.where(has_M, lse_M.square(), 0))

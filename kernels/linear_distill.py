@@ -34,6 +34,8 @@ from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_r
 # Bytes of both sides' logits of one chunk.
 _BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 _ROWS = {"cpu": 1024, "cuda": 4096}
+# Rows of the head that are widened at a time on a CPU: they stay in the cache.
+_PIECE = 256
 
 
 def rows_per_chunk(rows: int, columns: int, itemsizes: int, device: torch.device) -> int:
@@ -120,10 +122,12 @@ class _Head:
             if self._part_VD is None:
                 self._part_VD = buffer(out_VD.shape, grad_VC.dtype, grad_VC.device)
             torch.mm(grad_VC, hidden_CD, out=self._part_VD)
-            if self._begun:
-                out_VD.add_(self._part_VD)
-            else:
+            if not self._begun:
                 out_VD.copy_(self._part_VD)
+                return
+            # Widened piece by piece: a sum of two dtypes is not vectorised.
+            for first in range(0, len(out_VD), _PIECE):
+                out_VD[first : first + _PIECE].add_(self._part_VD[first : first + _PIECE].to(out_VD.dtype))
 
     def gradients(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         self._part_VD = None

@@ -230,11 +230,12 @@ def sparse_distill_rows_torch(
     if device.type == "cpu":
         _check_indices(teacher.indices_NK, width)
     largest = next(_blocks(rows, width, device))[1]
-    a_LV, g_LV = (buffer((largest, width), wide, device) for _ in range(2))
+    a_LV, g_LV, q_LV = (buffer((largest, width), wide, device) for _ in range(3))
     for first, end in _blocks(rows, width, device):
         student_RV, terms_R3 = student_NV[first:end, :width], terms_N3[first:end]
-        hard = _hard_rows(student_RV, None if labels_N is None else labels_N[first:end], options, terms_R3)
-        a_RV, g_RV = a_LV[: end - first], g_LV[: end - first]
+        a_RV, g_RV, q_RV = (each[: end - first] for each in (a_LV, g_LV, q_LV))
+        labels_R = None if labels_N is None else labels_N[first:end]
+        hard = _hard_rows(student_RV, labels_R, options, terms_R3, a_RV, q_RV)
         _load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
         part = SparseTeacher(*(None if each is None else each[first:end] for each in teacher))  # type: ignore[arg-type]
         weights_R = terms_R3.new_ones(end - first) if weights_N is None else weights_N[first:end].to(wide)
