@@ -97,18 +97,17 @@ def distill_loss_reference(
     """
     width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
     wide = torch.promote_types(student_NV.dtype, torch.float32)
-    student_NV = _capped(student_NV[:, :width].to(wide), options.student_scale, options.student_softcap)
+    student_NV = student_NV[:, :width].to(wide)
     zero = student_NV.new_zeros(())
     soft, hard, z = zero, zero, zero
-    # Rows that enter no term are replaced before the arithmetic: 0 times the gradient of a nan would be nan.
+    # Rows that do not enter a term are replaced before its arithmetic: 0 times the gradient of a nan would be nan.
     if teacher_NV is not None:
-        soft_NV, teacher_NV = (
-            student_NV,
-            _capped(teacher_NV[:, :width].to(wide), options.teacher_scale, options.teacher_softcap),
-        )
+        soft_NV, teacher_NV = student_NV, teacher_NV[:, :width].to(wide)
         if weights_N is not None:
             out_N1 = (weights_N == 0)[:, None]
-            soft_NV, teacher_NV = student_NV.masked_fill(out_N1, 0.0), teacher_NV.masked_fill(out_N1, 0.0)
+            soft_NV, teacher_NV = soft_NV.masked_fill(out_N1, 0.0), teacher_NV.masked_fill(out_N1, 0.0)
+        soft_NV = _capped(soft_NV, options.student_scale, options.student_softcap)
+        teacher_NV = _capped(teacher_NV, options.teacher_scale, options.teacher_softcap)
         rows_N = divergence_reference(
             soft_NV, teacher_NV, temperature=options.temperature, divergence=options.divergence, beta=options.beta
         )
@@ -116,6 +115,7 @@ def distill_loss_reference(
     if labels_N is not None:
         labelled_N = labels_N != options.ignore_index
         hard_NV = student_NV.masked_fill(~labelled_N[:, None], 0.0)
+        hard_NV = _capped(hard_NV, options.student_scale, options.student_softcap)
         hard = F.cross_entropy(hard_NV, labels_N, ignore_index=options.ignore_index, reduction="sum")
         z = (hard_NV.logsumexp(-1).square() * labelled_N).sum()
     return _terms(soft, hard, z, options)
@@ -256,9 +256,7 @@ def distill_rows_torch(
         if hard is not None:
             g_RV.index_add_(0, *hard)
         if options.student_softcap is not None:
-            # d cap tanh(x/cap) = 1 - tanh^2
-            x_RV = _load(block[0], student_RV, options.student_scale, options.student_softcap)
-            g_RV.mul_(x_RV.mul_(1 / options.student_softcap).square_().neg_().add_(1.0))
+            cap_gradient(g_RV, _load(block[0], student_RV, options.student_scale, options.student_softcap), options)
         if options.student_scale != 1.0:
             g_RV.mul_(options.student_scale)
         if isinstance(at_R, slice):
@@ -267,6 +265,15 @@ def distill_rows_torch(
             grad_NV[:, :width].index_copy_(0, at_R, g_RV.to(grad_NV.dtype))
     if grad_NV is not None:
         grad_NV[:, width:].zero_()
+
+
+def cap_gradient(g_RV: Tensor, x_RV: Tensor, options: DistillOptions) -> None:
+    """The gradient in capped logits x (overwritten) into that in the logits before: d cap tanh(x / cap) = 1 - tanh^2."""
+    assert options.student_softcap is not None
+    none_RV = g_RV == 0
+    g_RV.mul_(x_RV.mul_(1 / options.student_softcap).square_().neg_().add_(1.0))
+    # Rows that are out stay out: x may be nan there.
+    g_RV.masked_fill_(none_RV, 0.0)
 
 
 def _rows(values_NV: Tensor, at_R: slice | Tensor) -> Tensor:

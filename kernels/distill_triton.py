@@ -286,8 +286,8 @@ def distill_kernel(
                                 q_1_B = tl.exp(x_B - max_1) * (1.0 / sum_1)
                             g_B += q_1_B * (hard + 2.0 * z * lse_1) - tl.where(column_B == label, hard, 0.0)
                     if HAS_STUDENT_CAP:
-                        # d cap tanh(x / cap) = 1 - tanh^2
-                        g_B *= 1.0 - (x_B / student_cap) * (x_B / student_cap)
+                        # d cap tanh(x / cap) = 1 - tanh^2; what is out stays out, where x may be nan.
+                        g_B = tl.where(g_B == 0, 0.0, g_B * (1.0 - (x_B / student_cap) * (x_B / student_cap)))
                     g_B = (g_B * student_scale).to(grad_ptr.dtype.element_ty)
                     if inner:
                         tl.store(grad_ptr + grad_at + lane_B, g_B)

@@ -36,6 +36,7 @@ from fastdistil.kernels.distill import (
     _load,
     _softmax,
     _times,
+    cap_gradient,
     check_rows,
     distill_loss_reference,
     low_precision_unit,
@@ -133,13 +134,14 @@ def sparse_distill_reference(
     rest = distill_loss_reference(student_NV, None, labels_N, options=options)
     width = options.width(student_NV.shape[1], student_NV.shape[1])
     wide = torch.promote_types(student_NV.dtype, torch.float32)
-    student_NV = _capped(student_NV[:, :width].to(wide), options.student_scale, options.student_softcap)
+    student_NV = student_NV[:, :width].to(wide)
     if weights_N is not None:
         # Replaced before the arithmetic: 0 times the gradient of a nan would be nan.
         out_N = weights_N == 0
         log_p_NK, tail_N = teacher.log_probabilities_NK.masked_fill(out_N[:, None], 0.0), teacher.tail_N
         teacher = SparseTeacher(teacher.indices_NK, log_p_NK, None if tail_N is None else tail_N.masked_fill(out_N, 0.0))
         student_NV = student_NV.masked_fill(out_N[:, None], 0.0)
+    student_NV = _capped(student_NV, options.student_scale, options.student_softcap)
     rows_N = sparse_divergence_reference(student_NV, teacher, temperature=options.temperature)
     soft = rows_N.sum() if weights_N is None else (weights_N * rows_N).sum()
     total = rest.total + options.soft * soft if options.soft else rest.total
@@ -248,9 +250,7 @@ def sparse_distill_rows_torch(
         if hard is not None:
             g_RV.index_add_(0, *hard)
         if options.student_softcap is not None:
-            # d cap tanh(x/cap) = 1 - tanh^2
-            x_RV = _load(a_RV, student_RV, options.student_scale, options.student_softcap)
-            g_RV.mul_(x_RV.mul_(1 / options.student_softcap).square_().neg_().add_(1.0))
+            cap_gradient(g_RV, _load(a_RV, student_RV, options.student_scale, options.student_softcap), options)
         if options.student_scale != 1.0:
             g_RV.mul_(options.student_scale)
         grad_NV[first:end, :width].copy_(g_RV)

@@ -103,6 +103,9 @@ def sparse_kernel(
     log_p_K = tl.load(log_probabilities_ptr + row * listed + k_K, k_K < listed, float("-inf")).to(WIDE)
     index_K = tl.load(indices_ptr + row * listed + k_K, k_K < listed, 0).to(tl.int32)
     used_K = log_p_K != float("-inf")
+    # A token outside of the vocabulary makes the row's terms nan; it must not be read or written.
+    stray = tl.max(tl.where(used_K & ((index_K < 0) | (index_K >= width)), 1, 0), 0)
+    used_K = used_K & (index_K >= 0) & (index_K < width)
     tl.atomic_or(mask_ptr + index_K // 32, tl.full((LISTED_POW2,), 1, tl.int32) << (index_K % 32), used_K, sem="relaxed")
     x_K = _capped(tl.load(student_ptr + index_K, used_K, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
     a_K = tl.where(used_K, x_K / temperature, float("-inf"))
@@ -150,6 +153,7 @@ def sparse_kernel(
     if HAS_TAIL:
         value += tl.where(tail > 0, tail * (tl.log(tail) - log_q_rest), 0.0)
     value += (lse + log_total) * 0.0
+    value = tl.where(stray != 0, float("nan"), value)
     weighed = weight != 0
     tl.store(terms_ptr + row * 3, tl.where(weighed, weight * temperature * temperature * value, 0.0))
     tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, lse_1 - label_x, 0.0))
@@ -170,7 +174,8 @@ def sparse_kernel(
                     g_B += tl.where(hard_factor == 0, 0.0, tl.exp(x_B - lse_1) * hard_factor)
                     g_B -= tl.where(v_B == label, hard, 0.0)
             if HAS_STUDENT_CAP:
-                g_B *= 1.0 - (x_B / student_cap) * (x_B / student_cap)
+                # d cap tanh(x / cap) = 1 - tanh^2; what is out stays out, where x may be nan.
+                g_B = tl.where(g_B == 0, 0.0, g_B * (1.0 - (x_B / student_cap) * (x_B / student_cap)))
             g_B = (g_B * student_scale).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + v_B, g_B, (v_B < width) & (in_list_B == 0))
         g_K = tl.where(counts, (tl.exp(log_q_K) - p_K) * factor, 0.0)
@@ -179,7 +184,7 @@ def sparse_kernel(
                 g_K += tl.where(hard_factor == 0, 0.0, tl.exp(x_K - lse_1) * hard_factor)
                 g_K -= tl.where(index_K == label, hard, 0.0)
         if HAS_STUDENT_CAP:
-            g_K *= 1.0 - (x_K / student_cap) * (x_K / student_cap)
+            g_K = tl.where(g_K == 0, 0.0, g_K * (1.0 - (x_K / student_cap) * (x_K / student_cap)))
         tl.store(grad_ptr + index_K, (g_K * student_scale).to(grad_ptr.dtype.element_ty), used_K)
 
 
@@ -192,7 +197,7 @@ def sparse_distill_rows_triton(
     terms_N3: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
-    """As sparse_distill_rows_torch; a token listed outside of the vocabulary is undefined behaviour here."""
+    """As sparse_distill_rows_torch; a token listed outside of the vocabulary makes the row's soft term nan here."""
     rows, width = student_NV.shape[0], options.width(student_NV.shape[1], student_NV.shape[1])
     listed = teacher.indices_NK.shape[1]
     if listed > _LARGEST:

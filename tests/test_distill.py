@@ -220,15 +220,24 @@ def test_huge_and_equal_logits(path: str, divergence: Any) -> None:
 
 @pytest.mark.parametrize("path", ["reference", *PATHS])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_rows_that_are_out_contribute_exactly_nothing(path: Any, divergence: Any) -> None:
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_rows_that_are_out_contribute_exactly_nothing(path: Any, divergence: Any, cap: float | None) -> None:
     """Whatever they hold; and with all of them out, the loss is 0."""
     student, teacher = logits(3, 40)
     student[1], teacher[2], student[0, 3] = math.nan, math.nan, INF
     labels = torch.full((3,), -100)
-    options = DistillOptions(divergence=divergence, **EVERYTHING)
+    options = DistillOptions(divergence=divergence, student_softcap=cap, teacher_softcap=cap, **EVERYTHING)
     terms, grad = gradient(student, teacher, labels, torch.zeros(3), options=options, path=path)
     assert [float(term) for term in terms] == [0, 0, 0, 0]
     assert bool((grad == 0).all())
+    # Beside rows that count, which are as if alone: one by its weight, one by its label.
+    student, teacher = logits(4, 40)
+    labels, weights = torch.tensor([-100, -100, 7, -100]), torch.tensor([1.5, 0, 0, 0])
+    alone = gradient(student, teacher, labels, weights, options=options, path="reference")
+    student[1], student[3], teacher[3] = math.nan, -INF, math.nan
+    found = gradient(student, teacher, labels, weights, options=options, path=path)
+    torch.testing.assert_close(found[0].total, alone[0].total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["reference", *PATHS])

@@ -129,6 +129,36 @@ def test_columns_and_unused_slots(path: Any) -> None:
 
 
 @pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_rows_that_are_out_contribute_exactly_nothing(path: Any, cap: float | None) -> None:
+    """Whatever they hold, beside a row that counts by its weight and one that counts by its label."""
+    student, teacher_NV = logits(4, 40)
+    teacher = top_k(teacher_NV, 6, temperature=2.0)
+    labels, weights = torch.tensor([-100, -100, 7, -100]), torch.tensor([1.5, 0, 0, 0])
+    options = DistillOptions(student_softcap=cap, **EVERYTHING)
+    alone = gradient(student, teacher, labels, weights, options=options, path="reference")
+    assert float(alone[1][[0, 2]].abs().max()) > 0
+    student[1], student[3] = math.nan, -math.inf
+    teacher.log_probabilities_NK[1] = math.nan
+    found = gradient(student, teacher, labels, weights, options=options, path=path)
+    torch.testing.assert_close(found[0].total, alone[0].total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
+    assert bool((found[1][[1, 3]] == 0).all())
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_a_tail_that_the_student_lacks_is_infinitely_far(path: Any) -> None:
+    student, teacher_NV = logits(3, 20)
+    teacher = top_k(teacher_NV, 4, temperature=1.0)
+    listed = torch.zeros(20, dtype=torch.bool).scatter(0, teacher.indices_NK[1], True)
+    student[1, ~listed] = -math.inf
+    terms, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    assert float(terms.soft) == math.inf
+    assert bool(grad.isfinite().all())
+    assert bool((grad[1, ~listed] == 0).all())
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
 def test_limits(path: Any) -> None:
     student, teacher_NV = logits(3, 20)
     teacher = top_k(teacher_NV, 4, temperature=1.0)
@@ -144,6 +174,22 @@ def test_limits(path: Any) -> None:
     alone = gradient(student[2:], SparseTeacher(*(each[2:] for each in teacher)), options=DistillOptions(), path="reference")  # type: ignore[misc, index]
     torch.testing.assert_close(terms.total, alone[0].total, rtol=1e-6, atol=0)
     assert bool((grad[:2] == 0).all())
+
+
+def test_a_token_outside_of_the_vocabulary_does_no_harm_on_a_gpu() -> None:
+    """There it cannot be refused without waiting: the row's term is nan, and nothing outside of the row is written."""
+    student, teacher_NV = logits(3, 20)
+    teacher = top_k(teacher_NV, 4, temperature=1.0)
+    for wrong in (25, -3):
+        teacher.indices_NK[1, 2] = wrong
+        terms = sparse_distill_loss(student, teacher, options=DistillOptions(), path="triton")
+        assert math.isnan(float(terms.soft))
+        storage = torch.full((5, 20), 9.0, dtype=torch.float64)
+        terms_N3 = torch.empty(3, 3, dtype=torch.float64)
+        rows = module.sparse_rows_function("triton")
+        rows(student, teacher, None, None, DistillOptions(), terms_N3, storage[1:4])
+        assert bool((storage[[0, 4]] == 9.0).all())
+        assert bool(terms_N3[[0, 2]].isfinite().all())
 
 
 def test_top_k_is_the_softmax() -> None:
