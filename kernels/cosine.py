@@ -11,8 +11,8 @@ torch's cosine_embedding_loss with target 1, epsilon included; Sanh et al. 2019 
 distill.py the coefficients are arguments, `total` is what to differentiate, and cosine and mse are for the log.
 
 A row of zeros has cosine 0 (loss 1) and, with eps, a gradient of -t / (1e-6 |t|): torch's. A row that is not listed, or has
-weight 0, contributes exactly 0, whatever it holds. Squares beyond the range of the arithmetic (|s| > 1e19 in float32) give inf
-or nan.
+weight 0, contributes exactly 0, whatever it holds. Where a squared norm overflows (|s| > 1.8e19 in float32) nothing comes out
+that means anything; torch's own formula ends sooner, at |s| |t| > 1.8e19.
 
 Legend: L layers, N rows (tokens), M rows that count, D width (it may differ between layers), R rows of a block.
 """
@@ -58,8 +58,9 @@ def cosine_rows_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     """1 - cosine of each row, [N], float32 or wider. Differentiable in both."""
     wide = torch.promote_types(student_ND.dtype, torch.float32)
     s, t = student_ND.to(wide), teacher_ND.to(wide)
-    norms_N = ((s * s).sum(-1) + EPSILON) * ((t * t).sum(-1) + EPSILON)
-    return 1 - (s * t).sum(-1) / norms_N.sqrt()
+    # Root by root: the product of squared norms overflows long before either does.
+    norms_N = ((s * s).sum(-1) + EPSILON).sqrt() * ((t * t).sum(-1) + EPSILON).sqrt()
+    return 1 - (s * t).sum(-1) / norms_N
 
 
 def mse_rows_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def _rows_torch(
         here = slice(first, end) if rows_M is None else rows_M[first:end]
         s, t = student_ND[here].to(wide), teacher_ND[here].to(wide)
         ss_R = torch.linalg.vecdot(s, s) + EPSILON
-        scale_R = (ss_R * (torch.linalg.vecdot(t, t) + EPSILON)).rsqrt()
+        scale_R = ss_R.rsqrt() * (torch.linalg.vecdot(t, t) + EPSILON).rsqrt()
         st_R = torch.linalg.vecdot(s, t)
         weights_R = None if weights_M is None else weights_M[first:end].to(wide)
         # From the difference: |s|^2 + |t|^2 - 2 s.t would cancel.

@@ -50,17 +50,18 @@ def cosine_kernel(
     student_ptr = student_ptrs[0]
     teacher_ptr = teacher_ptrs[0]
     grad_ptr = grad_ptrs[0]
-    student_row_stride = student_row_strides[0]
-    teacher_row_stride = teacher_row_strides[0]
-    width = widths[0]
+    # Cast, as an argument that is 1 comes as a constant and a large one in 64 bits: layers may differ.
+    student_row_stride = tl.cast(student_row_strides[0], tl.int64)
+    teacher_row_stride = tl.cast(teacher_row_strides[0], tl.int64)
+    width = tl.cast(widths[0], tl.int32)
     for i in tl.static_range(1, LAYERS):
         if layer == i:
             student_ptr = student_ptrs[i]
             teacher_ptr = teacher_ptrs[i]
             grad_ptr = grad_ptrs[i]
-            student_row_stride = student_row_strides[i]
-            teacher_row_stride = teacher_row_strides[i]
-            width = widths[i]
+            student_row_stride = tl.cast(student_row_strides[i], tl.int64)
+            teacher_row_stride = tl.cast(teacher_row_strides[i], tl.int64)
+            width = tl.cast(widths[i], tl.int32)
     m_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists_R = m_R < rows
     row_R = m_R
@@ -73,7 +74,8 @@ def cosine_kernel(
     ss_R = tl.sum(s_RD * s_RD, 1) + epsilon
     tt_R = tl.sum(t_RD * t_RD, 1) + epsilon
     st_R = tl.sum(s_RD * t_RD, 1)
-    scale_R = 1.0 / tl.sqrt(ss_R * tt_R)
+    # Root by root: the product of squared norms overflows long before either does.
+    scale_R = 1.0 / (tl.sqrt(ss_R) * tl.sqrt(tt_R))
     # From the difference: |s|^2 + |t|^2 - 2 s.t would cancel.
     difference_RD = s_RD - t_RD
     cosine_R = 1.0 - st_R * scale_R
@@ -168,4 +170,10 @@ def shipped_launches() -> list[Launch]:
                 constexprs = _constexprs(layers, rows, rows, True, width, torch.float32)
                 name = f"cosine {dtype} D={width} L={layers}{' rows' if rows else ''}"
                 launches.append(launch(name, cosine_kernel, types, ("rows",), constexprs, tile(width)[2], tuples))
+    # Layers of different widths, one of which comes as a constant.
+    mixed: dict[str, tuple[str | int, ...]] = dict.fromkeys(("student_ptrs", "teacher_ptrs", "grad_ptrs"), ("bfloat16",) * 2)
+    mixed |= {"student_row_strides": ("i64", 1), "teacher_row_strides": ("i32", 1), "widths": ("i32", 1)}
+    constexprs = _constexprs(2, False, False, True, 768, torch.float32)
+    types = {"rows_ptr": "int64", "weights_ptr": "float32", "terms_ptr": "float32"}
+    launches.append(launch("cosine mixed widths", cosine_kernel, types, ("rows",), constexprs, tile(768)[2], mixed))
     return launches

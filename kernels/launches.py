@@ -12,7 +12,7 @@ class Launch(NamedTuple):
     """The @triton.jit function."""
     signature: dict[str, Any]
     """Argument -> Triton type, "constexpr" for those in constexprs."""
-    constexprs: dict[str, Any]
+    constexprs: dict[Any, Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     """What the compiler may assume: pointers are multiples of 16 bytes, as torch allocates; so are the integers of tuples."""
     options: dict[str, Any]
@@ -26,18 +26,23 @@ def launch(
     integers: Sequence[str],
     constexprs: Mapping[str, Any],
     num_warps: int,
-    tuples: Mapping[str, Sequence[str]] | None = None,
+    tuples: Mapping[str, Sequence[str | int]] | None = None,
 ) -> Launch:
-    """pointers: argument -> dtype. integers: 32-bit arguments. tuples: argument -> dtypes of pointers, or "i32".
+    """pointers: argument -> dtype. integers: 32-bit arguments. tuples: argument -> dtypes of pointers, or "i32"; or a number,
+    as Triton makes integers of 1 constants.
 
     Other arguments that are no constexprs are float32.
     """
     types: dict[str, Any] = {name: _TYPES[dtype] for name, dtype in pointers.items()} | dict.fromkeys(integers, "i32")
-    types |= {name: tuple(_TYPES.get(each, each) for each in several) for name, several in (tuples or {}).items()}
+    known: dict[Any, Any] = dict(constexprs)
+    for argument_name, several in (tuples or {}).items():
+        types[argument_name] = tuple("constexpr" if isinstance(each, int) else _TYPES.get(each, each) for each in several)
+        at = fn.arg_names.index(argument_name)
+        known |= {(at, i): each for i, each in enumerate(several) if isinstance(each, int)}
     signature = {name: "constexpr" if name in constexprs else types.get(name, "fp32") for name in fn.arg_names}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for at, argument in enumerate(fn.arg_names):
-        inner = [(at, i) for i in range(len((tuples or {}).get(argument, ())))]
+        inner = [(at, i) for i, each in enumerate((tuples or {}).get(argument, ())) if not isinstance(each, int)]
         for place in [(at,)] if argument in pointers else inner:
             attributes[place] = [["tt.divisibility", 16]]
-    return Launch(name, fn, signature, dict(constexprs), attributes, {"num_warps": num_warps})
+    return Launch(name, fn, signature, known, attributes, {"num_warps": num_warps})

@@ -128,6 +128,17 @@ def test_zero_huge_and_absent_rows(path: Any) -> None:
     assert bool((grads[0] == 0).all())
 
 
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+def test_norms_whose_product_overflows(path: Any) -> None:
+    """float32: |s| |t| is 1e22, whose square there is infinite; cosine and direction of the gradient are those of float64."""
+    student, teacher = states(4, 30, dtype=torch.float32)
+    student, teacher = [1e10 * student[0]], [1e10 * teacher[0]]
+    truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
+    terms, grads = run(student, teacher, options=HiddenOptions(), path=path)
+    torch.testing.assert_close(terms.total.double(), truth.total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grads[0].double(), wanted[0], rtol=0, atol=1e-5 * float(wanted[0].abs().max()))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_may_lie_apart(path: str) -> None:
     student, teacher = states(6, 100)
