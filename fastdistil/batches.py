@@ -270,14 +270,13 @@ class Batches:
         causal: bool,
         rank: int = 0,
         ranks: int = 1,
-        cache: TeacherCache | None = None,
     ) -> None:
         assert 0 <= rank < ranks, (rank, ranks)
         _check_fits(corpus, corpus.lengths, data.micro_batch_tokens, "data.micro_batch_tokens")
         table = None if causal else mask_table(mask, facts, corpus.counts)
         self.corpus, self.data, self.seed = corpus, data, seed
         self.accumulation, self.rank, self.ranks = accumulation, rank, ranks
-        self._maker = _Maker(corpus, facts, table, data.layout, seed, cache)
+        self._maker = _Maker(corpus, facts, table, data.layout, seed)
         self._maskable_n = None
         if table is not None and ranks > 1 and not mask.whole_word:
             self._maskable_n = _all_maskable(corpus, table)
@@ -304,6 +303,10 @@ class Batches:
         if self.ranks == 1:
             return window, sum((batch.counts for batch in window), Counts())
         return window, self._count(plan, epoch, first, last)
+
+    def learn_from(self, cache: TeacherCache) -> None:
+        """From here on batches carry what the teacher said of their tokens."""
+        self._maker = dataclasses.replace(self._maker, cache=cache)
 
     def make(self, epoch: int, sequences_n: Ints) -> Batch:
         """One batch of these sequences as the epoch has them. Their size is the caller's affair."""

@@ -160,7 +160,7 @@ def prepare(
 class PrepareBar:
     """A bar with the time left on a terminal; elsewhere a line every 10 seconds."""
 
-    def __init__(self, task: str = "evaluating") -> None:
+    def __init__(self) -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         self._console = rich.console.Console(highlight=False)

@@ -251,18 +251,15 @@ def load_inputs(
         assert corpus is not None and facts is not None
         made = make_batches(recipe, corpus, facts, causal)
         if cached:
-            epochs = epochs_of(recipe, made)
-            made = make_batches(recipe, corpus, facts, causal, open_cache(recipe, corpus, student_model, epochs))
+            made.learn_from(open_cache(recipe, corpus, student_model, epochs_of(recipe, made)))
         source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)
     updates = source.updates(recipe.loop)
     return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, facts, tokenizer)
 
 
-def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool, cache: TeacherCache | None = None) -> Batches:
+def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool) -> Batches:
     accumulation = recipe.loop.accumulation
-    return Batches(
-        corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=accumulation, causal=causal, cache=cache
-    )
+    return Batches(corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=accumulation, causal=causal)
 
 
 def epochs_of(recipe: Recipe, batches: Batches) -> int:

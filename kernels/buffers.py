@@ -1,8 +1,8 @@
 """Large buffers on the CPU without the price of touching them first.
 
-The kernel hands out memory page by page as it is first written; at 4 KiB a page that takes as long as reading it thirty times,
-and a loss of this family writes a gigabyte. Asked for in huge pages (2 MiB; Linux, where transparent huge pages are `madvise`
-or `always`), it takes a quarter of that. A hint: where it is not understood, everything works as before.
+The kernel hands out memory page by page as it is first written, at 4 KiB a page, which costs more than the arithmetic on it.
+Asked for in huge pages (2 MiB; Linux, where transparent huge pages are `madvise` or `always`) it does so 512 times less
+often. A hint: where it is not understood, everything works as before.
 """
 
 import ctypes

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistil.kernels.distill_triton import on_device
 from fastdistil.kernels.launches import Launch, launch
 
 # Elements of a program's block, a side: 16 a thread.
@@ -125,7 +126,7 @@ def cosine_rows_triton(
         return
     assert all(grad.is_contiguous() for grad in grads)
     block_rows, _, warps = tile(widest)
-    with torch.cuda.device(terms_LM2.device) if terms_LM2.is_cuda else torch.no_grad():
+    with on_device(terms_LM2):
         cosine_kernel[(triton.cdiv(rows, block_rows), layers)](
             tuple(student_states),
             tuple(teacher_states),

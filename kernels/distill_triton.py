@@ -20,6 +20,7 @@ Legend: N rows, V vocabulary, K segments of a row, B columns of a segment.
 # ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,14 +46,14 @@ INTEGERS = (
 def tile(width: int) -> tuple[int, int]:
     """(columns of a segment, warps): 8 columns a thread, which are one 16-byte load of bfloat16.
 
-    With 256 threads that takes 72 registers (114 for JSD), so two or three programs share a multiprocessor and some move data
-    while another waits. Rows beyond 2^16 columns take segments twice as long: each of K programs reads K parts.
+    That leaves registers for two or three programs on a multiprocessor, some of which move data while another waits. Rows
+    beyond 2^16 columns take segments twice as long: each of K programs reads K parts.
     """
     return (2048, 8) if width <= 2**16 else (4096, 16)
 
 
 @triton.jit
-def _capped(x, scale, cap, HAS_CAP: tl.constexpr):
+def capped(x, scale, cap, HAS_CAP: tl.constexpr):
     x = x * scale
     if HAS_CAP:
         # cap tanh(x / cap), finite for infinite x.
@@ -167,7 +168,7 @@ def distill_kernel(
             x_B = tl.load(student_ptr + aligned + lane_B).to(WIDE)
         else:
             x_B = tl.load(student_ptr + aligned + lane_B, inside_B, 0.0).to(WIDE)
-        x_B = tl.where(inside_B, _capped(x_B, student_scale, student_cap, HAS_STUDENT_CAP), float("-inf"))
+        x_B = tl.where(inside_B, capped(x_B, student_scale, student_cap, HAS_STUDENT_CAP), float("-inf"))
         a_B = x_B / temperature
         b_B = a_B
         if HAS_TEACHER:
@@ -175,7 +176,7 @@ def distill_kernel(
                 b_B = tl.load(teacher_ptr + teacher_at + lane_B).to(WIDE)
             else:
                 b_B = tl.load(teacher_ptr + teacher_at + lane_B, inside_B, 0.0).to(WIDE)
-            b_B = _capped(b_B, teacher_scale, teacher_cap, HAS_TEACHER_CAP) / temperature
+            b_B = capped(b_B, teacher_scale, teacher_cap, HAS_TEACHER_CAP) / temperature
             b_B = tl.where(inside_B, b_B, float("-inf"))
 
         # What this segment knows of its row.
@@ -352,7 +353,7 @@ def distill_rows_triton(
         "HAS_WEIGHTS": weights is not None,
         "HAS_GRAD": grad_NV is not None,
     }
-    with _on(student_NV.device):
+    with on_device(student_NV):
         for stage in stages:
             distill_kernel[(programs,)](
                 student_NV,
@@ -405,8 +406,9 @@ def _can_wait(device: torch.device, segments: int) -> bool:
     return segments <= torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("interpreted")
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def scale_triton_(tensor: Tensor, factor: Tensor) -> None:
@@ -416,7 +418,7 @@ def scale_triton_(tensor: Tensor, factor: Tensor) -> None:
     if elements == 0:
         return
     wide = tl.float64 if tensor.dtype == torch.float64 else tl.float32
-    with _on(tensor.device):
+    with on_device(tensor):
         scale_kernel[(triton.cdiv(elements, block),)](tensor, factor, elements, BLOCK=block, WIDE=wide, num_warps=8)
 
 

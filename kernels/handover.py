@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastdistil.kernels.options import OPTIONS, low_precision_unit, unpack
+
 Path = Literal["auto", "reference", "triton", "torch"]
 
 
@@ -54,15 +56,16 @@ def _interpreted() -> bool:
 @torch.library.custom_op("fastdistil::scale_", mutates_args=("tensor",))
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor (0-dimensional), in float32 or wider; not touched where the factor is 1."""
-    if not tensor.is_cuda:
-        if float(factor) != 1.0:
-            tensor.mul_(factor.to(torch.promote_types(tensor.dtype, torch.float32)))
-    elif _has_triton():
+    if tensor.is_cuda and _has_triton():
         from fastdistil.kernels.distill_triton import scale_triton_
 
         scale_triton_(tensor, factor)
-    else:
-        tensor.mul_(factor)
+    elif tensor.is_cuda or float(factor) != 1.0:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        if tensor.dtype == wide:
+            tensor.mul_(factor)
+        else:  # mul_ would round the factor to the tensor's dtype, where it may be 0 or infinite
+            tensor.copy_(tensor.to(wide).mul_(factor))
 
 
 @scale_.register_fake
@@ -102,3 +105,19 @@ def hand_gradients(ctx: Any, grad_total: Tensor | None) -> list[Tensor | None]:
             wide = torch.promote_types(gradient.dtype, torch.float32)
             handed.append((gradient.to(wide) * factor).to(dtype))
     return handed
+
+
+def register_handover(op: Any, *, leaves: int) -> None:
+    """The autograd of an op of distill.py's family: inputs (leaves, ..., options), outputs (total, soft, hard, z, gradients of
+    the leaves)."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.inputs = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        _, unit = low_precision_unit(unpack(inputs[-OPTIONS:]), inputs[0].dtype)
+        keep_gradients(ctx, output[4:], unit, [None if each is None else each.dtype for each in inputs[:leaves]])
+
+    def hand(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return *hand_gradients(ctx, grad_total), *(None,) * (ctx.inputs - leaves)
+
+    op.register_autograd(hand, setup_context=keep)

@@ -10,8 +10,8 @@ products turn that into the gradients of the hidden states and of the head, befo
 
 How many rows a chunk has: every chunk reads both heads (V (D + E) elements) and reads and writes the head's gradient (2 V D in
 float32), against products that grow with its rows. On an H200 that overhead is about 255/rows of the products' time: 4096
-rows cost 6%, 32 rows eight times the products. On a CPU the products reach their rate at 512 rows. So a chunk has 4096 rows
-(GPU) or 1024 (CPU), or fewer where two buffers of logits would not fit the budget below.
+rows cost 6%, 32 rows eight times the products. So a chunk has 4096 rows (GPU) or 1024 (CPU), or fewer where two buffers of
+logits would not fit the budget below.
 
 Autocast: the student's hidden states decide the dtype of its products (under autocast: autocast's), the teacher keeps its own.
 The head's gradient is summed over chunks in float32.
@@ -26,9 +26,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.distill import check_rows, distill_loss_reference, low_precision_unit, rows_function, sum_terms
-from fastdistil.kernels.handover import Path, chosen_path, hand_gradients, keep_gradients
-from fastdistil.kernels.options import OPTIONS_SCHEMA, DistillOptions, DistillTerms, SparseTeacher, pack, unpack
+from fastdistil.kernels.distill import check_rows, distill_loss_reference, rows_function, sum_terms
+from fastdistil.kernels.handover import Path, chosen_path, register_handover
+from fastdistil.kernels.options import (
+    OPTIONS_SCHEMA,
+    DistillOptions,
+    DistillTerms,
+    SparseTeacher,
+    low_precision_unit,
+    pack,
+    unpack,
+)
 from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_rows_function
 
 # Bytes of both sides' logits of one chunk.
@@ -218,18 +226,7 @@ def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *rest: Any) -
     )
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-    dtypes = [None if each is None else each.dtype for each in inputs[:3]]
-    keep_gradients(ctx, output[4:], low_precision_unit(unpack(inputs[16:]), inputs[0].dtype)[1], dtypes)
-
-
-def _hand_gradient(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return *hand_gradients(ctx, grad_total), *(None,) * (ctx.inputs - 3)
-
-
-_linear_distill.register_autograd(_hand_gradient, setup_context=_keep_gradient)
+register_handover(_linear_distill, leaves=3)
 
 
 def linear_distill_loss(

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
@@ -98,6 +99,10 @@ OPTIONS_SCHEMA = ", ".join(
 )
 
 
+OPTIONS = len(dataclasses.fields(DistillOptions))
+"""Arguments that they are."""
+
+
 def pack(options: DistillOptions) -> tuple[Any, ...]:
     """As the arguments of an op, in the order of OPTIONS_SCHEMA."""
     return dataclasses.astuple(options)
@@ -106,3 +111,22 @@ def pack(options: DistillOptions) -> tuple[Any, ...]:
 def unpack(values: tuple[Any, ...]) -> DistillOptions:
     names = [field.name for field in dataclasses.fields(DistillOptions)]
     return DistillOptions(**dict(zip(names, values, strict=True)))
+
+
+# ---- low precision ----
+
+# The largest gradient at weight 1: 1/V of a vocabulary of 2^18 is then a normal number, and weights up to 500 do not overflow.
+_FLOAT16_HEADROOM = 64.0
+
+
+def low_precision_unit(options: DistillOptions, dtype: torch.dtype) -> tuple[DistillOptions, float]:
+    """(options to compute a gradient in `dtype` with, what to multiply it with afterwards, in float32).
+
+    float16 ends at 6e-8: a gradient of 1/V over 16384 tokens would be 0 before a loss scale reaches it. So there the
+    coefficients of the gradient are divided by the largest, and multiplied by a constant that leaves room for weights; the
+    quotient is folded into backward.
+    """
+    unit = max(abs(options.soft) * options.temperature, abs(options.hard), abs(options.z)) / _FLOAT16_HEADROOM
+    if dtype != torch.float16 or unit == 0:
+        return options, 1.0
+    return dataclasses.replace(options, soft=options.soft / unit, hard=options.hard / unit, z=options.z / unit), unit

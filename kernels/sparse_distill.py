@@ -29,21 +29,18 @@ import torch
 from torch import Tensor
 
 from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.distill import (
-    _blocks,
-    _capped,
-    _hard_rows,
-    _load,
-    _softmax,
-    _times,
-    cap_gradient,
-    check_rows,
-    distill_loss_reference,
+from fastdistil.kernels.distill import capped, check_rows, distill_loss_reference, sum_terms, times
+from fastdistil.kernels.distill_torch import blocks, cap_gradient, hard_rows, load, softmax
+from fastdistil.kernels.handover import Path, chosen_path, register_handover
+from fastdistil.kernels.options import (
+    OPTIONS_SCHEMA,
+    DistillOptions,
+    DistillTerms,
+    SparseTeacher,
     low_precision_unit,
-    sum_terms,
+    pack,
+    unpack,
 )
-from fastdistil.kernels.handover import Path, chosen_path, hand_gradients, keep_gradients
-from fastdistil.kernels.options import OPTIONS_SCHEMA, DistillOptions, DistillTerms, SparseTeacher, pack, unpack
 
 
 def top_k(
@@ -74,9 +71,9 @@ def top_k(
     log_probabilities_NK = teacher_NV.new_empty(rows, k, dtype=wide)
     tail_N = teacher_NV.new_empty(rows, dtype=wide)
     with torch.no_grad():
-        for first, end in _blocks(rows, width, teacher_NV.device):
+        for first, end in blocks(rows, width, teacher_NV.device):
             x_RV = teacher_NV.new_empty(end - first, width, dtype=wide)
-            x_RV = _load(x_RV, teacher_NV[first:end, :width], scale, softcap).div_(temperature)
+            x_RV = load(x_RV, teacher_NV[first:end, :width], scale, softcap).div_(temperature)
             x_RK, indices_NK[first:end] = x_RV.topk(k)
             rest_R = x_RV.scatter_(1, indices_NK[first:end], -math.inf).logsumexp(-1)
             lse_R = torch.logaddexp(rest_R, x_RK.logsumexp(-1))
@@ -110,7 +107,7 @@ def sparse_divergence_reference(student_NV: Tensor, teacher: SparseTeacher, *, t
     lse_N = a_NV.logsumexp(-1)
     log_p_NK, tail_N = normalised(teacher, wide)
     indices_NK = teacher.indices_NK.long()
-    listed_N = _times(log_p_NK.exp(), log_p_NK - (a_NV.gather(1, indices_NK) - lse_N[:, None])).sum(-1)
+    listed_N = times(log_p_NK.exp(), log_p_NK - (a_NV.gather(1, indices_NK) - lse_N[:, None])).sum(-1)
     # Added up, as an unused slot may name a token that another slot lists.
     used_NK = (~torch.isneginf(log_p_NK)).int()
     others_NV = torch.zeros_like(a_NV, dtype=torch.int32).scatter_add(1, indices_NK, used_NK) == 0
@@ -118,7 +115,7 @@ def sparse_divergence_reference(student_NV: Tensor, teacher: SparseTeacher, *, t
     # The gradient of the logarithm of an empty sum would be nan.
     empty_N = torch.isneginf(rest_NV).all(-1)
     lse_rest_N = rest_NV.masked_fill(empty_N[:, None], 0.0).logsumexp(-1).masked_fill(empty_N, -math.inf)
-    return temperature**2 * (listed_N + _times(tail_N, tail_N.log() - (lse_rest_N - lse_N)))
+    return temperature**2 * (listed_N + times(tail_N, tail_N.log() - (lse_rest_N - lse_N)))
 
 
 def sparse_distill_reference(
@@ -141,7 +138,7 @@ def sparse_distill_reference(
         log_p_NK, tail_N = teacher.log_probabilities_NK.masked_fill(out_N[:, None], 0.0), teacher.tail_N
         teacher = SparseTeacher(teacher.indices_NK, log_p_NK, None if tail_N is None else tail_N.masked_fill(out_N, 0.0))
         student_NV = student_NV.masked_fill(out_N[:, None], 0.0)
-    student_NV = _capped(student_NV, options.student_scale, options.student_softcap)
+    student_NV = capped(student_NV, options.student_scale, options.student_softcap)
     rows_N = sparse_divergence_reference(student_NV, teacher, temperature=options.temperature)
     soft = rows_N.sum() if weights_N is None else (weights_N * rows_N).sum()
     total = rest.total + options.soft * soft if options.soft else rest.total
@@ -184,22 +181,22 @@ def check_teacher(student_NV: Tensor, teacher: SparseTeacher, options: DistillOp
 # ---- the fast path in torch: blocks of rows that stay in the cache ----
 
 
-def _soft_block(a_RV: Tensor, out_RV: Tensor, teacher: SparseTeacher, factor_R: Tensor, temperature: float) -> Tensor:
+def _soft_block(a_RV: Tensor, out_RV: Tensor, teacher: SparseTeacher, factor_R: Tensor) -> Tensor:
     """The divergence of each row [R] from student / T in a_RV (overwritten); factor times its gradient in that, in out_RV."""
     log_p_RK, tail_R = normalised(teacher, a_RV.dtype)
     indices_RK, unused_RK = teacher.indices_NK.long(), torch.isneginf(log_p_RK)
     a_RK = a_RV.gather(1, indices_RK).masked_fill_(unused_RK, -math.inf)
     # Listed columns leave the sum. Added and not written, as an unused slot may name a token that another slot lists.
     a_RV.scatter_add_(1, indices_RK, torch.where(unused_RK, 0.0, -math.inf).to(a_RV.dtype))
-    lse_rest_R = _softmax(a_RV, out_RV)
+    lse_rest_R = softmax(a_RV, out_RV)
     empty_R = torch.isneginf(a_RV.amax(-1))
     lse_rest_R = lse_rest_R.masked_fill(empty_R, -math.inf)
     lse_R = torch.logaddexp(lse_rest_R, a_RK.logsumexp(-1))
     lse_R = lse_R.masked_fill(torch.isinf(lse_R), math.nan)  # a logit of +inf, or -inf in all columns
     log_q_RK, log_q_rest_R = a_RK - lse_R[:, None], lse_rest_R - lse_R
     p_RK = log_p_RK.exp()
-    soft_R = _times(p_RK, log_p_RK - log_q_RK).sum(-1) + _times(tail_R, tail_R.log() - log_q_rest_R)
-    # Where p is nan, so is everything: _times takes nan for 0.
+    soft_R = times(p_RK, log_p_RK - log_q_RK).sum(-1) + times(tail_R, tail_R.log() - log_q_rest_R)
+    # Where p is nan, so is everything: times takes nan for 0.
     soft_R = soft_R + (lse_R + p_RK.sum(-1)) * 0.0
     rest_R = (log_q_rest_R.exp() - tail_R) * factor_R
     out_RV.mul_(rest_R[:, None])
@@ -231,18 +228,18 @@ def sparse_distill_rows_torch(
         return
     if device.type == "cpu":
         _check_indices(teacher.indices_NK, width)
-    largest = next(_blocks(rows, width, device))[1]
+    largest = next(blocks(rows, width, device))[1]
     a_LV, g_LV, q_LV = (buffer((largest, width), wide, device) for _ in range(3))
-    for first, end in _blocks(rows, width, device):
+    for first, end in blocks(rows, width, device):
         student_RV, terms_R3 = student_NV[first:end, :width], terms_N3[first:end]
         a_RV, g_RV, q_RV = (each[: end - first] for each in (a_LV, g_LV, q_LV))
         labels_R = None if labels_N is None else labels_N[first:end]
-        hard = _hard_rows(student_RV, labels_R, options, terms_R3, a_RV, q_RV)
-        _load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
+        hard = hard_rows(student_RV, labels_R, options, terms_R3, a_RV, q_RV)
+        load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
         part = SparseTeacher(*(None if each is None else each[first:end] for each in teacher))  # type: ignore[arg-type]
         weights_R = terms_R3.new_ones(end - first) if weights_N is None else weights_N[first:end].to(wide)
         factor_R = weights_R * (options.soft * temperature)
-        soft_R = _soft_block(a_RV, g_RV, part, factor_R, temperature)
+        soft_R = _soft_block(a_RV, g_RV, part, factor_R)
         terms_R3[:, 0] = torch.where(weights_R == 0, 0, weights_R * temperature**2 * soft_R)
         if grad_NV is None:
             continue
@@ -250,7 +247,7 @@ def sparse_distill_rows_torch(
         if hard is not None:
             g_RV.index_add_(0, *hard)
         if options.student_softcap is not None:
-            cap_gradient(g_RV, _load(a_RV, student_RV, options.student_scale, options.student_softcap), options)
+            cap_gradient(g_RV, load(a_RV, student_RV, options.student_scale, options.student_softcap), options)
         if options.student_scale != 1.0:
             g_RV.mul_(options.student_scale)
         grad_NV[first:end, :width].copy_(g_RV)
@@ -313,17 +310,7 @@ def _(student_NV: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return *scalars, student_NV.new_empty(student_NV.shape if rest[5] else 0)
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-    keep_gradients(ctx, output[4:], low_precision_unit(unpack(inputs[8:]), inputs[0].dtype)[1])
-
-
-def _hand_gradient(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return *hand_gradients(ctx, grad_total), *(None,) * (ctx.inputs - 1)
-
-
-_sparse_distill.register_autograd(_hand_gradient, setup_context=_keep_gradient)
+register_handover(_sparse_distill, leaves=1)
 
 
 def sparse_distill_loss(

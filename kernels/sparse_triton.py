@@ -11,7 +11,6 @@ Legend: N rows, V vocabulary, K listed tokens, B columns of a block.
 """
 
 # Conditions known to the compiler stand apart from those of the device.
-# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from typing import Any
@@ -21,21 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistil.kernels.distill_triton import capped, on_device
 from fastdistil.kernels.launches import Launch, launch
 from fastdistil.kernels.options import DistillOptions, SparseTeacher
 
 _BLOCK, _WARPS = 2048, 8
 _LARGEST = 4096
 _INTEGERS = ("student_row_stride", "grad_row_stride", "rows", "width", "listed", "words", "ignore_index")
-
-
-@triton.jit
-def _capped(x, scale, cap, HAS_CAP: tl.constexpr):
-    x = x * scale
-    if HAS_CAP:
-        # cap tanh(x / cap), finite for infinite x.
-        x = cap * (1.0 - 2.0 / (tl.exp(2.0 * x / cap) + 1.0))
-    return x
 
 
 @triton.jit
@@ -52,6 +43,19 @@ def _log_sum(a, b):
     largest = tl.maximum(a, b)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     return largest + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
+
+
+@triton.jit
+def _finished(
+    g, x, column, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP: tl.constexpr
+):
+    """The soft term's gradient with the hard one added, in the logits before cap and scale."""
+    g += tl.where(hard_factor == 0, 0.0, tl.exp(x - lse_1) * hard_factor)
+    g -= tl.where(labelled & (column == label), hard, 0.0)
+    if HAS_STUDENT_CAP:
+        # d cap tanh(x / cap) = 1 - tanh^2; what is out stays out, where x may be nan.
+        g = tl.where(g == 0, 0.0, g * (1.0 - (x / student_cap) * (x / student_cap)))
+    return g * student_scale
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def sparse_kernel(
     stray = tl.max(tl.where(used_K & ((index_K < 0) | (index_K >= width)), 1, 0), 0)
     used_K = used_K & (index_K >= 0) & (index_K < width)
     tl.atomic_or(mask_ptr + index_K // 32, tl.full((LISTED_POW2,), 1, tl.int32) << (index_K % 32), used_K, sem="relaxed")
-    x_K = _capped(tl.load(student_ptr + index_K, used_K, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
+    x_K = capped(tl.load(student_ptr + index_K, used_K, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
     a_K = tl.where(used_K, x_K / temperature, float("-inf"))
 
     # The teacher, renormalised.
@@ -130,7 +134,7 @@ def sparse_kernel(
     label_x = tl.full((), float("-inf"), WIDE)
     for start in range(0, width, BLOCK):
         v_B = start + tl.arange(0, BLOCK)
-        x_B = _capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
+        x_B = capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
         x_B = tl.where(v_B < width, x_B, float("-inf"))
         in_list_B = (tl.load(mask_ptr + v_B // 32, v_B < width, 0, volatile=True) >> (v_B % 32)) & 1
         rest_B = tl.where(in_list_B == 0, x_B / temperature, float("-inf"))
@@ -166,26 +170,18 @@ def sparse_kernel(
         of_rest = (tl.exp(log_q_rest) - tail) * factor
         for start in range(0, width, BLOCK):
             v_B = start + tl.arange(0, BLOCK)
-            x_B = _capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
+            x_B = capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
             in_list_B = (tl.load(mask_ptr + v_B // 32, v_B < width, 0, volatile=True) >> (v_B % 32)) & 1
             g_B = tl.where(counts, tl.exp(x_B / temperature - tl.where(empty, 0.0, lse_rest)) * of_rest, 0.0)
-            if HAS_LABELS:
-                if labelled:
-                    g_B += tl.where(hard_factor == 0, 0.0, tl.exp(x_B - lse_1) * hard_factor)
-                    g_B -= tl.where(v_B == label, hard, 0.0)
-            if HAS_STUDENT_CAP:
-                # d cap tanh(x / cap) = 1 - tanh^2; what is out stays out, where x may be nan.
-                g_B = tl.where(g_B == 0, 0.0, g_B * (1.0 - (x_B / student_cap) * (x_B / student_cap)))
-            g_B = (g_B * student_scale).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + v_B, g_B, (v_B < width) & (in_list_B == 0))
+            g_B = _finished(
+                g_B, x_B, v_B, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP
+            )
+            tl.store(grad_ptr + v_B, g_B.to(grad_ptr.dtype.element_ty), (v_B < width) & (in_list_B == 0))
         g_K = tl.where(counts, (tl.exp(log_q_K) - p_K) * factor, 0.0)
-        if HAS_LABELS:
-            if labelled:
-                g_K += tl.where(hard_factor == 0, 0.0, tl.exp(x_K - lse_1) * hard_factor)
-                g_K -= tl.where(index_K == label, hard, 0.0)
-        if HAS_STUDENT_CAP:
-            g_K = tl.where(g_K == 0, 0.0, g_K * (1.0 - (x_K / student_cap) * (x_K / student_cap)))
-        tl.store(grad_ptr + index_K, (g_K * student_scale).to(grad_ptr.dtype.element_ty), used_K)
+        g_K = _finished(
+            g_K, x_K, index_K, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP
+        )
+        tl.store(grad_ptr + index_K, g_K.to(grad_ptr.dtype.element_ty), used_K)
 
 
 def sparse_distill_rows_triton(
@@ -214,7 +210,7 @@ def sparse_distill_rows_triton(
         "HAS_WEIGHTS": weights_N is not None,
         "HAS_GRAD": grad_NV is not None,
     }
-    with torch.cuda.device(student_NV.device) if student_NV.is_cuda else torch.no_grad():
+    with on_device(student_NV):
         sparse_kernel[(rows,)](
             student_NV,
             teacher.indices_NK.contiguous(),

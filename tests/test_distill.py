@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fastdistil.kernels import distill
 from fastdistil.kernels.distill import bytes_moved, distill_loss, flops
+from fastdistil.kernels.distill_torch import distill_rows_torch
 from fastdistil.kernels.distill_triton import distill_rows_triton
+from fastdistil.kernels.handover import scale_
 from fastdistil.kernels.options import DistillOptions, DistillTerms, pack
 
 PATHS = ["torch", "triton"]
@@ -431,7 +433,18 @@ def test_no_waiting_on_a_gpu() -> None:
         bool(weights.sum() > 0)
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, **EVERYTHING)  # type: ignore[arg-type]
-        distill.distill_rows_torch(student, teacher, labels, weights, options, terms_N3, student)
+        distill_rows_torch(student, teacher, labels, weights, options, terms_N3, student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, 1e5, 1 / 3, 1e-8])
+def test_the_factor_of_backward_is_not_rounded(dtype: torch.dtype, factor: float) -> None:
+    """1e5 is infinite in float16, 1e-8 is 0, and a third has 8 bits in bfloat16."""
+    tensor = torch.tensor([1e-3, -0.5, 2.0] if factor < 1e5 else [1e-3, -1e-4, 0.2]).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (tensor.to(wide) * torch.tensor(factor, dtype=wide)).to(dtype)
+    scale_(tensor, torch.tensor(factor, dtype=wide))
+    assert torch.equal(tensor, expected)
 
 
 def test_costs() -> None:

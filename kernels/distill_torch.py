@@ -1,0 +1,218 @@
+"""The path of distill.py for the CPU: blocks of rows that stay in the cache, worked on in vectorised sweeps.
+
+Nothing of size [N, V] is made but the gradient. It runs on a GPU too, in large blocks, where it never waits for the device:
+what it looks at on a CPU (which rows have labels, whether something is infinite) it works out for all rows there.
+
+Legend: N rows (tokens), V vocabulary, R rows of a block, M of them labelled.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.kernels.buffers import buffer
+from fastdistil.kernels.options import DistillOptions
+
+# Elements of one block's buffer: in float32 six of 1 MiB, which the second- and third-level caches hold.
+_BLOCK = 2**18
+# On a GPU blocks only bound the memory.
+_BLOCK_GPU = 2**27
+
+
+def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    size = max(1, (_BLOCK if device.type == "cpu" else _BLOCK_GPU) // width)
+    for first in range(0, rows, size):
+        yield first, min(first + size, rows)
+
+
+def load(out_RV: Tensor, logits_RV: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Logits as the loss sees them at temperature 1, in out_RV."""
+    out_RV.copy_(logits_RV)
+    if softcap is not None:
+        torch.tanh(out_RV.mul_(scale / softcap), out=out_RV)
+        return out_RV.mul_(softcap)
+    return out_RV if scale == 1.0 else out_RV.mul_(scale)
+
+
+def softmax(a_RV: Tensor, out_RV: Tensor) -> Tensor:
+    """softmax(a) in out_RV; returns log sum exp(a), [R], which comes back from the largest probability (at least 1/V)."""
+    torch.softmax(a_RV, -1, out=out_RV)
+    return a_RV.amax(-1) - out_RV.amax(-1).log()
+
+
+def _weighted_mean(p_RV: Tensor, x_RV: Tensor) -> Tensor:
+    """sum_v p x, [R], with 0 where p = 0 and x is not finite: those x are set to 0 in place."""
+    mean_R: Tensor = torch.linalg.vecdot(p_RV, x_RV)
+    if x_RV.device.type != "cpu" or not bool(mean_R.isfinite().all()):
+        x_RV.masked_fill_(p_RV == 0, 0.0)
+        mean_R = torch.linalg.vecdot(p_RV, x_RV)
+    return mean_R
+
+
+def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, Tensor]:
+    """(D of each row [R], its gradient in student / T [R, V]) from student / T and teacher / T in block[0] and block[1]."""
+    a, b, q, p, m, _ = block
+    lse_a_R, lse_b_R = softmax(a, q), softmax(b, p)
+    match options.divergence:
+        case "forward-kl":
+            mean_R = _weighted_mean(p, torch.sub(b, a, out=m))
+            return mean_R - lse_b_R + lse_a_R, torch.sub(q, p, out=q)
+        case "reverse-kl":
+            mean_R = _weighted_mean(q, torch.sub(a, b, out=m))
+            return mean_R - lse_a_R + lse_b_R, q.mul_(m.sub_(mean_R[:, None]))
+        case "jsd":
+            beta = options.beta
+            torch.mul(q, 1 - beta, out=m).add_(p, alpha=beta).log_()
+            teacher_R = _weighted_mean(p, b.sub_(lse_b_R[:, None]).sub_(m))
+            student_R = _weighted_mean(q, a.sub_(lse_a_R[:, None]).sub_(m))
+            return beta * teacher_R + (1 - beta) * student_R, q.mul_(a.sub_(student_R[:, None])).mul_(1 - beta)
+
+
+def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: DistillOptions, terms_R3: Tensor) -> Tensor:
+    """The soft term of a block, whose logits at temperature 1 are in block[0] and block[1]; its gradient in the student's."""
+    temperature = options.temperature
+    if temperature != 1.0:
+        block[0].mul_(1 / temperature)
+        block[1].mul_(1 / temperature)
+    soft_R, g_RV = _soft_block(block, options)
+    soft_R = soft_R * temperature**2
+    if weights_R is not None:
+        soft_R = torch.where(weights_R == 0, 0, weights_R * soft_R)
+    terms_R3[:, 0] = soft_R
+    if options.soft == 0:
+        return g_RV.zero_()
+    if weights_R is None:
+        return g_RV.mul_(options.soft * temperature)
+    factor_R1 = (weights_R * (options.soft * temperature))[:, None]
+    return g_RV.mul_(factor_R1).masked_fill_(factor_R1 == 0, 0.0)
+
+
+def distill_rows_torch(
+    student_NV: Tensor,
+    teacher_NV: Tensor | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor | None,
+    options: DistillOptions,
+    terms_N3: Tensor,
+    grad_NV: Tensor | None,
+) -> None:
+    """Writes each row's (soft, hard, z) into terms_N3 and the gradient of its part of `total` into grad_NV.
+
+    grad_NV may be student_NV itself, whose logits are then gone. terms_N3 has the wide dtype. Without a teacher the soft
+    term is 0.
+    """
+    rows, device, wide = student_NV.shape[0], student_NV.device, terms_N3.dtype
+    width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
+    if rows == 0:
+        return
+    largest = next(blocks(rows, width, device))[1]
+    buffers = [buffer((largest, width), wide, device) for _ in range(6)]
+    for at_R, labels_R in _selections(labels_N, options.ignore_index, rows, width, device):
+        student_RV, terms_R3 = _rows(student_NV[:, :width], at_R), terms_N3[at_R]
+        block = [each[: len(student_RV)] for each in buffers]
+        hard = hard_rows(student_RV, labels_R, options, terms_R3, block[0], block[5])
+        if teacher_NV is None:
+            terms_R3[:, 0] = 0.0
+            g_RV = block[2].zero_()
+        else:
+            load(block[0], student_RV, options.student_scale, options.student_softcap)
+            load(block[1], _rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
+            g_RV = _weighed_soft_block(block, None if weights_N is None else weights_N[at_R].to(wide), options, terms_R3)
+        if not isinstance(at_R, slice):
+            terms_N3[at_R] = terms_R3
+        if grad_NV is None:
+            continue
+        if hard is not None:
+            g_RV.index_add_(0, *hard)
+        if options.student_softcap is not None:
+            cap_gradient(g_RV, load(block[0], student_RV, options.student_scale, options.student_softcap), options)
+        if options.student_scale != 1.0:
+            g_RV.mul_(options.student_scale)
+        if isinstance(at_R, slice):
+            grad_NV[at_R, :width].copy_(g_RV)
+        else:
+            grad_NV[:, :width].index_copy_(0, at_R, g_RV.to(grad_NV.dtype))
+    if grad_NV is not None:
+        grad_NV[:, width:].zero_()
+
+
+def cap_gradient(g_RV: Tensor, x_RV: Tensor, options: DistillOptions) -> None:
+    """The gradient in capped logits x (overwritten) into that in the logits before: d cap tanh(x / cap) = 1 - tanh^2."""
+    assert options.student_softcap is not None
+    none_RV = g_RV == 0
+    g_RV.mul_(x_RV.mul_(1 / options.student_softcap).square_().neg_().add_(1.0))
+    # Rows that are out stay out: x may be nan there.
+    g_RV.masked_fill_(none_RV, 0.0)
+
+
+def _rows(values_NV: Tensor, at_R: slice | Tensor) -> Tensor:
+    return values_NV[at_R] if isinstance(at_R, slice) else values_NV.index_select(0, at_R)
+
+
+def _selections(
+    labels_N: Tensor | None, ignore_index: int, rows: int, width: int, device: torch.device
+) -> Iterator[tuple[Any, Tensor | None]]:
+    """Rows of each block, and their labels (None: they have none).
+
+    On the CPU labelled rows share blocks: one here and there would be worked on by one core.
+    """
+    labelled_M = None
+    if labels_N is not None and device.type == "cpu":
+        labelled_N = labels_N != ignore_index
+        labelled_M = labelled_N.nonzero().squeeze(1)
+    if labels_N is None or labelled_M is None or len(labelled_M) in (0, rows):
+        none = labelled_M is not None and len(labelled_M) == 0
+        for first, end in blocks(rows, width, device):
+            yield slice(first, end), None if labels_N is None or none else labels_N[first:end]
+        return
+    for numbers_M, has in ((labelled_M, True), ((~labelled_N).nonzero().squeeze(1), False)):
+        for first, end in blocks(len(numbers_M), width, device):
+            at_R = numbers_M[first:end]
+            yield at_R, labels_N[at_R] if has else None
+
+
+def hard_rows(
+    student_RV: Tensor, labels_R: Tensor | None, options: DistillOptions, terms_R3: Tensor, x_RV: Tensor, q_RV: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The labelled rows' hard and z terms into terms_R3; (their numbers [M], their gradient [M, V]), None without any.
+
+    x_RV is overwritten; the gradient is in q_RV.
+    """
+    terms_R3[:, 1:].zero_()
+    if labels_R is None:
+        return None
+    labelled_R = labels_R != options.ignore_index
+    if labels_R.device.type == "cpu":
+        rows_M = labelled_R.nonzero().squeeze(1)
+        if len(rows_M) == 0:
+            return None
+    else:
+        rows_M = torch.arange(len(labels_R), device=labels_R.device)  # all of them: how many have labels is not known here
+    every, x_MV, q_MV = len(rows_M) == len(labels_R), x_RV[: len(rows_M)], q_RV[: len(rows_M)]
+    logits_MV = student_RV if every else student_RV.index_select(0, rows_M)
+    load(x_MV, logits_MV, options.student_scale, options.student_softcap)
+    has_M = labelled_R.index_select(0, rows_M)
+    target_M1 = labels_R.index_select(0, rows_M).where(has_M, 0)[:, None]
+    if labels_R.device.type == "cpu":
+        check_labels(target_M1, student_RV.shape[1])
+    x_M = x_MV.gather(1, target_M1).squeeze(1)
+    lse_M = softmax(x_MV, q_MV)
+    terms_R3[:, 1].index_copy_(0, rows_M, torch.where(has_M, lse_M - x_M, 0))
+    terms_R3[:, 2].index_copy_(0, rows_M, torch.where(has_M, lse_M.square(), 0))
+    if options.hard == options.z == 0:
+        return None
+    q_MV.mul_((options.hard + 2 * options.z * lse_M)[:, None])
+    # In the wide dtype: q - 1 cancels for a label that is nearly certain.
+    q_MV.scatter_add_(1, target_M1, q_MV.new_full(target_M1.shape, -options.hard))
+    if labels_R.device.type != "cpu":
+        q_MV.masked_fill_(~has_M[:, None], 0.0)
+    return rows_M, q_MV
+
+
+def check_labels(labels: Tensor, width: int) -> None:
+    """Labels on the CPU, without those to ignore. On a GPU looking at them would be a wait: there the term is nan."""
+    least, largest = int(labels.min()), int(labels.max())
+    if least < 0 or largest >= width:
+        raise ValueError(f"labels must lie in 0 ... {width - 1}, got {least if least < 0 else largest}")
