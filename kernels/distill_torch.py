@@ -15,8 +15,8 @@ from torch import Tensor
 from fastdistil.kernels.buffers import buffer
 from fastdistil.kernels.options import DistillOptions
 
-# Elements of one block's buffer: in float32 six of 1 MiB, which the second- and third-level caches hold.
-_BLOCK = 2**18
+# Elements of one block's buffer: in float32 six of 2 MiB, which the third-level cache holds.
+_BLOCK = 2**19
 # On a GPU blocks only bound the memory.
 _BLOCK_GPU = 2**27
 
@@ -42,12 +42,12 @@ def softmax(a_RV: Tensor, out_RV: Tensor) -> Tensor:
     return a_RV.amax(-1) - out_RV.amax(-1).log()
 
 
-def _weighted_mean(p_RV: Tensor, x_RV: Tensor) -> Tensor:
+def _weighted_mean(p_RV: Tensor, x_RV: Tensor, spare_RV: Tensor) -> Tensor:
     """sum_v p x, [R], with 0 where p = 0 and x is not finite: those x are set to 0 in place."""
-    mean_R: Tensor = torch.linalg.vecdot(p_RV, x_RV)
+    mean_R = torch.mul(p_RV, x_RV, out=spare_RV).sum(-1)
     if x_RV.device.type != "cpu" or not bool(mean_R.isfinite().all()):
         x_RV.masked_fill_(p_RV == 0, 0.0)
-        mean_R = torch.linalg.vecdot(p_RV, x_RV)
+        mean_R = torch.mul(p_RV, x_RV, out=spare_RV).sum(-1)
     return mean_R
 
 
@@ -57,16 +57,17 @@ def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, T
     lse_a_R, lse_b_R = softmax(a, q), softmax(b, p)
     match options.divergence:
         case "forward-kl":
-            mean_R = _weighted_mean(p, torch.sub(b, a, out=m))
+            mean_R = _weighted_mean(p, torch.sub(b, a, out=m), b)
             return mean_R - lse_b_R + lse_a_R, torch.sub(q, p, out=q)
         case "reverse-kl":
-            mean_R = _weighted_mean(q, torch.sub(a, b, out=m))
+            mean_R = _weighted_mean(q, torch.sub(a, b, out=m), b)
             return mean_R - lse_a_R + lse_b_R, q.mul_(m.sub_(mean_R[:, None]))
         case "jsd":
             beta = options.beta
             torch.mul(q, 1 - beta, out=m).add_(p, alpha=beta).log_()
-            teacher_R = _weighted_mean(p, b.sub_(lse_b_R[:, None]).sub_(m))
-            student_R = _weighted_mean(q, a.sub_(lse_a_R[:, None]).sub_(m))
+            b.sub_(lse_b_R[:, None]).sub_(m)
+            a.sub_(lse_a_R[:, None]).sub_(m)
+            teacher_R, student_R = _weighted_mean(p, b, m), _weighted_mean(q, a, m)
             return beta * teacher_R + (1 - beta) * student_R, q.mul_(a.sub_(student_R[:, None])).mul_(1 - beta)
 
 
@@ -158,16 +159,19 @@ def _selections(
 
     On the CPU labelled rows share blocks: one here and there would be worked on by one core.
     """
-    labelled_M = None
-    if labels_N is not None and device.type == "cpu":
-        labelled_N = labels_N != ignore_index
-        labelled_M = labelled_N.nonzero().squeeze(1)
-    if labels_N is None or labelled_M is None or len(labelled_M) in (0, rows):
-        none = labelled_M is not None and len(labelled_M) == 0
+    if labels_N is None or device.type != "cpu":
         for first, end in blocks(rows, width, device):
-            yield slice(first, end), None if labels_N is None or none else labels_N[first:end]
+            yield slice(first, end), None if labels_N is None else labels_N[first:end]
         return
-    for numbers_M, has in ((labelled_M, True), ((~labelled_N).nonzero().squeeze(1), False)):
+    labelled_N = labels_N != ignore_index
+    count = int(labelled_N.sum())
+    if bool(labelled_N[:count].all()):
+        for first, end in blocks(count, width, device):
+            yield slice(first, end), labels_N[first:end]
+        for first, end in blocks(rows - count, width, device):
+            yield slice(count + first, count + end), None
+        return
+    for numbers_M, has in ((labelled_N.nonzero().squeeze(1), True), ((~labelled_N).nonzero().squeeze(1), False)):
         for first, end in blocks(len(numbers_M), width, device):
             at_R = numbers_M[first:end]
             yield at_R, labels_N[at_R] if has else None

@@ -42,8 +42,8 @@ from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_r
 # Bytes of both sides' logits of one chunk.
 _BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 _ROWS = {"cpu": 1024, "cuda": 4096}
-# Rows of the head that are widened at a time on a CPU: they stay in the cache.
-_PIECE = 256
+# Rows of the head whose gradient is made at a time on a CPU in low precision: they stay in the cache until they are summed.
+_PIECE = 1024
 
 
 def rows_per_chunk(rows: int, columns: int, itemsizes: int, device: torch.device) -> int:
@@ -81,6 +81,7 @@ class _Head:
     def __init__(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, width: int, largest: int, need: tuple[bool, ...]
     ) -> None:
+        rows = hidden_ND.shape[0]
         dtype, device = hidden_ND.dtype, hidden_ND.device
         wide = torch.promote_types(dtype, torch.float32)
         # float16 gradients are scaled before they are rounded: in backward.
@@ -92,10 +93,11 @@ class _Head:
         self.bias_V = None if bias_V is None else bias_V[:width].to(dtype)
         self.logits_CV = buffer((largest, width), dtype, device)
         self.grad_hidden_ND = buffer(hidden_ND.shape if need[0] else (0,), stored, device)
-        self.grad_weight_VD = buffer(weight_VD.shape if need[1] else (0,), wide, device)
+        # Two rounded parts need no wider buffer: the first is its own sum, the second makes the last one.
+        narrow = device.type == "cpu" and dtype == weight_VD.dtype == stored and rows <= 2 * largest
+        self.grad_weight_VD = buffer(weight_VD.shape if need[1] else (0,), dtype if narrow else wide, device)
         self.grad_bias_V = buffer(weight_VD.shape[:1] if need[2] else (0,), wide, device)
         self._need, self._width, self._begun = need, width, False
-        self._part_VD: Tensor | None = None
 
     def logits(self, first: int, end: int) -> Tensor:
         return _product(self.hidden_ND[first:end], self.weight_VD, self.bias_V, self.logits_CV[: end - first])
@@ -127,18 +129,14 @@ class _Head:
             torch.ops.aten.addmm.dtype_out(out_VD, grad_VC, hidden_CD, out_VD.dtype, beta=keep, out=out_VD)
         else:
             # The processor's half-precision products give half precision: each chunk's is rounded once, their sum is not.
-            if self._part_VD is None:
-                self._part_VD = buffer(out_VD.shape, grad_VC.dtype, grad_VC.device)
-            torch.mm(grad_VC, hidden_CD, out=self._part_VD)
-            if not self._begun:
-                out_VD.copy_(self._part_VD)
-                return
-            # Widened piece by piece: a sum of two dtypes is not vectorised.
+            wide = torch.promote_types(grad_VC.dtype, torch.float32)
+            part_PD = grad_VC.new_empty(_PIECE, hidden_CD.shape[1])
             for first in range(0, len(out_VD), _PIECE):
-                out_VD[first : first + _PIECE].add_(self._part_VD[first : first + _PIECE].to(out_VD.dtype))
+                piece_PD = out_VD[first : first + _PIECE]
+                part_PD = torch.mm(grad_VC[first : first + _PIECE], hidden_CD, out=part_PD[: len(piece_PD)])
+                piece_PD.copy_(piece_PD.to(wide).add_(part_PD.to(wide)) if self._begun else part_PD)
 
     def gradients(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        self._part_VD = None
         if not self._begun:  # no rows
             self.grad_weight_VD.zero_()
             self.grad_bias_V.zero_()
@@ -177,6 +175,13 @@ def _linear_distill(
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
+    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" else None
+    if order_N is not None:
+        by_row = (hidden_ND, teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
+        hidden_ND, teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N = (
+            None if each is None else each.index_select(0, order_N) for each in by_row
+        )
+        assert hidden_ND is not None
     scaled, _ = low_precision_unit(options, hidden_ND.dtype)
     need = (need_hidden, need_weight, need_bias)
     rows, wide = hidden_ND.shape[0], torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -205,8 +210,17 @@ def _linear_distill(
                 sparse(logits_CV, cached, *rest)
             if grad_CV is not None:
                 head.add(first, end, grad_CV)
-        gradients = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
-    return *sum_terms(terms_N3, options), *gradients
+        hidden, weight, bias = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
+    if order_N is not None and need_hidden:
+        hidden = torch.empty_like(hidden).index_copy_(0, order_N, hidden)
+    return *sum_terms(terms_N3, options), hidden, weight, bias
+
+
+def _labelled_first(labels_N: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Rows in an order in which blocks on a CPU have labels or not, without copies of their logits; None: as they are."""
+    if labels_N is None or labels_N.device.type != "cpu":
+        return None
+    return (labels_N == ignore_index).sort(stable=True).indices
 
 
 def _part(rows_N: Tensor | None, first: int, end: int) -> Tensor | None:
