@@ -1,7 +1,9 @@
 """What the kernels' benchmarks share: the machine's ceilings, peak memory, timing on a GPU."""
 
+import ctypes
 import functools
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +51,7 @@ def matrix_flops_per_s(dtype: torch.dtype) -> float:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that a call holds beyond what there was before: the allocator's on a GPU, else resident pages."""
+    """The most memory that a second call holds beyond what there was before: the allocator's on a GPU, else resident pages."""
     call()
     gc.collect()
     if GPU:
@@ -57,10 +59,17 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    _give_back_free_memory()  # what the allocator kept of earlier calls would hide this one's
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def _give_back_free_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def _status(key: str) -> int:
@@ -74,23 +83,37 @@ def flush() -> None:
         torch.empty(2**28, dtype=torch.uint8, device=DEVICE).zero_()
 
 
+Mark = Any  # seconds, or an event on a GPU
+
+
+def mark() -> Mark:
+    if not GPU:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def median_between_s(marks: list[tuple[Mark, Mark]]) -> float:
+    wait()
+    return statistics.median(begun.elapsed_time(ended) / 1000 if GPU else ended - begun for begun, ended in marks)
+
+
 def measured(benchmark: Any, call: Callable[[], Any], rounds: int, **facts: Any) -> None:
-    """Times the call; on a GPU by device events, kept in extra_info."""
+    """Times the call after two others, which measure its memory; on a GPU by device events, kept in extra_info."""
     facts = {"device": torch.cuda.get_device_name() if GPU else "cpu", "peak_bytes": peak_bytes(call), **facts}
     if not GPU:
-        benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(call, rounds=rounds)
         facts["median_s"] = benchmark.stats.stats.median
     else:
-        times = []
+        marks = []
         for _ in range(rounds * 5):
             flush()
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begun.record()
+            begun = mark()
             call()
-            ended.record()
-            torch.cuda.synchronize()
-            times.append(begun.elapsed_time(ended) / 1000)
-        facts["median_s"] = sorted(times)[len(times) // 2]
+            marks.append((begun, mark()))
+            wait()
+        facts["median_s"] = median_between_s(marks)
         benchmark.pedantic(call, rounds=1)
     if "bytes" in facts:
         facts["share_of_copy"] = facts["bytes"] / facts["median_s"] / copy_bytes_per_s()

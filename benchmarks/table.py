@@ -16,12 +16,20 @@ def tables(benchmarks: list[dict[str, Any]]) -> str:
     lines = []
     for group, sides in groups.items():
         eager = next((side for side in sides if side["side"].startswith("eager")), sides[0])
-        lines += [f"**{group}**", "", "| side | ms | speed | of the ceiling | extra memory |", "|---|---|---|---|---|"]
+        lines += [
+            f"**{group}**",
+            "",
+            "| side | ms | of it backward | speed | of the ceiling | extra memory |",
+            "|---|---|---|---|---|---|",
+        ]
         for side in sides:
             ratio = eager["median_s"] / side["median_s"]
             ceiling = next((f"{side[key]:.0%} of {name}" for key, name in CEILINGS.items() if key in side), "")
             memory = f"{side['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in side else ""
-            lines.append(f"| {side['side']} | {side['median_s'] * 1000:.1f} | {ratio:.2f}x | {ceiling} | {memory} |")
+            backward = f"{side['backward_s'] * 1000:.1f}" if "backward_s" in side else ""
+            lines.append(
+                f"| {side['side']} | {side['median_s'] * 1000:.1f} | {backward} | {ratio:.2f}x | {ceiling} | {memory} |"
+            )
         lines.append("")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from fastdistil.kernels.linear_distill import linear_distill_loss
 from fastdistil.kernels.options import DistillOptions
 from fastdistil.kernels.sparse_distill import sparse_distill_loss, top_k
 
-from .measure import DEVICE, GPU, measured
+from .measure import DEVICE, GPU, mark, measured, median_between_s
 
 OPTIONS = DistillOptions(temperature=2.0, soft=5.0, hard=2.0)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,7 +51,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def liger(name: str) -> Any:
     if not GPU:
         pytest.skip("Liger-Kernel's kernels need a GPU")
-    return pytest.importorskip(f"liger_kernel.ops.{name}", reason="pip install liger-kernel")
+    return pytest.importorskip(f"liger_kernel.ops.{name}", reason="needs liger-kernel: pip install -e '.[bench]'")
 
 
 def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -59,10 +59,15 @@ def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return 5 * soft + 2 * F.cross_entropy(student, labels, reduction="sum")
 
 
-def backward(loss: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+def backward(loss: Callable[[], Tensor], leaves: list[Tensor], marks: list[Any] | None = None) -> None:
+    """Forward and backward; `marks` gets when backward began and when it ended."""
     for leaf in leaves:
         leaf.grad = None
-    loss().backward()
+    total = loss()
+    begun = mark()
+    total.backward()
+    if marks is not None:
+        marks.append((begun, mark()))
 
 
 @pytest.mark.parametrize("side", ["fastdistil", "eager", "torch.compile"])
@@ -92,14 +97,26 @@ def eager_linear(student: list[Tensor], teacher: list[Tensor], labels: Tensor) -
 
 
 def liger_jsd(student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
-    """Its JSD at beta 0 is the forward KL; it has neither T^2 nor bias nor hard term in the same pass."""
+    """Its JSD at beta 0 is the forward KL; no T^2, bias or hard term (its labels only say which rows count)."""
     function = liger("fused_linear_jsd").LigerFusedLinearJSDFunction
     total: Tensor = function.apply(student[0], student[1], teacher[0], teacher[1], None, 0.0, -100, 2.0)
     return total
 
 
+def liger_kl_div(student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
+    """It takes the teacher's probabilities, so the teacher's head is not fused; no T^2, bias or hard term either."""
+    function = liger("fused_linear_kl_div").LigerFusedLinearKLDivFunction
+    with torch.no_grad():
+        probabilities = (F.linear(teacher[0], teacher[1]) / 2).softmax(-1)
+    total: Tensor = function.apply(student[0], student[1], probabilities, None, "sum", -100, 2.0)
+    return total
+
+
+LIGER = {"liger fused_linear_jsd": liger_jsd, "liger fused_linear_kl_div": liger_kl_div}
+
+
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
-@pytest.mark.parametrize("side", ["fastdistil", "eager", "torch.compile", "liger fused_linear_jsd"])
+@pytest.mark.parametrize("side", ["fastdistil", "eager", "torch.compile", *LIGER])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", HEADS)
 def test_linear(benchmark: Any, shape: str, dtype: str, side: str, what: str) -> None:
@@ -116,16 +133,19 @@ def test_linear(benchmark: Any, shape: str, dtype: str, side: str, what: str) ->
     sides: dict[str, Callable[[], Tensor]] = {
         "fastdistil": lambda: linear_distill_loss(*student, *teacher, labels, options=OPTIONS).total,  # type: ignore[arg-type]
         "eager": lambda: eager_linear(student, teacher, labels),
-        "liger fused_linear_jsd": lambda: liger_jsd(student, teacher, labels),
+        **{name: partial(function, student, teacher, labels) for name, function in LIGER.items()},
     }
-    if side.startswith("liger"):
-        liger("fused_linear_jsd")
-        student[2].requires_grad_(False)
+    if side in LIGER:
+        liger(side.removeprefix("liger "))
+        student, teacher = student[:2], teacher[:2]
     loss = partial(compiled(eager_linear), student, teacher, labels) if side == "torch.compile" else sides[side]
-    call = loss if what == "forward" else lambda: backward(loss, student)
+    marks: list[Any] = []
+    call = loss if what == "forward" else lambda: backward(loss, student, marks)
     benchmark.group = f"linear {what} {dtype} N={rows} V={columns} D={d} E={e}"
     work = linear_distill.flops(rows, columns, d, e, hidden=what != "forward", weight=what != "forward")
     measured(benchmark, call, 3, side=side, dtype=dtype, flops=work, dtype_object=DTYPES[dtype])
+    if marks:
+        benchmark.extra_info["backward_s"] = median_between_s(marks[2:])
 
 
 @pytest.mark.parametrize("side", ["fastdistil", "torch linear_cross_entropy", "eager"])

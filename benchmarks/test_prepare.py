@@ -23,7 +23,7 @@ from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.tokenising import cut_at_spaces
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 5
+ROUNDS = 3
 CHARACTERS = 12_000_000
 STRETCH = 32_768
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 from fastdistil.kernels.buffers import buffer
@@ -102,7 +103,7 @@ def _terms(cosine: Tensor, mse: Tensor, options: HiddenOptions) -> HiddenTerms:
 
 # ---- the fast path in torch: blocks of rows that stay in the cache ----
 
-_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # elements
+_BLOCK = {"cpu": 2**19, "cuda": 2**26}  # elements
 
 
 def _rows_torch(
@@ -114,19 +115,20 @@ def _rows_torch(
     terms_M2: Tensor,
     grad_ND: Tensor | None,
 ) -> None:
-    width, wide = student_ND.shape[1], terms_M2.dtype
+    rows, width, wide = terms_M2.shape[0], student_ND.shape[1], terms_M2.dtype
     size = max(1, _BLOCK["cpu" if student_ND.device.type == "cpu" else "cuda"] // width)
-    for first in range(0, terms_M2.shape[0], size):
-        end = min(first + size, terms_M2.shape[0])
+    spare_RD = terms_M2.new_empty(min(size, rows), width)
+    for first in range(0, rows, size):
+        end = min(first + size, rows)
         here = slice(first, end) if rows_M is None else rows_M[first:end]
-        s, t = student_ND[here].to(wide), teacher_ND[here].to(wide)
-        ss_R = torch.linalg.vecdot(s, s) + EPSILON
-        scale_R = ss_R.rsqrt() * (torch.linalg.vecdot(t, t) + EPSILON).rsqrt()
-        st_R = torch.linalg.vecdot(s, t)
-        weights_R = None if weights_M is None else weights_M[first:end].to(wide)
+        s, t, x = student_ND[here].to(wide), teacher_ND[here].to(wide), spare_RD[: end - first]
         # From the difference: |s|^2 + |t|^2 - 2 s.t would cancel.
-        mse_R = torch.linalg.vecdot(difference := s - t, difference) / width
+        mse_R = vector_norm(torch.sub(s, t, out=x), dim=1).square() / width
+        ss_R = vector_norm(s, dim=1).square() + EPSILON
+        scale_R = ss_R.rsqrt() * (vector_norm(t, dim=1).square() + EPSILON).rsqrt()
+        st_R = torch.mul(s, t, out=x).sum(1)
         terms_R2 = torch.stack([1 - st_R * scale_R, mse_R], 1)
+        weights_R = None if weights_M is None else weights_M[first:end].to(wide)
         if weights_R is not None:
             terms_R2 = torch.where((weights_R == 0)[:, None], 0, terms_R2 * weights_R[:, None])
         terms_M2[first:end] = terms_R2
@@ -134,13 +136,12 @@ def _rows_torch(
             continue
         # In (s, t): the cosine's -scale t + scale (s.t) / |s|^2 s, the mean square's 2/D s - 2/D t.
         of_s_R, of_t_R = options.cosine * scale_R * st_R / ss_R, -options.cosine * scale_R
-        # Not in place: in the wide dtype s is a view of the student's own states.
-        g = (s * of_s_R[:, None]).addcmul_(t, of_t_R[:, None])
+        torch.mul(s, of_s_R[:, None], out=x).addcmul_(t, of_t_R[:, None])
         if options.mse:
-            g.add_(difference, alpha=2 * options.mse / width)
+            x.add_(s - t, alpha=2 * options.mse / width)
         if weights_R is not None:
-            g.mul_(weights_R[:, None]).masked_fill_((weights_R == 0)[:, None], 0.0)
-        grad_ND[here] = g.to(grad_ND.dtype)
+            x.mul_(weights_R[:, None]).masked_fill_((weights_R == 0)[:, None], 0.0)
+        grad_ND[here] = x if isinstance(here, slice) else x.to(grad_ND.dtype)
 
 
 # ---- the op ----

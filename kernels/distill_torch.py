@@ -36,10 +36,13 @@ def load(out_RV: Tensor, logits_RV: Tensor, scale: float, softcap: float | None)
     return out_RV if scale == 1.0 else out_RV.mul_(scale)
 
 
-def softmax(a_RV: Tensor, out_RV: Tensor) -> Tensor:
-    """softmax(a) in out_RV; returns log sum exp(a), [R], which comes back from the largest probability (at least 1/V)."""
+def softmax(a_RV: Tensor, out_RV: Tensor, largest_R: Tensor | None = None) -> Tensor:
+    """softmax(a) in out_RV; returns log sum exp(a), [R], which comes back from the largest probability (at least 1/V).
+
+    largest_R: a's largest, where they are known.
+    """
     torch.softmax(a_RV, -1, out=out_RV)
-    return a_RV.amax(-1) - out_RV.amax(-1).log()
+    return (a_RV.amax(-1) if largest_R is None else largest_R) - out_RV.amax(-1).log()
 
 
 def _weighted_mean(p_RV: Tensor, x_RV: Tensor, spare_RV: Tensor) -> Tensor:

@@ -188,8 +188,8 @@ def _soft_block(a_RV: Tensor, out_RV: Tensor, teacher: SparseTeacher, factor_R: 
     a_RK = a_RV.gather(1, indices_RK).masked_fill_(unused_RK, -math.inf)
     # Listed columns leave the sum. Added and not written, as an unused slot may name a token that another slot lists.
     a_RV.scatter_add_(1, indices_RK, torch.where(unused_RK, 0.0, -math.inf).to(a_RV.dtype))
-    lse_rest_R = softmax(a_RV, out_RV)
-    empty_R = torch.isneginf(a_RV.amax(-1))
+    largest_R = a_RV.amax(-1)
+    lse_rest_R, empty_R = softmax(a_RV, out_RV, largest_R), torch.isneginf(largest_R)
     lse_rest_R = lse_rest_R.masked_fill(empty_R, -math.inf)
     lse_R = torch.logaddexp(lse_rest_R, a_RK.logsumexp(-1))
     lse_R = lse_R.masked_fill(torch.isinf(lse_R), math.nan)  # a logit of +inf, or -inf in all columns
@@ -243,7 +243,8 @@ def sparse_distill_rows_torch(
         terms_R3[:, 0] = torch.where(weights_R == 0, 0, weights_R * temperature**2 * soft_R)
         if grad_NV is None:
             continue
-        g_RV.masked_fill_((factor_R == 0)[:, None], 0.0)
+        if weights_N is not None or options.soft == 0:
+            g_RV.masked_fill_((factor_R == 0)[:, None], 0.0)
         if hard is not None:
             g_RV.index_add_(0, *hard)
         if options.student_softcap is not None:
