@@ -8,9 +8,17 @@ import rich.table
 import torch
 
 from fastdistil import models, students
-from fastdistil.batches import Batches
 from fastdistil.corpus import load_tokenizer, token_facts
-from fastdistil.inputs import CorpusSource, check_models, check_tokenizer, open_corpus
+from fastdistil.inputs import (
+    CorpusSource,
+    check_cached,
+    check_models,
+    check_tokenizer,
+    epochs_of,
+    make_batches,
+    open_cache,
+    open_corpus,
+)
 from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory
 from fastdistil.recipe import Recipe
 
@@ -23,6 +31,8 @@ def show_plan(
     `vocabulary` stands in for a corpus, `teacher_config` for a teacher, that do not exist yet.
     """
     console.print(recipe.to_yaml(), markup=False, end="", soft_wrap=True)
+    check_cached(recipe, own_models=False)
+    cached = recipe.teacher is not None and recipe.teacher.cache is not None
     corpus = open_corpus(recipe.data.train, "size", "data.train") if vocabulary is None else None
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir))) if corpus is not None else None
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
@@ -41,7 +51,7 @@ def show_plan(
     if recipe.student.dropout is not None:
         students.set_dropout(student_model.module, recipe.student.dropout)
     student = transformer_shape(student_model)
-    teacher = transformer_shape(teacher_model) if teacher_model is not None else None
+    teacher = transformer_shape(teacher_model) if teacher_model is not None and not cached else None
     rows = recipe.data.micro_batch_tokens
     only_labels = not recipe.objective.a_ce or recipe.objective.soft_rows == "masked"
     causal = models.family_of(student_config).causal
@@ -54,15 +64,16 @@ def show_plan(
         teacher_dtype=models.DTYPES[recipe.teacher.dtype] if recipe.teacher is not None else torch.float32,
         on_gpu=recipe.device == "cuda",
         sequence_length=int(corpus.lengths.max()) if corpus is not None else 512,
+        whole_logits=recipe.kernels == "reference",
     )
     disk = estimate_disk(student, keep=recipe.checkpoint.keep)
     table = rich.table.Table(
         "estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False
     )
     if corpus is not None and facts is not None:
-        batches = Batches(
-            corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=recipe.loop.accumulation, causal=causal
-        )
+        batches = make_batches(recipe, corpus, facts, causal)
+        if cached:
+            open_cache(recipe, corpus, student_model, epochs_of(recipe, batches))
         updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
         table.add_row("corpus", f"{corpus.manifest.tokens:,} tokens in {len(corpus):,} sequences")
         table.add_row("updates", f"{updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens")
@@ -71,7 +82,7 @@ def show_plan(
             "updates", f"{recipe.loop.updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens"
         )
     table.add_row("student parameters", f"{student.parameters:,}")
-    table.add_row("teacher parameters", f"{teacher.parameters:,}" if teacher is not None else "none")
+    table.add_row("teacher parameters", f"{teacher.parameters:,}" if teacher is not None else "cached" if cached else "none")
     for name, size in vars(memory).items():
         table.add_row(f"memory: {name.replace('_', ' ')}", _size(size))
     table.add_row("memory: total", _size(memory.total))

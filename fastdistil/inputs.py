@@ -194,13 +194,7 @@ def load_inputs(
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
-    if recipe.teacher is not None and recipe.teacher.cache is None:
-        for key in ("top_k", "min_probability"):
-            if getattr(recipe.teacher, key) != Teacher.model_fields[key].default:
-                raise UserError(
-                    f"teacher.{key} is of a cached teacher and teacher.cache is not set; run `fastdistil cache-teacher` with "
-                    f"this recipe and set teacher.cache to what it wrote, or leave teacher.{key} out"
-                )
+    check_cached(recipe, own_models=teacher is not None or batches is not None)
     corpus = None if batches is not None else open_corpus(recipe.data.train, recipe.data.verify, "data.train")
     heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
@@ -216,8 +210,6 @@ def load_inputs(
     # The same seed gives the same student, whatever was drawn before.
     torch.manual_seed(recipe.seed)
     cached = recipe.teacher is not None and recipe.teacher.cache is not None
-    if cached:
-        check_cached(recipe, own_models=teacher is not None or batches is not None)
     from_layers = recipe.student.layers is not None or recipe.student.every is not None
     teacher_model = None if cached and not (from_layers and student is None) else _teacher(recipe, teacher, corpus, note)
     vocabulary = facts.vocab_size if facts is not None else 0
@@ -269,8 +261,18 @@ def epochs_of(recipe: Recipe, batches: Batches) -> int:
 
 
 def check_cached(recipe: Recipe, own_models: bool) -> None:
-    """What cannot be learnt from a cache. Raises UserError."""
+    """What cannot be learnt from a cache, or only from one. Raises UserError."""
     objective = recipe.objective
+    if recipe.teacher is None:
+        return
+    if recipe.teacher.cache is None:
+        for key in ("top_k", "min_probability"):
+            if getattr(recipe.teacher, key) != Teacher.model_fields[key].default:
+                raise UserError(
+                    f"teacher.{key} is of a cached teacher and teacher.cache is not set; run `fastdistil cache-teacher` with "
+                    f"this recipe and set teacher.cache to what it wrote, or leave teacher.{key} out"
+                )
+        return
     if own_models:
         raise UserError(
             "teacher.cache is for teachers and corpora named by the recipe; leave teacher and batches out, or the cache"

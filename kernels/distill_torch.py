@@ -16,13 +16,13 @@ from fastdistil.kernels.buffers import buffer
 from fastdistil.kernels.options import DistillOptions
 
 # Elements of one block's buffer: in float32 six of 2 MiB, which the third-level cache holds.
-_BLOCK = 2**19
+BLOCK = 2**19
 # On a GPU blocks only bound the memory.
 _BLOCK_GPU = 2**27
 
 
 def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    size = max(1, (_BLOCK if device.type == "cpu" else _BLOCK_GPU) // width)
+    size = max(1, (BLOCK if device.type == "cpu" else _BLOCK_GPU) // width)
     for first in range(0, rows, size):
         yield first, min(first + size, rows)
 

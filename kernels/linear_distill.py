@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 
 from fastdistil.kernels.buffers import buffer
 from fastdistil.kernels.distill import check_rows, distill_loss_reference, rows_function, sum_terms
+from fastdistil.kernels.distill_torch import BLOCK
 from fastdistil.kernels.handover import Path, chosen_path, register_handover
 from fastdistil.kernels.options import (
     OPTIONS_SCHEMA,
@@ -177,11 +178,11 @@ def _linear_distill(
     options = unpack(packed)
     order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" else None
     if order_N is not None:
-        by_row = (hidden_ND, teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
-        hidden_ND, teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N = (
-            None if each is None else each.index_select(0, order_N) for each in by_row
+        hidden_ND = hidden_ND.index_select(0, order_N)
+        others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
+        teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N = (
+            None if each is None else each.index_select(0, order_N) for each in others
         )
-        assert hidden_ND is not None
     scaled, _ = low_precision_unit(options, hidden_ND.dtype)
     need = (need_hidden, need_weight, need_bias)
     rows, wide = hidden_ND.shape[0], torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -220,7 +221,8 @@ def _labelled_first(labels_N: Tensor | None, ignore_index: int) -> Tensor | None
     """Rows in an order in which blocks on a CPU have labels or not, without copies of their logits; None: as they are."""
     if labels_N is None or labels_N.device.type != "cpu":
         return None
-    return (labels_N == ignore_index).sort(stable=True).indices
+    none_N = labels_N == ignore_index
+    return none_N.sort(stable=True).indices if 0 < int(none_N.sum()) < len(none_N) else None
 
 
 def _part(rows_N: Tensor | None, first: int, end: int) -> Tensor | None:
@@ -408,6 +410,14 @@ def bytes_moved(
     head_gradient = (2 * chunks - 1) * columns * student_width * weight_itemsize
     hidden = rows * (3 * student_width + teacher_width) * itemsize
     return 7 * rows * columns * itemsize + heads + head_gradient + hidden
+
+
+def workspace_bytes(rows: int, columns: int, student_width: int, itemsizes: int, device: torch.device) -> int:
+    """Memory held at the worst instant beside inputs and what backward hands over in their dtypes: logits of a chunk, the
+    head's gradient in float32 and, on a CPU, the blocks of its loss. `itemsizes` as in `rows_per_chunk`."""
+    chunk = min(rows, rows_per_chunk(rows, columns, itemsizes, device))
+    blocks = 6 * 4 * min(BLOCK, chunk * columns) if device.type == "cpu" else 0
+    return chunk * columns * itemsizes + 4 * columns * student_width + blocks
 
 
 def flops(rows: int, columns: int, student_width: int, teacher_width: int, *, hidden: bool = True, weight: bool = True) -> int:

@@ -32,6 +32,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from fastdistil.kernels.linear_distill import workspace_bytes
+
 EAGER_LOGIT_TENSORS = 7
 """[rows, vocabulary] tensors in compute width that are alive at the worst instant of an eager distillation loss: student and
 teacher logits, their two log-softmaxes, the teacher's probabilities, the product under the sum and its gradient."""
@@ -108,6 +110,7 @@ class MemoryEstimate:
     student_activations: int
     teacher_activations: int
     logits: int
+    """What the losses hold: logits (of a chunk of rows, where they are fused) and the head's gradient while it is made."""
 
     @property
     def total(self) -> int:
@@ -137,15 +140,19 @@ def estimate_training_memory(
     teacher_dtype: torch.dtype,
     on_gpu: bool,
     sequence_length: int,
-    logit_tensors: float = EAGER_LOGIT_TENSORS,
+    whole_logits: bool = False,
 ) -> MemoryEstimate:
     """For one micro-batch of `rows` tokens of which `logit_rows` get logits; fp32 master weights, AdamW.
 
-    `sequence_length` (the longest) matters only for attention dropout on a CPU. `logit_tensors`: 0 for a fused head.
+    `sequence_length` (the longest) matters only for attention dropout on a CPU. `whole_logits`: the reference losses, which
+    keep them; else the fused ones.
     """
     autocast = compute_dtype != torch.float32
     width = compute_dtype.itemsize
     teacher_width = teacher_dtype.itemsize
+    device = torch.device("cuda" if on_gpu else "cpu")
+    itemsizes = width + (teacher_width if teacher else 0)
+    fused = workspace_bytes(logit_rows, student.vocabulary, student.hidden, itemsizes, device)
     return MemoryEstimate(
         student_weights=4 * student.parameters,
         student_casts=width * student.parameters if autocast else 0,
@@ -154,7 +161,7 @@ def estimate_training_memory(
         optimizer=8 * student.parameters,
         student_activations=rows * student_activation_bytes(student, compute_dtype, on_gpu, sequence_length),
         teacher_activations=rows * _forward_only_bytes(teacher, teacher_width) if teacher else 0,
-        logits=int(logit_tensors * logit_rows * student.vocabulary * max(width, 4)),
+        logits=EAGER_LOGIT_TENSORS * logit_rows * student.vocabulary * max(width, 4) if whole_logits else fused,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 import transformers
 
@@ -20,6 +21,8 @@ from fastdistil.batches import Batches
 from fastdistil.cache_teacher import cache_teacher
 from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import CorruptData, UserError
+from fastdistil.estimate import show_plan
+from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
 from fastdistil.models import load_model
 from fastdistil.prepare import PrepareOptions, prepare
@@ -220,6 +223,8 @@ def test_a_cache_of_something_else_is_refused(override: str, message: str, mater
     recipe = recipe_of(material, tmp_path, f"student.path={material / 'other'}", *overrides)
     with pytest.raises(UserError, match=message):
         train(recipe)
+    with pytest.raises(UserError, match=message):
+        show_plan(resolve(recipe), tmp_path, rich.console.Console(quiet=True))
 
 
 def test_damage_is_seen(material: Path, tmp_path: Path) -> None:
@@ -250,6 +255,9 @@ def test_the_command(material: Path, tmp_path: Path) -> None:
     (path,) = re.findall(r"teacher\.cache=(\S+)", done.stdout)
     assert Path(path).parent == material / "corpus"
     train_command = [*command[:3], "train", str(recipe), f"teacher.cache={path}"]
+    plan = subprocess.run([*train_command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"teacher parameters\W+cached", plan)
+    assert re.search(r"teacher weights\W+0\.0 MiB", plan)
     done = subprocess.run(train_command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*command, "teacher.top_k=100000"], cwd=ROOT, capture_output=True, text=True, check=False)
