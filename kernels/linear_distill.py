@@ -38,6 +38,7 @@ from fastdistil.kernels.options import (
     pack,
     unpack,
 )
+from fastdistil.kernels.products import product
 from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_rows_function
 
 # Bytes of both sides' logits of one chunk.
@@ -67,13 +68,7 @@ class _Teacher:
         self._logits_CV = buffer((largest, width), hidden_NE.dtype, hidden_NE.device)
 
     def logits(self, first: int, end: int) -> Tensor:
-        return _product(self._hidden_NE[first:end], self._weight_VE, self._bias_V, self._logits_CV[: end - first])
-
-
-def _product(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
-    if bias_V is None:
-        return torch.mm(hidden_CD, weight_VD.t(), out=out_CV)
-    return torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=out_CV)
+        return product(self._hidden_NE[first:end], self._weight_VE.t(), self._logits_CV[: end - first], bias_N=self._bias_V)
 
 
 class _Head:
@@ -101,7 +96,7 @@ class _Head:
         self._need, self._width, self._begun = need, width, False
 
     def logits(self, first: int, end: int) -> Tensor:
-        return _product(self.hidden_ND[first:end], self.weight_VD, self.bias_V, self.logits_CV[: end - first])
+        return product(self.hidden_ND[first:end], self.weight_VD.t(), self.logits_CV[: end - first], bias_N=self.bias_V)
 
     def add(self, first: int, end: int, grad_CV: Tensor) -> None:
         """The gradient of a chunk's logits into those of the hidden states, the weight and the bias."""
@@ -109,7 +104,7 @@ class _Head:
         if need_hidden:
             out_CD = self.grad_hidden_ND[first:end]
             if out_CD.dtype == grad_CV.dtype:
-                torch.mm(grad_CV, self.weight_VD, out=out_CD)
+                product(grad_CV, self.weight_VD, out_CD)
             elif grad_CV.is_cuda:
                 torch.ops.aten.mm.dtype_out(grad_CV, self.weight_VD, out_CD.dtype, out=out_CD)
             else:
@@ -123,11 +118,11 @@ class _Head:
 
     def _add_weight(self, grad_VC: Tensor, hidden_CD: Tensor) -> None:
         """In float32 over the chunks, whatever the products' dtype."""
-        out_VD, keep = self.grad_weight_VD[: self._width], int(self._begun)
+        out_VD = self.grad_weight_VD[: self._width]
         if grad_VC.dtype == out_VD.dtype:
-            torch.addmm(out_VD, grad_VC, hidden_CD, beta=keep, out=out_VD)
+            product(grad_VC, hidden_CD, out_VD, keep=self._begun)
         elif grad_VC.is_cuda:
-            torch.ops.aten.addmm.dtype_out(out_VD, grad_VC, hidden_CD, out_VD.dtype, beta=keep, out=out_VD)
+            torch.ops.aten.addmm.dtype_out(out_VD, grad_VC, hidden_CD, out_VD.dtype, beta=int(self._begun), out=out_VD)
         else:
             # The processor's half-precision products give half precision: each chunk's is rounded once, their sum is not.
             wide = torch.promote_types(grad_VC.dtype, torch.float32)
