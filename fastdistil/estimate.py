@@ -19,7 +19,8 @@ from fastdistil.inputs import (
     open_cache,
     open_corpus,
 )
-from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory
+from fastdistil.kernels.linear_distill import workspace_bytes
+from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory, whole_logits_bytes
 from fastdistil.recipe import Recipe
 
 
@@ -59,12 +60,13 @@ def show_plan(
         student=student,
         teacher=teacher,
         rows=rows,
-        logit_rows=int(rows * recipe.mask.probability) if only_labels and not causal else rows,
         compute_dtype=models.DTYPES[recipe.loop.precision],
         teacher_dtype=models.DTYPES[recipe.teacher.dtype] if recipe.teacher is not None else torch.float32,
         on_gpu=recipe.device == "cuda",
         sequence_length=int(corpus.lengths.max()) if corpus is not None else 512,
-        whole_logits=recipe.kernels == "reference",
+        logits=_logits_bytes(
+            recipe, int(rows * recipe.mask.probability) if only_labels and not causal else rows, student, teacher
+        ),
     )
     disk = estimate_disk(student, keep=recipe.checkpoint.keep)
     table = rich.table.Table(
@@ -89,6 +91,16 @@ def show_plan(
     table.add_row("disk: one checkpoint", _size(disk.checkpoint))
     table.add_row("disk: run at its fullest", _size(disk.total))
     console.print(table)
+
+
+def _logits_bytes(recipe: Recipe, rows: int, student: Shape, teacher: Shape | None) -> int:
+    dtype = models.DTYPES[recipe.loop.precision]
+    if recipe.kernels == "reference":
+        return whole_logits_bytes(rows, student.vocabulary, dtype)
+    itemsizes = dtype.itemsize
+    if teacher is not None and recipe.teacher is not None:
+        itemsizes += models.DTYPES[recipe.teacher.dtype].itemsize
+    return workspace_bytes(rows, student.vocabulary, student.hidden, itemsizes, torch.device(recipe.device))
 
 
 def transformer_shape(model: models.LanguageModel) -> Shape:

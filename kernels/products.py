@@ -6,11 +6,10 @@ time. It has no `out=`, so its results are made in pieces that stay in the cache
 """
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from fastdistil.profiling.device import cpuinfo
 
 # Rows or columns of a result that oneDNN makes at a time.
 _PIECE = 1024
@@ -51,5 +50,10 @@ def _onednn_is_faster() -> bool:
         torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in cpuinfo()
+        and "AuthenticAMD" in _cpuinfo()
     )
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -32,8 +32,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from fastdistil.kernels.linear_distill import workspace_bytes
-
 EAGER_LOGIT_TENSORS = 7
 """[rows, vocabulary] tensors in compute width that are alive at the worst instant of an eager distillation loss: student and
 teacher logits, their two log-softmaxes, the teacher's probabilities, the product under the sum and its gradient."""
@@ -130,29 +128,30 @@ class DiskEstimate:
         return self.checkpoints + self.student
 
 
+def whole_logits_bytes(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Of the reference losses."""
+    return EAGER_LOGIT_TENSORS * rows * vocabulary * max(dtype.itemsize, 4)
+
+
 def estimate_training_memory(
     *,
     student: Shape,
     teacher: Shape | None,
     rows: int,
-    logit_rows: int,
     compute_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
     on_gpu: bool,
     sequence_length: int,
-    whole_logits: bool = False,
+    logits: int,
 ) -> MemoryEstimate:
-    """For one micro-batch of `rows` tokens of which `logit_rows` get logits; fp32 master weights, AdamW.
+    """For one micro-batch of `rows` tokens; fp32 master weights, AdamW. `logits`: bytes, of whole_logits_bytes or of the
+    fused losses.
 
-    `sequence_length` (the longest) matters only for attention dropout on a CPU. `whole_logits`: the reference losses, which
-    keep them; else the fused ones.
+    `sequence_length` (the longest) matters only for attention dropout on a CPU.
     """
     autocast = compute_dtype != torch.float32
     width = compute_dtype.itemsize
     teacher_width = teacher_dtype.itemsize
-    device = torch.device("cuda" if on_gpu else "cpu")
-    itemsizes = width + (teacher_width if teacher else 0)
-    fused = workspace_bytes(logit_rows, student.vocabulary, student.hidden, itemsizes, device)
     return MemoryEstimate(
         student_weights=4 * student.parameters,
         student_casts=width * student.parameters if autocast else 0,
@@ -161,7 +160,7 @@ def estimate_training_memory(
         optimizer=8 * student.parameters,
         student_activations=rows * student_activation_bytes(student, compute_dtype, on_gpu, sequence_length),
         teacher_activations=rows * _forward_only_bytes(teacher, teacher_width) if teacher else 0,
-        logits=EAGER_LOGIT_TENSORS * logit_rows * student.vocabulary * max(width, 4) if whole_logits else fused,
+        logits=logits,
     )
 
 

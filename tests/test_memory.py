@@ -150,7 +150,7 @@ def shape_of(model: nn.Module, dropout: bool = False, **feed_forward: bool) -> S
 
 def estimate(model: nn.Module, **changed: Any) -> Any:
     settings: dict[str, Any] = {
-        "student": shape_of(model), "teacher": None, "rows": B * S, "logit_rows": B * S, "compute_dtype": torch.float32,
+        "student": shape_of(model), "teacher": None, "rows": B * S, "logits": 1000, "compute_dtype": torch.float32,
         "teacher_dtype": torch.float32, "on_gpu": False, "sequence_length": S,
     }  # fmt: skip
     return estimate_training_memory(**{**settings, **changed})

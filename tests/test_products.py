@@ -38,7 +38,7 @@ def test_other_dtypes_stay_with_torch(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
 def test_which_processors(vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "cpuinfo", lambda: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(products, "_cpuinfo", lambda: f"vendor_id\t: {vendor}\n")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
