@@ -1,6 +1,7 @@
 """A timing means nothing without its machine: written into every result file."""
 
 import importlib.metadata
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "flags": [flag for flag in FLAGS if flag in flags],
         "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
+        # What the C library was told about keeping freed memory: on a CPU it decides what eager code costs.
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))},
         "versions": {name: version(name) for name in ("fastdistil", "torch", "triton", "transformers", "numpy")},
         "gpus": [gpu(index) for index in range(torch.cuda.device_count())],
     }
