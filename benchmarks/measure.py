@@ -5,7 +5,8 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,22 @@ def matrix_flops_per_s(dtype: torch.dtype) -> float:
     return 2 * rows * width * columns / min(seconds)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that a second call holds beyond what there was before: the allocator's on a GPU, else resident pages."""
-    call()
+@contextmanager
+def peak_bytes(facts: dict[str, Any]) -> Iterator[None]:
+    """facts["peak_bytes"]: the most memory held inside, beyond what there was before; the allocator's on a GPU, else resident
+    pages."""
     gc.collect()
     if GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    _give_back_free_memory()  # what the allocator kept of earlier calls would hide this one's
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
+        yield
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    else:
+        _give_back_free_memory()  # what the allocator kept would hide this; and so sides start alike, whatever ran before
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+        before = _status("VmRSS")
+        yield
+        facts["peak_bytes"] = _status("VmHWM") - before
 
 
 def _give_back_free_memory() -> None:
@@ -103,12 +106,16 @@ def median_between_s(marks: list[tuple[Mark, Mark]]) -> float:
 
 
 def measured(benchmark: Any, call: Callable[[], Any], rounds: int, **facts: Any) -> None:
-    """Times the call after two others, which measure its memory; on a GPU by device events, kept in extra_info."""
-    facts = {"device": torch.cuda.get_device_name() if GPU else "cpu", "peak_bytes": peak_bytes(call), **facts}
+    """Times the call, after another; on a GPU by device events, kept in extra_info."""
+    facts["device"] = torch.cuda.get_device_name() if GPU else "cpu"
+    call()
     if not GPU:
-        benchmark.pedantic(call, rounds=rounds)
+        with peak_bytes(facts):
+            benchmark.pedantic(call, rounds=rounds)
         facts["median_s"] = benchmark.stats.stats.median
     else:
+        with peak_bytes(facts):
+            call()
         marks = []
         for _ in range(rounds * 5):
             flush()

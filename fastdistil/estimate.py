@@ -98,7 +98,7 @@ def _logits_bytes(recipe: Recipe, rows: int, student: Shape, teacher: Shape | No
     if recipe.kernels == "reference":
         return whole_logits_bytes(rows, student.vocabulary, dtype)
     itemsizes = dtype.itemsize
-    if teacher is not None and recipe.teacher is not None:
+    if teacher is not None and recipe.teacher is not None and recipe.objective.a_ce:
         itemsizes += models.DTYPES[recipe.teacher.dtype].itemsize
     return workspace_bytes(rows, student.vocabulary, student.hidden, itemsizes, torch.device(recipe.device))
 

@@ -36,13 +36,25 @@ def load(out_RV: Tensor, logits_RV: Tensor, scale: float, softcap: float | None)
     return out_RV if scale == 1.0 else out_RV.mul_(scale)
 
 
-def softmax(a_RV: Tensor, out_RV: Tensor, largest_R: Tensor | None = None) -> Tensor:
-    """softmax(a) in out_RV; returns log sum exp(a), [R], which comes back from the largest probability (at least 1/V).
+def softmax(a_RV: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(a) in out_RV; returns max a and log max softmax(a), [R] each: log sum exp(a) is their difference.
 
-    largest_R: a's largest, where they are known.
+    Apart, because a difference of two rows' log sums loses the digits that a common offset of the logits takes.
     """
     torch.softmax(a_RV, -1, out=out_RV)
-    return (a_RV.amax(-1) if largest_R is None else largest_R) - out_RV.amax(-1).log()
+    return a_RV.amax(-1), out_RV.amax(-1).log()
+
+
+# Rows whose offsets differ by less lose less than a digit by it.
+_OFFSET = 8.0
+
+
+def _difference(x_RV: Tensor, y_RV: Tensor, offset_R: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """x - y in out_RV, less the difference of their offsets where it is large; returns (it, what is still to be taken off)."""
+    torch.sub(x_RV, y_RV, out=out_RV)
+    if x_RV.device.type == "cpu" and not bool((offset_R.abs() > _OFFSET).any()):
+        return out_RV, offset_R
+    return out_RV.sub_(offset_R[:, None]), torch.zeros_like(offset_R)
 
 
 def _weighted_mean(p_RV: Tensor, x_RV: Tensor, spare_RV: Tensor) -> Tensor:
@@ -57,19 +69,20 @@ def _weighted_mean(p_RV: Tensor, x_RV: Tensor, spare_RV: Tensor) -> Tensor:
 def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, Tensor]:
     """(D of each row [R], its gradient in student / T [R, V]) from student / T and teacher / T in block[0] and block[1]."""
     a, b, q, p, m, _ = block
-    lse_a_R, lse_b_R = softmax(a, q), softmax(b, p)
+    (largest_a_R, log_q_R), (largest_b_R, log_p_R) = softmax(a, q), softmax(b, p)
     match options.divergence:
         case "forward-kl":
-            mean_R = _weighted_mean(p, torch.sub(b, a, out=m), b)
-            return mean_R - lse_b_R + lse_a_R, torch.sub(q, p, out=q)
+            m, rest_R = _difference(b, a, largest_b_R - largest_a_R, m)
+            return _weighted_mean(p, m, b) - rest_R + (log_p_R - log_q_R), torch.sub(q, p, out=q)
         case "reverse-kl":
-            mean_R = _weighted_mean(q, torch.sub(a, b, out=m), b)
-            return mean_R - lse_a_R + lse_b_R, q.mul_(m.sub_(mean_R[:, None]))
+            m, rest_R = _difference(a, b, largest_a_R - largest_b_R, m)
+            mean_R = _weighted_mean(q, m, b)
+            return mean_R - rest_R + (log_q_R - log_p_R), q.mul_(m.sub_(mean_R[:, None]))
         case "jsd":
             beta = options.beta
             torch.mul(q, 1 - beta, out=m).add_(p, alpha=beta).log_()
-            b.sub_(lse_b_R[:, None]).sub_(m)
-            a.sub_(lse_a_R[:, None]).sub_(m)
+            b.sub_(largest_b_R[:, None]).add_(log_p_R[:, None]).sub_(m)
+            a.sub_(largest_a_R[:, None]).add_(log_q_R[:, None]).sub_(m)
             teacher_R, student_R = _weighted_mean(p, b, m), _weighted_mean(q, a, m)
             return beta * teacher_R + (1 - beta) * student_R, q.mul_(a.sub_(student_R[:, None])).mul_(1 - beta)
 
@@ -205,8 +218,9 @@ def hard_rows(
     if labels_R.device.type == "cpu":
         check_labels(target_M1, student_RV.shape[1])
     x_M = x_MV.gather(1, target_M1).squeeze(1)
-    lse_M = softmax(x_MV, q_MV)
-    terms_R3[:, 1].index_copy_(0, rows_M, torch.where(has_M, lse_M - x_M, 0))
+    largest_M, log_q_M = softmax(x_MV, q_MV)
+    lse_M = largest_M - log_q_M
+    terms_R3[:, 1].index_copy_(0, rows_M, torch.where(has_M, largest_M - x_M - log_q_M, 0))
     terms_R3[:, 2].index_copy_(0, rows_M, torch.where(has_M, lse_M.square(), 0))
     if options.hard == options.z == 0:
         return None

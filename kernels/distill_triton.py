@@ -240,25 +240,25 @@ def distill_kernel(
                 elif DIVERGENCE == 1:
                     mean = tl.sum(tl.where(factor_a_K > 0, mean_K * factor_a_K, 0.0), 0) / sum_a
 
-            lse_a = max_a + tl.log(sum_a)
-            lse_b = max_b + tl.log(sum_b)
+            # Largest and logarithm apart: a common offset of the logits takes no digits of their differences.
+            log_a, log_b = tl.log(sum_a), tl.log(sum_b)
             lse_1 = max_1 + tl.log(sum_1)
             # nan where a side has no distribution.
-            broken = (lse_a - lse_a) + (lse_b - lse_b)
+            broken = (max_a + log_a) - (max_a + log_a) + ((max_b + log_b) - (max_b + log_b))
             # Not exp(a - lse): the rounding of a logarithm of ten is ten times that of a probability.
             q_B = tl.exp(a_B - max_a) * (1.0 / sum_a)
             if DIVERGENCE == 0:
-                value = mean - lse_b + lse_a + broken
+                value = mean - (max_b - max_a) + (log_a - log_b) + broken
                 g_B = q_B - tl.exp(b_B - max_b) * (1.0 / sum_b)
             elif DIVERGENCE == 1:
-                value = mean - lse_a + lse_b + broken
+                value = mean - (max_a - max_b) + (log_b - log_a) + broken
                 g_B = tl.where(q_B > 0, q_B * ((a_B - b_B) - mean), 0.0) + broken
             else:
                 p_B = tl.exp(b_B - max_b) * (1.0 / sum_b)
                 log_m_B = tl.log(beta * p_B + (1.0 - beta) * q_B)
-                student_B = tl.where(q_B > 0, (a_B - lse_a) - log_m_B, 0.0)
+                student_B = tl.where(q_B > 0, (a_B - max_a - log_a) - log_m_B, 0.0)
                 student_mean = tl.sum(q_B * student_B, 0)
-                teacher_mean = tl.sum(p_B * tl.where(p_B > 0, (b_B - lse_b) - log_m_B, 0.0), 0)
+                teacher_mean = tl.sum(p_B * tl.where(p_B > 0, (b_B - max_b - log_b) - log_m_B, 0.0), 0)
                 if not SINGLE:
                     if STAGE == 0 or STAGE == 2:
                         tl.store(own_ptr + 8, student_mean)
@@ -275,7 +275,7 @@ def distill_kernel(
                 if segment == 0:
                     soft_value = tl.where(weighed, weight * temperature * temperature * value, 0.0)
                     tl.store(terms_ptr + row * 3, soft_value)
-                    tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, lse_1 - label_x, 0.0))
+                    tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, max_1 - label_x + tl.log(sum_1), 0.0))
                     tl.store(terms_ptr + row * 3 + 2, tl.where(labelled, lse_1 * lse_1, 0.0))
                 if HAS_GRAD:
                     counts = weighed & (soft != 0)

@@ -77,11 +77,14 @@ class _Head:
     def __init__(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, width: int, largest: int, need: tuple[bool, ...]
     ) -> None:
-        rows = hidden_ND.shape[0]
-        dtype, device = hidden_ND.dtype, hidden_ND.device
-        wide = torch.promote_types(dtype, torch.float32)
+        rows, device = hidden_ND.shape[0], hidden_ND.device
         # float16 gradients are scaled before they are rounded: in backward.
-        stored = wide if dtype == torch.float16 else dtype
+        self._half = hidden_ND.dtype == torch.float16
+        if self._half and device.type == "cpu":  # whose half-precision products would give half precision, and overflow
+            hidden_ND = hidden_ND.float()
+        dtype = hidden_ND.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        stored = wide if self._half else dtype
         self.hidden_ND = hidden_ND
         self.weight_VD = weight_VD[:width]
         if weight_VD.dtype != dtype:
@@ -89,7 +92,7 @@ class _Head:
         self.bias_V = None if bias_V is None else bias_V[:width].to(dtype)
         self.logits_CV = buffer((largest, width), dtype, device)
         self.grad_hidden_ND = buffer(hidden_ND.shape if need[0] else (0,), stored, device)
-        # Two rounded parts need no wider buffer: the first is its own sum, the second makes the last one.
+        # Of one or two chunks only the first is rounded before the sum is: no wider buffer is needed.
         narrow = device.type == "cpu" and dtype == weight_VD.dtype == stored and rows <= 2 * largest
         self.grad_weight_VD = buffer(weight_VD.shape if need[1] else (0,), dtype if narrow else wide, device)
         self.grad_bias_V = buffer(weight_VD.shape[:1] if need[2] else (0,), wide, device)
@@ -105,10 +108,8 @@ class _Head:
             out_CD = self.grad_hidden_ND[first:end]
             if out_CD.dtype == grad_CV.dtype:
                 product(grad_CV, self.weight_VD, out_CD)
-            elif grad_CV.is_cuda:
-                torch.ops.aten.mm.dtype_out(grad_CV, self.weight_VD, out_CD.dtype, out=out_CD)
             else:
-                out_CD.copy_(torch.mm(grad_CV.to(out_CD.dtype), self.weight_VD.to(out_CD.dtype)))
+                torch.ops.aten.mm.dtype_out(grad_CV, self.weight_VD, out_CD.dtype, out=out_CD)
         if need_weight:
             self._add_weight(grad_CV.t(), self.hidden_ND[first:end])
         if need_bias:
@@ -117,7 +118,7 @@ class _Head:
         self._begun = True
 
     def _add_weight(self, grad_VC: Tensor, hidden_CD: Tensor) -> None:
-        """In float32 over the chunks, whatever the products' dtype."""
+        """Summed over the chunks in the dtype of grad_weight_VD."""
         out_VD = self.grad_weight_VD[: self._width]
         if grad_VC.dtype == out_VD.dtype:
             product(grad_VC, hidden_CD, out_VD, keep=self._begun)
@@ -138,9 +139,8 @@ class _Head:
             self.grad_bias_V.zero_()
         self.grad_weight_VD[self._width :].zero_()
         self.grad_bias_V[self._width :].zero_()
-        half = self.hidden_ND.dtype == torch.float16
-        weight_VD = self.grad_weight_VD if half else self.grad_weight_VD.to(weight_dtype)
-        return self.grad_hidden_ND, weight_VD, self.grad_bias_V if half else self.grad_bias_V.to(bias_dtype)
+        weight_VD = self.grad_weight_VD if self._half else self.grad_weight_VD.to(weight_dtype)
+        return self.grad_hidden_ND, weight_VD, self.grad_bias_V if self._half else self.grad_bias_V.to(bias_dtype)
 
 
 @torch.library.custom_op(
@@ -171,7 +171,7 @@ def _linear_distill(
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
-    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" else None
+    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" and (options.hard or options.z) else None
     if order_N is not None:
         hidden_ND = hidden_ND.index_select(0, order_N)
         others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
@@ -263,15 +263,10 @@ def linear_distill_loss(
     chunk_rows: rows of logits at a time; None: by the law above.
     Gradients of hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss` does.
     """
-    options.width(student_weight_VD.shape[0], teacher_weight_VE.shape[0])
     _check_head("teacher", teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
-    if path != "reference" and torch.is_grad_enabled():
-        for tensor in (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V):
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    "the teacher gets no gradient: compute its hidden states under torch.no_grad() and "
-                    "detach its head, or use path='reference'"
-                )
+    dtypes = [each.dtype for each in (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V) if each is not None]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
     teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
     return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
@@ -339,13 +334,19 @@ def _loss(
             teacher = (teacher[0].index_select(0, rows_M), *teacher[1:])
     if path == "reference":
         return _reference((hidden_ND, weight_VD, bias_V), teacher, labels_N, weights_N, options)
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type) and hidden_ND.dtype != torch.float64:
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
     grad = torch.is_grad_enabled()
     need = [grad and each is not None and each.requires_grad for each in (hidden_ND, weight_VD, bias_V)]
     dense = _NONE if teacher is None or isinstance(teacher, SparseTeacher) else teacher
     sparse = teacher if isinstance(teacher, SparseTeacher) else _NONE
-    width = options.columns or weight_VD.shape[0]
+    width = options.width(weight_VD.shape[0], weight_VD.shape[0] if dense[1] is None else dense[1].shape[0])
+    others = (*dense, *sparse, weights_N)
+    if grad and any(each is not None and each.requires_grad for each in others):
+        raise ValueError(
+            "the teacher and the weights get no gradient: compute the teacher's hidden states under torch.no_grad() and detach "
+            "its head, or use path='reference'"
+        )
     if chunk_rows is None:
         itemsizes = hidden_ND.element_size() + (0 if dense[0] is None else dense[0].element_size())
         chunk_rows = rows_per_chunk(hidden_ND.shape[0], width, itemsizes, device)
@@ -411,7 +412,7 @@ def workspace_bytes(rows: int, columns: int, student_width: int, itemsizes: int,
     """Memory held at the worst instant beside inputs and what backward hands over in their dtypes: logits of a chunk, the
     head's gradient in float32 and, on a CPU, the blocks of its loss. `itemsizes` as in `rows_per_chunk`."""
     chunk = min(rows, rows_per_chunk(rows, columns, itemsizes, device))
-    blocks = 6 * 4 * min(BLOCK, chunk * columns) if device.type == "cpu" else 0
+    blocks = 6 * 4 * min(max(BLOCK, columns), chunk * columns) if device.type == "cpu" else 0
     return chunk * columns * itemsizes + 4 * columns * student_width + blocks
 
 

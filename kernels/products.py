@@ -22,26 +22,28 @@ def product(
 
     path: "onednn", "mm" (torch.mm), or "auto", the faster.
     """
+    assert out_MN.shape == (a_MK.shape[0], b_KN.shape[1])
     assert bias_N is None or not keep
-    if path == "onednn" or (path == "auto" and a_MK.dtype == torch.float32 and not a_MK.is_cuda and _onednn_is_faster()):
-        linear = torch.ops.mkldnn._linear_pointwise
-        rows, columns = out_MN.shape
-        if rows >= columns:
-            pieces = [slice(first, first + _PIECE) for first in range(0, rows, _PIECE)]
-            parts = (linear(a_MK[piece], b_KN.t(), bias_N, "none", [], "") for piece in pieces)
-            outs = [out_MN[piece] for piece in pieces]
-        else:
-            pieces = [slice(first, first + _PIECE) for first in range(0, columns, _PIECE)]
-            parts = (
-                linear(a_MK, b_KN[:, piece].t(), None if bias_N is None else bias_N[piece], "none", [], "") for piece in pieces
-            )
-            outs = [out_MN[:, piece] for piece in pieces]
-        for out, part in zip(outs, parts, strict=True):
+    if path == "onednn" or (path == "auto" and a_MK.dtype == torch.float32 and not a_MK.is_cuda and _onednn()):
+        by_rows, largest = out_MN.shape[0] >= out_MN.shape[1], max(out_MN.shape)
+        if bias_N is not None:
+            bias_N = bias_N.contiguous()  # its stride would not be read
+        for first in range(0, largest, _PIECE):
+            piece = slice(first, first + _PIECE)
+            if by_rows:
+                a, b, bias, out = a_MK[piece], b_KN, bias_N, out_MN[piece]
+            else:
+                a, b, bias, out = a_MK, b_KN[:, piece], None if bias_N is None else bias_N[piece], out_MN[:, piece]
+            part = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
             out.add_(part) if keep else out.copy_(part)
         return out_MN
     if bias_N is not None:
         return torch.addmm(bias_N, a_MK, b_KN, out=out_MN)
     return torch.addmm(out_MN, a_MK, b_KN, beta=int(keep), out=out_MN)
+
+
+def _onednn() -> bool:
+    return bool(torch.backends.mkldnn.enabled) and _onednn_is_faster()
 
 
 @functools.cache

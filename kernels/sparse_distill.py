@@ -188,9 +188,11 @@ def _soft_block(a_RV: Tensor, out_RV: Tensor, teacher: SparseTeacher, factor_R: 
     a_RK = a_RV.gather(1, indices_RK).masked_fill_(unused_RK, -math.inf)
     # Listed columns leave the sum. Added and not written, as an unused slot may name a token that another slot lists.
     a_RV.scatter_add_(1, indices_RK, torch.where(unused_RK, 0.0, -math.inf).to(a_RV.dtype))
-    largest_R = a_RV.amax(-1)
-    lse_rest_R, empty_R = softmax(a_RV, out_RV, largest_R), torch.isneginf(largest_R)
-    lse_rest_R = lse_rest_R.masked_fill(empty_R, -math.inf)
+    largest_R, log_largest_R = softmax(a_RV, out_RV)
+    empty_R = torch.isneginf(largest_R)
+    # Logits and their log sums less the largest of the rest, of which no difference below knows.
+    a_RK -= largest_R.masked_fill(empty_R, 0.0)[:, None]
+    lse_rest_R = (-log_largest_R).masked_fill(empty_R, -math.inf)
     lse_R = torch.logaddexp(lse_rest_R, a_RK.logsumexp(-1))
     lse_R = lse_R.masked_fill(torch.isinf(lse_R), math.nan)  # a logit of +inf, or -inf in all columns
     log_q_RK, log_q_rest_R = a_RK - lse_R[:, None], lse_rest_R - lse_R

@@ -143,9 +143,11 @@ def sparse_kernel(
             largest_1, sum_1 = _added(largest_1, sum_1, x_B)
             label_x = tl.maximum(label_x, tl.max(tl.where(v_B == label, x_B, float("-inf")), 0))
 
-    lse_rest = largest_rest + tl.log(sum_rest)
+    # From here on less `offset`, so that a common offset of the logits takes no digits of their differences.
     empty = largest_rest == float("-inf")
-    lse_rest = tl.where(empty, float("-inf"), lse_rest)
+    offset = tl.where(empty, 0.0, largest_rest)
+    lse_rest = tl.where(empty, float("-inf"), largest_rest - offset + tl.log(sum_rest))
+    a_K -= offset
     largest_a = tl.max(a_K, 0)
     lse_listed = largest_a + tl.log(tl.sum(tl.exp(a_K - tl.where(largest_a == float("-inf"), 0.0, largest_a)), 0))
     lse = _log_sum(lse_rest, lse_listed)
@@ -160,7 +162,7 @@ def sparse_kernel(
     value = tl.where(stray != 0, float("nan"), value)
     weighed = weight != 0
     tl.store(terms_ptr + row * 3, tl.where(weighed, weight * temperature * temperature * value, 0.0))
-    tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, lse_1 - label_x, 0.0))
+    tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, largest_1 - label_x + tl.log(sum_1), 0.0))
     tl.store(terms_ptr + row * 3 + 2, tl.where(labelled, lse_1 * lse_1, 0.0))
 
     if HAS_GRAD:
@@ -172,7 +174,7 @@ def sparse_kernel(
             v_B = start + tl.arange(0, BLOCK)
             x_B = capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
             in_list_B = (tl.load(mask_ptr + v_B // 32, v_B < width, 0, volatile=True) >> (v_B % 32)) & 1
-            g_B = tl.where(counts, tl.exp(x_B / temperature - tl.where(empty, 0.0, lse_rest)) * of_rest, 0.0)
+            g_B = tl.where(counts, tl.exp(x_B / temperature - offset - tl.where(empty, 0.0, lse_rest)) * of_rest, 0.0)
             g_B = _finished(
                 g_B, x_B, v_B, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP
             )

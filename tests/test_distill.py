@@ -76,6 +76,25 @@ def test_every_divergence(path: str, divergence: Any, columns: int, dtype: torch
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("offsets", [(300.0, 300.0), (-1e4, -1e4), (0.0, 30.0)])
+def test_offsets_of_the_logits_take_no_digits(path: str, divergence: Any, offsets: tuple[float, float]) -> None:
+    """A student close to its teacher: the divergence is 1e-5 of what the log sums of either side are."""
+    torch.manual_seed(0)
+    teacher = torch.randn(16, 1000)
+    student, teacher = teacher + 0.05 * torch.randn(16, 1000) + offsets[0], teacher + offsets[1]
+    labels = teacher.argmax(-1)
+    options = DistillOptions(temperature=2.0, divergence=divergence, soft=1.0, hard=1.0, beta=0.4)
+    (found, grad), (truth, wanted) = (
+        gradient(each[0], each[1], labels, path=how, options=options)
+        for each, how in (((student, teacher), path), ((student.double(), teacher.double()), "reference"))
+    )
+    torch.testing.assert_close(found.soft.double(), truth.soft, rtol=2e-3, atol=0)
+    torch.testing.assert_close(found.hard.double(), truth.hard, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_real_vocabulary(path: str) -> None:
     student, teacher = logits(3, 30522, torch.float32)
     assert_as_specified(student, teacher, some_labels(3, 30522), path=path, options=DistillOptions(**EVERYTHING))

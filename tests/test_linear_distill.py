@@ -51,6 +51,9 @@ class Case:
             self.student.pop()
             self.teacher.pop()
 
+    def clone(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
     def to(self, dtype: torch.dtype) -> "Case":
         self.student, self.teacher = ([each.to(dtype) for each in side] for side in (self.student, self.teacher))
         return self
@@ -58,7 +61,7 @@ class Case:
     def run(
         self, kind: str = "dense", grads: tuple[bool, ...] = (True,) * 3, **keywords: Any
     ) -> tuple[DistillTerms, list[Any]]:
-        leaves = [each.clone().requires_grad_(want) for each, want in zip(self.student, grads, strict=False)]
+        leaves = [self.clone(each).requires_grad_(want) for each, want in zip(self.student, grads, strict=False)]
         head = [*leaves, None][:3]
         teacher = [*self.teacher, None][:3]
         options = keywords.pop("options", OPTIONS)
@@ -237,10 +240,47 @@ def test_any_shape(rows: int, columns: int, d: int, e: int, chunk: int, kind: st
     assert_close(case.run(kind, chunk_rows=chunk), case.run(kind, path="reference"), 1e-10)
 
 
+@pytest.mark.parametrize("kind", ["dense", "hard", "sparse"])
+def test_strided_biases(kind: str) -> None:
+    case, strided = Case(dtype=torch.float32), Case(dtype=torch.float32)
+    for side in (strided.student, strided.teacher):
+        side[2] = torch.stack([side[2], torch.full_like(side[2], 1e9)], 1)[:, 0]
+    strided.clone = lambda tensor: tensor.detach()  # type: ignore[method-assign]
+    assert strided.student[2].stride() == strided.teacher[2].stride() == (2,)
+    assert_close(strided.run(kind), case.run(kind), 1e-6)
+
+
+def test_float16_gradients_of_many_rows_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    hidden = 4 + torch.randn(1024, 16)
+    weight, labels = 0.1 * torch.randn(40, 16), torch.full((1024,), 3)
+    found = []
+    for dtype, path in ((torch.float16, "torch"), (torch.float64, "reference")):
+        leaf = weight.to(dtype).requires_grad_()
+        options = DistillOptions(soft=0.0, hard=1 / 1024)
+        linear_cross_entropy_loss(hidden.to(dtype), leaf, None, labels, options=options, path=path).total.backward()  # type: ignore[arg-type]
+        assert leaf.grad is not None
+        found.append(leaf.grad.double())
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-3)
+
+
 def test_mistakes_are_told() -> None:
     case = Case()
+    weights = torch.ones(len(case.student[0]), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="the weights get no gradient"):
+        linear_distill_loss(*case.student, *case.teacher, None, weights, options=DistillOptions())
+    with pytest.raises(ValueError, match="columns is 99; the student has 50"):
+        linear_cross_entropy_loss(
+            *case.student, torch.zeros(len(weights), dtype=torch.int64), options=DistillOptions(columns=99)
+        )
+    case.teacher[1] = case.teacher[1].float()
+    with pytest.raises(
+        ValueError, match=r"teacher's hidden states, weight and bias must have one dtype, got .*float64.*float32"
+    ):
+        case.run()
+    case = Case()
     case.teacher[1].requires_grad_()
-    with pytest.raises(ValueError, match="the teacher gets no gradient"):
+    with pytest.raises(ValueError, match="the teacher and the weights get no gradient"):
         case.run()
     case = Case()
     case.student[1] = case.student[1][:, :5]
