@@ -55,6 +55,11 @@ def cache_teacher(
     recipe = resolve(recipe)
     if recipe.teacher is None:
         raise UserError("the recipe has no teacher to cache; set teacher.path")
+    if recipe.objective.divergence != "forward-kl":
+        raise UserError(
+            f"a cache teaches the forward KL only, objective.divergence is {recipe.objective.divergence}; "
+            "set it to forward-kl, or train without a cache"
+        )
     device = indexed_device(recipe.device)
     corpus = open_corpus(recipe.data.train, recipe.data.verify, "data.train")
     models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
@@ -77,12 +82,15 @@ def cache_teacher(
     work = [(epoch, shard) for epoch in range(epochs) for shard in range(len(starts) - 1)]
     size = epochs * int(corpus.lengths.sum()) * record(vocabulary, recipe.teacher.top_k).itemsize
 
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{directory} cannot be a directory: a file is in the way; choose another --out") from error
     with sole_user(directory):
         if (directory / IDENTITY).exists():
             check_identity(directory, wanted)
-        elif any(directory.glob("*.npy")):
-            raise UserError(f"{directory} holds files of something else; choose another --out")
+        elif any(path.name != f"{IDENTITY}.tmp" for path in directory.iterdir()):
+            raise UserError(f"{directory} holds something else; give --out a new directory or one of a cache")
         missing = [each for each in work if not _complete(directory / shard_name(*each))]
         _check_space(directory, size, len(missing) / max(1, len(work)))
         sealed = {"identity": wanted, "sha256": text_sha256(canonical(wanted))}

@@ -277,6 +277,8 @@ def check_cached(recipe: Recipe, own_models: bool) -> None:
         raise UserError(
             "teacher.cache is for teachers and corpora named by the recipe; leave teacher and batches out, or the cache"
         )
+    if not objective.a_ce:
+        raise UserError("objective.a_ce is 0, so nothing is learnt from the teacher's cache; set it, or teacher.cache=null")
     if objective.a_cos or objective.a_mse:
         raise UserError(
             "a teacher cache holds no hidden states; set objective.a_cos=0 objective.a_mse=0, or teacher.cache=null"

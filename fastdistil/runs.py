@@ -97,7 +97,7 @@ def sole_user(run: Path) -> Iterator[None]:
         yield
     except BlockingIOError as error:
         raise UserError(
-            f"another process is training in {run}; wait until it has stopped, or choose another name=..."
+            f"another process is at work in {run}; wait until it has stopped, or choose another name=... (cache-teacher: --out)"
         ) from error
     finally:
         os.close(handle)

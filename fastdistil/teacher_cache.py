@@ -69,7 +69,7 @@ def teacher_fingerprint(path: str, config: Any) -> str:
 def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int) -> dict[str, Any]:
     """All that the cached numbers depend on, by the names that a person can change. `recipe` must be resolved."""
     assert recipe.teacher is not None
-    masks = None if causal else {"mask": recipe.mask.model_dump(), "seed": recipe.seed}
+    masks = {} if causal else {"seed": recipe.seed, **{f"mask.{key}": value for key, value in recipe.mask.model_dump().items()}}
     return {
         "format": FORMAT,
         "data.train": text_sha256(canonical(corpus.manifest.files)),
@@ -80,7 +80,7 @@ def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabul
         "teacher.min_probability": recipe.teacher.min_probability,
         "objective.temperature": recipe.objective.temperature,
         "vocabulary": vocabulary,
-        **({"mask and seed": masks} if masks else {}),
+        **masks,
     }
 
 
@@ -126,7 +126,7 @@ class TeacherCache:
     def open(cls, directory: Path, wanted: Mapping[str, Any], corpus: Corpus, epochs: int, verify: str) -> "TeacherCache":
         """All shards of `epochs` epochs, checked. Raises UserError, CorruptData."""
         check_identity(directory, wanted)
-        causal = "mask and seed" not in wanted
+        causal = "seed" not in wanted
         starts, bounds = shard_starts(corpus), offsets(corpus.lengths)
         shards = {}
         dtype = record(wanted["vocabulary"], wanted["teacher.top_k"])
@@ -136,7 +136,7 @@ class TeacherCache:
                 if not path.with_suffix(".json").is_file():
                     raise UserError(
                         f"the teacher cache {directory} lacks epoch {epoch}, shard {shard}: this run needs {epochs} epochs; "
-                        "run fastdistil cache-teacher with its recipe, which continues what is there"
+                        "run fastdistil cache-teacher with this run's recipe, which continues what is there"
                     )
                 check_shard(path, full=verify == "full")
                 values = np.load(path, mmap_mode="r")
@@ -164,7 +164,7 @@ class TeacherCache:
 
 def check_shard(path: Path, full: bool) -> None:
     """Against the sha256 (full) or size beside it. Raises CorruptData."""
-    again = "delete it and run fastdistil cache-teacher again"
+    again = "run fastdistil cache-teacher again, which makes it anew"
     try:
         expected = json.loads(path.with_suffix(".json").read_bytes())
         size, sha256 = int(expected["bytes"]), str(expected["sha256"])

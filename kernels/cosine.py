@@ -238,6 +238,12 @@ def cosine_loss(
     if projections is not None:
         if len(projections) != len(student):
             raise ValueError(f"{len(projections)} projections for {len(student)} layers: give one (or None) a layer")
+        for layer, (s, t, p) in enumerate(zip(student, teacher, projections, strict=False)):
+            if p is not None and p.shape != (t.shape[-1], s.shape[-1]):
+                raise ValueError(
+                    f"layer {layer}: the projection must be [{t.shape[-1]}, {s.shape[-1]}], the teacher's width and the "
+                    f"student's, got {list(p.shape)}"
+                )
         student = [s if p is None else linear(s, p) for s, p in zip(student, projections, strict=True)]
     _check(student, teacher, rows_M, weights_N)
     if path == "reference":

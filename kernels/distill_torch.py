@@ -236,4 +236,6 @@ def check_labels(labels: Tensor, width: int) -> None:
     """Labels on the CPU, without those to ignore. On a GPU looking at them would be a wait: there the term is nan."""
     least, largest = int(labels.min()), int(labels.max())
     if least < 0 or largest >= width:
-        raise ValueError(f"labels must lie in 0 ... {width - 1}, got {least if least < 0 else largest}")
+        raise ValueError(
+            f"labels must lie in 0 ... {width - 1} or be options.ignore_index, got {least if least < 0 else largest}"
+        )

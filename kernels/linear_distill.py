@@ -325,6 +325,10 @@ def _loss(
         hidden_ND, None if teacher is None else teacher[1 if isinstance(teacher, SparseTeacher) else 0], labels_N, weights_N
     )
     if rows_M is not None:
+        if rows_M.dtype != torch.int64 or rows_M.ndim != 1:
+            raise ValueError(
+                f"rows must be int64 [M], numbers of rows, got {rows_M.dtype} {list(rows_M.shape)}; mask.nonzero()[:, 0]"
+            )
         hidden_ND = hidden_ND.index_select(0, rows_M)
         labels_N = None if labels_N is None else labels_N.index_select(0, rows_M)
         weights_N = None if weights_N is None else weights_N.index_select(0, rows_M)
@@ -376,7 +380,9 @@ def _reference(
     options: DistillOptions,
 ) -> DistillTerms:
     """The specification: whole logits. The student's follow autocast, the teacher's keep the dtype of its hidden states."""
-    student_NV = linear(*student)
+    hidden_ND, weight_VD, bias_V = student
+    dtype = hidden_ND.dtype
+    student_NV = linear(hidden_ND, weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
     with torch.autocast(student_NV.device.type, enabled=False):
         if isinstance(teacher, SparseTeacher):
             return sparse_distill_reference(student_NV, teacher, labels_N, weights_N, options=options)

@@ -233,6 +233,8 @@ def test_mistakes_are_told() -> None:
     for arguments, keywords, message in cases:
         with pytest.raises(ValueError, match=message):
             cosine_loss(*arguments, options=BOTH, **keywords)
+    with pytest.raises(ValueError, match=r"projection must be \[5, 4\].* got \[4, 5\]"):
+        cosine_loss(torch.ones(2, 4), torch.ones(2, 5), projections=[torch.ones(4, 5)], options=HiddenOptions())
     with pytest.raises(ValueError, match="mse must be finite"):
         HiddenOptions(mse=math.inf)
 

@@ -432,7 +432,12 @@ def test_inputs_are_checked() -> None:
         ((student, teacher), DistillOptions(columns=31), "auto", "columns is 31"),
         ((student, teacher[:3]), plain, "auto", "must have 4 rows"),
         ((student, teacher, torch.zeros(4)), plain, "auto", "labels must be int64"),
-        ((student, teacher, torch.full((4,), 30)), plain, "auto", r"labels must lie in 0 \.\.\. 29, got 30"),
+        (
+            (student, teacher, torch.full((4,), 30)),
+            plain,
+            "auto",
+            r"labels must lie in 0 \.\.\. 29 or be options.ignore_index, got 30",
+        ),
         ((student, teacher, None, torch.ones(4, dtype=torch.long)), plain, "auto", "weights must be floating-point"),
         ((student.long(), teacher), plain, "auto", "must be floating-point"),
         ((student, teacher.clone().requires_grad_()), plain, "auto", "only the student's logits get a gradient"),

@@ -273,6 +273,8 @@ def test_mistakes_are_told() -> None:
         linear_cross_entropy_loss(
             *case.student, torch.zeros(len(weights), dtype=torch.int64), options=DistillOptions(columns=99)
         )
+    with pytest.raises(ValueError, match=r"rows must be int64 \[M\], numbers of rows, got torch.bool"):
+        case.run(rows_M=weights > 0)
     case.teacher[1] = case.teacher[1].float()
     with pytest.raises(
         ValueError, match=r"teacher's hidden states, weight and bias must have one dtype, got .*float64.*float32"

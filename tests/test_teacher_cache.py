@@ -202,8 +202,8 @@ def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=57", "another mask and seed"),
-        ("mask.probability=0.2", "another mask and seed"),
+        ("seed=57", "another seed: it has 56, the recipe 57"),
+        ("mask.probability=0.2", r"another mask\.probability: it has 0.15, the recipe 0.2"),
         ("objective.temperature=3", "another objective.temperature: it has 2.0, the recipe 3.0"),
         ("teacher.top_k=9", r"another teacher\.top_k"),
         ("teacher.min_probability=0.1", r"another teacher\.min_probability"),
@@ -211,6 +211,7 @@ def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Pat
         ("teacher.path=OTHER", r"another teacher\.path"),
         ("loop.updates=500", r"this run needs \d+ epochs; run fastdistil cache-teacher"),
         ("objective.a_cos=1", "holds no hidden states; set objective.a_cos=0"),
+        ("objective.a_ce=0", "nothing is learnt from the teacher's cache"),
         ("objective.divergence=jsd", "set objective.divergence=forward-kl"),
         ("teacher.cache=nowhere", "no teacher cache at nowhere"),
         ("teacher.cache=null", "teacher.top_k is of a cached teacher"),
@@ -260,6 +261,17 @@ def test_the_command(material: Path, tmp_path: Path) -> None:
     assert re.search(r"teacher weights\W+0\.0 MiB", plan)
     done = subprocess.run(train_command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "book.txt").write_text("text")
+    for arguments, message in (
+        (["--out", str(tmp_path / "file")], "a file is in the way; choose another --out"),
+        (["--out", str(tmp_path / "file" / "below")], "a file is in the way; choose another --out"),
+        (["--out", str(tmp_path / "full")], "holds something else; give --out a new directory"),
+        (["objective.divergence=jsd"], "a cache teaches the forward KL only"),
+    ):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, message in " ".join(done.stderr.split())) == (2, True), done.stderr
     done = subprocess.run([*command, "teacher.top_k=100000"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "set it to at most that" in done.stderr
