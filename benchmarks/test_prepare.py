@@ -24,7 +24,7 @@ from fastdistil.tokenising import cut_at_spaces
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 3
-CHARACTERS = 8_000_000
+CHARACTERS = 5_000_000
 STRETCH = 32_768
 
 
