@@ -415,8 +415,8 @@ def bytes_moved(
 
 
 def workspace_bytes(rows: int, columns: int, student_width: int, itemsizes: int, device: torch.device) -> int:
-    """Memory held at the worst instant beside inputs and what backward hands over in their dtypes: logits of a chunk, the
-    head's gradient in float32 and, on a CPU, the blocks of its loss. `itemsizes` as in `rows_per_chunk`."""
+    """What the op holds at its worst instant: logits of a chunk, the head's gradient in float32 and, on a CPU, the blocks of
+    the loss; not the hidden states' gradient nor copies of the inputs. `itemsizes` as in `rows_per_chunk`."""
     chunk = min(rows, rows_per_chunk(rows, columns, itemsizes, device))
     blocks = 6 * 4 * min(max(BLOCK, columns), chunk * columns) if device.type == "cpu" else 0
     return chunk * columns * itemsizes + 4 * columns * student_width + blocks
