@@ -1,7 +1,8 @@
 """Matrix products into a given buffer, by the faster of torch's two libraries.
 
 torch multiplies float32 with MKL, which takes its AVX2 code on AMD processors that have AVX-512 as well. oneDNN, which torch
-carries for its half-precision products, does not. It has no `out=`, so its results are made in pieces that stay in the cache and are copied.
+carries for its half-precision products, does not. It has no `out=`, so its results are made in pieces that stay in the cache
+and are copied.
 """
 
 import functools
