@@ -49,6 +49,12 @@ class OutOfMemory(FastdistilError):
     exit_code = 11
 
 
+class RankLost(FastdistilError):
+    """A rank died, failed or got stuck, so that the others cannot go on."""
+
+    exit_code = 12
+
+
 class DiskFull(FastdistilError):
     exit_code = 13
 

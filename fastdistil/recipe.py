@@ -100,6 +100,8 @@ class Data(Section):
     """Windows that are made ahead of the step."""
     verify: Literal["full", "size"] = "full"
     """full: check every shard's sha256 when a run starts."""
+    cache_dir: str | None = None
+    """A directory on each node's own disk: prepared corpora are copied there once per node, checked, and read from there."""
 
 
 class Mask(Section):
@@ -185,6 +187,55 @@ class Loop(Section):
         return self
 
 
+class World(Section):
+    """The ranks: how they find each other, and how their gradients travel."""
+
+    engine: Literal["auto", "alone", "horovod", "torch"] = "auto"
+    """auto: alone for one rank, horovod for several."""
+    ranks: PositiveInt | None = None
+    """Ranks that an update's micro-batches are counted for: loop.accumulation of each. null: those the run starts with. A run
+    that is continued by another number of ranks keeps it, and so its updates, data order and schedule."""
+    rings: PositiveInt = 1
+    """Parallel ways for gradients; what a ring is on each engine, README says."""
+    topology: Literal["flat", "hierarchical", "torus"] = "flat"
+    """Of Horovod's NCCL allreduce over several nodes."""
+    sync: Literal["delayed", "every-micro-batch"] = "delayed"
+    """delayed: gradients travel once an update; every-micro-batch: after each, as the published example, for comparison."""
+    bucket_mib: PositiveFloat = 16.0
+    """Size of a flat gradient buffer, which travels as a whole."""
+    first_bucket_mib: PositiveFloat = 1.0
+    """Of the one that is ready first."""
+    timeout_s: PositiveFloat = 60.0
+    """A rank that is silent, or does not get on, for this long is lost: the others end with exit code 12."""
+    check_replicas: PositiveInt | None = 100
+    """Updates between comparisons of the ranks' weights by a hash; null: never."""
+
+
+class Compression(Section):
+    """Of gradients on their way between ranks. A bare name (compression: int8) is short for its kind."""
+
+    kind: Literal["none", "auto", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign"] = "none"
+    warmup_updates: NonNegativeInt = 10
+    """Updates that are sent uncompressed first."""
+    block: PositiveInt = 1024
+    """int8, sign: elements that share a scale."""
+    density: float = Field(default=0.01, gt=0.0, le=1.0)
+    """top-k, random-k: share of the elements that are sent."""
+    rank: PositiveInt = 4
+    """powersgd: columns of the factors."""
+    min_compression_rate: PositiveFloat = 2.0
+    """powersgd: matrices that would shrink less are sent whole."""
+    error_feedback: bool = True
+    """What was not sent is added to the next update's gradient."""
+    frozen_variance_after: PositiveInt | None = None
+    """sign with AdamW: from this update on the second moment stays as it is (Tang et al. 2021, 1-bit Adam)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_kind(cls, values: Any) -> Any:
+        return {"kind": values} if isinstance(values, str) else values
+
+
 class Evaluation(Section):
     every: PositiveInt | None = None
     """Updates between evaluations on data.heldout; null: only at the end."""
@@ -210,6 +261,8 @@ class Recipe(Section):
     """Directory of the run below runs_dir; null: the recipe's name and the next free number."""
     runs_dir: str = "runs"
     seed: NonNegativeInt = Field(default=56, lt=2**63)
+    pre_run: tuple[str, ...] = ()
+    """Shell commands that run once on every node before training, e.g. to bring data to its disk."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "reference", "triton", "torch"] = "auto"
     """Implementation of the losses. reference: eager torch with whole logits, the specification; triton: a GPU's; torch: any
@@ -221,6 +274,8 @@ class Recipe(Section):
     objective: Objective = Objective()
     optim: Optim = Optim()
     loop: Loop
+    world: World = World()
+    compression: Compression = Compression()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
