@@ -1,8 +1,9 @@
 """The same surroundings for every test: no network, no parallel tokenizers, one torch thread."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Never
 
 # Before anything imports the libraries that read them; inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,3 +40,19 @@ def data_folder() -> Path:
             "no data folder: set FASTDISTIL_DATA to a directory with gutenberg/, wikitext-2/, imdb/, bert-base-uncased/"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str, str], Never]:
+    """`need("horovod", reason)` skips the test with the reason; where FASTDISTIL_REQUIRE lists the name, it fails instead.
+
+    FASTDISTIL_REQUIRE: names separated by commas (horovod, mpi, root-network), set where a skip would hide a broken machine.
+    """
+    required = {name.strip() for name in os.environ.get("FASTDISTIL_REQUIRE", "").split(",")}
+
+    def skip_or_fail(what: str, reason: str) -> Never:
+        if what in required:
+            pytest.fail(f"FASTDISTIL_REQUIRE lists {what}: {reason}")
+        pytest.skip(reason)
+
+    return skip_or_fail
