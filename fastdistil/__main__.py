@@ -1,0 +1,5 @@
+"""`python -m fastdistil` is the command `fastdistil`."""
+
+from fastdistil.cli import main
+
+main()
