@@ -251,10 +251,11 @@ def main() -> None:
     parser.add_argument("--address", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
-        print(_exchange(options), flush=True)
+        print(*_exchange(options))
         return
     if reason := missing():
-        sys.exit(reason)
+        print(reason, file=sys.stderr)
+        sys.exit(2)
     with Network(options.ranks, flow_mbit=options.flow_mbit, link_mbit=options.link_mbit) as network:
         argv = [sys.executable, __file__, *sys.argv[1:], "--address", network.address(0), "--rank"]
         ends = [network.run(rank, [*argv, str(rank)], {}, stdout=subprocess.PIPE) for rank in range(options.ranks)]
@@ -262,8 +263,9 @@ def main() -> None:
         outputs = [end.communicate()[0] for end in ends]
         if any(end.returncode for end in ends):
             sys.exit(f"ranks ended with {[end.returncode for end in ends]}")
+        begun, ended = zip(*(map(float, output.split()) for output in outputs), strict=True)
         result = {
-            "seconds": [float(output) for output in outputs],
+            "seconds": [each - min(begun) for each in ended],
             "tx_bytes": [network.tx_bytes(rank) for rank in range(options.ranks)],
         }
         if options.flow_mbit is not None:
@@ -271,23 +273,24 @@ def main() -> None:
         print(json.dumps(result))
 
 
-def _exchange(options: argparse.Namespace) -> float:
-    """Seconds from the first connection to the last byte."""
+def _exchange(options: argparse.Namespace) -> tuple[float, float]:
+    """When the first byte could leave this rank and when the last one had come, by the clock that the ranks share."""
     where = (options.address, 29500)
     if options.rank == 0:
         with socket.create_server(where) as server:
             flows = [server.accept()[0] for _ in range(options.flows * (options.ranks - 1))]
     else:
         flows = [_connected(where) for _ in range(options.flows)]
-    begun = time.perf_counter()
+    begun = time.monotonic()
     data = bytes(round(options.megabytes * 1e6))
-    threads = [threading.Thread(target=flow.sendall, args=(data,)) for flow in flows]
-    threads += [threading.Thread(target=_receive, args=(flow, len(data))) for flow in flows]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - begun
+    for flow in flows:
+        threading.Thread(target=flow.sendall, args=(data,)).start()
+    receivers = [threading.Thread(target=_receive, args=(flow, len(data))) for flow in flows]
+    for receiver in receivers:
+        receiver.start()
+    for receiver in receivers:
+        receiver.join()
+    return begun, time.monotonic()
 
 
 def _connected(where: tuple[str, int]) -> socket.socket:
