@@ -1,14 +1,16 @@
 """The command line: arguments -> a recipe or options -> one call. Nothing else lives here."""
 
+import json
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Self
 
 import rich.console
 import typer
 
 from fastdistil import __version__
-from fastdistil.errors import EXIT_CODES, FastdistilError
+from fastdistil.errors import EXIT_CODES, FastdistilError, RankLost
 
 if TYPE_CHECKING:
     from fastdistil.evaluate import Report
@@ -32,11 +34,24 @@ Resume = Annotated[
     typer.Option(metavar="auto|PATH", help="Continue the newest run of this recipe, or the run or checkpoint at PATH."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve everything, print recipe and estimates, start nothing.")]
+Ranks = Annotated[int | None, typer.Option("--np", metavar="N", help="Train with N ranks: processes on this machine.")]
+Hosts = Annotated[
+    str | None, typer.Option(metavar="a:8,b:8", help="Train with 8 ranks on each of hosts a and b, over ssh.")
+]
+ElasticRanks = Annotated[
+    str | None,
+    typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
+]
+GrowAfter = Annotated[float, typer.Option(help="--elastic: seconds after which a lost rank's place is tried again.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
 def main() -> NoReturn:
     """Entry point: every FastdistilError becomes one line on standard error and its exit code."""
+    if "FASTDISTIL_LAUNCHER_PID" in os.environ:
+        from fastdistil.processes import tie_to_launcher
+
+        tie_to_launcher(os.environ)
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except FastdistilError as error:
@@ -54,6 +69,10 @@ def main() -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"fastdistil: {' '.join(message.split())}", file=sys.stderr)
+    if code == RankLost.exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # other threads may hang in a collective, and would be waited for
     sys.exit(code)
 
 
@@ -64,8 +83,17 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command(epilog="Example: fastdistil train distilbert teacher.path=bert-base-uncased data.train=corpus/ loop.epochs=1")
-def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False) -> None:
+@app.command(epilog="Example: fastdistil train distilbert teacher.path=bert-base-uncased data.train=corpus/ --np 4")
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    np: Ranks = None,
+    hosts: Hosts = None,
+    elastic: ElasticRanks = None,
+    grow_after: GrowAfter = 60.0,
+) -> None:
     """Distil a teacher into a student. `fastdistil train demo` needs nothing and takes minutes."""
     from fastdistil.errors import UserError
     from fastdistil.recipe import load_recipe
@@ -74,6 +102,8 @@ def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = None
     if recipe == "demo":
         from fastdistil.demo import plan_demo, run_demo
 
+        if np is not None or hosts is not None or elastic is not None:
+            raise UserError("the demo trains several small models one after another, with one rank; give a recipe to --np")
         if dry_run:
             plan_demo(loaded, rich.console.Console())
         else:
@@ -81,11 +111,20 @@ def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = None
         return
     if loaded.teacher is None:
         raise UserError(f"recipe {recipe} has no teacher; set teacher.path=..., or use `fastdistil pretrain`")
-    _run(loaded, recipe, resume, dry_run)
+    _run("train", loaded, recipe, overrides or [], resume, dry_run, RankOptions(np, hosts, elastic, grow_after))
 
 
 @app.command(epilog="Example: fastdistil pretrain bert-small data.train=corpus/ loop.epochs=2")
-def pretrain(recipe: RecipeName, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False) -> None:
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    np: Ranks = None,
+    hosts: Hosts = None,
+    elastic: ElasticRanks = None,
+    grow_after: GrowAfter = 60.0,
+) -> None:
     """Train a model without a teacher, with the same loop: a teacher for those who cannot download one."""
     from fastdistil.errors import UserError
     from fastdistil.recipe import load_recipe
@@ -93,10 +132,19 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, resume: Resume = N
     loaded = load_recipe(recipe, overrides or ())
     if loaded.teacher is not None:
         raise UserError(f"recipe {recipe} has a teacher ({loaded.teacher.path}); use `fastdistil train`, or set teacher=null")
-    _run(loaded, recipe, resume, dry_run)
+    _run("pretrain", loaded, recipe, overrides or [], resume, dry_run, RankOptions(np, hosts, elastic, grow_after))
 
 
-def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
+class RankOptions(NamedTuple):
+    np: int | None
+    hosts: str | None
+    elastic: str | None
+    grow_after_s: float
+
+
+def _run(
+    command: str, recipe: Any, name: str, overrides: list[str], resume: str | None, dry_run: bool, options: RankOptions
+) -> None:
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     if dry_run:
         from fastdistil.estimate import show_plan
@@ -105,13 +153,48 @@ def _run(recipe: Any, name: str, resume: str | None, dry_run: bool) -> None:
 
         show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())
         return
+    if options.np not in (None, 1) or options.hosts is not None or options.elastic is not None:
+        raise typer.Exit(_launch(command, recipe, name, overrides, resume, options))
+    from fastdistil.ranks import find_place
     from fastdistil.train import train as run
 
     result = run(recipe, recipe_name=stem, resume=resume)
-    print(
-        f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; "
-        f"the student is in {result.run_dir / 'student'}"
-    )
+    place = find_place(os.environ)
+    if place is None or place.rank == 0:
+        print(
+            f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; "
+            f"the student is in {result.run_dir / 'student'}"
+        )
+
+
+def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: str | None, options: RankOptions) -> int:
+    """Start the ranks: each runs this same command without the options that start ranks. Returns the exit code."""
+    from fastdistil.errors import UserError
+    from fastdistil.launch import Elastic, Job, choose_slots, launch, parse_elastic
+    from fastdistil.runs import choose_run
+
+    elastic, np = None, options.np
+    own = [sys.executable, "-m", "fastdistil", command, name]
+    first = [*own, *overrides, *(["--resume", resume] if resume else [])]
+    if options.elastic is not None:
+        min_ranks, max_ranks = parse_elastic(options.elastic)
+        np = max_ranks if np is None else np
+        if not min_ranks <= np <= max_ranks:
+            raise UserError(f"--np {np} is outside --elastic {options.elastic}; leave it out to start with {max_ranks}")
+        # The directory is chosen here, so that every start continues the same run.
+        stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+        directory, _ = choose_run(recipe, stem, resume)
+        pinned = [*overrides, f"name={json.dumps(directory.name)}", f"runs_dir={json.dumps(str(directory.parent))}"]
+        again = (*own, *pinned, "--resume", "auto")
+        first = [*own, *pinned, *(["--resume", resume] if resume else [])]
+        elastic = Elastic(
+            min_ranks=min_ranks,
+            again=again,
+            progress=lambda: max((path.name for path in directory.glob("checkpoints/step-*")), default=""),
+            grow_after_s=options.grow_after_s,
+        )
+    slots, ranks = choose_slots(np, options.hosts)
+    return launch(Job(command=tuple(first), slots=slots, ranks=ranks, timeout_s=recipe.world.timeout_s, elastic=elastic))
 
 
 @app.command(epilog="Example: fastdistil prepare books/ --tokenizer bert-base-uncased --out corpus --strip-gutenberg")

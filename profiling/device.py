@@ -1,14 +1,18 @@
 """What the devices of this machine are, as facts: processor, cores that may be used, memory, fast bf16.
 
 Linux only: the kernel's own files are the source. What they do not say is answered with None or "no", never guessed.
+torch is loaded only where a torch.device is asked about, so that a launcher may count cores without it.
 """
 
 import os
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # Instructions that multiply bf16 matrices: tiles and dot products on x86, the bf16 extension of Arm.
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
@@ -38,12 +42,14 @@ def cpuinfo() -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def has_fast_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: "torch.device") -> bool:
     """Whether bf16 matrix products run in hardware on `device`, rather than being emulated in fp32.
 
     A GPU needs compute capability 8.0 (Ampere); a processor AMX, AVX512-BF16 or Arm's BF16, and a torch built with oneDNN,
     whose kernels use them. Raises ValueError for other kinds of device.
     """
+    import torch
+
     match device.type:
         case "cuda":
             capable = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -26,7 +26,9 @@ DOORS = {
 # Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {
     "fastdistil.cli": ("fastdistil.__main__",),
-    "fastdistil.launch": ("fastdistil.cli",),
+    "fastdistil.launch": ("fastdistil.cli", "fastdistil.train"),
+    "fastdistil.attempts": ("fastdistil.launch",),
+    "fastdistil.calls": ("fastdistil.launch",),
     "fastdistil.train": ("fastdistil", "fastdistil.cli", "fastdistil.demo"),
     "fastdistil.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
     "fastdistil.shards": ("fastdistil.prepare", "fastdistil.cache_teacher"),

@@ -1,0 +1,230 @@
+"""One start of all ranks of a run: started, watched, told to stop, and judged by how they ended."""
+
+import contextlib
+import random
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from fastdistil.processes import KILL_AFTER_S, RankProcess, Slot, Voices, start
+from fastdistil.ranks import FIRST_PORT, PORTS
+
+SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+"""What reaches another host; FASTDISTIL_SSH replaces it. No passwords are asked for, and a dead connection is noticed."""
+POLL_S = 0.05
+END_S = 10.0
+"""Beyond world.timeout_s, for ranks to end by themselves when another one has failed."""
+SAVE_S = 30.0
+"""Beyond world.timeout_s, for ranks to save when a signal stops them."""
+BAD_INPUT, LOST, SAVED, INTERRUPTED, SSH_FAILED = 2, 12, 75, 130, 255
+
+
+class Interrupts:
+    """Within the block, SIGTERM and SIGINT are only noted. Off the main thread, where Python allows no handlers, nothing."""
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self.insisted = False
+        """A second SIGINT."""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.insisted |= self.asked is not None and number == signal.SIGINT
+        self.asked = self.asked or signal.Signals(number)
+
+
+@dataclass
+class Attempt:
+    """How the ranks ended."""
+
+    order: list[RankProcess] = field(default_factory=list)
+    """As they ended."""
+    killed: set[int] = field(default_factory=set)
+    """Ranks that did not end by themselves in time."""
+    stopped: bool = False
+    """Whether they were told to stop."""
+    insisted: bool = False
+    """Whether a second SIGINT killed them."""
+
+    @property
+    def cause(self) -> RankProcess | None:
+        """The rank whose end explains the others': the first that failed of itself; the others follow it with 12."""
+        failed = [each for each in self.order if each.code not in (0, SAVED) and each.rank not in self.killed]
+        own = [each for each in failed if each.code != LOST]
+        stuck = [each for each in self.order if each.rank in self.killed]
+        return next(iter(own + stuck + failed), None)
+
+    @property
+    def lost(self) -> list[RankProcess]:
+        """Ranks whose slots are not to be trusted: killed, stuck, unreachable; if there are none, those that broke."""
+        gone = [each for each in self.order if each.rank in self.killed or each.code == SSH_FAILED or (each.code or 0) < 0]
+        return gone or [each for each in self.order if each.code not in (0, LOST, SAVED)]
+
+    def exit_code(self) -> int:
+        """Of the command, by the first failing rank."""
+        cause, codes = self.cause, [each.code for each in self.order]
+        if self.insisted:
+            return INTERRUPTED
+        if cause is None or cause.code is None:
+            return SAVED if SAVED in codes else 0
+        before_training = cause.code == INTERRUPTED or cause.code in (-signal.SIGTERM, -signal.SIGINT)
+        if self.stopped and before_training:
+            return SAVED if SAVED in codes else INTERRUPTED
+        if cause.code < 0 or (cause.slot.host and cause.code == SSH_FAILED):
+            return LOST
+        return BAD_INPUT if cause.slot.host and cause.code in (126, 127) else cause.code
+
+    def why(self) -> str | None:
+        """What the rank that failed could not say itself."""
+        cause = self.cause
+        if cause is None or cause.code is None or self.insisted:
+            return None
+        host = cause.slot.host
+        if host and cause.code == SSH_FAILED:
+            return f"{cause.name}: no connection to {host}, or it broke; see whether this works: ssh {host} true"
+        if host and cause.code in (126, 127):
+            return f"{host} cannot run {sys.executable}; wanted the same Python and the same directory on every host"
+        if cause.rank in self.killed:
+            return f"{cause.name} did not end in time (world.timeout_s) and was killed"
+        if cause.code < 0 and not self.stopped:
+            return f"{cause.name} was killed by {signal.Signals(-cause.code).name}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What `run_ranks` starts: `command` in every slot, rank 0 in the first."""
+
+    command: Sequence[str]
+    slots: Sequence[Slot]
+    timeout_s: float
+    logs: Path
+    """Directory for the standard output of ranks other than 0."""
+    environ: Mapping[str, str]
+
+    @property
+    def ssh(self) -> list[str]:
+        return shlex.split(self.environ.get("FASTDISTIL_SSH") or SSH)
+
+
+def run_ranks(begin: Start, voices: Voices, interrupts: Interrupts, enough: Callable[[], bool] = lambda: False) -> Attempt:
+    """Start all ranks and wait until all have ended; none is left behind, whatever happens here.
+
+    `enough` is asked all the time; once it is true the ranks are told to save and stop.
+    """
+    attempt = Attempt()
+    ranks: list[RankProcess] = []
+    try:
+        _start_all(begin, voices, ranks)
+        _watch(begin, ranks, attempt, voices, interrupts, enough)
+    finally:
+        # After a KeyboardInterrupt or a bug of ours they may still run.
+        _kill([each for each in ranks if each.code is None and each.process.poll() is None])
+        for each in ranks:
+            each.close()
+        voices.flush(now=True)
+    return attempt
+
+
+def _start_all(begin: Start, voices: Voices, ranks: list[RankProcess]) -> None:
+    hosts = list(dict.fromkeys(slot.host for slot in begin.slots))
+    address = meeting_host(hosts)
+    meeting = {"FASTDISTIL_LAUNCHER": "fastdistil", "MASTER_ADDR": address, "MASTER_PORT": str(free_port(address))}
+    for rank, slot in enumerate(begin.slots):
+        here = [other.index for other in begin.slots if other.host == slot.host]
+        own = meeting | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(begin.slots)),
+            "LOCAL_RANK": str(here.index(slot.index)),
+            "LOCAL_WORLD_SIZE": str(len(here)),
+            "GROUP_RANK": str(hosts.index(slot.host)),
+            "GROUP_WORLD_SIZE": str(len(hosts)),
+        }
+        ranks.append(
+            start(
+                rank,
+                slot,
+                begin.command,
+                own,
+                base=begin.environ,
+                devices=None if here == list(range(len(here))) else here,
+                patience_s=begin.timeout_s + END_S,
+                log=begin.logs / f"rank-{rank}.log",
+                voices=voices,
+                ssh=begin.ssh,
+            )
+        )
+
+
+def meeting_host(hosts: Sequence[str | None]) -> str:
+    """Rank 0's host, as all the others reach it."""
+    if hosts == [None]:
+        return "127.0.0.1"
+    return hosts[0] if hosts[0] is not None else socket.gethostname()
+
+
+def free_port(address: str) -> int:
+    """A port of `address` if that is this machine; elsewhere one that is rarely taken. If it is, rank 0 says so."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+    return FIRST_PORT + random.randrange(PORTS)
+
+
+def _watch(
+    begin: Start, ranks: list[RankProcess], attempt: Attempt, voices: Voices, interrupts: Interrupts, enough: Callable[[], bool]
+) -> None:
+    told: signal.Signals | None = None
+    end_by_s, kill_by_s = float("inf"), float("inf")
+    while running := [each for each in ranks if each.code is None]:
+        now = time.monotonic()
+        for each in running:
+            if each.ended():
+                attempt.order.append(each)
+                if each.code not in (0, SAVED):
+                    end_by_s = min(end_by_s, now + begin.timeout_s + END_S)
+        asked = interrupts.asked or (signal.SIGTERM if told is None and end_by_s == float("inf") and enough() else None)
+        if told is None and asked is not None:
+            told, attempt.stopped = asked, True
+            kill_by_s = now + begin.timeout_s + SAVE_S
+            _send(running, told)
+        if now >= end_by_s and kill_by_s > end_by_s + KILL_AFTER_S:
+            attempt.killed |= {each.rank for each in running if each.code is None}
+            kill_by_s = end_by_s + KILL_AFTER_S
+            _send(running, signal.SIGTERM)
+        if interrupts.insisted or now >= kill_by_s:
+            attempt.insisted = interrupts.insisted
+            attempt.killed |= {each.rank for each in running if each.code is None}
+            _kill(running)
+        voices.flush()
+        time.sleep(POLL_S)
+
+
+def _send(ranks: list[RankProcess], number: signal.Signals) -> None:
+    for each in ranks:
+        if each.code is None:
+            each.send(number)
+
+
+def _kill(ranks: list[RankProcess]) -> None:
+    _send(ranks, signal.SIGKILL)
+    for each in ranks:
+        each.kill()

@@ -1,0 +1,300 @@
+"""One rank's process, here or on another host over ssh, and what the ranks say.
+
+A rank here is a child in a session of its own: a terminal's Ctrl-C reaches the launcher alone, and one signal to its group
+ends whatever it started. A rank elsewhere is a child of `supervise` there, which ssh starts: it gets the rank's command and
+environment as a line of JSON on its standard input (no secret shows in a process list), then the numbers of signals to pass
+on; when that input ends, because the launcher or the connection is gone, it ends the rank.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+from fastdistil.profiling.device import usable_cores
+from fastdistil.ranks import RANK_VARIABLES
+
+# What a rank on another host is told of the launcher's environment; the rest (PATH, HOME, ...) is that host's own.
+CARRIED = re.compile(
+    r"(FASTDISTIL|HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|TORCH|PYTORCH|TRITON|NCCL|GLOO|HOROVOD|OMP|MKL|CUBLAS)_.*"
+)
+KILL_AFTER_S = 5.0
+"""Between a last SIGTERM and SIGKILL."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one rank: the `index`-th of `host`, and so that host's GPU of that number. None: this machine."""
+
+    host: str | None
+    index: int
+
+    def __str__(self) -> str:
+        return f"slot {self.index} of {self.host or 'this machine'}"
+
+
+def end_group(pid: int, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def rank_environment(base: Mapping[str, str], own: Mapping[str, str], devices: Sequence[int] | None) -> dict[str, str]:
+    """A rank's environment: `base` without another launcher's variables, `own`, threads, and the GPUs of the slots in use.
+
+    `devices`: None if the slots in use are a host's first ones, for then LOCAL_RANK is the number of the GPU.
+    """
+    environ = {name: value for name, value in base.items() if not RANK_VARIABLES.fullmatch(name)}
+    environ |= own
+    environ["FASTDISTIL_LAUNCHER_PID"] = str(os.getpid())
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, int(usable_cores() // int(own["LOCAL_WORLD_SIZE"])))))
+    if devices is not None:
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(max(devices) + 1)]
+        if max(devices) < len(names):
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in devices)
+    return environ
+
+
+def tie_to_launcher(environ: Mapping[str, str]) -> None:
+    """In a rank: SIGTERM when the process that started it is gone, however that one ended (Linux)."""
+    launcher = environ.get("FASTDISTIL_LAUNCHER_PID")
+    if launcher is None:
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(launcher):  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass
+class RankProcess:
+    """A started rank. `start` makes one."""
+
+    rank: int
+    slot: Slot
+    process: "subprocess.Popen[bytes]"
+    threads: list[threading.Thread] = field(default_factory=list)
+    code: int | None = None
+    """How it ended: its exit code, or minus the number of the signal that killed it."""
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank}" + (f" on {self.slot.host}" if self.slot.host else "")
+
+    def ended(self) -> bool:
+        """Whether it has ended since the last call."""
+        if self.code is not None or (code := self.process.poll()) is None:
+            return False
+        end_group(self.process.pid)  # what it may have started
+        self.code = 128 - code if self.slot.host and 128 < code < 128 + signal.NSIG else code
+        return True
+
+    def send(self, number: int) -> None:
+        if self.slot.host is None:
+            self.process.send_signal(number)
+        elif self.process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it has ended
+                self.process.stdin.write(f"{int(number)}\n".encode())
+                self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """At once, with all that it started."""
+        self.send(signal.SIGKILL)
+        if self.slot.host is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(KILL_AFTER_S)  # the word has to arrive
+        end_group(self.process.pid)
+        self.process.wait()
+
+    def close(self) -> None:
+        for thread in self.threads:
+            thread.join(KILL_AFTER_S)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def start(
+    rank: int,
+    slot: Slot,
+    command: Sequence[str],
+    own: Mapping[str, str],
+    *,
+    base: Mapping[str, str],
+    devices: Sequence[int] | None,
+    patience_s: float,
+    log: Path,
+    voices: "Voices",
+    ssh: Sequence[str],
+) -> RankProcess:
+    """Start a rank. Rank 0 has our standard output; the others' goes to `log`."""
+    # A notebook's cell and a test's capture replace sys.stdout, which a child's descriptor knows nothing of.
+    piped = rank == 0 and sys.stdout is not sys.__stdout__
+    with contextlib.nullcontext() if rank == 0 else log.open("wb") as file:
+        stdout: Any = subprocess.PIPE if piped else file
+        if slot.host is None:
+            environ = rank_environment(base, own, devices)
+            process = _popen(list(command), stdout, environ)
+        else:
+            process = _popen([*ssh, slot.host, remote_line(base)], stdout, None)
+            request = {
+                "command": list(command),
+                "environ": {name: value for name, value in base.items() if CARRIED.fullmatch(name)} | dict(own),
+                "devices": devices,
+                "patience_s": patience_s,
+            }
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # ssh has ended: its exit code says more
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+    started = RankProcess(rank, slot, process)
+    assert process.stderr is not None
+    started.threads.append(threading.Thread(target=voices.listen, args=(rank, process.stderr), daemon=True))
+    if piped:
+        assert process.stdout is not None
+        started.threads.append(threading.Thread(target=_pump, args=(process.stdout, sys.stdout), daemon=True))
+    for thread in started.threads:
+        thread.start()
+    return started
+
+
+def _popen(command: list[str], stdout: Any, environ: Mapping[str, str] | None) -> "subprocess.Popen[bytes]":
+    stdin = subprocess.PIPE if environ is None else subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=environ, start_new_session=True)
+
+
+def _pump(pipe: IO[bytes], out: TextIO) -> None:
+    while chunk := os.read(pipe.fileno(), 65536):
+        out.write(chunk.decode(errors="replace"))
+        out.flush()
+
+
+def remote_line(base: Mapping[str, str]) -> str:
+    """What ssh has the other host's shell run: the same Python in the same directory."""
+    path = f"PYTHONPATH={shlex.quote(base['PYTHONPATH'])} " if base.get("PYTHONPATH") else ""
+    return f"cd {shlex.quote(str(Path.cwd()))} || exit 2; exec env {path}{shlex.quote(sys.executable)} -m fastdistil.launch"
+
+
+def supervise(commands: IO[bytes], base: Mapping[str, str]) -> int:
+    """On another host: run the rank that the first line of `commands` describes. Returns its exit code, or 128 + signal."""
+    line = commands.readline()
+    if not line:
+        return 2
+    request = json.loads(line)
+    environ = rank_environment({**base, **request["environ"]}, request["environ"], request["devices"])
+    child = subprocess.Popen(request["command"], stdin=subprocess.DEVNULL, env=environ, start_new_session=True)
+    threading.Thread(target=_obey, args=(commands, child, request["patience_s"]), daemon=True).start()
+    code = child.wait()
+    end_group(child.pid)
+    return 128 - code if code < 0 else code
+
+
+def _obey(commands: IO[bytes], child: "subprocess.Popen[bytes]", patience_s: float) -> None:
+    for line in commands:
+        number = int(line)
+        if number == signal.SIGKILL:
+            end_group(child.pid)
+        else:
+            child.send_signal(number)
+    # The launcher is gone, or the way to it.
+    child.send_signal(signal.SIGTERM)
+    time.sleep(patience_s)
+    end_group(child.pid)
+
+
+class Voices:
+    """What the ranks write on standard error, put on ours: rank 0's as it is, the others' lines with their rank before them.
+
+    What a rank says when it ends (an error line, a traceback) is held for a moment, so that what several ranks say alike is
+    said once. Lines that rewrite themselves (progress bars) are rank 0's alone.
+    """
+
+    HOLD_S = 2.0
+    LAST_WORDS = (b"fastdistil: ", b"Traceback (most recent call last)")
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._lock = threading.Lock()
+        self._partial: dict[int, bytes] = {}
+        self._held: dict[int, bytes] = {}
+        self._held_since_s: float | None = None
+        self._shown: set[bytes] = set()
+
+    def listen(self, rank: int, pipe: IO[bytes]) -> None:
+        """Until the pipe ends. In a thread for each rank."""
+        while chunk := os.read(pipe.fileno(), 65536):
+            with self._lock:
+                self._hear(rank, chunk)
+        with self._lock:
+            if rest := self._partial.pop(rank, b""):
+                self._line(rank, rest + (b"" if rank == 0 else b"\n"))
+
+    def _hear(self, rank: int, chunk: bytes) -> None:
+        *lines, rest = (self._partial.get(rank, b"") + chunk).split(b"\n")
+        for line in lines:
+            self._line(rank, line + b"\n")
+        if rank == 0 and rest and rank not in self._held and not any(words.startswith(rest[:10]) for words in self.LAST_WORDS):
+            self._write(rest)  # a prompt, a progress bar: it must not wait for its line's end
+            rest = b""
+        self._partial[rank] = rest
+
+    def _line(self, rank: int, line: bytes) -> None:
+        if rank in self._held or line.startswith(self.LAST_WORDS):
+            self._held[rank] = self._held.get(rank, b"") + line
+            self._held_since_s = time.monotonic() if self._held_since_s is None else self._held_since_s
+        elif rank == 0:
+            self._write(line)
+        elif b"\r" not in line:
+            self._write(_labelled([rank], line))
+
+    def flush(self, now: bool = False) -> None:
+        """Say what was held long enough, or all (`now`: the ranks have ended)."""
+        with self._lock:
+            if self._held_since_s is None or not (now or time.monotonic() - self._held_since_s >= self.HOLD_S):
+                return
+            by_words: dict[bytes, list[int]] = {}
+            for rank in sorted(self._held):
+                by_words.setdefault(self._held[rank], []).append(rank)
+            for words, ranks in by_words.items():
+                if words not in self._shown:
+                    self._write(words if ranks[0] == 0 else _labelled(ranks, words))
+            self._shown = set() if now else self._shown | by_words.keys()
+            self._held.clear()
+            self._held_since_s = None
+
+    def say(self, text: str) -> None:
+        """A line of the launcher's own."""
+        with self._lock:
+            self._write(f"fastdistil: {text}\n".encode())
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody listens any more: the run goes on
+            self._out.write(data.decode(errors="replace"))
+            self._out.flush()
+
+
+def _labelled(ranks: list[int], lines: bytes) -> bytes:
+    label = f"[rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}] ".encode()
+    return b"".join(label + line for line in lines.splitlines(keepends=True))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 5 as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
