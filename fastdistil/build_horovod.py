@@ -1,0 +1,472 @@
+"""Build Horovod for the torch of this environment and install it: `python -m fastdistil.build_horovod`, or `make horovod`.
+
+The package index holds Horovod's sources only, and its last release (0.28.1, 2023) asks for C++14 where today's torch
+headers want C++17. So the sources are downloaded, edited (EDITS), built against the installed torch without build isolation,
+and the wheel is kept in a cache (${XDG_CACHE_HOME:-~/.cache}/fastdistil/horovod) under everything that it depends on: Build.
+A wheel is installed only after two ranks, made of it, have added up a tensor.
+
+Gloo is always built in, MPI where mpicc is there, NCCL where torch is a CUDA build. Standard library only; Horovod is not
+imported here, only by child processes.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fastdistil.errors import FastdistilError, UserError, translated
+from fastdistil.installed_horovod import (
+    REQUIREMENTS,
+    STAMP,
+    Torch,
+    installed_build,
+    installed_torch,
+    is_installed,
+    package_directory,
+    state,
+    two_ranks,
+)
+
+VERSION = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+HOW_TO_BUILD = "build it with `make horovod` in a checkout, with `python -m fastdistil.build_horovod` elsewhere"
+# From release 81 on setuptools lacks what Horovod's build imports.
+BUILD_TOOLS = ("setuptools<81", "wheel", "packaging")
+
+
+class Edit(NamedTuple):
+    file: str
+    old: str
+    new: str
+
+
+EDITS = (
+    # torch's headers refuse anything older.
+    Edit("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+    Edit("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+    # A requirement from the days of torch's C extensions: nothing imports it.
+    Edit("setup.py", "require_list.append('cffi>=1.4.0')", "pass"),
+)
+# A CUDA compiler on PATH, or a CUDA build of torch, would make a build without GPU operations ask for all of CUDA.
+CPU_EDITS = (
+    Edit("CMakeLists.txt", "include(CheckLanguage)\ncheck_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)", "if(FALSE)"),
+    Edit(
+        "cmake/Modules/FindPytorch.cmake",
+        "print(True if ((torch.version.cuda is not None) and (CUDA_HOME is not None)) else False)",
+        "print(False)",
+    ),
+)
+# CUDA's headers warn below C++17 and refuse C++11 with gcc 14.
+CUDA_EDITS = (Edit("horovod/common/ops/cuda/CMakeLists.txt", "set(CMAKE_CUDA_STANDARD 11)", "set(CMAKE_CUDA_STANDARD 17)"),)
+
+
+class BuildFailed(FastdistilError):
+    """Everything needed is there, and still Horovod cannot be built, or what was built does not work."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    home: Path
+    release: str
+    nccl: Path
+    """A directory with include/nccl.h and lib/libnccl.so.2 (or lib64, lib/<machine>: a system's own)."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a wheel depends on: equal ones are interchangeable. Texts, empty where there is nothing."""
+
+    horovod: str
+    edits: str
+    torch: str
+    torch_revision: str
+    python: str
+    libc: str
+    compiler: str
+    mpi: str
+    cuda: str
+    nccl: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
+
+    @property
+    def title(self) -> str:
+        operations = ["Gloo", *(["MPI"] if self.mpi else []), *(["NCCL"] if self.cuda else [])]
+        return f"Horovod {self.horovod} for torch {self.torch} with {', '.join(operations)}"
+
+    def met_by(self, installed: Mapping[str, str] | None) -> bool:
+        """Without a compiler on this machine any compiler's work will do."""
+        wanted = asdict(self)
+        if installed is None or installed.keys() != wanted.keys():
+            return False
+        return all(wanted[name] == installed[name] for name in wanted if name != "compiler" or self.compiler)
+
+
+# What is to be built
+
+
+def wanted_build(torch: Torch, environ: Mapping[str, str], *, cpu: bool) -> tuple[Build, Cuda | None]:
+    if torch.hip:
+        raise UserError(f"wanted a CPU or CUDA build of torch, got {torch.version} for ROCm: use world.engine=torch")
+    cuda = find_cuda(torch, environ) if torch.cuda and not cpu else None
+    edits = edits_for(cuda)
+    build = Build(
+        horovod=VERSION,
+        edits=hashlib.sha256(repr((edits, BUILD_TOOLS)).encode()).hexdigest()[:20],
+        torch=torch.version,
+        torch_revision=torch.revision,
+        python=str(sysconfig.get_config_var("SOABI")),
+        libc=" ".join(platform.libc_ver()).strip(),
+        compiler=first_line(cxx(environ), "--version"),
+        mpi=first_line(found(environ, "mpicc"), "-show"),  # names its compiler, directories and libraries
+        cuda=cuda.release if cuda else "",
+        nccl=nccl_version(cuda.nccl) if cuda else "",
+    )
+    return build, cuda
+
+
+def edits_for(cuda: Cuda | None) -> tuple[Edit, ...]:
+    return (*EDITS, *(CUDA_EDITS if cuda else CPU_EDITS))
+
+
+def found(environ: Mapping[str, str], *names: str) -> str | None:
+    paths = (shutil.which(name, path=environ.get("PATH")) for name in names if name)
+    return next((path for path in paths if path), None)
+
+
+def cxx(environ: Mapping[str, str]) -> str | None:
+    return found(environ, environ["CXX"]) if environ.get("CXX") else found(environ, "c++", "g++", "clang++")
+
+
+def first_line(program: str | None, *arguments: str) -> str:
+    if program is None:
+        return ""
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def require_tools(environ: Mapping[str, str]) -> None:
+    """Compiler, CMake, make, Python's headers and pip; the error names all that are missing."""
+    missing = []
+    if cxx(environ) is None:
+        missing.append(("a C++ compiler", "g++"))
+    version = re.search(r"(\d+)\.(\d+)", first_line(found(environ, "cmake"), "--version"))
+    if version is None or (int(version[1]), int(version[2])) < (3, 13):
+        missing.append(("CMake 3.13 or newer", "cmake"))
+    if found(environ, "make") is None:
+        missing.append(("make", "make"))
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append(("Python's headers", "python3-dev"))
+    if missing:
+        lacking = ", ".join(what for what, _ in missing)
+        packages = " ".join(package for _, package in missing)
+        raise UserError(f"building Horovod needs {lacking}: install it (Debian, Ubuntu: apt install {packages})")
+
+
+def find_cuda(torch: Torch, environ: Mapping[str, str]) -> Cuda:
+    """The CUDA toolkit and the NCCL that a CUDA build of torch goes with: pip's before the system's."""
+    assert torch.cuda is not None
+    major = torch.cuda.split(".")[0]
+    pip = package_directory("nvidia")
+    nvcc = found(environ, "nvcc")
+    # nvcc may be a wrapper script; it says itself where its toolkit lies.
+    top = re.search(r"TOP=(.*)", output_of([nvcc, "--dryrun", "-x", "cu", "/dev/null"])) if nvcc else None
+    homes = [Path(environ["CUDA_HOME"])] if environ.get("CUDA_HOME") else []
+    homes += [pip / f"cu{major}"] if pip else []
+    homes += [Path(top[1].strip()).resolve()] if top else []
+    homes += [Path("/usr/local/cuda")]
+    seen = []
+    for home in homes:
+        release = re.search(r"release (\d+)\.(\d+)", output_of([str(home / "bin/nvcc"), "--version"]))
+        if release and release[1] == major:
+            return Cuda(home.resolve(), f"{release[1]}.{release[2]}", find_nccl(pip, home))
+        seen += [f"{release[1]}.{release[2]} in {home}"] if release else []
+    # pip itself would mix releases: nvcc's own requirements name no versions.
+    pip_packages = " ".join(f"'nvidia-{name}=={torch.cuda}.*'" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl"))
+    raise UserError(
+        f"torch {torch.version} is a CUDA build, and Horovod's GPU operations need CUDA {major}'s compiler (nvcc), found: "
+        f"{', '.join(seen) or 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME"
+        f"{f', or pip install {pip_packages}' if int(major) >= 13 else ''}; --cpu builds Horovod without GPU operations"
+    )
+
+
+def find_nccl(pip: Path | None, cuda_home: Path) -> Path:
+    """pip's, which torch loads too; a system's where torch brought none."""
+    homes = [pip / "nccl"] if pip else []
+    homes += [cuda_home, Path("/usr"), Path("/usr/local")]
+    for home in homes:
+        if (home / "include/nccl.h").is_file():
+            return home
+    raise UserError(
+        f"Horovod's GPU operations need NCCL with its headers, found none in {', '.join(map(str, homes))}; "
+        "Debian, Ubuntu: apt install libnccl-dev; --cpu builds Horovod without GPU operations"
+    )
+
+
+def nccl_version(home: Path) -> str:
+    header = (home / "include/nccl.h").read_text(encoding="utf-8", errors="replace")
+    return ".".join(re.findall(r"#define NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", header))
+
+
+def output_of(command: Sequence[str]) -> str:
+    """Both streams; nothing where the program cannot be started."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout
+
+
+# Building
+
+
+def build_wheel(build: Build, cuda: Cuda | None, target: Path, log: Path, environ: Mapping[str, str], jobs: int) -> None:
+    """Leave the wheel alone in the new directory `target`, which appears whole or not at all."""
+    require_tools(environ)
+    say(f"building {build.title} (about 3 minutes on 2 cores; log: {log})")
+    log.write_bytes(b"")
+    with tempfile.TemporaryDirectory(prefix="fastdistil-horovod-") as name:
+        work = Path(name)
+        pip_install(log, environ, "--target", str(work / "tools"), *BUILD_TOOLS)
+        environ = {**environ, "PYTHONPATH": str(work / "tools")}
+        source = unpacked(download(work, log, environ))
+        apply_edits(source, edits_for(cuda))
+        (source / "horovod" / STAMP).write_text(f"BUILD = {json.dumps(asdict(build), indent=4)}\n", encoding="utf-8")
+        environ = build_environment(build, cuda, work, environ, jobs)
+        # With an option in front setup.py does not see that it is to build, and fetches no packages of its own.
+        run_logged([sys.executable, "setup.py", "--quiet", "bdist_wheel"], log, environ, source, "building Horovod")
+        (wheel,) = (source / "dist").glob("*.whl")
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        shutil.copy2(wheel, new / wheel.name)
+        new.rename(target)
+
+
+def download(work: Path, log: Path, environ: Mapping[str, str]) -> Path:
+    """The sources, from the package index that pip is configured with; pip compares the hash."""
+    (work / "wanted.txt").write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", "horovod", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(work / "wanted.txt")]
+    # No mistake of ours: a machine without network, an index without Horovod.
+    run_logged(command, log, environ, work, f"downloading Horovod {VERSION} with pip", UserError)
+    (sdist,) = work.glob("horovod-*.tar.gz")
+    return sdist
+
+
+def unpacked(sdist: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(sdist.parent, filter="data")
+    return sdist.parent / f"horovod-{VERSION}"
+
+
+def apply_edits(source: Path, edits: Sequence[Edit]) -> None:
+    for edit in edits:
+        text = (source / edit.file).read_text(encoding="utf-8")
+        if text.count(edit.old) != 1:
+            raise BuildFailed(f"wanted {edit.old!r} once in Horovod's {edit.file}, found it {text.count(edit.old)} times")
+        (source / edit.file).write_text(text.replace(edit.old, edit.new), encoding="utf-8")
+
+
+def build_environment(build: Build, cuda: Cuda | None, work: Path, environ: Mapping[str, str], jobs: int) -> dict[str, str]:
+    """Nothing that others set for Horovod or for an outer make gets in."""
+    kept = {name: value for name, value in environ.items() if not name.startswith(("HOROVOD_", "MAKE", "MFLAGS"))}
+    kept |= {
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        "HOROVOD_WITH_GLOO": "1",
+        "HOROVOD_WITH_MPI" if build.mpi else "HOROVOD_WITHOUT_MPI": "1",
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # CMake 4 refuses the bundled Gloo otherwise
+        "MAKEFLAGS": f"-j{jobs}",
+    }
+    if cuda is not None:
+        home = cuda_home(cuda, work / "cuda")
+        kept |= {
+            "HOROVOD_GPU": "CUDA",
+            "HOROVOD_GPU_OPERATIONS": "NCCL",
+            "HOROVOD_CUDA_HOME": str(home),
+            "HOROVOD_NCCL_HOME": str(nccl_home(cuda, work / "nccl")),
+            "HOROVOD_NCCL_LINK": "SHARED",  # the libnccl.so.2 that torch has loaded
+            "CUDA_HOME": str(home),
+            "PATH": f"{home / 'bin'}:{environ.get('PATH', os.defpath)}",
+        }
+    return kept
+
+
+def cuda_home(cuda: Cuda, new: Path) -> Path:
+    """A toolkit as CMake knows it. pip's lacks lib64 and the names that a linker looks for."""
+    if (cuda.home / "lib64").is_dir():
+        return cuda.home
+    # nvcc finds the rest from where it really lies, so bin/ cannot be a link.
+    shutil.copytree(cuda.home / "bin", new / "bin")
+    for name in ("include", "nvvm"):
+        (new / name).symlink_to(cuda.home / name)
+    link_libraries(cuda.home / "lib", new / "lib64")
+    return new
+
+
+def nccl_home(cuda: Cuda, new: Path) -> Path:
+    if not (cuda.nccl / "lib/libnccl.so.2").is_file():
+        return cuda.nccl
+    new.mkdir()
+    (new / "include").symlink_to(cuda.nccl / "include")
+    link_libraries(cuda.nccl / "lib", new / "lib")
+    return new
+
+
+def link_libraries(source: Path, new: Path) -> None:
+    """Each library under its own name and under the one without numbers."""
+    new.mkdir()
+    for library in source.iterdir():
+        (new / library.name).symlink_to(library)
+        plain = new / re.sub(r"\.so[.\d]+$", ".so", library.name)
+        if not plain.is_symlink():
+            plain.symlink_to(library)
+
+
+# Installing
+
+
+def check_wheel(wheel: Path, environ: Mapping[str, str]) -> None:
+    """Two ranks, of the wheel and not of what is installed, add up a tensor."""
+    with tempfile.TemporaryDirectory(prefix="fastdistil-horovod-") as directory:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(directory)  # noqa: S202  (a wheel that was built here)
+        wrong = two_ranks({**environ, "PYTHONPATH": directory})
+    if wrong:
+        raise BuildFailed(f"two ranks of the Horovod that was built cannot add up a tensor: {wrong}")
+
+
+def install_requirements(constraint: Path | None, log: Path, environ: Mapping[str, str]) -> None:
+    missing = [name for name in REQUIREMENTS if not is_installed(name)]
+    if missing:
+        pip_install(log, environ, *(["-c", str(constraint)] if constraint else []), *missing)
+
+
+def pip_install(log: Path, environ: Mapping[str, str], *arguments: str) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise UserError("wanted pip in this environment, found none: python -m ensurepip")
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    run_logged(command, log, environ, Path.cwd(), "installing with pip", UserError)
+
+
+def run_logged(
+    command: Sequence[str],
+    log: Path,
+    environ: Mapping[str, str],
+    directory: Path,
+    doing: str,
+    error: type[FastdistilError] = BuildFailed,
+) -> None:
+    with log.open("ab") as file:
+        code = subprocess.run(command, cwd=directory, env=environ, stdout=file, stderr=file, check=False).returncode
+    if code != 0:
+        # What went wrong stands above the traceback of the Python program that started it.
+        text = log.read_text(encoding="utf-8", errors="replace").rsplit("Traceback (most recent call last)", 1)[0]
+        print("\n".join(text.splitlines()[-30:]), file=sys.stderr)
+        raise error(f"{doing} failed (exit {code}); above the end of its log, {log}")
+
+
+# The whole
+
+
+def provide(*, cpu: bool, constraint: Path | None, jobs: int, environ: Mapping[str, str]) -> str:
+    """Have Horovod installed for this environment's torch, from the cache where it lies there; says what was done."""
+    build, cuda = wanted_build(installed_torch(), environ, cpu=cpu)
+    if build.met_by(installed_build()) and all(map(is_installed, REQUIREMENTS)):
+        return f"{build.title} is installed"
+    cache = cache_directory(environ)
+    with translated("preparing the cache of Horovod's wheels", cache), locked(cache / f"{build.key}.lock"):
+        log = cache / f"{build.key}.log"
+        install_requirements(constraint, log, environ)
+        if build.met_by(installed_build()):  # by another process, meanwhile
+            return f"{build.title} is installed"
+        wheel = cached_wheel(cache / build.key)
+        if wheel is None:
+            build_wheel(build, cuda, cache / build.key, log, environ, jobs)
+            wheel = cached_wheel(cache / build.key)
+            assert wheel is not None
+        say(f"trying it with two ranks: {wheel}")
+        check_wheel(wheel, environ)
+        if state().status != "absent" and installed_build() is None:
+            say("replacing an installed Horovod that was built elsewhere")
+        pip_install(log, environ, "--force-reinstall", "--no-deps", "--no-index", str(wheel))
+    return f"{build.title} is installed; two ranks of it have added up a tensor"
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    named = Path(environ.get("XDG_CACHE_HOME", ""))
+    # Relative ones are to be ignored: XDG Base Directory Specification.
+    return (named if named.is_absolute() else Path.home() / ".cache") / "fastdistil" / "horovod"
+
+
+def cached_wheel(directory: Path) -> Path | None:
+    """The wheel; None where there is none. A damaged one is thrown away."""
+    wheels = list(directory.glob("*.whl"))
+    if len(wheels) == 1:
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                if archive.testzip() is None:
+                    return wheels[0]
+        except (OSError, zipfile.BadZipFile, zlib.error):
+            pass
+        say(f"{wheels[0]} is damaged; building it anew")
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; a dead one's lock is gone with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another process that prepares the same Horovod")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def say(text: str) -> None:
+    print(f"fastdistil: {text}", flush=True)
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdistil.build_horovod", description="Build and install Horovod for the installed torch."
+    )
+    parser.add_argument("--cpu", action="store_true", help="without GPU operations, although torch is a CUDA build")
+    parser.add_argument("--constraint", type=Path, metavar="FILE", help="pip's constraints for what Horovod requires")
+    # 16: each takes more than a GiB, and there are about 60 files to compile.
+    cores = min(16, len(os.sched_getaffinity(0)))
+    parser.add_argument("--jobs", type=int, default=cores, metavar="N", help=f"compilers at a time (default: {cores})")
+    options = parser.parse_args(arguments)
+    try:
+        say(provide(cpu=options.cpu, constraint=options.constraint, jobs=options.jobs, environ=environ))
+    except FastdistilError as error:
+        print(f"fastdistil: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
