@@ -1,0 +1,375 @@
+"""Ranks watch each other: who is silent, who does not get on, who failed, who asks to stop.
+
+Every rank writes a sign of life to the store that rank 0 serves, every beat: a counter, its phase, and where in the code its
+main thread is. Rank 0 reads them all and publishes a verdict when the ranks cannot go on together; the others read rank 0's
+beat and the verdict, and judge rank 0's silence alone. So a beat costs a rank two messages, and rank 0 one read of `size`.
+
+    monitor/beat/R    Beat of rank R as JSON
+    monitor/verdict   Verdict as JSON, the first one; empty: the run is well
+    monitor/stop      why the ranks should stop and save; empty: nobody asked
+
+Two threads: one talks to the store and may hang there for as long as rank 0 is stopped (torch's TCPStore waits for answers
+without a limit, whatever its timeout); the other watches the clock, judges, and ends a process whose main thread is stuck.
+Ages are measured by the reader's clock from when a counter last changed.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from fastdistil.errors import RankLost, UserError
+from fastdistil.verdicts import Beat, Kind, Verdict, View, compact_stack, judge, rank_list, silent
+
+GRACE_S = 5.0
+"""From a verdict until a process that has not ended by itself is ended."""
+LINGER_S = 3.0
+"""Rank 0, which serves the store, and a rank that fails stay at most this long for the others to hear why."""
+VERDICT, STOP = "monitor/verdict", "monitor/stop"
+
+
+class _Now(NamedTuple):
+    """What the main thread is at; replaced as a whole, so that the other threads never see half of a change."""
+
+    changes: int = 0
+    phase: str = "start"
+    update: int | None = None
+    kind: Kind = "running"
+    waits_for: str = ""
+
+
+class _RunningClock:
+    """Seconds that this process ran. A standstill (SIGSTOP, a suspended machine) counts as `longest_step_s` only: when a whole
+    group of ranks is stopped and continued, none of them is to be found silent."""
+
+    def __init__(self, longest_step_s: float) -> None:
+        self.seconds = 0.0
+        self._longest_step_s = longest_step_s
+        self._real = time.monotonic()
+
+    def tick(self) -> float:
+        """Call it often. Seconds that really went by since the last call."""
+        real = time.monotonic()
+        step, self._real = real - self._real, real
+        self.seconds += min(step, self._longest_step_s)
+        return step
+
+
+class Monitor:
+    """One rank's part. Made on the thread that trains; its methods belong to that thread and to hooks that it waits for.
+
+    `connect` opens a connection of our own to the store (torch.distributed.TCPStore) of rank 0. `note` hears on rank 0 of
+    ranks that have used up half of their time. Every rank ends with `finished` or `failed` (or by a RankLost), then `close`.
+    After a verdict the process ends within GRACE_S, with code 12, even when its main thread is in a call that never returns.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        rank: int,
+        size: int,
+        *,
+        timeout_s: float,
+        beat_s: float = 0.5,
+        hard_exit: Callable[[int], Any] = os._exit,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self.stop_requested: str | None = None
+        """What some rank was told by `request_stop`: the same text on all ranks."""
+        self._connect, self._rank, self._beat_s = connect, rank, beat_s
+        self._quick_s = min(timeout_s, max(2.0, 4 * beat_s))  # beats come late while a C call holds the interpreter's lock
+        self._hard_exit, self._note = hard_exit, note
+        self._thread = threading.get_ident()
+        self._clock = _RunningClock(self._quick_s)
+        self._now = _Now()
+        self._progress = (0, 0.0)  # changes when last looked at, and when they were last found changed
+        self._beats = 0
+        self._broken: str | None = None
+        self._stop_wanted: str | None = None
+        self._cut_off: str | None = None
+        self._resumed: tuple[float, float] | None = None  # after a standstill: when, and for how long it was
+        self._worried: Verdict | None = None
+        self._views = {other: View(0.0) for other in (range(1, size) if rank == 0 else [0])}
+        self._errands: deque[threading.Event] = deque()
+        self._hurry, self._ended = threading.Event(), threading.Event()
+        self._verdict: Verdict | None = None
+        self._verdict_lock = threading.Lock()
+        self._exit_code = RankLost.exit_code
+        self._told = self._closed = False
+        self._courier = threading.Thread(target=self._correspond, name="fastdistil-beats", daemon=True)
+        self._courier.start()
+        threading.Thread(target=self._watch, name="fastdistil-watch", daemon=True).start()
+
+    # What the training loop says
+
+    def phase(self, name: str, update: int | None = None) -> None:
+        """Progress. `update` stays what it was where none is given."""
+        now = self._now
+        self._now = _Now(now.changes + 1, name, now.update if update is None else update, now.kind, now.waits_for)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Around a wait for other ranks: a rank inside is not to blame."""
+        before = self._now
+        self._now = _Now(before.changes + 1, before.phase, before.update, "waiting", what)
+        try:
+            yield
+        finally:
+            now = self._now
+            self._now = _Now(now.changes + 1, now.phase, now.update, before.kind, before.waits_for)
+
+    @contextmanager
+    def unhurried(self, name: str) -> Iterator[None]:
+        """Around an evaluation, a checkpoint, loading: signs of life are wanted, progress is not."""
+        before = self._now
+        self._now = _Now(before.changes + 1, name, before.update, "unhurried")
+        try:
+            yield
+        finally:
+            now = self._now
+            self._now = _Now(now.changes + 1, before.phase, now.update, before.kind, before.waits_for)
+
+    def request_stop(self, why: str) -> None:
+        """All ranks' `stop_requested` becomes "WHY on rank R" within about two beats. Safe within a signal handler."""
+        self._stop_wanted = f"{why} on rank {self._rank}"
+
+    def check(self) -> None:
+        """Raises RankLost if there is a verdict. Cheap."""
+        if self._verdict is not None:
+            raise self._lost()
+
+    def failed(self, error: BaseException) -> None:
+        """This rank is about to end by `error`: tell the others, and stay LINGER_S at most until they know."""
+        frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        beat = replace(self._beat(), stack=compact_stack(reversed(frames)))
+        self._exit_code = getattr(error, "exit_code", 1)
+        words = f"rank {self._rank} failed: {type(error).__name__}: {' '.join(str(error).split())}; {beat.where()}"
+        self._settle(Verdict(self._rank, words))
+        self._linger()
+
+    def lost(self, error: BaseException) -> RankLost:
+        """A collective failed here. Which rank is gone? Waits `timeout_s` at most for the answer."""
+        self._broken = " ".join(str(error).split()) or type(error).__name__
+        self._hurry.set()
+        if not self._ended.wait(self.timeout_s):
+            self._settle(Verdict(None, f"a collective failed on rank {self._rank}, but every rank answers: {self._broken}"))
+            self._tell(LINGER_S)
+        return self._lost()
+
+    def finished(self) -> None:
+        """This rank's work is done. Rank 0, whose end would end the store, waits for all. Raises RankLost if one is lost."""
+        now = self._now
+        self._now = _Now(now.changes + 1, now.phase, now.update, "finished")
+        self._tell(self.timeout_s)
+        self.check()
+        while self._rank == 0 and not all(view.beat and view.beat.kind == "finished" for view in self._views.values()):
+            time.sleep(min(self._beat_s, 0.1))
+            self.check()
+
+    def close(self) -> None:
+        """No more signs of life. After a verdict, rank 0 first lets the others hear it."""
+        if self._verdict is not None and self._rank == 0:
+            self._linger()
+        self._closed = True
+        self._hurry.set()
+
+    # The verdict
+
+    def _settle(self, verdict: Verdict) -> None:
+        """The first one stays."""
+        with self._verdict_lock:
+            self._verdict = self._verdict or verdict
+        self._hurry.set()
+        self._ended.set()
+
+    def _lost(self) -> RankLost:
+        self._told = True
+        return RankLost(self._words())
+
+    def _words(self) -> str:
+        assert self._verdict is not None
+        own = self._verdict.rank == self._rank and self._exit_code == RankLost.exit_code
+        return f"this rank was given up by the others: {self._verdict.text}" if own else self._verdict.text
+
+    def _tell(self, seconds: float) -> None:
+        """Wait until the store has this rank's present state, `seconds` at most."""
+        done = threading.Event()
+        self._errands.append(done)
+        self._hurry.set()
+        if self._courier.is_alive():
+            done.wait(max(0.0, seconds))
+
+    def _linger(self) -> None:
+        deadline = time.monotonic() + min(LINGER_S, self.timeout_s)
+        self._tell(deadline - time.monotonic())
+        while self._rank == 0 and self._some_listen() and self._courier.is_alive() and time.monotonic() < deadline:
+            time.sleep(min(self._beat_s, 0.1))
+
+    def _some_listen(self) -> bool:
+        blamed = self._verdict.rank if self._verdict is not None else None
+        now = self._clock.seconds
+        views = [view for rank, view in self._views.items() if rank != blamed]
+        return any(view.beat is not None and view.live and now - view.seen < self._quick_s for view in views)
+
+    # The thread that watches the clock
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._beat_s):
+            if self._closed:
+                return
+            step = self._clock.tick()
+            if step >= self.timeout_s:
+                self._resumed = (self._clock.seconds, step)
+            changes = self._now.changes
+            if changes != self._progress[0]:
+                self._progress = (changes, self._clock.seconds)
+            verdict = self._judge()
+            if verdict is not None:
+                self._settle(verdict)
+        time.sleep(GRACE_S)
+        if not (self._told and self._closed):  # else the main thread is about to print it, or has
+            os.write(2, f"fastdistil: {self._words()}\n".encode())
+        self._hard_exit(self._exit_code)
+
+    def _judge(self) -> Verdict | None:
+        if self._rank != 0 and self._now.kind == "finished":
+            return None
+        now = self._clock.seconds
+        if self._resumed is not None and (self._cut_off is not None or now - self._resumed[0] >= self._quick_s):
+            # The others go on if they were stopped and continued together with this rank, and are gone if they were not.
+            (since, stood_still_s), self._resumed = self._resumed, None
+            if self._cut_off is not None or all(view.seen < since + self._quick_s / 2 for view in self._views.values()):
+                return Verdict(None, f"this rank stood still for {stood_still_s:.0f} s and was given up by the others")
+        if self._cut_off is not None:
+            return self._judge_cut_off(self._cut_off)
+        if self._rank != 0:
+            return silent(self._views, now, self._quick_s if self._broken else self.timeout_s)
+        views = {0: View(now, self._beat()), **self._views}
+        verdict = judge(views, now, self.timeout_s, self._quick_s)
+        if verdict is None:
+            self._worry(judge(views, now, self.timeout_s / 2, self.timeout_s))
+        return verdict
+
+    def _judge_cut_off(self, why: str) -> Verdict:
+        if self._rank == 0:
+            return Verdict(None, f"rank 0 cannot reach the store that it serves: {why}")
+        beat = self._views[0].beat
+        if beat is None:
+            return Verdict(None, f"rank {self._rank} cannot reach rank 0: {why}")
+        return Verdict(0, f"rank 0 is gone (its connection is closed: killed or crashed); {beat.where()}")
+
+    def _worry(self, worry: Verdict | None) -> None:
+        if worry is not None and (self._worried is None or worry.rank != self._worried.rank):
+            self._note(f"{worry.text}; given up after {self.timeout_s:g} s")
+        self._worried = worry
+
+    def _beat(self) -> Beat:
+        now = self._now
+        changes, since = self._progress
+        idle_s = round(self._clock.seconds - since, 2) if now.changes == changes else 0.0
+        kind: Kind = "ended" if self._verdict is not None else now.kind
+        frame = sys._current_frames().get(self._thread)
+        walk = traceback.walk_stack(frame) if frame is not None else ()
+        stack = compact_stack((frame.f_code, line) for frame, line in walk)
+        return Beat(self._beats, kind, now.phase, now.update, now.waits_for, idle_s, stack, self._broken)
+
+    # The thread that talks to the store
+
+    def _correspond(self) -> None:
+        errands: list[threading.Event] = []
+        try:
+            store = self._connect()
+            # Keys that are not there would be waited for.
+            for key in (VERDICT, STOP, *map(_beat_key, self._views)):
+                store.compare_set(key, "", "")
+            last = False
+            while not last:
+                self._hurry.clear()
+                errands = [self._errands.popleft() for _ in range(len(self._errands))]
+                last = self._exchange(store)
+                for done in errands:
+                    done.set()
+                if not last:
+                    self._hurry.wait(self._beat_s)
+        except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
+            self._cut_off = str(error).partition("\n")[0]
+        finally:
+            for done in (*errands, *self._errands):
+                done.set()
+
+    def _exchange(self, store: Any) -> bool:
+        """One beat. True after the last one."""
+        self._beats += 1
+        beat, verdict, closed = self._beat(), self._verdict, self._closed
+        store.set(_beat_key(self._rank), json.dumps(asdict(beat)))
+        if verdict is not None:
+            store.compare_set(VERDICT, "", json.dumps(verdict))
+        if self._stop_wanted is not None and self.stop_requested is None:
+            store.compare_set(STOP, "", self._stop_wanted)
+        published, stop, *beats = store.multi_get([VERDICT, STOP, *map(_beat_key, self._views)])
+        for rank, text in zip(self._views, beats, strict=True):
+            self._see(rank, text)
+        if stop and self.stop_requested is None:
+            self.stop_requested = stop.decode()
+        if published and verdict is None:
+            self._settle(Verdict(*json.loads(published)))
+        return closed or (self._rank != 0 and beat.kind in ("finished", "ended"))
+
+    def _see(self, rank: int, text: bytes) -> None:
+        if not text:
+            return
+        beat = Beat(**json.loads(text))
+        known = self._views[rank].beat
+        if known is None or known.number != beat.number:
+            self._views[rank] = View(self._clock.seconds, beat)
+
+
+def _beat_key(rank: int) -> str:
+    return f"monitor/beat/{rank}"
+
+
+def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], timeout_s: float) -> None:
+    """Every rank calls this with values that must be the same on all, by name. `store`: a connection of the caller's own.
+
+    Raises UserError on all ranks, naming who differs from rank 0 in what, and RankLost naming who did not come in time.
+    """
+    turn = store.add(f"agree/calls/{rank}", 1)
+    keys = [f"agree/{turn}/{other}" for other in range(size)]
+    result = f"agree/{turn}/result"
+    store.set(keys[rank], json.dumps(dict(what)))
+    if rank == 0:
+        store.set(result, json.dumps(_compared(store, keys, timeout_s)))
+    try:
+        store.wait([result], timedelta(seconds=timeout_s + LINGER_S))
+        lost, differing = json.loads(store.get(result))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RankLost(f"rank 0 did not say whether all ranks have the same {', '.join(what)}: {reason}") from error
+    if lost:
+        raise RankLost(f"{rank_list(lost)} did not start within {timeout_s:g} s")
+    if differing:
+        differences = "; ".join(f"{rank_list(ranks)} have another {name} than rank 0" for name, ranks in differing.items())
+        raise UserError(f"{differences}; start every rank with the same command, on the same files")
+
+
+def _compared(store: Any, keys: Sequence[str], timeout_s: float) -> tuple[list[int], dict[str, list[int]]]:
+    """Ranks that did not come, and name -> ranks whose value is not rank 0's."""
+    try:
+        store.wait(list(keys), timedelta(seconds=timeout_s))
+    except RuntimeError:
+        lost = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if lost:
+            return lost, {}
+    first, *others = (json.loads(text) for text in store.multi_get(list(keys)))
+    names = dict.fromkeys(name for values in (first, *others) for name in values)
+    differing = {name: [rank for rank, values in enumerate(others, 1) if values.get(name) != first.get(name)] for name in names}
+    return [], {name: ranks for name, ranks in differing.items() if ranks}
