@@ -35,9 +35,7 @@ Resume = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve everything, print recipe and estimates, start nothing.")]
 Ranks = Annotated[int | None, typer.Option("--np", metavar="N", help="Train with N ranks: processes on this machine.")]
-Hosts = Annotated[
-    str | None, typer.Option(metavar="a:8,b:8", help="Train with 8 ranks on each of hosts a and b, over ssh.")
-]
+Hosts = Annotated[str | None, typer.Option(metavar="a:8,b:8", help="Train with 8 ranks on each of hosts a and b, over ssh.")]
 ElasticRanks = Annotated[
     str | None,
     typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
@@ -158,8 +156,8 @@ def _run(
     from fastdistil.ranks import find_place
     from fastdistil.train import train as run
 
-    result = run(recipe, recipe_name=stem, resume=resume)
     place = find_place(os.environ)
+    result = run(recipe, recipe_name=stem, resume=resume, place=place)
     if place is None or place.rank == 0:
         print(
             f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; "
@@ -385,6 +383,55 @@ def _print_report(report: "Report") -> None:
 
 def _loss(found: Any) -> str:
     return f"{found.loss:.4f} ± {found.loss_se:.4f}"
+
+
+@app.command(epilog="Example: fastdistil cluster distilbert --for slurm --nodes 4 --time 8h data.train=corpus/ --out job.sh")
+def cluster(
+    recipe: RecipeName,
+    kind: Annotated[str, typer.Option("--for", metavar="slurm|mpijob|skypilot|dstack", help="What runs the cluster.")],
+    nodes: Annotated[int, typer.Option(help="Machines.")],
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(metavar="N|TYPE:N", help="Of each node: 8, H100:8, 0 for processors alone.")] = "8",
+    image: Annotated[str | None, typer.Option(help="Container image with fastdistil in it (mpijob needs one).")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Kept at /workspace: a volume claim (mpijob), bucket (skypilot), volume (dstack).")
+    ] = None,
+    time: Annotated[str | None, typer.Option(metavar="90m|8h|2d", help="Limit of the job.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: standard output.")] = None,
+) -> None:
+    """Write the one file that sets a cluster up for a recipe and starts the run there."""
+    from datetime import UTC, datetime
+
+    from fastdistil.cluster import KINDS, Cluster, cluster_file
+    from fastdistil.errors import UserError, translated
+    from fastdistil.recipe import load_recipe
+
+    chosen = next((known for known in KINDS if known == kind), None)
+    if chosen is None:
+        raise UserError(f"--for {kind}: wanted one of {', '.join(KINDS)}")
+    if recipe == "demo":
+        raise UserError("the demo is for one machine; give a recipe on prepared data, e.g. distilbert data.train=corpus/")
+    loaded = load_recipe(recipe, overrides or ())
+    text = cluster_file(
+        chosen,
+        Cluster(
+            command="train" if loaded.teacher is not None else "pretrain",
+            recipe=recipe,
+            overrides=overrides or (),
+            run_name=loaded.name or f"{Path(recipe).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
+            nodes=nodes,
+            gpus=gpus,
+            image=image,
+            storage=storage,
+            time=time,
+        ),
+    )
+    if out is None:
+        print(text, end="")
+        return
+    with translated("writing the cluster's file", out):
+        out.write_text(text, encoding="utf-8")
+    print(f"{out}: its first lines say how to start it")
 
 
 @app.command(epilog="Example: fastdistil pause runs/distilbert-1")

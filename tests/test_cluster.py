@@ -1,0 +1,431 @@
+"""Cluster files, read by what their makers' schemas allow; the Slurm script, run under a stand-in for srun.
+
+The schemas are written from the makers' own: the MPI operator's types.go (v2beta1) and Kubernetes' pod, SkyPilot's
+schemas.py and reference, dstack's configurations.py and profiles.py. They are strict: a key that is not listed fails.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+
+from fastdistil.cluster import KINDS, Cluster, Kind, cluster_file
+from fastdistil.corpus import train_wordpiece
+from fastdistil.errors import UserError
+from fastdistil.metrics import read_events
+from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.pythondocs import docstrings
+
+
+class Required:
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+
+
+def check(value: Any, schema: Any, where: str = "") -> None:
+    """A schema is a type, a tuple of alternatives, [of items], {key: of its value}, a set of values, or a pattern."""
+    match schema:
+        case dict():
+            assert isinstance(value, dict), f"{where}: {value!r} is not a mapping"
+            for key, inner in value.items():
+                assert key in schema or str in schema, f"{where}: unknown key {key}"
+                wanted = schema.get(key, schema.get(str))
+                check(inner, wanted.schema if isinstance(wanted, Required) else wanted, f"{where}.{key}")
+            missing = [key for key, wanted in schema.items() if isinstance(wanted, Required) and key not in value]
+            assert not missing, f"{where}: {missing} missing"
+        case list():
+            assert isinstance(value, list) and value, f"{where}: {value!r} is not a list"
+            for number, item in enumerate(value):
+                check(item, schema[0], f"{where}[{number}]")
+        case set() | frozenset():
+            assert value in schema, f"{where}: {value!r} is none of {schema}"
+        case re.Pattern():
+            assert isinstance(value, str) and schema.fullmatch(value), f"{where}: {value!r} does not match {schema.pattern}"
+        case _:
+            assert type(value) is schema, f"{where}: {value!r} is not {schema}"
+
+
+LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # of Kubernetes (RFC 1035) and dstack
+POD = {
+    "terminationGracePeriodSeconds": int,
+    "volumes": [
+        {
+            "name": Required(LABEL),
+            "emptyDir": {"medium": {"", "Memory"}, "sizeLimit": str},
+            "persistentVolumeClaim": {"claimName": Required(LABEL), "readOnly": bool},
+            "configMap": {"name": Required(LABEL), "items": list},
+        }
+    ],
+    "containers": Required(
+        [
+            {
+                "name": Required(LABEL),
+                "image": Required(str),
+                "command": [str],
+                "args": [str],
+                "volumeMounts": [{"name": Required(LABEL), "mountPath": Required(re.compile(r"/.*")), "readOnly": bool}],
+                "resources": {"limits": {str: int}, "requests": {str: int}},
+            }
+        ]
+    ),
+}
+REPLICAS = {"replicas": int, "restartPolicy": {"Always", "OnFailure", "Never"}, "template": Required({"spec": Required(POD)})}
+MPIJOB = {
+    "apiVersion": Required({"kubeflow.org/v2beta1"}),
+    "kind": Required({"MPIJob"}),
+    "metadata": Required({"name": Required(LABEL), "namespace": LABEL, "labels": {str: str}}),
+    "spec": Required(
+        {
+            "slotsPerWorker": int,
+            "runPolicy": {
+                "cleanPodPolicy": {"All", "Running", "None"},
+                "ttlSecondsAfterFinished": int,
+                "activeDeadlineSeconds": int,
+                "backoffLimit": int,
+                "suspend": bool,
+            },
+            "mpiReplicaSpecs": Required({"Launcher": Required(REPLICAS), "Worker": Required(REPLICAS)}),
+            "sshAuthMountPath": str,
+            "mpiImplementation": {"OpenMPI", "Intel", "MPICH"},
+        }
+    ),
+}
+CONFIG_MAP = {
+    "apiVersion": Required({"v1"}),
+    "kind": Required({"ConfigMap"}),
+    "metadata": Required({"name": Required(LABEL)}),
+    "data": Required({str: str}),
+}
+SKYPILOT = {
+    "name": str,
+    "workdir": str,
+    "num_nodes": int,
+    "resources": {
+        "infra": str,
+        "accelerators": str,
+        "cpus": str,
+        "memory": str,
+        "instance_type": str,
+        "use_spot": bool,
+        "disk_size": int,
+        "network_tier": {"standard", "best"},
+        "image_id": str,
+        "job_recovery": {"strategy": str, "max_restarts_on_errors": int, "recover_on_exit_codes": list},
+    },
+    "envs": {str: str},
+    "file_mounts": {str: {"name": str, "source": str, "mode": {"MOUNT", "COPY", "MOUNT_CACHED"}, "persistent": bool}},
+    "setup": str,
+    "run": str,
+}
+DURATION = re.compile(r"[0-9]+[smhdw]")
+DSTACK = {
+    "type": Required({"task"}),
+    "name": re.compile(r"[a-z][a-z0-9-]{1,40}"),
+    "nodes": int,
+    "image": str,
+    "python": {"3.9", "3.10", "3.11", "3.12", "3.13"},
+    "repos": [str],
+    "files": [str],
+    "env": [str],
+    "shell": {"sh", "bash"},
+    "commands": Required([str]),
+    "resources": {"gpu": str, "cpu": str, "memory": str, "shm_size": str, "disk": str},
+    "volumes": [str],
+    "max_duration": DURATION,
+    "stop_duration": DURATION,
+    "retry": {"on_events": Required([{"no-capacity", "interruption", "error"}]), "duration": DURATION},
+}
+SCHEMAS = {"mpijob": MPIJOB, "skypilot": SKYPILOT, "dstack": DSTACK}
+GIVEN: dict[Kind, dict[str, Any]] = {
+    "slurm": {"time": "8h", "gpus": "H100:8"},
+    "mpijob": {"time": "8h", "gpus": "8", "image": "registry/fastdistil:1", "storage": "claim"},
+    "skypilot": {"gpus": "H100:8", "storage": "s3://bucket"},
+    "dstack": {"time": "8h", "gpus": "H100:8", "storage": "/mnt/disk"},
+}
+
+
+def made(kind: Kind, **more: Any) -> str:
+    defaults: dict[str, Any] = {
+        "command": "train",
+        "recipe": "distilbert",
+        "overrides": ["data.train=my corpus/", "teacher.path=bert-base-uncased"],
+        "run_name": "Distil_BERT-7",
+        "nodes": 2,
+    }
+    return cluster_file(kind, Cluster(**{**defaults, **GIVEN[kind], **more}))
+
+
+def documents(kind: Kind, **more: Any) -> list[Any]:
+    return list(yaml.safe_load_all(made(kind, **more)))
+
+
+def shell_of(kind: Kind, document: Any) -> str:
+    """The script that starts the ranks."""
+    match kind:
+        case "mpijob":
+            return str(document["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["args"][0])
+        case "skypilot":
+            return str(document["run"])
+        case _:
+            return "\n".join(document["commands"])
+
+
+@pytest.fixture
+def own_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "Mine.yaml"
+    path.write_text("# mine\nteacher: {path: bert-base-uncased}\n\nstudent: {every: 2}\nloop: {epochs: 1}\n")
+    return path
+
+
+VARIANTS: list[dict[str, Any]] = [{}, {"image": "registry/fastdistil:1"}, {"gpus": "0"}, {"nodes": 1}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["mpijob", "skypilot", "dstack"])
+def test_files_keep_to_their_schema(kind: Kind, variant: dict[str, Any], own_recipe: Path) -> None:
+    (document,) = documents(kind, **variant)
+    check(document, SCHEMAS[kind], kind)
+    *first, document = documents(kind, recipe=str(own_recipe), **variant)
+    check(document, SCHEMAS[kind], kind)
+    if kind == "mpijob":
+        check(first[0], CONFIG_MAP, kind)
+        assert first[0]["data"] == {"Mine.yaml": own_recipe.read_text()}
+    else:
+        assert first == []
+    bare = {"storage": None, "time": None}
+    check(documents(kind, **bare, **variant)[0], SCHEMAS[kind], kind)
+
+
+def test_the_checks_are_strict() -> None:
+    (document,) = documents("dstack")
+    for wrong in ({"node": 2}, {"nodes": "2"}, {"name": "Upper"}, {"retry": {"duration": "1d"}}):
+        with pytest.raises(AssertionError):
+            check(document | wrong, DSTACK)
+
+
+# What the clusters set, and what Python is called with then: the rendezvous and fastdistil's own arguments.
+@pytest.mark.parametrize(
+    ("kind", "environ"),
+    [
+        (
+            "skypilot",
+            {
+                "SKYPILOT_NUM_NODES": "2",
+                "SKYPILOT_NODE_RANK": "1",
+                "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+                "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+            },
+        ),
+        (
+            "dstack",
+            {
+                "DSTACK_NODES_NUM": "2",
+                "DSTACK_NODE_RANK": "1",
+                "DSTACK_GPUS_PER_NODE": "8",
+                "DSTACK_MASTER_NODE_IP": "10.0.0.1",
+            },
+        ),
+    ],
+)
+def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], own_recipe: Path, tmp_path: Path) -> None:
+    script = shell_of(kind, documents(kind, recipe=str(own_recipe))[0])
+    done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', pip="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--node-rank=1",
+        "--nproc-per-node=8",
+        "--master-addr=10.0.0.1",
+        "--master-port=29500",
+        "-m",
+        "fastdistil",
+        "train",
+        "Mine.yaml",
+        "data.train=my corpus/",
+        "teacher.path=bert-base-uncased",
+        "runs_dir=/workspace/runs",
+        'name="Distil_BERT-7"',
+        "--resume",
+        "auto",
+    ]
+    assert (tmp_path / "Mine.yaml").read_text() == own_recipe.read_text()
+
+
+def test_mpirun_starts_the_ranks_of_a_kubernetes_job(tmp_path: Path) -> None:
+    script = shell_of("mpijob", documents("mpijob")[0])
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("job-worker-0.job.default.svc slots=8\njob-worker-1.job.default.svc slots=8\n")
+    script = script.replace("/etc/mpi/hostfile", str(hostfile))
+    done = run_script(script, tmp_path, {}, mpirun='echo "$MASTER_ADDR $MASTER_PORT"; printf "%s\\n" "$@"')
+    assert done.returncode == 0, done.stderr
+    first, *arguments = done.stdout.splitlines()
+    assert first == "job-worker-0.job.default.svc 29500"
+    assert arguments[arguments.index("-np") + 1] == "16"
+    ranks = arguments[arguments.index("python3") :]
+    assert ranks[:6] == ["python3", "-m", "fastdistil", "train", "distilbert", "data.train=my corpus/"]
+    worker = documents("mpijob")[0]["spec"]["mpiReplicaSpecs"]["Worker"]
+    assert worker["replicas"] == 2
+    assert worker["template"]["spec"]["containers"][0]["resources"] == {"limits": {"nvidia.com/gpu": 8}}
+    assert documents("mpijob")[0]["spec"]["runPolicy"]["activeDeadlineSeconds"] == 8 * 3600
+
+
+def run_script(script: str, folder: Path, environ: dict[str, str], **programs: str) -> "subprocess.CompletedProcess[str]":
+    """A shell script with stand-ins for some programs."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, body in programs.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environ},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "says"),
+    [
+        ("slurm", {"nodes": 0}, "--nodes"),
+        ("slurm", {"gpus": "many"}, "--gpus"),
+        ("slurm", {"gpus": "-1"}, "--gpus"),
+        ("slurm", {"time": "8 hours"}, "--time"),
+        ("slurm", {"storage": "x"}, "--storage"),
+        ("mpijob", {"image": None}, "--image"),
+        ("mpijob", {"gpus": "H100:8"}, "--gpus 8"),
+        ("skypilot", {"gpus": "8"}, "H100:8"),
+        ("skypilot", {"time": "8h"}, "--time"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(kind: Kind, wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        made(kind, **wrong)
+
+
+def directives(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_slurm_is_asked_for_nodes_gpus_and_time() -> None:
+    asked = directives(made("slurm"))
+    assert asked == {
+        "job-name": "distil-bert-7",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "H100:8",
+        "time": "480",
+        "exclusive": "",
+        "output": "%x-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "TERM@120",
+    }
+    assert "gpus-per-node" not in directives(made("slurm", gpus="0"))
+    assert "--container-image=registry/fastdistil:1" in made("slurm", image="registry/fastdistil:1")
+
+
+# One node of a Slurm cluster: starts the tasks of the job as processes here and gives the highest exit code of theirs.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_STEP_TASKS_PER_NODE=2 SLURM_NODEID=0
+export SLURM_STEP_NODELIST=node01
+pids=()
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    pids+=($!)
+done
+code=0
+for pid in "${pids[@]}"; do
+    wait "$pid"
+    one=$?
+    [ "$one" -gt "$code" ] && code=$one
+done
+exit "$code"
+"""
+# What the batch script of a job finds.
+JOB = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_NTASKS": "2",
+    "SLURM_NNODES": "1",
+    "SLURM_TASKS_PER_NODE": "2",
+    "SLURM_JOB_NODELIST": "node01",
+    "SLURM_CPUS_ON_NODE": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "left_s", "requeued"), [(0, 10_000, False), (75, 10_000, False), (75, 100, True), (12, 100, False)]
+)
+def test_a_job_whose_time_is_up_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, left_s: int, requeued: bool
+) -> None:
+    """Stopped with time left, somebody has asked for a pause."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$SLURM_PROCID $OMP_NUM_THREADS $@"\nexit {code}\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    script = made("slurm", gpus="2", nodes=1)
+    script = script.replace('"$(date +%s)"', "1000000")
+    environ = {**JOB, "SLURM_JOB_END_TIME": str(1_000_000 + left_s)}
+    done = run_script(script, tmp_path, environ, srun=SRUN, scontrol='echo "scontrol $@"')
+    assert done.returncode == code, done.stderr
+    lines = done.stdout.splitlines()
+    recipe = "distilbert data.train=my corpus/ teacher.path=bert-base-uncased"
+    arguments = f'-m fastdistil train {recipe} name="Distil_BERT-7" --resume auto'
+    assert sorted(lines)[:2] == [f"0 1 {arguments}", f"1 1 {arguments}"]
+    assert (f"scontrol requeue {os.getpid()}" in lines) == requeued
+
+
+def test_the_slurm_script_trains_with_two_ranks(tmp_path: Path) -> None:
+    """The real command under the stand-in srun: one run, two ranks, and the student they share."""
+    documents = [*docstrings(Path(subprocess.__file__)), *docstrings(Path(re.__file__))] * 4
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    train_wordpiece(documents, 300, tmp_path / "tokenizer")
+    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), max_length=32, documents="paragraph", workers=1)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "corpus", options)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=2, max_position_embeddings=32)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "teacher")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "teacher")
+    overrides = [
+        "teacher.path=teacher",
+        "student.every=2",
+        "student.architecture=same",
+        "data.train=corpus",
+        "data.micro_batch_tokens=128",
+        "loop.updates=3",
+        "loop.accumulation=2",
+        "device=cpu",
+        "world.engine=torch",
+        "logging.every=1",
+    ]
+    script = made("slurm", gpus="2", nodes=1, overrides=overrides, run_name="together")
+    root = str(Path(__file__).resolve().parents[1])
+    done = run_script(script, tmp_path, {**JOB, "PYTHONPATH": root}, srun=SRUN, scontrol="false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the student is in runs/together/student" in done.stdout and done.stdout.count("done:") == 1
+    (start,) = [event for event in read_events(tmp_path / "runs/together/events.jsonl") if event["event"] == "start"]
+    assert start["engine"] == "torch" and start["ranks"] == 2
+    assert (tmp_path / "runs/together/student/config.json").is_file()
+
+
+def test_every_kind_is_tested() -> None:
+    assert set(KINDS) == set(GIVEN) == {*SCHEMAS, "slurm"}
