@@ -98,10 +98,10 @@ def train(
 
     loaded = load_recipe(recipe, overrides or ())
     if recipe == "demo":
-        from fastdistil.demo import plan_demo, run_demo
-
         if np is not None or hosts is not None or elastic is not None:
             raise UserError("the demo trains several small models one after another, with one rank; give a recipe to --np")
+        from fastdistil.demo import plan_demo, run_demo
+
         if dry_run:
             plan_demo(loaded, rich.console.Console())
         else:

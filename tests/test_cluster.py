@@ -15,6 +15,7 @@ import pytest
 import transformers
 import yaml
 
+from fastdistil import cli
 from fastdistil.cluster import KINDS, Cluster, Kind, cluster_file
 from fastdistil.corpus import train_wordpiece
 from fastdistil.errors import UserError
@@ -425,6 +426,31 @@ def test_the_slurm_script_trains_with_two_ranks(tmp_path: Path) -> None:
     (start,) = [event for event in read_events(tmp_path / "runs/together/events.jsonl") if event["event"] == "start"]
     assert start["engine"] == "torch" and start["ranks"] == 2
     assert (tmp_path / "runs/together/student/config.json").is_file()
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["fastdistil", "cluster", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0)
+
+    out = tmp_path / "job.sh"
+    options = ("--for", "slurm", "--nodes", "2", "optim.lr=1e-4", "--out", str(out))
+    assert run("distilbert", *options) == 0
+    assert re.search(r"train distilbert optim.lr=1e-4 'name=\"distilbert-\d{8}-\d{6}\"' --resume auto", out.read_text())
+    assert str(out) in capsys.readouterr().out
+    assert run("bert-small", "--for", "slurm", "--nodes", "2", "name=mine") == 0
+    assert "pretrain bert-small name=mine 'name=\"mine\"'" in capsys.readouterr().out
+    for wrong, says in (
+        (("distilbert", "--for", "pbs", "--nodes", "2"), "mpijob"),
+        (("demo", "--for", "slurm", "--nodes", "2"), "the demo"),
+        (("distilbert", "--for", "slurm", "--nodes", "2", "optim.rate=1"), "optim.rate"),
+        (("distilbert", "--for", "slurm", "--nodes", "0"), "--nodes"),
+    ):
+        assert run(*wrong) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
 
 
 def test_every_kind_is_tested() -> None:

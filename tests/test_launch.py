@@ -662,3 +662,70 @@ def wait_until(found: Callable[[], object]) -> None:
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[Job]]]:
+    """Calls the command line; its exit code, and the jobs that it would have launched."""
+    from fastdistil import cli
+
+    jobs: list[Job] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdistil.launch.launch", lambda job: jobs.append(job) or 75)
+
+    def run(*arguments: str) -> tuple[int, list[Job]]:
+        monkeypatch.setattr(sys, "argv", ["fastdistil", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), jobs
+
+    return run
+
+
+RECIPE = ("distilbert", "data.train=corpus", "world.timeout_s=7")
+
+
+def test_ranks_run_the_same_command(command_line: Callable[..., tuple[int, list[Job]]]) -> None:
+    code, (job,) = command_line("train", *RECIPE, "--np", "3", "--resume", "auto")
+    assert code == 75  # the ranks' own
+    assert job.command == (sys.executable, "-m", "fastdistil", "train", *RECIPE, "--resume", "auto")
+    assert (job.ranks, len(job.slots), job.timeout_s, job.elastic) == (3, 3, 7.0, None)
+    _, jobs = command_line("pretrain", "bert-small", "--hosts", "a:2,b")
+    assert jobs[1].command[3:] == ("pretrain", "bert-small")
+    assert jobs[1].slots == (Slot("a", 0), Slot("a", 1), Slot("b", 0))
+
+
+def test_an_elastic_run_has_one_directory(command_line: Callable[..., tuple[int, list[Job]]], tmp_path: Path) -> None:
+    _, (job,) = command_line("train", *RECIPE, "--elastic", "2:4", "--grow-after", "9")
+    pinned = (sys.executable, "-m", "fastdistil", "train", *RECIPE, 'name="distilbert-1"', 'runs_dir="runs"')
+    assert job.command == pinned
+    assert job.elastic is not None
+    assert job.elastic.again == (*pinned, "--resume", "auto")
+    assert (job.ranks, job.elastic.min_ranks, job.elastic.grow_after_s) == (4, 2, 9.0)
+    before = job.elastic.progress()
+    assert job.elastic.progress() == before
+    (tmp_path / "runs/distilbert-1/checkpoints/step-00000010").mkdir(parents=True)
+    assert job.elastic.progress() != before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--np", "0"], "at least 1"),
+        (["--elastic", "3:2"], "MIN:MAX"),
+        (["--np", "8", "--elastic", "2:4"], "outside --elastic 2:4"),
+        (["--hosts", "a:0"], "--hosts"),
+        (["--np", "3", "--hosts", "a:2"], "3 ranks are more than the 2"),
+    ],
+)
+def test_options_that_make_no_ranks(
+    command_line: Callable[..., tuple[int, list[Job]]], capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    code, jobs = command_line("train", *RECIPE, *options)
+    err = capsys.readouterr().err
+    assert (code, jobs) == (2, []) and says in err and err.count("\n") == 1
+
+
+def test_the_demo_has_one_rank(command_line: Callable[..., tuple[int, list[Job]]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("train", "demo", "--np", "2") == (2, [])
+    assert "the demo trains" in capsys.readouterr().err
