@@ -1,0 +1,115 @@
+"""What a compressor of gradients is: (gradient, state) -> (payload, state), and the collectives in between.
+
+Legend: N elements of a bucket (in names of tensors), R ranks, C elements of a rank's part of it, B blocks of a scale,
+K selected elements. A bucket's last parts are shorter than C, or empty.
+"""
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""Of one bucket; {} where there is none."""
+Kind = Literal["rank", "chunk", "shared"]
+"""rank: each rank has its own, and their sum is what matters. chunk: rank r has part r of a whole, [B of the part, elements of
+a block]. shared: the same on all ranks."""
+
+
+class Request(NamedTuple):
+    """One collective that an exchange waits for; it is sent the answer."""
+
+    kind: Literal["allreduce", "all_to_all", "all_gather"]
+    tensor: Tensor
+    """1-D, contiguous. allreduce: the answer is the same tensor, summed. all_to_all, [R * c]: part i goes to rank i, and part
+    j of the answer is from rank j. all_gather, [c]: the answer is [R * c], in rank order."""
+
+
+Exchange = Generator[Request, Tensor, tuple[Tensor, State]]
+"""Returns the sum over ranks [N], perhaps in the gradient's memory, and the new state."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a bucket holds."""
+
+    numel: int
+    pieces: tuple[tuple[int, tuple[int, ...]], ...]
+    """(first element, shape) of every parameter in it. What lies between them is padding."""
+    index: int
+    """Of the bucket: for seeds."""
+
+
+class Compressor(Protocol):
+    """`exchange` may overwrite `gradient` and the tensors of `state`. Nothing in it waits for the device."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether payloads can be summed on the way."""
+        return True
+
+    @property
+    def whole_parameters(self) -> bool:
+        """Whether a parameter must not be cut by the border of a bucket."""
+        return False
+
+    @property
+    def state_kinds(self) -> Mapping[str, Kind]:
+        return {}
+
+    def start(self, layout: Layout, like: Tensor) -> State:
+        """The state before the first update, on the device and in the dtype of `like`."""
+        return {}
+
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange: ...
+
+    def observe(self, summed_N: Tensor, state: State, layout: Layout) -> State:
+        """After an update that was sent uncompressed: what can be learnt from the sum over ranks."""
+        return state
+
+    def wire_bytes(self, layout: Layout) -> int:
+        """Bytes that one rank sends for float32 gradients, with ring algorithms."""
+        ...
+
+    def requests(self, layout: Layout) -> int:
+        """Collectives that it makes for a bucket."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Feedback(Compressor):
+    """What was not sent waits in `residual`."""
+
+    ranks: int
+    error_feedback: bool
+
+    @property
+    def state_kinds(self) -> Mapping[str, Kind]:
+        return {"residual": "rank"} if self.error_feedback else {}
+
+    def start(self, layout: Layout, like: Tensor) -> State:
+        return {"residual": like.new_zeros(layout.numel)} if self.error_feedback else {}
+
+
+def part_numel(numel: int, ranks: int, unit: int) -> int:
+    """C: a multiple of `unit`."""
+    return -(-numel // (ranks * unit)) * unit
+
+
+def ring_allreduce_bytes(ranks: int, nbytes: int) -> int:
+    """That a rank sends."""
+    return -(-2 * (ranks - 1) * nbytes // ranks)
+
+
+def poison(gradient_N: Tensor) -> Tensor:
+    """0-dimensional: 0, or nan where an element is not finite. For payloads, which may leave that element out."""
+    largest: Tensor = torch.linalg.vector_norm(gradient_N, math.inf)
+    return largest * 0.0
+
+
+def chosen_numel(density: float, layout: Layout) -> int:
+    """K"""
+    return max(1, round(density * layout.numel))

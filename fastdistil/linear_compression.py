@@ -1,0 +1,189 @@
+"""Compressors whose payloads are summed on the way, by an allreduce: none, 16 bits, random elements.
+
+Legend: as in compressor.py.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdistil.compressor import (
+    Compressor,
+    Exchange,
+    Feedback,
+    Kind,
+    Layout,
+    Request,
+    State,
+    chosen_numel,
+    poison,
+    ring_allreduce_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Uncompressed(Compressor):
+    ranks: int
+
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
+        summed_N = yield Request("allreduce", gradient_N)
+        return summed_N, state
+
+    def wire_bytes(self, layout: Layout) -> int:
+        return ring_allreduce_bytes(self.ranks, 4 * layout.numel)
+
+
+# Elements that stay in a core's cache through a chain of elementwise operations.
+_CACHED = 2**16
+
+
+def _blocks(tensor_N: Tensor) -> Iterator[slice]:
+    size = _CACHED if tensor_N.device.type == "cpu" else max(1, tensor_N.numel())
+    return (slice(first, first + size) for first in range(0, tensor_N.numel(), size))
+
+
+@dataclass(frozen=True)
+class Cast(Feedback):
+    """Rounded to 16 bits.
+
+    float16 ends at 65504 and loses digits below 6e-5, and gradients lie anywhere. So they are scaled by a power of two, the
+    same on all ranks without asking: from the largest element of the last sum, `peak`, with room to grow by 2^HEADROOM_BITS
+    before the next one. Each rank keeps to its share of the range, so that no sum of finite gradients overflows: what is above
+    is cut off and waits in the residual.
+    """
+
+    dtype: torch.dtype
+
+    HEADROOM_BITS: ClassVar[int] = 4
+
+    @property
+    def state_kinds(self) -> Mapping[str, Kind]:
+        peak: dict[str, Kind] = {"peak": "shared"} if self.dtype == torch.float16 else {}
+        return {**super().state_kinds, **peak}
+
+    def start(self, layout: Layout, like: Tensor) -> State:
+        peak = {"peak": like.new_zeros(1, dtype=torch.float32)} if self.dtype == torch.float16 else {}
+        return {**super().start(layout, like), **peak}
+
+    def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
+        """(payload [N] of `dtype`, state)"""
+        scale, bound = self._scale_and_bound(state, gradient_N)
+        bad = poison(gradient_N)
+        finite = bad == 0
+        factor, inverse = scale + bad, 1.0 / scale
+        residual_N, payload_N = state.get("residual"), torch.empty_like(gradient_N, dtype=self.dtype)
+        for block in _blocks(gradient_N):
+            value = gradient_N[block]
+            if residual_N is not None:
+                value.add_(residual_N[block])
+            payload_N[block] = value.clamp(-bound, bound).mul_(factor)
+            if residual_N is not None:
+                rest = value.sub_(payload_N[block].to(value.dtype).mul_(inverse))
+                residual_N[block] = torch.where(finite, rest, residual_N[block])
+        return payload_N, state
+
+    def decompress(self, payload_N: Tensor, state: State, out_N: Tensor) -> Tensor:
+        """`state`: as it was for `compress`."""
+        scale, _ = self._scale_and_bound(state, out_N)
+        return out_N.copy_(payload_N).mul_(1.0 / scale)
+
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
+        payload_N, state = self.compress(gradient_N, state, layout, update)
+        summed_N = yield Request("allreduce", payload_N)
+        result_N = self.decompress(summed_N, state, gradient_N)
+        return result_N, self.observe(result_N, state, layout)
+
+    def observe(self, summed_N: Tensor, state: State, layout: Layout) -> State:
+        if self.dtype != torch.float16:
+            return state
+        now, before = torch.linalg.vector_norm(summed_N, math.inf).to(torch.float32).reshape(1), state["peak"]
+        # Sinking slowly: one small gradient says little about the next.
+        peak = torch.where((now > 0) & now.isfinite(), torch.maximum(now, before / 2), before)
+        return {**state, "peak": peak}
+
+    def _scale_and_bound(self, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(power of two, largest value that may be multiplied by it), of like's dtype, without dimensions."""
+        if self.dtype != torch.float16:
+            return like.new_ones(()), like.new_full((), math.inf)
+        # Half the range for sums that are rounded upwards on their way.
+        share_bits = 15 - (self.ranks - 1).bit_length()
+        exponent = torch.frexp(torch.where(state["peak"] > 0, state["peak"], 1.0)).exponent
+        bits = (share_bits - self.HEADROOM_BITS - exponent).clamp(-100, 100)
+        scale = _power_of_two(bits).to(like.dtype).reshape(())
+        return scale, 2.0**share_bits / scale
+
+    def wire_bytes(self, layout: Layout) -> int:
+        return ring_allreduce_bytes(self.ranks, 2 * layout.numel)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float32 from its bits: pow is not exact everywhere, and all ranks must agree."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class RandomK(Feedback):
+    """Of every n / k elements one, the same on all ranks.
+
+    Circular systematic sampling (Lahiri 1951): from a start drawn uniformly every stride-th element, around the end, so that
+    each is chosen with probability exactly k / n and two slices hold them all. The starts of one cycle of updates are a random
+    base plus every offset below the stride once: nearly every element is sent once a cycle, none waits for its luck.
+    """
+
+    density: float
+    seed: int
+
+    def slices(self, layout: Layout, update: int) -> list[slice]:
+        """Of the k elements of an update."""
+        numel, chosen = layout.numel, chosen_numel(self.density, layout)
+        stride = numel // chosen
+        cycle, turn = divmod(update, stride)
+        base, first_step = (self._draw(f"{layout.index}/{cycle}/{what}") for what in ("base", "step"))
+        step = 1 + first_step % stride
+        while math.gcd(step, stride) > 1:
+            step = step % stride + 1
+        start = (base + turn * step % stride) % numel
+        before_end = min(chosen, -(-(numel - start) // stride))
+        wrapped = start + before_end * stride - numel
+        found = [slice(start, start + (before_end - 1) * stride + 1, stride)]
+        if before_end < chosen:
+            found.append(slice(wrapped, wrapped + (chosen - before_end - 1) * stride + 1, stride))
+        return found
+
+    def _draw(self, name: str) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=32).digest())
+
+    def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
+        """(payload [K], state)"""
+        slices, bad = self.slices(layout, update), poison(gradient_N)
+        if not self.error_feedback:
+            # Then the sum is at least right on average.
+            factor = layout.numel / chosen_numel(self.density, layout)
+            return torch.cat([gradient_N[each] for each in slices]).mul_(factor).add_(bad), state
+        value_N = state["residual"].add_(gradient_N).nan_to_num_(0.0, 0.0, 0.0)
+        payload_K = torch.cat([value_N[each] for each in slices]).add_(bad)
+        for each in slices:
+            value_N[each] = 0.0
+        return payload_K, {"residual": value_N}
+
+    def decompress(self, payload_K: Tensor, layout: Layout, update: int, out_N: Tensor) -> Tensor:
+        out_N.zero_()
+        first = 0
+        for each in self.slices(layout, update):
+            part = out_N[each]
+            part.copy_(payload_K[first : first + part.numel()])
+            first += part.numel()
+        return out_N
+
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
+        payload_K, state = self.compress(gradient_N, state, layout, update)
+        summed_K = yield Request("allreduce", payload_K)
+        return self.decompress(summed_K, layout, update, gradient_N), state
+
+    def wire_bytes(self, layout: Layout) -> int:
+        return ring_allreduce_bytes(self.ranks, 4 * chosen_numel(self.density, layout))
