@@ -1,0 +1,174 @@
+"""What an update costs over several ranks: seconds from bytes, bandwidth and latency; and which compression pays.
+
+The alpha-beta model of collectives (Thakur et al. 2005), with N ranks on n nodes, S bytes after compression, B bytes a second:
+
+    allreduce     (2 (N-1) - 2 (n-1)) a_local + 2 (n-1) a  +  2 (N-1)/N S/B       ring; k rings: B up to k times one flow's
+    two-phase     the same with (N-1) steps in each phase
+    exposed       max(last bucket, exchange + compression - what backward hides)
+    update        accumulation * micro-batch + exposed + optimizer
+
+Only the last micro-batch's backward can hide the exchange: at many micro-batches an update, compression has little to win.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdistil.compression import make_compressor
+from fastdistil.compressor import Layout
+from fastdistil.recipe import Compression
+
+Kind = Literal["none", "fp16", "bf16", "int8"]
+SIMPLEST_FIRST: tuple[Kind, ...] = ("none", "fp16", "bf16", "int8")
+
+BACKWARD_SHARE = 0.4
+"""Of a micro-batch's time: a student of half the teacher's depth, forward 1 and backward 2, and the teacher's forward 2."""
+HIDING_SHARE = 0.9
+"""Of the last backward: what comes after the first bucket is ready."""
+WORTH = 0.02
+"""A simpler compressor is taken where it costs at most this share of the update more."""
+
+GLOO_FP16_S = 22e-9
+"""Seconds in which Horovod's Gloo sums one float16 element: an allreduce of 16.8M between two ranks, which sum half of them
+each, took 130 to 245 ms where float32 took 37 to 66."""
+
+# Bytes of memory that compressing and decompressing touches, for each byte of float32 gradients.
+_TRAFFIC: dict[Kind, float] = {
+    "none": 0.0,
+    "fp16": (3 * 4 + 2 + 2 * 4 + 2) / 4,  # gradient, residual in and out, payload; then payload, gradient; a look at all
+    "bf16": (3 * 4 + 2 + 2 * 4 + 2) / 4,
+    "int8": (3 * 4 + 1 + 2 * 1 + 1 + 4) / 4,  # gradient, residual in and out, codes; the sum of parts; codes, gradient
+}
+
+
+def allreduce_s(
+    ranks: int,
+    nodes: int,
+    nbytes: float,
+    bandwidth_bytes_per_s: float,
+    latency_s: float,
+    rings: int = 1,
+    *,
+    link_bytes_per_s: float = math.inf,
+    local_latency_s: float | None = None,
+) -> float:
+    """Seconds of one ring allreduce of `nbytes`.
+
+    `bandwidth_bytes_per_s`: of one ring; several share a link of `link_bytes_per_s`. `latency_s`: of a step between nodes,
+    `local_latency_s` within one (None: the same).
+    """
+    assert 1 <= nodes <= ranks
+    if ranks == 1:
+        return 0.0
+    between = 2 * (nodes - 1)
+    within = 2 * (ranks - 1) - between
+    latency = between * latency_s + within * (latency_s if local_latency_s is None else local_latency_s)
+    return latency + 2 * (ranks - 1) / ranks * nbytes / min(rings * bandwidth_bytes_per_s, link_bytes_per_s)
+
+
+def exposed_s(exchange_s: float, hiding_s: float, tail_s: float = 0.0) -> float:
+    """What of an exchange, compression included, holds an update up. `tail_s`: of the last bucket, which nothing can hide."""
+    return max(tail_s, exchange_s - hiding_s)
+
+
+def update_s(micro_batch_s: float, accumulation: int, exposed: float, optimizer_s: float = 0.0) -> float:
+    return accumulation * micro_batch_s + exposed + optimizer_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of uncompressed updates in this run."""
+
+    ranks: int
+    gradient_bytes: int
+    """float32"""
+    update_s: float
+    accumulation: int
+    bandwidth_bytes_per_s: float
+    """That a rank sends in a ring allreduce, all rings together: 2 (N-1)/N bytes / seconds."""
+    latency_s: float
+    """Of a whole allreduce of a few bytes."""
+    engine: str
+    device: str
+    compress_bytes_per_s: float
+    """Of memory, read and written."""
+    buckets: int = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    kind: Kind
+    exchange_s: float
+    compress_s: float
+    exposed_s: float
+    update_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    kind: Kind
+    reason: str
+    table: tuple[Prediction, ...]
+
+
+def predict(measured: Measured, kind: Kind) -> Prediction:
+    """An update with `kind`, from the measured one without compression."""
+    exchange = _exchange_s(measured, kind)
+    compress = _TRAFFIC[kind] * measured.gradient_bytes / measured.compress_bytes_per_s
+    # What is measured has the uncompressed exchange's exposed part in it: with U = c + exposed(c) and c the computing, solved
+    # for c where something was exposed, and where nothing was.
+    plain = _exchange_s(measured, "none")
+    hidden_share = BACKWARD_SHARE * HIDING_SHARE / measured.accumulation
+    computing = max((measured.update_s - plain) / (1 - hidden_share), 0.0)
+    if hidden_share * computing > plain:
+        computing = measured.update_s
+    # On a CPU, compressing takes the time of the cores that run backward: it hides nothing of itself.
+    hiding = hidden_share * computing
+    if measured.device == "cpu":
+        exposed = exposed_s(exchange, hiding) + compress
+    else:
+        exposed = exposed_s(exchange + compress, hiding)
+    return Prediction(kind, exchange, compress, exposed, computing + exposed)
+
+
+def _exchange_s(measured: Measured, kind: Kind) -> float:
+    numel = measured.gradient_bytes // 4
+    compressor = make_compressor(Compression(kind=kind), ranks=measured.ranks, rank=0, engine=measured.engine, seed=0)
+    layout = Layout(numel, ((0, (numel,)),), 0)
+    seconds = compressor.wire_bytes(layout) / measured.bandwidth_bytes_per_s
+    if kind == "fp16" and measured.engine == "horovod" and measured.device == "cpu":
+        seconds = max(seconds, GLOO_FP16_S * numel * (measured.ranks - 1) / measured.ranks)
+    return seconds + measured.buckets * compressor.requests(layout) * measured.latency_s
+
+
+def candidates_for(engine: str) -> tuple[Kind, ...]:
+    """bf16 costs what fp16 costs, and Horovod does not have it."""
+    return tuple(kind for kind in SIMPLEST_FIRST if kind != "bf16" or engine == "torch")
+
+
+def choose(measured: Measured, candidates: Sequence[Kind] | None = None) -> Choice:
+    """The simplest of the candidates whose predicted update is within WORTH of the fastest, and why, in one sentence."""
+    candidates = candidates_for(measured.engine) if candidates is None else candidates
+    table = tuple(predict(measured, kind) for kind in sorted(candidates, key=SIMPLEST_FIRST.index))
+    fastest = min(table, key=lambda each: each.update_s)
+    chosen = next(each for each in table if each.update_s <= (1 + WORTH) * fastest.update_s)
+    plain = predict(measured, "none")
+    told = (
+        f"the exchange takes {_ms(plain.exchange_s)} of a {_ms(measured.update_s)} update at "
+        f"{measured.bandwidth_bytes_per_s / 1e9:,.2g} GB/s, {_ms(plain.exposed_s)} of it not hidden by backward"
+    )
+    if chosen.kind == "none":
+        gain = f"{fastest.kind} would save {_ms(plain.update_s - fastest.update_s)}" if fastest.kind != "none" else ""
+        return Choice("none", f"{told}; {gain or 'nothing would be faster'}", table)
+    saved = plain.update_s - chosen.update_s
+    return Choice(
+        chosen.kind,
+        f"{told}; {chosen.kind} takes {_ms(chosen.exchange_s + chosen.compress_s)} and saves {_ms(saved)} "
+        f"({saved / plain.update_s:.0%}) of it",
+        table,
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
