@@ -17,14 +17,17 @@ ifneq ($(shell test -x $(VENV)/bin/python && $(VENV)/bin/python -c '' 2>/dev/nul
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help train test test-all bench setup check clean
+.PHONY: help train test test-all bench setup horovod horovod-if-possible check clean
 
 help:
 	@echo "make train     set up, then distil a small teacher into a student on text found on this machine (minutes on 2 cores)"
-	@echo "make test      set up, then lint, check types and run the tests (all but those marked slow)"
+	@echo "make test      set up, then lint, check types, build Horovod where that is possible and run the tests (all but those"
+	@echo "               marked slow)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     set up, then run the microbenchmarks"
 	@echo "make setup     only the set-up: $(VENV) with the versions of constraints.txt, and fastdistil itself, editable"
+	@echo "make horovod   set up, then build Horovod for the installed torch, for engine: horovod (about 3 minutes on 2 cores, once:"
+	@echo "               the wheel is kept in ~/.cache/fastdistil; needs g++, cmake and, for MPI, mpicc)"
 	@echo "make clean     remove $(VENV), caches and build products (runs/ stays)"
 	@echo ""
 	@echo "PYTHON=...       the Python that $(VENV) is made from; without it the first one of at least 3.11 among python3,"
@@ -72,7 +75,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@echo "fastdistil: installing the versions of constraints.txt into $(VENV) (PyTorch is the large one; minutes the first time)"
 	@# Without build isolation, so that the build uses the pinned setuptools too and nothing is downloaded twice.
 	@$(PIP_INSTALL) --quiet setuptools
-	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,tensorboard]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,tensorboard,horovod]'
 	@echo "$(CURDIR)" > $(STAMP)
 
 train: $(STAMP)
@@ -83,10 +86,21 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: check
+horovod: $(STAMP)
+	@$(VENV)/bin/python -m fastdistil.build_horovod --constraint constraints.txt
+
+# Exit 2: something that building needs is not here; it has said what.
+horovod-if-possible: $(STAMP)
+	@$(VENV)/bin/python -m fastdistil.build_horovod --constraint constraints.txt || { \
+		code=$$?; \
+		[ $$code -eq 2 ] || exit $$code; \
+		echo "fastdistil: going on without it: tests that need Horovod are skipped"; \
+	}
+
+test: check horovod-if-possible
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-test-all: check
+test-all: check horovod-if-possible
 	$(VENV)/bin/python -m pytest
 
 bench: $(STAMP)

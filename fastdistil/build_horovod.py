@@ -40,6 +40,7 @@ from fastdistil.installed_horovod import (
     installed_torch,
     is_installed,
     package_directory,
+    probe,
     state,
     two_ranks,
 )
@@ -113,25 +114,25 @@ class Build:
         operations = ["Gloo", *(["MPI"] if self.mpi else []), *(["NCCL"] if self.cuda else [])]
         return f"Horovod {self.horovod} for torch {self.torch} with {', '.join(operations)}"
 
-    def met_by(self, installed: Mapping[str, str] | None) -> bool:
-        """Without a compiler on this machine any compiler's work will do."""
+    def met_by(self, installed: Mapping[str, str] | None, *, gpu: bool) -> bool:
+        """Whether the installed wheel will do. The tools that built it may be gone; MPI's library with them, so it is tried."""
         wanted = asdict(self)
-        if installed is None or installed.keys() != wanted.keys():
+        if wanted == installed:
+            return True
+        if installed is None or installed.keys() != wanted.keys() or (gpu and not installed["cuda"]):
             return False
-        return all(wanted[name] == installed[name] for name in wanted if name != "compiler" or self.compiler)
+        tools = ("compiler", "mpi", "cuda", "nccl")
+        fits = all(wanted[name] == installed[name] or (name in tools and not wanted[name]) for name in wanted)
+        return fits and not isinstance(probe(), str)
 
 
 # What is to be built
 
 
-def wanted_build(torch: Torch, environ: Mapping[str, str], *, cpu: bool) -> tuple[Build, Cuda | None]:
-    if torch.hip:
-        raise UserError(f"wanted a CPU or CUDA build of torch, got {torch.version} for ROCm: use world.engine=torch")
-    cuda = find_cuda(torch, environ) if torch.cuda and not cpu else None
-    edits = edits_for(cuda)
-    build = Build(
+def wanted_build(torch: Torch, cuda: Cuda | None, environ: Mapping[str, str]) -> Build:
+    return Build(
         horovod=VERSION,
-        edits=hashlib.sha256(repr((edits, BUILD_TOOLS)).encode()).hexdigest()[:20],
+        edits=hashlib.sha256(repr((EDITS, CPU_EDITS, CUDA_EDITS, BUILD_TOOLS)).encode()).hexdigest()[:20],
         torch=torch.version,
         torch_revision=torch.revision,
         python=str(sysconfig.get_config_var("SOABI")),
@@ -141,7 +142,6 @@ def wanted_build(torch: Torch, environ: Mapping[str, str], *, cpu: bool) -> tupl
         cuda=cuda.release if cuda else "",
         nccl=nccl_version(cuda.nccl) if cuda else "",
     )
-    return build, cuda
 
 
 def edits_for(cuda: Cuda | None) -> tuple[Edit, ...]:
@@ -182,8 +182,8 @@ def require_tools(environ: Mapping[str, str]) -> None:
         raise UserError(f"building Horovod needs {lacking}: install it (Debian, Ubuntu: apt install {packages})")
 
 
-def find_cuda(torch: Torch, environ: Mapping[str, str]) -> Cuda:
-    """The CUDA toolkit and the NCCL that a CUDA build of torch goes with: pip's before the system's."""
+def find_cuda(torch: Torch, environ: Mapping[str, str]) -> Cuda | UserError:
+    """The CUDA toolkit and the NCCL that a CUDA build of torch goes with, pip's before the system's; or what is missing."""
     assert torch.cuda is not None
     major = torch.cuda.split(".")[0]
     pip = package_directory("nvidia")
@@ -198,25 +198,26 @@ def find_cuda(torch: Torch, environ: Mapping[str, str]) -> Cuda:
     for home in homes:
         release = re.search(r"release (\d+)\.(\d+)", output_of([str(home / "bin/nvcc"), "--version"]))
         if release and release[1] == major:
-            return Cuda(home.resolve(), f"{release[1]}.{release[2]}", find_nccl(pip, home))
+            nccl = find_nccl(pip, home)
+            return nccl if isinstance(nccl, UserError) else Cuda(home.resolve(), f"{release[1]}.{release[2]}", nccl)
         seen += [f"{release[1]}.{release[2]} in {home}"] if release else []
     # pip itself would mix releases: nvcc's own requirements name no versions.
     pip_packages = " ".join(f"'nvidia-{name}=={torch.cuda}.*'" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl"))
-    raise UserError(
+    return UserError(
         f"torch {torch.version} is a CUDA build, and Horovod's GPU operations need CUDA {major}'s compiler (nvcc), found: "
         f"{', '.join(seen) or 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME"
         f"{f', or pip install {pip_packages}' if int(major) >= 13 else ''}; --cpu builds Horovod without GPU operations"
     )
 
 
-def find_nccl(pip: Path | None, cuda_home: Path) -> Path:
+def find_nccl(pip: Path | None, cuda_home: Path) -> Path | UserError:
     """pip's, which torch loads too; a system's where torch brought none."""
     homes = [pip / "nccl"] if pip else []
     homes += [cuda_home, Path("/usr"), Path("/usr/local")]
     for home in homes:
         if (home / "include/nccl.h").is_file():
             return home
-    raise UserError(
+    return UserError(
         f"Horovod's GPU operations need NCCL with its headers, found none in {', '.join(map(str, homes))}; "
         "Debian, Ubuntu: apt install libnccl-dev; --cpu builds Horovod without GPU operations"
     )
@@ -244,8 +245,12 @@ def build_wheel(build: Build, cuda: Cuda | None, target: Path, log: Path, enviro
     require_tools(environ)
     say(f"building {build.title} (about 3 minutes on 2 cores; log: {log})")
     log.write_bytes(b"")
-    with tempfile.TemporaryDirectory(prefix="fastdistil-horovod-") as name:
-        work = Path(name)
+    # Not in /tmp: the library keeps the directories that it was linked from in its search path. The caller's lock makes
+    # one name enough, and what a killed build left goes now.
+    work = target.parent / ".build"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
         pip_install(log, environ, "--target", str(work / "tools"), *BUILD_TOOLS)
         environ = {**environ, "PYTHONPATH": str(work / "tools")}
         source = unpacked(download(work, log, environ))
@@ -254,10 +259,9 @@ def build_wheel(build: Build, cuda: Cuda | None, target: Path, log: Path, enviro
         environ = build_environment(build, cuda, work, environ, jobs)
         # With an option in front setup.py does not see that it is to build, and fetches no packages of its own.
         run_logged([sys.executable, "setup.py", "--quiet", "bdist_wheel"], log, environ, source, "building Horovod")
-        (wheel,) = (source / "dist").glob("*.whl")
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
-        shutil.copy2(wheel, new / wheel.name)
-        new.rename(target)
+        (source / "dist").rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def download(work: Path, log: Path, environ: Mapping[str, str]) -> Path:
@@ -390,14 +394,24 @@ def run_logged(
 
 def provide(*, cpu: bool, constraint: Path | None, jobs: int, environ: Mapping[str, str]) -> str:
     """Have Horovod installed for this environment's torch, from the cache where it lies there; says what was done."""
-    build, cuda = wanted_build(installed_torch(), environ, cpu=cpu)
-    if build.met_by(installed_build()) and all(map(is_installed, REQUIREMENTS)):
-        return f"{build.title} is installed"
+    torch = installed_torch()
+    if torch is None:
+        raise UserError("wanted torch in this environment, found none: Horovod is built against it; pip install torch")
+    if torch.hip:
+        raise UserError(f"wanted a CPU or CUDA build of torch, got {torch.version} for ROCm: use world.engine=torch")
+    gpu = torch.cuda is not None and not cpu
+    cuda = find_cuda(torch, environ) if gpu else None
+    build = wanted_build(torch, None if isinstance(cuda, UserError) else cuda, environ)
+    installed = installed_build()
+    if installed and build.met_by(installed, gpu=gpu) and all(map(is_installed, REQUIREMENTS)):
+        return f"{Build(**installed).title} is installed"
+    if isinstance(cuda, UserError):
+        raise cuda
     cache = cache_directory(environ)
-    with translated("preparing the cache of Horovod's wheels", cache), locked(cache / f"{build.key}.lock"):
+    with translated("preparing the cache of Horovod's wheels", cache), locked(cache / "lock"):
         log = cache / f"{build.key}.log"
         install_requirements(constraint, log, environ)
-        if build.met_by(installed_build()):  # by another process, meanwhile
+        if build.met_by(installed_build(), gpu=gpu):  # by another process, meanwhile
             return f"{build.title} is installed"
         wheel = cached_wheel(cache / build.key)
         if wheel is None:
@@ -441,7 +455,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another process that prepares the same Horovod")
+            say("waiting for another process that prepares Horovod")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,7 +1,8 @@
 """`fastdistil doctor`: what this machine has, what it lacks, and how to get it.
 
 Each fact is a Finding. `absent` is something one can work without; `problem` is something fastdistil needs and that is
-broken. transformers, triton and horovod are looked up, not imported: a broken one must not take the doctor with it.
+broken. transformers and triton are looked up, not imported, and horovod only in a child process: a broken one must not
+take the doctor with it.
 """
 
 import importlib.metadata
@@ -23,6 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdistil import __version__
+from fastdistil.build_horovod import HOW_TO_BUILD
+from fastdistil.installed_horovod import probe, state
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -243,7 +246,6 @@ def triton(gpu_usable: bool) -> Finding:
 
 def options() -> list[Finding]:
     wanted = {
-        "horovod": "several ranks over Horovod need it; a single rank does not",
         "tensorboard": "logging.tensorboard needs it: pip install tensorboard",
         "pyarrow": "preparing .parquet files needs it: pip install pyarrow",
     }
@@ -251,7 +253,29 @@ def options() -> list[Finding]:
     for name, advice in wanted.items():
         version = installed(name)
         found.append(Finding(name, version) if version else Finding(name, "not installed", "absent", advice))
-    return [*found, compiler()]
+    return [horovod(), *found, compiler()]
+
+
+def horovod() -> Finding:
+    """Which operations the installed Horovod was built with, as a child process that imports it says."""
+    seen = state()
+    if seen.status == "absent":
+        advice = f"engine: horovod needs it, engine: torch and a single rank do not; {HOW_TO_BUILD}"
+        return Finding("horovod", seen.text, "absent", advice)
+    if seen.status == "problem":
+        return Finding("horovod", seen.text, "problem", HOW_TO_BUILD)
+    built = probe()
+    if isinstance(built, str):
+        return Finding("horovod", f"{seen.text} does not load: {built}", "problem", HOW_TO_BUILD)
+    operations = [name for name, key in (("Gloo", "gloo"), ("MPI", "mpi")) if built[key]]
+    if built["nccl"]:
+        operations.append(f"NCCL {nccl_release(built['nccl'])}")
+    return Finding("horovod", f"{seen.text}: {', '.join(operations)}")
+
+
+def nccl_release(code: int) -> str:
+    """22907 -> 2.29.7: how NCCL numbers its releases since 2.9."""
+    return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
 
 
 def compiler() -> Finding:

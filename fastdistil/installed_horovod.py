@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdistil.errors import UserError
-
 # What Horovod imports at run time; pyproject.toml's extra `horovod` lists the same. setuptools: horovod.runner imports
 # distutils, which Python has not had of its own since 3.12.
 REQUIREMENTS = ("cloudpickle", "packaging", "psutil", "pyyaml", "setuptools")
@@ -95,10 +93,10 @@ def package_directory(name: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
-def installed_torch() -> Torch:
+def installed_torch() -> Torch | None:
     directory = package_directory("torch")
     if directory is None or not (directory / "version.py").is_file():
-        raise UserError("wanted torch in this environment, found none: Horovod is built against it; pip install torch")
+        return None
     facts = runpy.run_path(str(directory / "version.py"))
     return Torch(facts["__version__"], facts.get("git_version") or "", facts.get("cuda"), facts.get("hip"))
 
@@ -125,10 +123,11 @@ def state() -> State:
         built_for = json.loads((directory / "metadata.json").read_text(encoding="utf-8")).get("pytorch")
     except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
         return State("problem", "its files are incomplete")
-    torch = installed_torch().version
-    if built_for != torch:
-        return State("problem", f"{version} was built for {f'torch {built_for}' if built_for else 'no torch'}, not for {torch}")
-    return State("ok", f"{version} for torch {torch}")
+    torch = installed_torch()
+    if torch is None or built_for != torch.version:
+        here = torch.version if torch else "none"
+        return State("problem", f"{version} was built for torch {built_for or 'none'}, and torch here is {here}")
+    return State("ok", f"{version} for torch {built_for}")
 
 
 def probe() -> dict[str, int] | str:
