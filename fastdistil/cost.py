@@ -156,19 +156,24 @@ def choose(measured: Measured, candidates: Sequence[Kind] | None = None) -> Choi
     plain = predict(measured, "none")
     told = (
         f"the exchange takes {_ms(plain.exchange_s)} of a {_ms(measured.update_s)} update at "
-        f"{measured.bandwidth_bytes_per_s / 1e9:,.2g} GB/s, {_ms(plain.exposed_s)} of it not hidden by backward"
+        f"{_short(measured.bandwidth_bytes_per_s / 1e9)} GB/s, {_ms(plain.exposed_s)} of it not hidden by backward"
     )
-    if chosen.kind == "none":
-        gain = f"{fastest.kind} would save {_ms(plain.update_s - fastest.update_s)}" if fastest.kind != "none" else ""
-        return Choice("none", f"{told}; {gain or 'nothing would be faster'}", table)
-    saved = plain.update_s - chosen.update_s
-    return Choice(
-        chosen.kind,
-        f"{told}; {chosen.kind} takes {_ms(chosen.exchange_s + chosen.compress_s)} and saves {_ms(saved)} "
-        f"({saved / plain.update_s:.0%}) of it",
-        table,
-    )
+    best = fastest if chosen.kind == "none" else chosen
+    saved = plain.update_s - best.update_s
+    share = f"{_ms(saved)} ({saved / plain.update_s:.1%} of the update)"
+    if best.kind == "none":
+        reason = f"{told}; nothing would be faster"
+    elif chosen.kind == "none":
+        reason = f"{told}; {best.kind} would save {share}, too little to round gradients for"
+    else:
+        reason = f"{told}; {best.kind} takes {_ms(best.exchange_s + best.compress_s)} and saves {share}"
+    return Choice(chosen.kind, reason, table)
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
+    return f"{_short(1e3 * seconds)} ms"
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdistil.compression import make_compressor, redistribute, starts_at
 from fastdistil.compressor import Compressor, Exchange, Layout, State
 from fastdistil.errors import UserError
+from fastdistil.linear_compression import RandomK
 from fastdistil.powersgd import PowerSGD, orthonormal
 from fastdistil.recipe import Compression
 
@@ -138,3 +139,417 @@ def test_wire_bytes_and_collectives_are_as_declared(kind: str, ranks: int) -> No
     for layout in LAYOUTS:
         run(kind, ranks, layout, 2, torch.float32)
         run(kind, ranks, layout, 2, torch.float32, error_feedback=False)
+
+
+# ---- states ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_is_all_that_continues(kind: str) -> None:
+    """Copied in between, as a checkpoint does, into a start's tensors: the same bits come out."""
+    members = compressors(kind, 3)
+
+    def updates(states: list[State], numbers: range) -> tuple[list[State], Tensor]:
+        results = [torch.zeros(0)]
+        for update in numbers:
+            given = gradients(3, ODD, update, torch.float32)
+            exchanges = [m.exchange(g, s, ODD, update) for m, g, s in zip(members, given, states, strict=True)]
+            results, states, _, _ = simulate(exchanges)
+        return states, results[0]
+
+    begun = [member.start(ODD, torch.zeros(0)) for member in members]
+    assert all(state.keys() == members[0].state_kinds.keys() for state in begun)
+    states, _ = updates(begun, range(4))
+    copies = [member.start(ODD, torch.zeros(0)) for member in members]
+    for copy, state in zip(copies, states, strict=True):
+        assert copy.keys() == state.keys()
+        for name, value in state.items():
+            assert copy[name].shape == value.shape
+            assert copy[name].dtype == value.dtype
+            copy[name].copy_(value)
+    _, straight = updates(states, range(4, 6))
+    _, continued = updates(copies, range(4, 6))
+    assert torch.equal(straight, continued)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_number_of_ranks_owes_the_same(kind: str, new: int) -> None:
+    old = compressors(kind, 3)
+    _, states, _ = run(kind, 3, ODD, 3)
+    members = compressors(kind, new)
+    shared = redistribute(old[0].state_kinds, states, ODD, new)
+    assert len(shared) == new
+    before, after = left(old, states, ODD), left(members, shared, ODD)
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-15)
+    for state, member in zip(shared, members, strict=True):
+        begun = member.start(ODD, torch.zeros(0, dtype=torch.float64))
+        assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in begun.items()}
+        for name, what in member.state_kinds.items():
+            if what == "shared":
+                assert torch.equal(state[name], states[0][name])
+    # And they go on with it.
+    given = gradients(new, ODD, 9)
+    truth = torch.stack(given).sum(0) + before
+    results, last, _, _ = simulate([m.exchange(g, s, ODD, 9) for m, g, s in zip(members, given, shared, strict=True)])
+    rounding = {"fp16": 2**-11, "bf16": 2**-8}.get(kind, 0.0) * new
+    error = (results[0] + left(members, last, ODD) - truth).abs().max()
+    assert float(error) <= (1e-12 + rounding) * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_is_seen_and_forgotten(kind: str, value: float, feedback: bool) -> None:
+    """On every rank, in the sum; and the states stay finite, also with more bad elements than are selected."""
+    for bad_elements in (slice(5, 6), slice(0, 300), slice(746, 747)):
+        members = compressors(kind, 3, error_feedback=feedback)
+        states = [member.start(ODD, torch.zeros(0)) for member in members]
+        for update in range(4):
+            given = gradients(3, ODD, update, torch.float32)
+            if update == 2:
+                given[1][bad_elements] = value
+            exchanges = [m.exchange(g, s, ODD, update) for m, g, s in zip(members, given, states, strict=True)]
+            results, states, _, _ = simulate(exchanges)
+            for result in results:
+                assert bool(result.isfinite().all()) == (update != 2)
+            for state in states:
+                assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+# ---- fp16 ----
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-9, 1e-4, 1e6])
+@pytest.mark.parametrize("ranks", [2, 7, 512])
+def test_float16_keeps_digits_at_any_size(size: float, ranks: int) -> None:
+    """Plain rounding of 1e-9 gives 0, of 1e6 infinity."""
+    layout = Layout(64, ((0, (64,)),), 0)
+    member = compressors("fp16", ranks)[0]
+    draws = torch.Generator().manual_seed(0)
+    gradient = size * (1 + torch.rand(64, generator=draws))
+    state = member.observe(ranks * gradient, member.start(layout, gradient), layout)
+    exchange = member.exchange(gradient.clone(), state, layout, 1)
+    request = exchange.send(None)  # type: ignore[arg-type]
+    assert request.tensor.dtype == torch.float16
+    summed = torch.zeros(64, dtype=torch.float16)
+    for _ in range(ranks):
+        summed += request.tensor
+    with pytest.raises(StopIteration) as ended:
+        exchange.send(summed)
+    result, _ = ended.value.value
+    # A running sum in 16 bits is rounded with every rank.
+    torch.testing.assert_close(result, ranks * gradient, rtol=2**-10 + ranks * 2**-12, atol=0)
+
+
+def test_float16_never_overflows_by_growth() -> None:
+    """A gradient a million times the last one, and then the last one again: cut off, kept, sent later; nothing is lost."""
+    layout = Layout(64, ((0, (64,)),), 0)
+    members = compressors("fp16", 4)
+    states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
+    received = truth = torch.zeros(64, dtype=torch.float64)
+    largest = []
+    for update, size in enumerate([1e-5, 1e-5, 10.0, *[1e-5] * 30]):
+        given = [size * each for each in gradients(4, layout, update)]
+        truth = truth + torch.stack(given).sum(0)
+        results, states, _, _ = simulate(
+            [m.exchange(g, s, layout, update) for m, g, s in zip(members, given, states, strict=True)]
+        )
+        assert bool(results[0].isfinite().all())
+        received = received + results[0]
+        largest.append(float(left(members, states, layout).abs().max()))
+    assert largest[2] > 0.1 * float(truth.abs().max())
+    assert largest[-1] < 1e-3 * float(truth.abs().max())
+    torch.testing.assert_close(received, truth, rtol=0, atol=2e-3 * float(truth.abs().max()))
+
+
+# ---- random-k ----
+
+
+class Told(RandomK):
+    """Starts that the test names."""
+
+    base, step = 0, 0
+
+    def _draw(self, name: str) -> int:
+        return Told.base if name.endswith("base") else Told.step
+
+
+@pytest.mark.parametrize(("numel", "density"), [(10, 0.6), (97, 0.1), (1000, 0.01), (5, 0.001), (12, 1.0)])
+def test_random_k_chooses_every_element_equally_often(numel: int, density: float) -> None:
+    layout, member = Layout(numel, (), 0), Told(2, True, density, 0)
+    chosen = max(1, round(numel * density))
+    for update, step in ((0, 0), (3, 5)):
+        counts = torch.zeros(numel)
+        for base in range(numel):
+            Told.base, Told.step = base, step
+            once = torch.zeros(numel)
+            for each in member.slices(layout, update):
+                once[each] += 1
+            assert float(once.max()) == 1.0
+            assert int(once.sum()) == chosen
+            counts += once
+        assert counts.tolist() == [chosen] * numel
+
+
+def test_random_k_comes_around() -> None:
+    """In one cycle of updates nothing twice, and nearly everything; over many, everything; buckets and seeds differ."""
+    layout, member = Layout(1003, (), 0), RandomK(2, True, 0.05, 11)
+    stride = 1003 // 50
+    counts = torch.zeros(1003)
+    for update in range(stride):
+        for each in member.slices(layout, update):
+            counts[each] += 1
+    assert float(counts.max()) == 1.0
+    assert int(counts.sum()) == 50 * stride
+    starts = [member.slices(layout, update)[0].start for update in range(5 * stride)]
+    assert len(set(starts)) > 3 * stride
+    for update in range(stride, 5 * stride):
+        for each in member.slices(layout, update):
+            counts[each] += 1
+    assert float(counts.min()) >= 1.0
+    assert member.slices(Layout(1003, (), 1), 0) != member.slices(layout, 0)
+    assert RandomK(2, True, 0.05, 12).slices(layout, 0) != member.slices(layout, 0)
+
+
+def test_random_k_without_feedback_is_right_on_average() -> None:
+    layout = Layout(40, (), 0)
+    member = Told(1, False, 0.1, 0)
+    gradient = torch.arange(1.0, 41.0, dtype=torch.float64)
+    total = torch.zeros(40, dtype=torch.float64)
+    for base in range(40):
+        Told.base, Told.step = base, 0
+        payload, _ = member.compress(gradient.clone(), {}, layout, 0)
+        total += member.decompress(payload, layout, 0, torch.empty(40, dtype=torch.float64))
+    torch.testing.assert_close(total / 40, gradient, rtol=1e-12, atol=0)
+
+
+# ---- PowerSGD ----
+
+
+def low_rank(rank: int, rows: int, columns: int, seed: int) -> Tensor:
+    draws = torch.Generator().manual_seed(seed)
+    left = torch.randn(rows, rank, generator=draws, dtype=torch.float64)
+    return left @ torch.randn(rank, columns, generator=draws, dtype=torch.float64)
+
+
+def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...], numel: int, given: list[Tensor]) -> Tensor:
+    layout = Layout(numel, pieces, 0)
+    members = compressors("powersgd", ranks, rank=rank, min_compression_rate=1.0)
+    states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
+    results, _, _, _ = simulate([m.exchange(g.clone(), s, layout, 1) for m, g, s in zip(members, given, states, strict=True)])
+    return results[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+@pytest.mark.parametrize("of_rank", [1, 2, 3])
+def test_powersgd_is_exact_up_to_its_rank(of_rank: int, scale: float) -> None:
+    """At once, for several matrices of one shape, also where the matrices have a lower rank than the factors."""
+    shapes = ((0, (20, 30)), (600, (30, 20)), (1200, (20, 30)), (1800, (7,)))
+    given = []
+    for number in range(2):
+        parts = [low_rank(of_rank if number == 0 else 0, rows, columns, rows) for rows, columns in ((20, 30), (30, 20))]
+        # The second of the shape is another matrix, a million times smaller.
+        other = 1e-6 * low_rank(of_rank if number == 0 else 0, 20, 30, 99)
+        given.append(scale * torch.cat([*(part.flatten() for part in (*parts, other)), torch.arange(7.0).double()]))
+    result, truth = power(2, 3, shapes, 1807, given), given[0] + given[1]
+    for first, end in ((0, 600), (600, 1200), (1200, 1800), (1800, 1807)):
+        error = (result[first:end] - truth[first:end]).abs().max()
+        assert float(error) < 1e-11 * float(truth[first:end].abs().max())
+
+
+def test_powersgd_of_rank_1_takes_each_matrix_by_itself() -> None:
+    """Divided by the norm of the whole batch, two matrices of one shape would come out too small."""
+    given = torch.cat([low_rank(1, 8, 12, 1).flatten(), 100 * low_rank(1, 8, 12, 2).flatten()])
+    result = power(1, 1, ((0, (8, 12)), (96, (8, 12))), 192, [given])
+    torch.testing.assert_close(result, given, rtol=1e-10, atol=1e-12)
+
+
+def test_powersgd_of_nothing_is_nothing_and_goes_on() -> None:
+    layout = Layout(600, ((0, (20, 30)),), 0)
+    (member,) = compressors("powersgd", 1, rank=3)
+    state = member.start(layout, torch.zeros(0))
+    started = state["q"].clone()
+    results, states, _, _ = simulate([member.exchange(torch.zeros(600), state, layout, 1)])
+    assert torch.equal(results[0], torch.zeros(600))
+    assert torch.equal(states[0]["q"], started)
+    gradient = low_rank(3, 20, 30, 5).float().flatten()
+    results, _, _, _ = simulate([member.exchange(gradient.clone(), states[0], layout, 2)])
+    torch.testing.assert_close(results[0], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_powersgd_gets_nearer_with_every_update() -> None:
+    """The warm start: of one matrix again and again, without feedback, the best of its rank is found."""
+    layout = Layout(2400, ((0, (40, 60)),), 0)
+    draws = torch.Generator().manual_seed(3)
+    u, _, v = torch.linalg.svd(torch.randn(40, 60, generator=draws, dtype=torch.float64), full_matrices=False)
+    values = 0.7 ** torch.arange(40, dtype=torch.float64)
+    matrix = u * values @ v
+    best = float(values[2:].norm())
+    (member,) = compressors("powersgd", 1, rank=2, error_feedback=False)
+    state = member.start(layout, matrix)
+    errors = []
+    for update in range(20):
+        results, states, _, _ = simulate([member.exchange(matrix.flatten().clone(), state, layout, update)])
+        state = states[0]
+        errors.append(float((results[0].view(40, 60) - matrix).norm()))
+    assert errors[0] > 1.2 * best
+    assert errors[-1] < 1.001 * best
+
+
+def test_orthonormal_columns() -> None:
+    draws = torch.Generator().manual_seed(4)
+    made = torch.randn(5, 30, 4, generator=draws)
+    made[1, :, 2] = made[1, :, 0] + 1e-4 * made[1, :, 3]  # nearly dependent
+    made[2, :, 1] = -2 * made[2, :, 0]  # dependent
+    made[3] *= 1e-15
+    made[4] = 0.0
+    found = orthonormal(made)
+    product = found.mT @ found
+    for number in (0, 1, 3):
+        torch.testing.assert_close(product[number], torch.eye(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(product[2], torch.diag(torch.tensor([1.0, 0.0, 1.0, 1.0])), rtol=0, atol=1e-5)
+    assert torch.equal(found[4], torch.zeros(30, 4))
+    made[0, 0, 0] = math.nan
+    assert not bool(orthonormal(made)[0].isfinite().any())
+    assert bool(orthonormal(made)[1:].isfinite().all())
+
+
+def test_what_powersgd_leaves_whole() -> None:
+    """Vectors, padding, and matrices whose factors would not be small enough."""
+    (member,) = compressors("powersgd", 1, rank=4, min_compression_rate=2.0)
+    assert isinstance(member, PowerSGD)
+    # 16 x 16 by 4 columns: 256 against 128, just enough. 15 x 16: 240 against 124, too little.
+    layout = Layout(1000, ((0, (16, 16)), (256, (15, 16)), (496, (40,)), (544, (16, 4, 4)), (800, (12,))), 0)
+    plan = member.plan(layout)
+    assert [(group.rows, group.columns, group.rank, group.firsts) for group in plan.groups] == [(16, 16, 4, (0, 544))]
+    assert plan.rest == ((256, 544), (800, 1000))
+    assert member.requests(Layout(40, ((0, (40,)),), 0)) == 1
+    assert member.whole_parameters
+
+
+# ---- sign ----
+
+
+def test_sign_does_not_move_what_never_had_a_gradient() -> None:
+    """Learnt from the uncompressed updates; what comes later for it stays owed. A bit alone would send plus or minus."""
+    layout = Layout(64, ((0, (64,)),), 0)
+    for observed in (True, False):
+        members = compressors("sign", 2)
+        states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
+        for update in range(4):
+            given = gradients(2, layout, update)
+            for gradient in given:
+                gradient[20:24] = 0.0
+                gradient[48:] = 0.0  # a block
+            if update < 2:
+                if observed:
+                    states = [m.observe(given[0] + given[1], s, layout) for m, s in zip(members, states, strict=True)]
+                continue
+            if update == 3 and observed:
+                given[0][21] = 1.0
+            exchanges = [m.exchange(g, s, layout, update) for m, g, s in zip(members, given, states, strict=True)]
+            results, states, _, _ = simulate(exchanges)
+            assert torch.equal(results[0][48:], torch.zeros(16, dtype=torch.float64))
+            assert bool((results[0][20:24] == 0).all()) == observed
+            assert bool((results[0][:16] != 0).all())
+        if observed:
+            assert left(members, states, layout)[20:24].tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+# ---- what is refused, and when it starts ----
+
+
+def make(ranks: int = 2, engine: str = "torch", **values: Any) -> Compressor:
+    return make_compressor(Compression(**values), ranks=ranks, rank=0, engine=engine, seed=0)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match=r"compression.kind=fp16 .*world.engine=torch"):
+        make(kind="bf16", engine="horovod")
+    with pytest.raises(UserError, match=r"AdamW.*compression.frozen_variance_after=N"):
+        make(kind="sign")
+    with pytest.raises(UserError, match="multiple of 8, got 12"):
+        make(kind="sign", frozen_variance_after=10, block=12)
+    with pytest.raises(UserError, match=r"\(512 - 1\) \* 10,000 \* 8 = 40.9 MB, uncompressed 2 \* 511/512 \* 4 = 8.0 MB"):
+        make(kind="top-k", ranks=512)
+    make(kind="top-k", ranks=100)
+    make(kind="top-k", ranks=512, density=0.00195)
+    with pytest.raises(UserError, match=r"at most 0\.0099"):
+        make(kind="top-k", ranks=101)
+
+
+def test_top_k_is_refused_just_where_it_sends_more() -> None:
+    for ranks in (2, 10, 100):
+        layout = Layout(1_000_000, (), 0)
+        sent = make(kind="top-k", ranks=ranks, density=1 / ranks).wire_bytes(layout)
+        assert sent == make(ranks=ranks).wire_bytes(layout)
+
+
+def test_when_compression_starts() -> None:
+    assert starts_at(Compression(kind="none")) == 0
+    assert starts_at(Compression(kind="int8")) == 10
+    assert starts_at(Compression(kind="int8", warmup_updates=0, frozen_variance_after=50)) == 1
+    assert starts_at(Compression(kind="sign", frozen_variance_after=50)) == 50
+    assert starts_at(Compression(kind="sign", warmup_updates=70, frozen_variance_after=50)) == 70
+
+
+def test_what_compressors_declare() -> None:
+    linear = {kind: compressors(kind, 2)[0].linear for kind in KINDS}
+    assert linear == {kind: kind not in ("int8", "sign", "top-k") for kind in KINDS}
+    # Volume against float32 at 64 ranks, as comparisons of methods have it.
+    layout = Layout(2**26, ((0, (2**13, 2**13)),), 0)
+    volume = {
+        kind: make(ranks=64, kind=kind, frozen_variance_after=5).wire_bytes(layout) / (4 * layout.numel) for kind in KINDS
+    }
+    wanted = {"none": 1.97, "fp16": 0.98, "bf16": 0.98, "int8": 0.494, "top-k": 1.26, "random-k": 0.0197, "sign": 0.063}
+    for kind, share in wanted.items():
+        assert volume[kind] == pytest.approx(share, rel=0.01)
+    assert volume["powersgd"] == pytest.approx(1.97 * 4 * 2 / 2**13, rel=0.01)
+
+
+# ---- learning ----
+
+REGRESSION = Layout(260, ((0, (12, 20)), (240, (20,))), 0)
+
+
+def fitted(kind: str, optimizer: str, **more: Any) -> float:
+    """Loss after 300 updates of a linear regression whose rows lie on three ranks, relative to the loss at the start."""
+    draws = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(40, 12, generator=draws) * torch.logspace(0, -1, 12) for _ in range(3)]
+    truth = torch.randn(12, 20, generator=draws)
+    targets = [x @ truth + 0.5 + 0.01 * torch.randn(40, 20, generator=draws) for x in inputs]
+    weights = torch.zeros(260, requires_grad=True)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ weights[:240].view(12, 20) + weights[240:] - y).square().sum() / 120
+
+    steps: torch.optim.Optimizer
+    steps = torch.optim.SGD([weights], lr=0.1) if optimizer == "sgd" else torch.optim.AdamW([weights], lr=0.02, weight_decay=0)
+    members = compressors(kind, 3, **more)
+    states = [member.start(REGRESSION, weights.detach()) for member in members]
+    begun = float(sum(loss(x, y) for x, y in zip(inputs, targets, strict=True)).detach())  # type: ignore[union-attr]
+    for update in range(300):
+        given = [torch.autograd.grad(loss(x, y), weights)[0] for x, y in zip(inputs, targets, strict=True)]
+        exchanges = [m.exchange(g, s, REGRESSION, update) for m, g, s in zip(members, given, states, strict=True)]
+        results, states, _, _ = simulate(exchanges)
+        weights.grad = results[0]
+        for group in steps.param_groups:
+            group["lr"] = (0.1 if optimizer == "sgd" else 0.02) * (1 - update / 300)
+        steps.step()
+    ended = float(sum(loss(x, y) for x, y in zip(inputs, targets, strict=True)).detach())  # type: ignore[union-attr]
+    return ended / begun
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_with_error_feedback_sgd_ends_where_it_would_uncompressed(kind: str) -> None:
+    plain = fitted("none", "sgd")
+    assert plain < 0.01
+    assert fitted(kind, "sgd", density=0.1) < 1.03 * plain
+    if kind in ("top-k", "powersgd", "sign"):  # else this test would pass on anything
+        assert fitted(kind, "sgd", density=0.1, error_feedback=False) > 3 * plain
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
+def test_rounding_does_not_disturb_adamw(kind: str) -> None:
+    assert fitted(kind, "adamw") == pytest.approx(fitted("none", "adamw"), rel=0.01)

@@ -98,6 +98,7 @@ def test_many_micro_batches_and_a_fair_network_need_nothing() -> None:
 def test_a_slow_network_pays_for_int8() -> None:
     choice = choose(measured(bandwidth_bytes_per_s=0.1e9, update_s=10.0))
     assert choice.kind == "int8"
+    assert "int8 takes" in choice.reason
     assert "saves" in choice.reason
     by_kind = {each.kind: each for each in choice.table}
     # The bytes: a quarter and the scales, against one.
