@@ -176,8 +176,8 @@ class Monitor:
             self.check()
 
     def close(self) -> None:
-        """No more signs of life. After a verdict, rank 0 first lets the others hear it."""
-        if self._verdict is not None and self._rank == 0:
+        """No more signs of life. After a verdict, rank 0 first lets the others hear it, and they tell that they did."""
+        if self._verdict is not None:
             self._linger()
         self._closed = True
         self._hurry.set()
@@ -209,16 +209,16 @@ class Monitor:
             done.wait(max(0.0, seconds))
 
     def _linger(self) -> None:
+        if self._rank != 0 and self._verdict is not None and self._verdict.rank == 0:
+            return  # it does not answer
         deadline = time.monotonic() + min(LINGER_S, self.timeout_s)
         self._tell(deadline - time.monotonic())
         while self._rank == 0 and self._some_listen() and self._courier.is_alive() and time.monotonic() < deadline:
             time.sleep(min(self._beat_s, 0.1))
 
     def _some_listen(self) -> bool:
-        blamed = self._verdict.rank if self._verdict is not None else None
         now = self._clock.seconds
-        views = [view for rank, view in self._views.items() if rank != blamed]
-        return any(view.beat is not None and view.live and now - view.seen < self._quick_s for view in views)
+        return any(view.beat and view.live and now - view.seen < self._quick_s for view in self._views.values())
 
     # The thread that watches the clock
 
@@ -357,8 +357,8 @@ def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], timeo
     if lost:
         raise RankLost(f"{rank_list(lost)} did not start within {timeout_s:g} s")
     if differing:
-        differences = "; ".join(f"{rank_list(ranks)} have another {name} than rank 0" for name, ranks in differing.items())
-        raise UserError(f"{differences}; start every rank with the same command, on the same files")
+        parts = ", ".join(f"another {name} on {rank_list(ranks)}" for name, ranks in differing.items())
+        raise UserError(f"{parts} than on rank 0; start every rank with the same command, on the same files")
 
 
 def _compared(store: Any, keys: Sequence[str], timeout_s: float) -> tuple[list[int], dict[str, list[int]]]:
