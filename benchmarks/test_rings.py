@@ -21,7 +21,7 @@ from .ranks import environment, has_horovod
 
 RINGS = (1, 2, 4)
 BUCKETS, NUMEL = 8, 2**20
-TURNS, ROUNDS = 1, 3  # of ranks started, and of exchanges by each
+TURNS, ROUNDS = 2, 5  # of ranks started, and of exchanges by each
 FLOW_MBIT, LINK_MBIT = 500.0, 1000.0  # a flow's may be less, see `flow_cap`
 RANKS = 2
 PORT = 29500
@@ -170,7 +170,7 @@ def report(facts: dict[str, Any]) -> str:
     for rings in RINGS:
         declared, sent = facts["ring_bytes"][rings], facts["tx_bytes"][rings]
         lines.append(
-            f"  {rings} ring{'s' * (rings > 1)}: {facts['ms'][rings]:.1f} ms, {facts['times_faster'][rings]:.2f}x; "
-            f"bytes a ring {declared}, on the wire {sent} ({sent / sum(declared):.4f} of them), by flow {facts['flow_bytes'][rings]}"
+            f"  {rings} ring{'s' * (rings > 1)}: {facts['ms'][rings]:.1f} ms, {facts['times_faster'][rings]:.2f}x; bytes by ring "
+            f"{declared}; on the wire {sent}, {sent / sum(declared):.4f} of them; by flow {facts['flow_bytes'][rings]}"
         )
     return "\n".join(lines)
