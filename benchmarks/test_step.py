@@ -91,7 +91,7 @@ def fastdistil_step(precision: str) -> tuple[Callable[[], Any], list[Tensor]]:
     optimizer = make_optimizer([student], optim)
     (padded,) = from_mappings([text()], causal=False)
     batch: Batch = padded.to(DEVICE)
-    per = denominators(objective, batch.counts, batch.counts, 1)
+    per = denominators(objective, batch.counts, batch.counts)
     losses: list[Tensor] = []
 
     def step() -> None:

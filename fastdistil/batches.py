@@ -4,9 +4,11 @@ An epoch is a plan: all sequences in an order drawn from (seed, epoch), cut into
 
     update b // (accumulation * ranks),  micro-batch b // ranks % accumulation of it,  rank b % ranks,
 
-so an update is a window of consecutive batches, whose counts over all ranks are known before its first forward. Every sequence
-is used once an epoch. The last window may hold fewer batches, and then some ranks hold one less than others, perhaps none at
-all: whoever averages must divide by the window's counts, not by the number of ranks or micro-batches.
+where ranks are those that an update is counted for (`update_ranks`): a run continued by fewer or more ranks keeps its updates,
+and only deals their batches out to others. So an update is a window of consecutive batches, whose counts over all ranks are
+known before its first forward. Every sequence is used once an epoch. The last window may hold fewer batches, and then some
+ranks hold one less than others, perhaps none at all: whoever averages must divide by the window's counts, not by the number of
+ranks or micro-batches.
 
 Two layouts. packed: sequences end to end in one row of at most `micro_batch_tokens`, positions restarting, no padding, the
 shortest first so that those of one length lie side by side. length-grouped: padded rows of nearly equal length, and all ranks
@@ -57,10 +59,15 @@ class Counts:
     tokens: int = 0
     labels: int = 0
     sequences: int = 0
+    batches: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
-            self.valid + other.valid, self.tokens + other.tokens, self.labels + other.labels, self.sequences + other.sequences
+            self.valid + other.valid,
+            self.tokens + other.tokens,
+            self.labels + other.labels,
+            self.sequences + other.sequences,
+            self.batches + other.batches,
         )
 
 
@@ -161,7 +168,7 @@ def assemble(
     """
     starts_n, tokens = offsets(lengths_n)[:-1], len(seen_T)
     positions_T = np.arange(tokens) - np.repeat(starts_n, lengths_n)
-    counts = Counts(float(tokens), tokens, len(targets_M), len(lengths_n))
+    counts = Counts(float(tokens), tokens, len(targets_M), len(lengths_n), 1)
     clusters = None if sequence_of_label_M is None else torch.from_numpy(sequence_of_label_M)
     shape = (1, tokens) if layout == "packed" else (len(lengths_n), int(lengths_n.max()))
     rows_T = None
@@ -270,12 +277,15 @@ class Batches:
         causal: bool,
         rank: int = 0,
         ranks: int = 1,
+        update_ranks: int | None = None,
     ) -> None:
         assert 0 <= rank < ranks, (rank, ranks)
         _check_fits(corpus, corpus.lengths, data.micro_batch_tokens, "data.micro_batch_tokens")
         table = None if causal else mask_table(mask, facts, corpus.counts)
         self.corpus, self.data, self.seed = corpus, data, seed
-        self.accumulation, self.rank, self.ranks = accumulation, rank, ranks
+        self.rank, self.ranks = rank, ranks
+        self.update_ranks = update_ranks or ranks
+        self.update_batches = accumulation * self.update_ranks
         self._maker = _Maker(corpus, facts, table, data.layout, seed)
         self._maskable_n = None
         if table is not None and ranks > 1 and not mask.whole_word:
@@ -297,8 +307,7 @@ class Batches:
             plan = self._make_plan(epoch)
         if not 0 <= update < self._updates[epoch]:
             raise IndexError(f"epoch {epoch} has {self._updates[epoch]} updates, asked for number {update}")
-        each = self.accumulation * self.ranks
-        first, last = update * each, min((update + 1) * each, len(plan))
+        first, last = update * self.update_batches, min((update + 1) * self.update_batches, len(plan))
         window = [self._maker.make(plan.sequences(b, b + 1), (epoch, b)) for b in range(first + self.rank, last, self.ranks)]
         if self.ranks == 1:
             return window, sum((batch.counts for batch in window), Counts())
@@ -323,12 +332,12 @@ class Batches:
                 case "length-grouped":
                     width = self.data.bin_width
                     plan = grouped_plan(
-                        lengths_n, order_n, budget, bin_width=width, ranks=self.ranks, seed=self.seed, epoch=epoch
+                        lengths_n, order_n, budget, bin_width=width, ranks=self.update_ranks, seed=self.seed, epoch=epoch
                     )
                 case other:
                     assert_never(other)
             self._plan = (epoch, plan)
-            self._updates[epoch] = -(-len(plan) // (self.accumulation * self.ranks))
+            self._updates[epoch] = -(-len(plan) // self.update_batches)
         return self._plan[1]
 
     def _count(self, plan: Plan, epoch: int, first: int, last: int) -> Counts:
@@ -343,7 +352,7 @@ class Batches:
         else:
             ids_T = self.corpus.gather(sequences_n)
             labels = len(choose_targets(table, ids_T, lengths_n, sequences_n, seed=self.seed, epoch=epoch))
-        return Counts(float(tokens), tokens, labels, len(lengths_n))
+        return Counts(float(tokens), tokens, labels, len(lengths_n), last - first)
 
 
 def evaluation_batches(

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,13 @@ _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HASH_CHUNK_BYTES = 1 << 22
 
 
+class Deferred(NamedTuple):
+    """A group that is made only when it is written, so that not all need to be in memory together."""
+
+    nbytes: int
+    make: Callable[[], Mapping[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Loaded:
     update: int
@@ -51,7 +58,7 @@ class Loaded:
 def save(
     directory: Path,
     update: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor] | Deferred],
     state: Mapping[str, Any],
     *,
     keep: int,
@@ -70,13 +77,16 @@ def save(
     with _writing(target):
         directory.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(directory)
-        groups = {f"{name}.safetensors": _storable(f"{name}.safetensors", group) for name, group in tensors.items()}
+        groups = {
+            f"{name}.safetensors": group if isinstance(group, Deferred) else _storable(f"{name}.safetensors", group)
+            for name, group in tensors.items()
+        }
         text = json.dumps(state, indent=1)  # NaN and Infinity included: Python reads them back
         _check_space(directory, len(text) + sum(_stored_bytes(group) for group in groups.values()))
         try:
             with atomic_directory(target) as temporary:
                 for name, group in groups.items():
-                    save_file(group, temporary / name)
+                    save_file(_storable(name, group.make()) if isinstance(group, Deferred) else group, temporary / name)
                 (temporary / STATE).write_text(text, encoding="utf-8")
                 _write_manifest(temporary, update, [*groups, STATE])
                 if _same(temporary, target):
@@ -207,7 +217,9 @@ def _storable(file: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return contiguous
 
 
-def _stored_bytes(group: Mapping[str, Tensor]) -> int:
+def _stored_bytes(group: Mapping[str, Tensor] | Deferred) -> int:
+    if isinstance(group, Deferred):
+        return group.nbytes
     header_bytes = 8 + sum(len(name) + 128 for name in group)
     return header_bytes + sum(tensor.nbytes for tensor in group.values())
 

@@ -80,8 +80,8 @@ class CorpusSource:
 
     def describe(self, update: int) -> str:
         epoch, number = self.place(update - 1)
-        first = number * self._batches.accumulation
-        return f"epoch {epoch}, batches {first} to {first + self._batches.accumulation - 1}"
+        each = self._batches.update_batches
+        return f"epoch {epoch}, batches {number * each} to {number * each + each - 1}"
 
 
 class MappingSource:
@@ -90,12 +90,22 @@ class MappingSource:
     They are made when the step asks for them, so your iterable may keep it waiting (a DataLoader has workers of its own).
     Each is a mapping of tensors [B, S]: input_ids, and optionally attention_mask, labels and weights (see
     `mappings.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
-    batches each time for a continued run to be the same run: what was used before is iterated over again and dropped.
+    batches each time for a continued run to be the same run: what was used before is iterated over again and dropped. Several
+    ranks all iterate over all of it, and each trains on its own.
     """
 
-    def __init__(self, mappings: Iterable[Mapping[str, Any]], loop: Loop, causal: bool, vocabulary: int) -> None:
+    def __init__(
+        self,
+        mappings: Iterable[Mapping[str, Any]],
+        causal: bool,
+        vocabulary: int,
+        update_batches: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.identity = f"{type(mappings).__qualname__} given from Python"
-        self._mappings, self._loop, self._causal, self._vocabulary = mappings, loop, causal, vocabulary
+        self._mappings, self._causal, self._vocabulary = mappings, causal, vocabulary
+        self._update_batches, self._rank, self._ranks = update_batches, rank, ranks
 
     def updates(self, loop: Loop) -> int:
         if loop.updates is not None:
@@ -103,7 +113,7 @@ class MappingSource:
         if not isinstance(self._mappings, Sized):
             raise UserError("loop.epochs needs batches with a length; set loop.updates for an iterable without one")
         assert loop.epochs is not None
-        per_epoch = -(-len(self._mappings) // loop.accumulation)
+        per_epoch = -(-len(self._mappings) // self._update_batches)
         return max(1, round(loop.epochs * per_epoch))
 
     @contextmanager
@@ -117,19 +127,22 @@ class MappingSource:
             empty = True
             for batch in batches:
                 window.append(batch)
-                if len(window) == self._loop.accumulation:
+                if len(window) == self._update_batches:
                     empty = False
-                    yield window, sum((each.counts for each in window), Counts())
+                    yield self._own(window)
                     window = []
             if window:
                 empty = False
-                yield window, sum((each.counts for each in window), Counts())
+                yield self._own(window)
             if empty:
                 raise UserError("your iterable of batches ended before loop.updates; give one that can be iterated again")
 
+    def _own(self, window: Window) -> tuple[Window, Counts]:
+        return window[self._rank :: self._ranks], sum((each.counts for each in window), Counts())
+
     def describe(self, update: int) -> str:
-        first = (update - 1) * self._loop.accumulation
-        return f"micro-batches {first} to {first + self._loop.accumulation - 1} of your iterable"
+        first = (update - 1) * self._update_batches
+        return f"micro-batches {first} to {first + self._update_batches - 1} of your iterable"
 
 
 @dataclass(frozen=True)
@@ -183,8 +196,11 @@ def load_inputs(
     student: nn.Module | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
     note: Callable[[str], None] = print,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Inputs:
-    """Load and check all that a resolved recipe names; the arguments stand in for parts of it.
+    """Load and check all that a resolved recipe names; the arguments stand in for parts of it. Of the updates' batches this
+    rank gets its own.
 
     Raises UserError, CorruptData.
     """
@@ -238,10 +254,11 @@ def load_inputs(
     causal = bool(student_model.causal)
     source: Source
     if batches is not None:
-        source = MappingSource(batches, recipe.loop, causal, models.shape(student_model)[0])
+        update_batches = recipe.loop.accumulation * (recipe.world.ranks or ranks)
+        source = MappingSource(batches, causal, models.shape(student_model)[0], update_batches, rank, ranks)
     else:
         assert corpus is not None and facts is not None
-        made = make_batches(recipe, corpus, facts, causal)
+        made = make_batches(recipe, corpus, facts, causal, rank, ranks)
         if cached:
             made.learn_from(open_cache(recipe, corpus, student_model, epochs_of(recipe, made)))
         source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)
@@ -249,9 +266,19 @@ def load_inputs(
     return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, facts, tokenizer)
 
 
-def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool) -> Batches:
-    accumulation = recipe.loop.accumulation
-    return Batches(corpus, facts, recipe.data, recipe.mask, seed=recipe.seed, accumulation=accumulation, causal=causal)
+def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool, rank: int = 0, ranks: int = 1) -> Batches:
+    return Batches(
+        corpus,
+        facts,
+        recipe.data,
+        recipe.mask,
+        seed=recipe.seed,
+        accumulation=recipe.loop.accumulation,
+        causal=causal,
+        rank=rank,
+        ranks=ranks,
+        update_ranks=recipe.world.ranks,
+    )
 
 
 def epochs_of(recipe: Recipe, batches: Batches) -> int:

@@ -64,7 +64,7 @@ def _from_mapping(mapping: Any, number: int, causal: bool, vocab_size: int | Non
         valid_rows=None if tokens == ids_BS.numel() else valid_rows,
         label_rows=label_rows,
         weights_N=weights_N,
-        counts=Counts(valid, tokens, len(label_rows), int(valid_BS.any(1).sum())),
+        counts=Counts(valid, tokens, len(label_rows), int(valid_BS.any(1).sum()), 1),
         index=(0, number),
     )
 

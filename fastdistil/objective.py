@@ -46,9 +46,9 @@ class Denominators(NamedTuple):
     hidden: float
 
 
-def denominators(objective: Objective, update: Counts, batch: Counts, micro_batches: int) -> Denominators:
+def denominators(objective: Objective, update: Counts, batch: Counts) -> Denominators:
     """What this micro-batch's sums are divided by; `update` counts all micro-batches of the update on all ranks."""
-    counts, times = (batch, micro_batches) if objective.normalisation == "micro-batch" else (update, 1)
+    counts, times = (batch, update.batches) if objective.normalisation == "micro-batch" else (update, 1)
     soft = counts.labels if objective.soft_rows == "masked" else counts.valid
     # A denominator of 0 belongs to a sum of 0: the term is 0, not a quotient.
     return Denominators(*(times * count if count else 1.0 for count in (soft, counts.labels, counts.tokens)))

@@ -45,6 +45,29 @@ def learning_rate(optim: Optim, update: int, updates: int) -> float:
     return optim.lr * ((1.0 - done) if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
+@torch.no_grad()
+def step_with_frozen_variance(optimizer: torch.optim.AdamW, found_inf: Tensor, frozen_after: int) -> None:
+    """AdamW whose second moment stays what it was after `frozen_after` updates: linear in the gradient, as compression with
+    error feedback needs it (Tang et al. 2021, 1-bit Adam). Where `found_inf` is 1 nothing changes. No wait for the device.
+    """
+    keep = 1.0 - found_inf
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if parameter.grad is None or not state:
+                continue
+            gradient = torch.where(found_inf > 0, 0.0, parameter.grad)
+            moment = state["exp_avg"]
+            moment.copy_(torch.where(found_inf > 0, moment, beta1 * moment + (1 - beta1) * gradient))
+            state["step"] += keep
+            # Each moment is corrected for the steps that it has seen.
+            variance = state["exp_avg_sq"] / (1 - beta2**frozen_after)
+            update = moment / (1 - beta1 ** state["step"]) / (variance.sqrt() + group["eps"])
+            update += group["weight_decay"] * parameter
+            parameter.sub_(update * (group["lr"] * keep))
+
+
 class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), all on the device: no wait, and its state is three numbers.
 

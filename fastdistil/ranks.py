@@ -4,6 +4,7 @@ Recognised, in this order: fastdistil's own launcher, torchrun, horovodrun, mpir
 MPIJob is one of them), Slurm's srun, and the bare variables RANK, WORLD_SIZE, MASTER_ADDR (Kubernetes PyTorchJob and others).
 """
 
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -58,7 +59,7 @@ class Place:
                 )
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
     """This process's place, or None if nobody started it as a rank. Raises UserError that names the variable at fault."""
     if environ.get("FASTDISTIL_LAUNCHER") == "fastdistil":
         return _from_torch_names(environ, "fastdistil")

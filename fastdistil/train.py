@@ -1,11 +1,15 @@
 """The loop: the only file that knows the order of things.
 
-    for each update:  window of micro-batches -> teacher, student, losses, backward -> clip -> optimizer -> schedule
+    for each update:  window of micro-batches -> teacher, student, losses, backward
+                      in the last backward the gradients travel between ranks -> clip -> optimizer -> schedule
     now and then:     one host sync and a log line; evaluation; checkpoint; a look at signals and at PAUSE
 
 All that an update uses besides the weights and moments is a function of (seed, update): its batches, their masks, the
 dropout's random numbers, the learning rate. A continued run therefore replays exactly what an uninterrupted one does, and a
 checkpoint holds no generator state and no data position beyond the number of updates.
+
+Several ranks run this same loop, each on its own micro-batches, and take every decision alike. Rank 0 alone reads and writes
+the run directory.
 """
 
 import math
@@ -21,17 +25,30 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil import checkpoint, metrics, models
-from fastdistil.batches import Counts, Window
+from fastdistil.batches import Batch, Counts, Window
 from fastdistil.errors import NonFinite, Stopped, UserError, translated
 from fastdistil.evaluate import HeldOut, held_out
+from fastdistil.exchange import Exchange, Load, make_exchange
 from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
+from fastdistil.launch import launch_function
 from fastdistil.masking import update_seed
-from fastdistil.objective import denominators, loss_terms
-from fastdistil.optim import LossScale, learning_rate, make_optimizer
+from fastdistil.objective import LossTerms, denominators, loss_terms
+from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
+from fastdistil.ranks import Place, find_place
 from fastdistil.recipe import Objective, Recipe, load_recipe, replace_alternatives, validated
-from fastdistil.runs import PAUSE, check_same_recipe, choose_run, clear_pause, create_run, pause_requested, sole_user
+from fastdistil.runs import (
+    PAUSE,
+    check_same_recipe,
+    choose_run,
+    clear_pause,
+    create_run,
+    pause_requested,
+    sole_user,
+    stored_recipe,
+)
 from fastdistil.state import learnt_tensors, load_learnt
+from fastdistil.team import Decision, Team, joined
 from fastdistil.watchdog import FiniteGuard, Signals
 
 
@@ -54,14 +71,19 @@ class Run:
     recipe: Recipe
     directory: Path
     inputs: Inputs
+    team: Team
+    exchange: Exchange
     optimizer: torch.optim.AdamW
     loss_scale: LossScale | None
     guard: FiniteGuard
     meter: metrics.Meter
-    events: metrics.EventLog
+    events: metrics.EventLog | None
+    """None but on rank 0."""
     console: metrics.Console
     board: metrics.TensorBoard | None
     signals: Signals
+    load: Load
+    stopping: Decision | None = None
     update: int = 0
     best_update: int | None = None
     best_loss: float | None = None
@@ -82,8 +104,27 @@ class Run:
         return {"student": self.inputs.student, "projection": self.inputs.projection}
 
     @property
-    def interrupted(self) -> bool:
-        return self.signals.requested is not None or pause_requested(self.directory)
+    def stop_wanted(self) -> str | None:
+        """SIGTERM, SIGINT or PAUSE, here or on another rank."""
+        own = self.signals.requested
+        if own is None and self.team.is_chief and pause_requested(self.directory):
+            own = PAUSE
+        return self.team.stop_wanted(own)
+
+    def agree_to_stop(self) -> bool:
+        """The same answer on all ranks, which all ask."""
+        pause = self.team.is_chief and pause_requested(self.directory)
+        self.stopping = self.team.decide(self.signals.requested, pause)
+        return self.stopping.stop
+
+    def tell(self, text: str) -> None:
+        """To a person, and to whoever reads the log."""
+        self.event("note", update=self.update, message=text)
+        self.console.note(text)
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        if self.events is not None:
+            self.events.write(kind, **fields)
 
     def autocast(self) -> AbstractContextManager[Any]:
         precision = self.recipe.loop.precision
@@ -101,83 +142,134 @@ def train(
     student: nn.Module | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
     console: metrics.Console | None = None,
+    place: Place | None = None,
 ) -> Result:
     """Run a recipe from its first update, or from where it stopped, to its last. Raises FastdistilError.
 
     `teacher`, `student` (modules) and `batches` (an iterable of micro-batches, see `inputs.MappingSource`) stand in for what
-    the recipe names.
+    the recipe names. `place`: which of several ranks this process is; all of them make this call.
     """
     recipe = resolve(recipe, own_teacher=teacher is not None)
-    directory, continued = choose_run(recipe, recipe_name, resume)
-    if continued:
-        check_same_recipe(directory, recipe)
-    console = console or metrics.Console()
     with ExitStack() as stack:
+        team = stack.enter_context(joined(place, recipe.world, recipe.device))
+        console = console or metrics.Console(quiet=not team.is_chief)
         stack.callback(console.close)
-        if continued:
+        chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size))
+        directory, continued = Path(chosen["directory"]), chosen["continued"]
+        recipe = recipe.with_(world={"ranks": chosen["ranks"]})
+        team.require_equal({"recipe": recipe.to_yaml(), "torch": torch.__version__})
+        local = team.prepare_node(recipe, console.note)
+        if continued and team.is_chief:
             stack.enter_context(sole_user(directory))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
-        with translated("loading the models and the corpus"):
-            inputs = load_inputs(recipe, teacher=teacher, student=student, batches=batches, note=console.note)
+        with translated("loading the models and the corpus"), team.unhurried("loading"):
+            rank, ranks = team.world.rank, team.world.size
+            own = {"teacher": teacher, "student": student, "batches": batches}
+            inputs = load_inputs(local, **own, note=console.note, rank=rank, ranks=ranks)  # type: ignore[arg-type]
+        team.require_equal({"corpus": inputs.source.identity, "models": _shapes(inputs)})
         if not continued:
-            create_run(directory, recipe)
-            stack.enter_context(sole_user(directory))
+            team.chief_does("create", lambda: create_run(directory, recipe))
+            if team.is_chief:
+                stack.enter_context(sole_user(directory))
         signals = stack.enter_context(Signals(console.note))
-        run = _assemble(stack, recipe, directory, inputs, console, signals)
+        run = _assemble(stack, recipe, directory, inputs, team, console, signals)
         if continued:
             _restore(run, None if resume == "auto" else Path(resume or directory))
+        else:
+            team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
         _announce(run)
         with translated("training", directory):
             _loop(run)
             return _finish(run)
 
 
+def _choose(recipe: Recipe, recipe_name: str, resume: str | Path | None, ranks: int) -> dict[str, Any]:
+    """The run's directory, whether it is continued, and the ranks that its updates are counted for."""
+    directory, continued = choose_run(recipe, recipe_name, resume)
+    counted_for = recipe.world.ranks or ranks
+    if continued:
+        counted_for = recipe.world.ranks or stored_recipe(directory).world.ranks or 1
+        check_same_recipe(directory, recipe.with_(world={"ranks": counted_for}))
+    return {"directory": str(directory), "continued": continued, "ranks": counted_for}
+
+
+def _shapes(inputs: Inputs) -> str:
+    modules = {"student": inputs.student, "teacher": inputs.teacher, "projection": inputs.projection}
+    named = [(part, name, p) for part, module in modules.items() if module is not None for name, p in module.named_parameters()]
+    return " ".join(f"{part}.{name}{tuple(parameter.shape)}" for part, name, parameter in named)
+
+
 def _loop(run: Run) -> None:
     every = run.recipe.evaluation.every, run.recipe.checkpoint.every, run.recipe.logging.every
     evaluate_every, save_every, log_every = every
     with run.inputs.source.windows(run.update, run.inputs.updates) as windows:
+        run.team.phase("data", run.update + 1)
         asked = time.perf_counter()
         for window, counts in windows:
             waited_s = time.perf_counter() - asked
             if not train_step(run, window, counts, waited_s):
                 _stop(run)
             last = run.update == run.inputs.updates
+            if (check := run.recipe.world.check_replicas) and run.update % check == 0:
+                run.team.check_replicas(run.parameters, run.update)
             if run.update % log_every == 0 or last:
                 _log(run)
             if evaluate_every and run.update % evaluate_every == 0 and not last:
                 _evaluate(run)
             if save_every and run.update % save_every == 0 and not last:
                 _save(run)
+            run.team.phase("data", run.update + 1)
             asked = time.perf_counter()
 
 
 def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float) -> bool:
     """One update: all micro-batches of the window, then the optimizer. Waits for nothing on the device.
 
-    False if a signal or PAUSE arrived meanwhile: then the window is dropped and the update has not happened.
+    False if a signal or PAUSE arrived meanwhile, here or on another rank: then the window is dropped and the update has not
+    happened.
     """
-    inputs, objective = run.inputs, run.recipe.objective
-    torch.manual_seed(update_seed(run.recipe.seed, run.update))  # so that a continued run draws the same
-    run.optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    for on_host in window:
-        if run.interrupted:
-            run.optimizer.zero_grad(set_to_none=True)
+    exchange, tokens, world = run.exchange, 0, run.team.world
+    torch.manual_seed(update_seed(run.recipe.seed, run.update, world.rank))  # so that a continued run draws the same
+    exchange.begin(run.update)
+    sums = dict.fromkeys(LossTerms._fields, torch.zeros((), device=run.inputs.device))
+    # A rank may have a micro-batch less than others, even none: it takes part in what they exchange all the same.
+    rounds = -(-update_counts.batches // world.size)
+    for number in range(rounds):
+        leaves = exchange.leaves_in(number, rounds)
+        # Who is to stop skips the micro-batches before the one that leaves, and so does everybody within one: all agree here.
+        if (run.stop_wanted or leaves) and run.agree_to_stop():
+            exchange.drop()
             return False
-        batch = on_host.to(inputs.device, non_blocking=True)
-        per = denominators(objective, update_counts, batch.counts, len(window))
-        with run.autocast():
-            terms = loss_terms(
-                objective, inputs.student, inputs.teacher, batch, per, inputs.projection, path=run.recipe.kernels
-            )
-        torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
-        for name, term in terms._asdict().items():
-            sums[name] = sums[name] + term.detach() if name in sums else term.detach()
+        if leaves:
+            exchange.arm()
+        if number < len(window):
+            tokens += window[number].counts.tokens
+            for name, term in _forward_backward(run, window[number], update_counts)._asdict().items():
+                sums[name] = sums[name] + term.detach()
+        exchange.between(number, rounds)
+    run.team.phase("exchange", run.update + 1)
+    sums = exchange.finish(sums)
+    run.team.phase("optimizer", run.update + 1)
     grad_norm, found_inf = _apply_gradients(run, sums)
     run.update += 1
+    for told in exchange.done(run.update):
+        run.tell(told)
     run.unread.append(update_counts.tokens)
     run.meter.add(sums, grad_norm, update_counts.tokens, waited_s, found_inf)
+    run.load.add(tokens, waited_s)
     return True
+
+
+def _forward_backward(run: Run, on_host: Batch, update_counts: Counts) -> LossTerms:
+    inputs, objective = run.inputs, run.recipe.objective
+    run.team.phase("forward", run.update + 1)
+    batch = on_host.to(inputs.device, non_blocking=True)
+    per = denominators(objective, update_counts, batch.counts)
+    with run.autocast():
+        terms = loss_terms(objective, inputs.student, inputs.teacher, batch, per, inputs.projection, path=run.recipe.kernels)
+    run.team.phase("backward", run.update + 1)
+    torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
+    return terms
 
 
 def _apply_gradients(run: Run, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -193,42 +285,73 @@ def _apply_gradients(run: Run, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]
         sums["loss_scale"] = run.loss_scale.scale
         overflow, judged = run.loss_scale.update(grad_norm)
         found_inf = torch.maximum(run.guard.check(sums, judged, run.update + 1), overflow)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(optim, run.update, run.inputs.updates)
+    frozen_after = run.recipe.compression.frozen_variance_after
+    if frozen_after is not None and run.update >= frozen_after:
+        step_with_frozen_variance(run.optimizer, found_inf, frozen_after)
+        return grad_norm, found_inf
     # The fused optimizer leaves weights, moments and step as they were where found_inf is 1: no wait for the host.
     run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     run.optimizer.grad_scale = None  # type: ignore[attr-defined]
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(optim, run.update, run.inputs.updates)
     run.optimizer.step()
     return grad_norm, found_inf
 
 
 def _assemble(
-    stack: ExitStack, recipe: Recipe, directory: Path, inputs: Inputs, console: metrics.Console, signals: Signals
+    stack: ExitStack,
+    recipe: Recipe,
+    directory: Path,
+    inputs: Inputs,
+    team: Team,
+    console: metrics.Console,
+    signals: Signals,
 ) -> Run:
     if recipe.loop.deterministic:
         # cuBLAS reads it when it is first used, which is later.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         stack.callback(torch.use_deterministic_algorithms, False)
-    board = metrics.TensorBoard(directory / "tensorboard", console.note) if recipe.logging.tensorboard else None
-    events = metrics.EventLog(directory / "events.jsonl")
-    stack.callback(events.close)
-    if board is not None:
-        stack.callback(board.close)
+    events = board = None
+    if team.is_chief:
+        events = stack.enter_context(metrics.EventLog(directory / "events.jsonl"))
+        if recipe.logging.tensorboard:
+            board = metrics.TensorBoard(directory / "tensorboard", console.note)
+            stack.callback(board.close)
     optimizer = make_optimizer([m for m in (inputs.student, inputs.projection) if m is not None], recipe.optim)
     loss_scale = LossScale(inputs.device) if recipe.loop.precision == "fp16" else None
     guard = FiniteGuard(recipe.loop.nonfinite, recipe.loop.nonfinite_limit, describe=inputs.source.describe)
     inputs.student.train()
-    meter = metrics.Meter()
-    return Run(recipe, directory, inputs, optimizer, loss_scale, guard, meter, events, console, board, signals)
+    return Run(
+        recipe=recipe,
+        directory=directory,
+        inputs=inputs,
+        team=team,
+        exchange=make_exchange(recipe, team.world, optimizer),
+        optimizer=optimizer,
+        loss_scale=loss_scale,
+        guard=guard,
+        meter=metrics.Meter(),
+        events=events,
+        console=console,
+        board=board,
+        signals=signals,
+        load=Load(),
+    )
 
 
 def _announce(run: Run) -> None:
-    run.events.write(
+    world = run.team.world
+    run.event(
         "resume" if run.update else "start",
         update=run.update,
         updates=run.inputs.updates,
-        engine="alone",
+        engine=world.engine,
+        ranks=world.size,
+        nodes=world.cross_size,
+        rings=world.rings,
+        sync=run.recipe.world.sync,
+        compression=run.recipe.compression.kind,
         device=str(run.inputs.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -239,6 +362,7 @@ def _announce(run: Run) -> None:
     )
     run.console.start(run.inputs.updates, run.update)
     run.meter.restart()
+    run.load.restart()
 
 
 def _log(run: Run) -> None:
@@ -246,10 +370,13 @@ def _log(run: Run) -> None:
     with _rolling_back(run):
         fields: dict[str, Any] = run.meter.read(run.guard)
     _count(run)
+    if not run.team.alone:
+        exchanged = run.exchange.fields()
+        fields |= exchanged | run.load.read(run.team.world, exchanged["exchange_wait_s"])
     fields["lr"] = run.optimizer.param_groups[0]["lr"]
     run.logged_tokens += fields["tokens"]
     run.logged_s += fields["tokens"] / fields["tokens_per_s"]
-    run.events.write("train", update=run.update, **fields)
+    run.event("train", update=run.update, **fields)
     run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:
         run.board.write(run.update, {f"train/{name}": value for name, value in fields.items()})
@@ -279,7 +406,7 @@ def _rolling_back(run: Run) -> Iterator[None]:
             run.update = good
         _count(run)
         _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
-        run.events.write("nonfinite", update=run.update, message=str(error))
+        run.event("nonfinite", update=run.update, message=str(error))
         raise NonFinite(f"{error}; saved after update {run.update}, continue with {_command(run)}") from error
 
 
@@ -297,20 +424,27 @@ def _evaluate(run: Run) -> HeldOut | None:
     with _rolling_back(run):
         # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
         run.guard.read()
+    heldout, facts = inputs.heldout, inputs.facts
     begun = time.perf_counter()
-    with run.meter.excluded():
-        found = held_out(
-            inputs.student,
-            inputs.heldout,
-            inputs.facts,
-            teacher=inputs.teacher,
-            max_sequences=evaluation.max_sequences,
-            batch_tokens=evaluation.batch_tokens,
-            layout=run.recipe.data.layout,
-            device=inputs.device,
-            precision=run.recipe.loop.precision,
+    with run.meter.excluded(), run.load.excluded(), run.team.unhurried("evaluation"):
+        measured = run.team.chief_does(
+            "evaluation",
+            lambda: asdict(
+                held_out(
+                    inputs.student,
+                    heldout,
+                    facts,
+                    teacher=inputs.teacher,
+                    max_sequences=evaluation.max_sequences,
+                    batch_tokens=evaluation.batch_tokens,
+                    layout=run.recipe.data.layout,
+                    device=inputs.device,
+                    precision=run.recipe.loop.precision,
+                )
+            ),
         )
-    run.events.write("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(found))
+    found = HeldOut(**measured)
+    run.event("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(found))
     run.console.note(
         f"update {run.update}: held-out loss {found.loss:.4f} ± {found.loss_se:.4f}, perplexity {found.perplexity:.2f}"
     )
@@ -329,13 +463,24 @@ def _save(run: Run) -> None:
     with _rolling_back(run):
         skipped = run.guard.read()
     _count(run)
-    with run.meter.excluded():
+    with run.meter.excluded(), run.load.excluded(), run.team.unhurried("checkpoint"):
         _write_checkpoint(run, skipped)
 
 
 def _write_checkpoint(run: Run, skipped: int) -> None:
     begun = time.perf_counter()
-    tensors = learnt_tensors(run.modules, run.optimizer)
+    own = run.exchange.tensors()
+    owed = run.team.fetch_each(own, "residuals") if own else iter(())
+    if not run.team.is_chief:
+        run.saved_update = run.update
+        for _ in owed:
+            pass
+        return
+    tensors: dict[str, Any] = dict(learnt_tensors(run.modules, run.optimizer))
+    if own:
+        size = sum(tensor.nbytes for tensor in own.values())
+        for rank in range(run.team.world.size):  # one rank's at a time in memory
+            tensors[f"rank-{rank}"] = checkpoint.Deferred(size, lambda: next(owed))
     state = {
         "tokens": run.tokens,
         "best_update": run.best_update,
@@ -343,51 +488,73 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
         "corpus": run.inputs.source.identity,
         "skipped": skipped,
         "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
+        "exchange": run.exchange.state(),
     }
     protect = frozenset() if run.best_update is None else frozenset({run.best_update})
     keep = run.recipe.checkpoint.keep
     path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
-    run.events.write("checkpoint", update=run.update, seconds=time.perf_counter() - begun, path=path.name)
+    run.event("checkpoint", update=run.update, seconds=time.perf_counter() - begun, path=path.name)
+    run.saved_update = run.update
 
 
 def _restore(run: Run, path: Path | None) -> None:
     """Continue from a checkpoint directory, or from the newest whole one of the run (None or a run directory)."""
-    if path is not None and path.parent.name == "checkpoints":
-        loaded = checkpoint.load(path, run.inputs.device)
-    else:
-        newest = checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device)
-        if newest is None:
+    found: list[checkpoint.Loaded] = []
+
+    def read() -> dict[str, Any] | None:
+        loaded = _newest(run, path)
+        if loaded is None:
             run.console.note(f"{run.directory} has no checkpoint yet: starting at its first update")
-            return
-        loaded = newest
-    if loaded.state["corpus"] != run.inputs.source.identity:
-        raise UserError(
-            f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; give back that corpus, or start anew"
-        )
-    load_learnt(loaded.tensors, run.modules, run.optimizer)
+            return None
+        if loaded.state["corpus"] != run.inputs.source.identity:
+            raise UserError(
+                f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; "
+                "give back that corpus, or start anew"
+            )
+        found.append(loaded)
+        return {"update": loaded.update, **loaded.state}
+
+    state = run.team.chief_does("restore", read)
+    if state is None:
+        return
+    tensors = found[0].tensors if found else None
+    learnt = {group: tensors[group] for group in ("model", "optimizer")} if tensors is not None else None
+    load_learnt(run.team.share(learnt, "restore"), run.modules, run.optimizer)
+    exchange = state.get("exchange")
+    owed = [tensors.get(f"rank-{rank}", {}) for rank in range(exchange["ranks"])] if tensors and exchange else None
+    for told in run.exchange.restore(exchange, owed, run.team):
+        run.tell(told)
     if run.loss_scale is not None:
-        run.loss_scale.load_state(loaded.state["loss_scale"])
+        run.loss_scale.load_state(state["loss_scale"])
     loop = run.recipe.loop
     run.guard = FiniteGuard(
         loop.nonfinite,
         loop.nonfinite_limit,
-        done=loaded.update,
-        skipped=loaded.state["skipped"],
+        done=state["update"],
+        skipped=state["skipped"],
         describe=run.inputs.source.describe,
     )
-    run.update, run.tokens = loaded.update, loaded.state["tokens"]
-    run.best_update, run.best_loss = loaded.state["best_update"], loaded.state["best_loss"]
+    run.update, run.tokens = state["update"], state["tokens"]
+    run.best_update, run.best_loss = state["best_update"], state["best_loss"]
     run.console.note(f"continuing {run.directory} after update {run.update}")
+
+
+def _newest(run: Run, path: Path | None) -> checkpoint.Loaded | None:
+    if path is not None and path.parent.name == "checkpoints":
+        return checkpoint.load(path, run.inputs.device)
+    return checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device)
 
 
 def _stop(run: Run) -> None:
     """Save the last update's state, evaluate when paused, and leave."""
-    why = run.signals.requested or PAUSE
+    assert run.stopping is not None
+    why = run.stopping.why
     _save(run)
-    if why == PAUSE:
+    if run.stopping.paused:
         _evaluate(run)
-        clear_pause(run.directory)
-    run.events.write("stopped", update=run.update, why=why)
+        if run.team.is_chief:
+            clear_pause(run.directory)
+    run.event("stopped", update=run.update, why=why)
     raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {_command(run)}")
 
 
@@ -401,9 +568,10 @@ def _finish(run: Run) -> Result:
     found = _evaluate(run)
     _save(run)
     speed = run.logged_tokens / run.logged_s if run.logged_s else 0.0
-    with translated("saving the student", run.directory):
-        export_student(run.inputs, run.recipe, run.directory / "student", found, updates=run.update, tokens=run.tokens)
-    run.events.write("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
+    if run.team.is_chief:
+        with translated("saving the student", run.directory), run.team.unhurried("saving"):
+            export_student(run.inputs, run.recipe, run.directory / "student", found, updates=run.update, tokens=run.tokens)
+    run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
     student = run.inputs.student
     module = student.module if isinstance(student, models.LanguageModel) else student
     return Result(run.directory, module.eval(), run.update, found, speed)
@@ -416,6 +584,8 @@ def distil(
     student: str | Path | Mapping[str, Any] | nn.Module | None = None,
     corpus: str | Path | Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None = None,
+    np: int | None = None,
+    hosts: str | None = None,
     **overrides: Any,
 ) -> Result:
     """Distil `teacher` into `student` on `corpus` as a recipe says; what is given here replaces what the recipe names.
@@ -423,6 +593,8 @@ def distil(
     teacher   hub id, directory, or a module (models.LanguageModel, transformers model, or one with its interface)
     student   hub id, directory, a mapping of the recipe's student section, or a module
     corpus    directory written by `fastdistil prepare`, or an iterable of micro-batches (see `inputs.MappingSource`)
+    np, hosts start that many ranks, on this machine or on hosts="a:8,b:8", and wait for them; the arguments travel by value.
+              Without them, a process that a launcher started as a rank is one
     overrides sections as mappings or plain keys: optim={"lr": 1e-4}, name="mine"
 
     Raises FastdistilError; its exit_code tells what happened.
@@ -442,14 +614,22 @@ def distil(
         if isinstance(value, Mapping):
             replace_alternatives(values, key, value)
         values[key] = {**(values.get(key) or {}), **value} if isinstance(value, Mapping) else value
-    return train(
-        validated(values, "distil(...)"),
-        recipe_name=name,
-        resume=resume,
-        teacher=teacher if isinstance(teacher, nn.Module) else None,
-        student=student if isinstance(student, nn.Module) else None,
-        batches=corpus if corpus is not None and not isinstance(corpus, (str, Path)) else None,
-    )
+    arguments = {
+        "recipe": validated(values, "distil(...)"),
+        "recipe_name": name,
+        "resume": resume,
+        "teacher": teacher if isinstance(teacher, nn.Module) else None,
+        "student": student if isinstance(student, nn.Module) else None,
+        "batches": corpus if corpus is not None and not isinstance(corpus, (str, Path)) else None,
+    }
+    if np not in (None, 1) or hosts is not None:
+        timeout_s = arguments["recipe"].world.timeout_s
+        return launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=timeout_s)  # type: ignore[no-any-return]
+    return train(**arguments, place=find_place())
+
+
+def _train_as_rank(**arguments: Any) -> Result:
+    return train(**arguments, place=find_place())
 
 
 def _named(given: object) -> str:

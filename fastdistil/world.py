@@ -25,6 +25,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -50,6 +51,7 @@ class Watch(Protocol):
     """What a wait asks while it lasts; monitor.Monitor is one."""
 
     def check(self) -> None: ...
+    def waiting(self, what: str) -> AbstractContextManager[Any]: ...
     def lost(self, error: BaseException) -> RankLost: ...
 
 
@@ -141,13 +143,14 @@ class World:
     def wait(self, handle: Handle) -> Tensor:
         """Raises RankLost if a rank that it needs is gone. On a GPU only the stream waits, where the engine can."""
         try:
-            pause_s = 2e-5
-            while not handle.done():
-                if self.watch is not None:
-                    self.watch.check()
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 5e-4)
-            return handle.finish()
+            with self.watch.waiting(handle.name) if self.watch is not None else nullcontext():
+                pause_s = 2e-5
+                while not handle.done():
+                    if self.watch is not None:
+                        self.watch.check()
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 5e-4)
+                return handle.finish()
         except RankLost:
             raise
         except Exception as error:
@@ -361,14 +364,18 @@ def join(place: Place | None, options: Options, device: torch.device) -> World:
 
     Reads and sets environment variables that the engines read when they start.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(place.local_rank if place is not None else torch.cuda.current_device())
     if place is None or place.size == 1:
         if options.engine not in ("auto", "alone"):
-            raise UserError(f"world.engine is {options.engine} and there is one rank; start several with --np, or leave it auto")
+            raise UserError(
+                f"world.engine is {options.engine} and there is one rank; start several with --np, or leave it auto"
+            )
         if options.rings > 1:
-            raise UserError(f"world.rings is {options.rings} and there is one rank; start several with --np, or set world.rings=1")
+            raise UserError(f"world.rings is {options.rings} and there is one rank; start several with --np, or leave it 1")
         return World(None, device)
     if options.engine == "alone":
-        raise UserError(f"world.engine is alone and {place.launcher} started {place.size} ranks; set world.engine=horovod or torch")
+        raise UserError(f"world.engine is alone and {place.launcher} started {place.size} ranks; set it to horovod or torch")
     if options.engine == "torch":
         if options.topology != "flat":
             raise UserError(f"world.topology={options.topology} is Horovod's; set world.topology=flat, or world.engine=horovod")
@@ -412,7 +419,9 @@ def import_horovod() -> Any:
         import horovod.torch as hvd
     except (ImportError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"world.engine is horovod and it does not load ({why}); {HOW_TO_BUILD}, or set world.engine=torch") from error
+        raise UserError(
+            f"world.engine is horovod and it does not load ({why}); {HOW_TO_BUILD}, or set world.engine=torch"
+        ) from error
     return hvd
 
 
@@ -496,7 +505,7 @@ def _open_store(place: Place, timeout_s: float) -> Connect:
         )
     timeout = timedelta(seconds=timeout_s)
     served = []
-    if place.rank == 0 and getattr(place, "serve_store", True):
+    if place.rank == 0 and place.serve_store:
         try:
             listening = socket.create_server((socket.gethostbyname(place.address), place.port), backlog=1024)
         except OSError as error:
@@ -517,14 +526,14 @@ def _open_store(place: Place, timeout_s: float) -> Connect:
 
     def connect() -> Any:
         kept = served  # the server lives as long as somebody may connect
-        assert kept or place.rank or not getattr(place, "serve_store", True)
+        assert kept or place.rank or not place.serve_store
         return dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False)
 
     try:
         connect()
     except (dist.DistError, RuntimeError) as error:
         raise RankLost(
-            f"rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} within {timeout_s:g} s: it has not started, "
+            f"rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} within {timeout_s:g} s: it did not start, "
             "or a firewall is between; look at rank 0's messages"
         ) from error
     return connect

@@ -146,7 +146,7 @@ def test_every_sequence_is_used_once_an_epoch(lengths, layout, budget, bin_width
         assert max(sizes) > 0
     assert used == Counter(range(len(lengths)))
     assert sorted(numbers) == list(range(len(numbers)))
-    assert total == Counts(float(sum(lengths)), sum(lengths), sum(lengths) - len(lengths), len(lengths))
+    assert total == Counts(float(sum(lengths)), sum(lengths), sum(lengths) - len(lengths), len(lengths), len(numbers))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -158,7 +158,7 @@ def test_the_last_window_holds_what_is_left(layout):
     (window, counts), (nothing, other_counts) = (batches.window(0, 1) for batches in two)
     assert [batch.index for batch in window] == [(0, 4)]
     assert nothing == []
-    assert counts == other_counts == Counts(10.0, 10, 9, 1)
+    assert counts == other_counts == Counts(10.0, 10, 9, 1, 1)
     with pytest.raises(IndexError, match="epoch 0 has 2 updates, asked for number 2"):
         two[0].window(0, 2)
 
@@ -195,7 +195,7 @@ def test_packed_batch_in_full():
     assert batch.packing.cu_seqlens.dtype == torch.int32
     assert batch.packing.max_seqlen == 3
     assert batch.packing.groups == ((1, 0, 1), (2, 1, 1), (3, 3, 2))
-    assert batch.counts == Counts(9.0, 9, 5, 4)
+    assert batch.counts == Counts(9.0, 9, 5, 4, 1)
     assert batch.attention_mask_BS is None
     assert batch.valid_rows is None
     assert batch.weights_N is None
@@ -213,7 +213,7 @@ def test_padded_batch_in_full():
     assert batch.valid_rows.tolist() == [0, 1, 3, 4, 5]
     assert batch.sequence_of_label.tolist() == [2, 0, 0]
     assert batch.packing is None
-    assert batch.counts == Counts(5.0, 5, 3, 2)
+    assert batch.counts == Counts(5.0, 5, 3, 2, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -491,10 +491,10 @@ def test_own_masked_batches():
     assert batch.valid_rows.tolist() == [0, 1, 2, 3, 4]
     assert batch.positions_BS.tolist() == [[0, 1, 2], [0, 1, 0]]
     assert batch.weights_N.dtype == torch.float32
-    assert batch.counts == Counts(4.5, 5, 2, 2)  # the weight on padding does not count
+    assert batch.counts == Counts(4.5, 5, 2, 2, 1)  # the weight on padding does not count
     assert batch.packing is None
     (bare,) = from_mappings([{"input_ids": [[5, 6]]}], causal=False)
-    assert bare.counts == Counts(2.0, 2, 0, 1)
+    assert bare.counts == Counts(2.0, 2, 0, 1, 1)
     assert bare.valid_rows is None
     assert bare.attention_mask_BS.tolist() == [[1, 1]]
 
@@ -507,7 +507,7 @@ def test_own_causal_batches_are_shifted_and_know_both_paddings():
     (batch,) = from_mappings([given], causal=True)
     assert batch.labels_N.tolist() == [6, 7, -100, -100, -100, -100, 9, -100]
     assert batch.positions_BS.tolist() == [[0, 1, 2, 0], [0, 0, 0, 1]]
-    assert batch.counts == Counts(5.0, 5, 3, 2)
+    assert batch.counts == Counts(5.0, 5, 3, 2, 1)
     labels = torch.tensor([[-100, -100, 7, -100], [-100, -100, 8, 9]])
     (batch,) = from_mappings([given | {"labels": labels}], causal=True)
     assert batch.labels_N.tolist() == [-100, 7, -100, -100, -100, -100, 9, -100]

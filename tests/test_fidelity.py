@@ -142,7 +142,7 @@ def test_terms_and_gradients_are_the_published_ones(kind: str, layout: str) -> N
     (batch,) = from_mappings([text], causal=causal)
     if layout == "packed":
         batch = packed(batch, text, causal)
-    per = denominators(objective, batch.counts, batch.counts, 1)
+    per = denominators(objective, batch.counts, batch.counts)
     terms = loss_terms(objective, student, LanguageModel(teacher), batch, per)
     terms.total.backward()
 
@@ -186,7 +186,7 @@ def test_normalisation_makes_the_cut_of_an_update_irrelevant() -> None:
         batches = list(from_mappings(parts, causal=False))
         update = sum((batch.counts for batch in batches), Counts())
         for batch in batches:
-            per = denominators(objective, update, batch.counts, len(batches))
+            per = denominators(objective, update, batch.counts)
             loss_terms(objective, student, wrapped, batch, per).total.backward()
         return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
@@ -211,12 +211,12 @@ def test_weights_and_masked_rows_of_the_soft_loss() -> None:
     rows = 4 * nn.functional.kl_div((s / 2).log_softmax(-1), (t / 2).log_softmax(-1), reduction="none", log_target=True).sum(-1)
     weights = text["weights"].double()
     objective = Objective(a_cos=0.0)
-    per = denominators(objective, batch.counts, batch.counts, 1)
+    per = denominators(objective, batch.counts, batch.counts)
     soft = loss_terms(objective, student, LanguageModel(teacher), batch, per).soft
     # The weights' sum is a float of the host; the weights are float32.
     torch.testing.assert_close(soft, (rows * weights)[mask].sum() / weights[mask].sum(), rtol=1e-6, atol=0)
     masked_only = Objective(a_cos=0.0, soft_rows="masked")
-    per = denominators(masked_only, batch.counts, batch.counts, 1)
+    per = denominators(masked_only, batch.counts, batch.counts)
     soft = loss_terms(masked_only, student, LanguageModel(teacher), batch, per).soft
     torch.testing.assert_close(soft, rows[text["labels"] != -100].mean(), rtol=1e-10, atol=0)
 
@@ -227,7 +227,7 @@ def test_a_batch_without_labels_has_a_hard_term_of_zero() -> None:
     text["labels"] = torch.full_like(text["labels"], -100)
     (batch,) = from_mappings([text], causal=False)
     objective = Objective()
-    per = denominators(objective, batch.counts, batch.counts, 1)
+    per = denominators(objective, batch.counts, batch.counts)
     assert per == Denominators(float(text["attention_mask"].sum()), 1.0, float(text["attention_mask"].sum()))
     terms = loss_terms(objective, student, LanguageModel(teacher), batch, per)
     assert float(terms.hard) == 0.0

@@ -1,0 +1,68 @@
+"""Ranks for benchmarks: programs and training runs on this machine, one torch thread each."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int, address: str = "127.0.0.1", **more: str) -> dict[str, str]:
+    """As a launcher sets it for one rank of several."""
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    names |= {"GROUP_WORLD_SIZE": 1, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    given = {name: str(value) for name, value in names.items()}
+    return {**os.environ, **given, "MASTER_ADDR": address, "FASTDISTIL_LAUNCHER": "fastdistil", "PYTHONPATH": str(ROOT), **more}
+
+
+def alone(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def together(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], timeout_s: float = 600) -> list[str]:
+    """Run all at once; what each printed. Raises RuntimeError if one fails; none outlives the call."""
+    processes = [
+        subprocess.Popen(command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command, env in commands
+    ]
+    try:
+        ended = [process.communicate(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, (_, err) in zip(processes, ended, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"a rank ended with {process.returncode}: {err[-2000:]}")
+    return [out for out, _ in ended]
+
+
+def run_program(program: str, ranks: int, *arguments: object) -> list[dict[str, Any]]:
+    """A program's last line of output, JSON, by rank."""
+    port = free_port()
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    outputs = together([(command, environment(rank, ranks, port)) for rank in range(ranks)])
+    return [json.loads(out.splitlines()[-1]) for out in outputs]
+
+
+def tokens_per_s(run: Path) -> float:
+    """The median of a run's log lines, without the first: it holds what happens once."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return statistics.median([line["tokens_per_s"] for line in lines if line["event"] == "train"][1:])
+
+
+def has_horovod() -> bool:
+    done = subprocess.run([sys.executable, "-c", "import horovod.torch"], capture_output=True, check=False)
+    return done.returncode == 0

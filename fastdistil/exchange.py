@@ -1,0 +1,282 @@
+"""How an update's gradients become those of all ranks: not at all on one rank, else through buckets, perhaps compressed."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdistil.buckets import MIB, BucketOptions, Buckets
+from fastdistil.compression import make_compressor, starts_at
+from fastdistil.cost import Measured, choose
+from fastdistil.recipe import Compression, Recipe
+from fastdistil.team import Team
+from fastdistil.world import Counters, World
+
+
+class OneRank:
+    """Autograd's own gradients; nothing travels."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def begin(self, update: int) -> None:
+        """Before an update's first micro-batch; `update` from 0."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def leaves_in(self, number: int, rounds: int) -> bool:
+        """Whether gradients travel in round `number` of an update's: all ranks agree to go on before it."""
+        return False
+
+    def arm(self) -> None:
+        """Right before such a round's backward."""
+
+    def between(self, number: int, rounds: int) -> None:
+        """After each round's backward."""
+
+    def finish(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """After the last: gradients, and the scalars `sums`, become those of all ranks."""
+        return sums
+
+    def drop(self) -> None:
+        """Instead of the rest of the update."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def done(self, updates: int) -> list[str]:
+        """After the optimizer, with the number of updates done. Returns what is to be told."""
+        return []
+
+    def fields(self) -> dict[str, Any]:
+        """Of a log line, since the last one."""
+        return {}
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps beside the tensors."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this rank."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any] | None, ranks: "list[Mapping[str, Tensor]] | None", team: Team) -> list[str]:
+        """`state` and, on rank 0, the tensors by rank of a world of any size. Returns what is to be told."""
+        return []
+
+
+class Several(OneRank):
+    """Buckets over the ranks of a world."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World) -> None:
+        super().__init__(optimizer)
+        self._recipe, self._world = recipe, world
+        self._kind = recipe.compression.kind
+        self._undecided = self._kind == "auto"
+        options = recipe.world
+        self._every = options.sync == "every-micro-batch"
+        none = Compression(kind="none")
+        self._chosen = none if self._undecided else recipe.compression
+        uncompressed = self._compressor(none)
+        self._buckets = Buckets(
+            [parameter for group in optimizer.param_groups for parameter in group["params"]],
+            world,
+            compressor=self._compressor(self._chosen),
+            uncompressed=uncompressed,
+            starts_at=starts_at(self._chosen),
+            options=BucketOptions(int(options.bucket_mib * MIB), int(options.first_bucket_mib * MIB), self._every),
+        )
+        self._update = 0
+        self._told = Counters(ring_bytes=[0] * world.rings)
+        self._told_wait_s = 0.0
+        self._timed: tuple[int, float] | None = None
+
+    def _compressor(self, config: Compression) -> Any:
+        world = self._world
+        return make_compressor(config, ranks=world.size, rank=world.rank, engine=world.engine, seed=self._recipe.seed)
+
+    def begin(self, update: int) -> None:
+        self._update = update
+        self._buckets.zero()
+
+    def leaves_in(self, number: int, rounds: int) -> bool:
+        return self._every or number == rounds - 1
+
+    def arm(self) -> None:
+        self._buckets.arm(self._update)
+
+    def between(self, number: int, rounds: int) -> None:
+        if self._every and number < rounds - 1:
+            self._buckets.finish(last=False)
+
+    def finish(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._buckets.finish(sums)
+
+    def drop(self) -> None:
+        self._buckets.zero()
+
+    def done(self, updates: int) -> list[str]:
+        self._buckets.reorder()
+        if not self._undecided:
+            return []
+        if self._timed is None:  # the first update is slower than others: from its end on
+            self._timed = updates, time.perf_counter()
+        if updates - self._timed[0] < max(2, self._recipe.compression.warmup_updates):
+            return []
+        return [self._decide(updates)]
+
+    def _decide(self, updates: int) -> str:
+        """compression: auto. Measured once, decided by rank 0, and kept."""
+        assert self._timed is not None
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        update_s = (time.perf_counter() - self._timed[1]) / (updates - self._timed[0])
+        gradient_bytes = sum(bucket.flat.nbytes for bucket in self._buckets.buckets)
+        latency_s, bandwidth = measure_exchange(self._world, gradient_bytes)
+        measured = Measured(
+            ranks=self._world.size,
+            gradient_bytes=gradient_bytes,
+            update_s=update_s,
+            accumulation=self._recipe.loop.accumulation,
+            bandwidth_bytes_per_s=bandwidth,
+            latency_s=latency_s,
+            engine=self._world.engine,
+            device=self._world.device.type,
+            compress_bytes_per_s=measure_copy(self._world.device),
+        )
+        choice = choose(measured)
+        told = self._world.broadcast_bytes(f"{choice.kind}\n{choice.reason}".encode(), "fastdistil.auto").decode()
+        kind, reason = told.split("\n", 1)
+        self._settle(kind)
+        return f"compression auto: {kind}: {reason}"
+
+    def _settle(self, kind: str) -> None:
+        self._undecided, self._kind = False, kind  # type: ignore[assignment]
+        self._chosen = self._recipe.compression.model_copy(update={"kind": kind})
+        if kind != "none":
+            self._buckets.change_compressor(self._compressor(self._chosen), starts_at(self._chosen))
+
+    def fields(self) -> dict[str, Any]:
+        now, wait_s = self._world.counters.copy(), self._buckets.wait_s
+        found = {
+            "engine": self._world.engine,
+            "compression": self._kind,
+            "buckets": len(self._buckets.buckets),
+            **now.since(self._told),
+            "exchange_wait_s": wait_s - self._told_wait_s,
+        }
+        self._told, self._told_wait_s = now, wait_s
+        return found
+
+    def state(self) -> dict[str, Any] | None:
+        return {"kind": self._kind, "ranks": self._world.size, "layout": self._buckets.layout()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._buckets.states()
+
+    def restore(self, state: Mapping[str, Any] | None, ranks: list[Mapping[str, Tensor]] | None, team: Team) -> list[str]:
+        if state is None or state["layout"] is None:
+            return []  # of one rank, or before its first update: nothing is owed
+        if self._undecided and state["kind"] != "auto":
+            self._settle(state["kind"])
+        self._buckets.set_layout(state["layout"])
+        own = self._buckets.states()
+        if not own:
+            return []
+        told = []
+        if state["ranks"] != self._world.size:
+            told = [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
+            if ranks is not None:
+                ranks = list(self._buckets.redistributed(ranks))
+        team.send_each(ranks, own, "residuals")
+        self._buckets.load_states(own)
+        return told
+
+
+Exchange = OneRank
+
+
+def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer) -> Exchange:
+    """Raises UserError for a compression that cannot be had here."""
+    if world.size == 1:
+        return OneRank(optimizer)
+    return Several(optimizer, recipe, world)
+
+
+class Load:
+    """What this rank did since the last log line, to find out who keeps the others waiting."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        self._tokens, self._waited_s, self._since = 0, 0.0, self._clock()
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time in the block is not work on updates."""
+        begun = self._clock()
+        try:
+            yield
+        finally:
+            self._since += self._clock() - begun
+
+    def add(self, tokens: int, waited_s: float) -> None:
+        self._tokens += tokens
+        self._waited_s += waited_s
+
+    def read(self, world: World, exchange_wait_s: float) -> dict[str, Any]:
+        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest."""
+        worked_s = self._clock() - self._since - exchange_wait_s
+        ranks = [_Load(*each) for each in world.gather([self._tokens, self._waited_s, worked_s], "fastdistil.load")]
+        self.restart()
+        tokens, seconds = [each.tokens for each in ranks], [each.worked_s for each in ranks]
+        return {
+            "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,
+            "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
+            "slowest_rank": seconds.index(max(seconds)),
+            "rank_tokens": [int(each) for each in tokens],
+            "rank_data_wait_s": [each.waited_s for each in ranks],
+        }
+
+
+class _Load(NamedTuple):
+    tokens: float
+    waited_s: float
+    worked_s: float
+
+
+def measure_exchange(world: World, nbytes: int) -> tuple[float, float]:
+    """(latency in seconds, ring bandwidth in bytes a second) of allreduce, medians of 5. All ranks call it."""
+    small, large = world.empty(16, torch.float32), world.empty(min(nbytes, 16 * MIB) // 4, torch.float32)
+    latency_s = _median_s(world, small)
+    seconds = max(_median_s(world, large) - latency_s, 1e-9)
+    return latency_s, 2 * (world.size - 1) / world.size * large.nbytes / seconds
+
+
+def _median_s(world: World, buffer: Tensor) -> float:
+    times = []
+    for number in range(6):
+        world.barrier("fastdistil.measure")
+        begun = time.perf_counter()
+        world.wait(world.allreduce(buffer, name=f"fastdistil.measure{buffer.numel()}"))
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        if number:  # the first makes connections
+            times.append(time.perf_counter() - begun)
+    return sorted(times)[len(times) // 2]
+
+
+def measure_copy(device: torch.device) -> float:
+    """Bytes read and written a second by a copy: what compression is made of."""
+    source = torch.zeros(2**22, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return 2 * source.nbytes / min(times)

@@ -1,0 +1,240 @@
+"""A rank's dealings with the others around the steps: begin alike, agree, share what rank 0 knows, fail together.
+
+Rank 0 alone reads and writes the run directory, so nodes need not share a disk for it.
+"""
+
+import hashlib
+import json
+import signal as signals
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdistil import errors
+from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
+from fastdistil.monitor import Monitor
+from fastdistil.node_setup import cached_corpus, run_once_per_node
+from fastdistil.ranks import Place
+from fastdistil.recipe import Recipe
+from fastdistil.recipe import World as Options
+from fastdistil.runs import PAUSE
+from fastdistil.world import World, join
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(place: Place | None, options: Options, device: str) -> "Iterator[Team]":
+    """This process as one of the place's ranks, until the block ends. Raises UserError, RankLost; see world.join."""
+    world = join(place, options, torch.device(device))
+    if world.size == 1:
+        yield Team(world, None)
+        return
+    assert world.connect is not None
+    monitor = Monitor(world.connect, world.rank, world.size, timeout_s=options.timeout_s)
+    team = Team(world, monitor)
+    try:
+        with team.failing_together():
+            yield team
+            world.close()  # with the others; after an error they are not there, and it would wait
+    finally:
+        monitor.close()
+
+
+Groups = dict[str, dict[str, Tensor]]
+
+# A hash's weights of the columns: odd, so that no bit of a weight is lost.
+_COLUMNS = 1024
+
+
+class Decision(NamedTuple):
+    """The same on all ranks."""
+
+    stop: bool
+    paused: bool
+    """Nobody had a signal: it was a PAUSE file."""
+    why: str
+
+
+class Team:
+    """`monitor`: None for one rank alone."""
+
+    def __init__(self, world: World, monitor: Monitor | None) -> None:
+        self.world, self.monitor = world, monitor
+        world.watch = monitor
+
+    @property
+    def is_chief(self) -> bool:
+        return self.world.is_chief
+
+    @property
+    def alone(self) -> bool:
+        return self.world.size == 1
+
+    def phase(self, name: str, update: int | None = None) -> None:
+        if self.monitor is not None:
+            self.monitor.phase(name, update)
+
+    def unhurried(self, name: str) -> AbstractContextManager[Any]:
+        """Around what may take as long as it needs."""
+        return self.monitor.unhurried(name) if self.monitor is not None else nullcontext()
+
+    def stop_wanted(self, own: str | None) -> str | None:
+        """This rank's reason to stop, or another's. The others hear of it within a second."""
+        if self.monitor is None or own is None:
+            return own if self.monitor is None else self.monitor.stop_requested
+        if self.monitor.stop_requested is None:
+            self.monitor.request_stop(own)
+        return own
+
+    def decide(self, signal: str | None, pause: bool) -> Decision:
+        """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE."""
+        if self.alone:
+            return Decision(signal is not None or pause, signal is None, signal or PAUSE)
+        number = 0 if signal is None else signals.Signals[signal].value
+        told = [int(number > 0), number, self.world.rank if number else 0, int(pause)]
+        having, numbers, ranks, pauses = self.world.sum(told, "fastdistil.stop")
+        if not having:
+            return Decision(pauses > 0, True, PAUSE)
+        # One rank's, or one that a launcher passed on to several: the mean is it.
+        name = signals.Signals(numbers // having).name if numbers % having == 0 else "signals"
+        return Decision(True, False, f"{name} on rank {ranks}" if having == 1 else f"{name} on {having} ranks")
+
+    def require_equal(self, facts: Mapping[str, str]) -> None:
+        """What must be the same on all ranks. Raises UserError on every rank, naming those that differ, and in what."""
+        if self.alone:
+            return
+        digests = [int.from_bytes(hashlib.sha256(value.encode()).digest()[:6]) for value in facts.values()]
+        first, *others = self.world.gather(digests, f"fastdistil.equal.{'.'.join(facts)}")
+        for number, what in enumerate(facts):
+            differing = [str(rank) for rank, found in enumerate(others, 1) if found[number] != first[number]]
+            if differing:
+                raise UserError(
+                    f"rank {', '.join(differing)} has another {what} than rank 0 (here, rank {self.world.rank}: "
+                    f"{_shortened(list(facts.values())[number])}); start all ranks with the same arguments, files and packages"
+                )
+
+    def prepare_node(self, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+        """pre_run's commands and data.cache_dir's copies, once on each node; the recipe with the local copies' paths."""
+        local_rank, barrier = self.world.local_rank, self.world.barrier
+        with self.unhurried("preparing the node"):
+            run_once_per_node(recipe.pre_run, local_rank, barrier, note)
+            if recipe.data.cache_dir is None:
+                return recipe
+            directory = Path(recipe.data.cache_dir)
+            named = {"train": recipe.data.train, "heldout": recipe.data.heldout}
+            local = {
+                key: str(cached_corpus(Path(path), directory, local_rank, barrier, note)) for key, path in named.items() if path
+            }
+        return recipe.with_(data=local)
+
+    def chief_does(self, what: str, work: Callable[[], T]) -> T:
+        """Rank 0's result (as JSON has it) on every rank; what it raises, every rank raises."""
+        if self.alone:
+            return work()
+        told: dict[str, Any] = {}
+        if self.is_chief:
+            try:
+                told["result"] = work()
+            except FastdistilError as error:
+                told = {"error": type(error).__name__, "message": str(error)}
+        data = json.dumps(told).encode() if self.is_chief else b""
+        told = json.loads(self.world.broadcast_bytes(data, f"fastdistil.{what}"))
+        if "error" in told:
+            raise getattr(errors, told["error"], RankLost)(told["message"])
+        result: T = told["result"]
+        return result
+
+    def share(self, groups: Groups | None, what: str, root: int = 0) -> Groups:
+        """Root's tensors, by group and name, on every rank's device; the others give None, or tensors to be overwritten."""
+        if self.alone:
+            assert groups is not None
+            return groups
+        told = {
+            group: {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in each.items()}
+            for group, each in (groups or {}).items()
+        }
+        data = self.world.broadcast_bytes(json.dumps(told).encode(), f"fastdistil.{what}.shapes", root)
+        if groups is None:
+            groups = {
+                group: {
+                    name: torch.empty(shape, dtype=getattr(torch, dtype), device=self.world.device)
+                    for name, (shape, dtype) in each.items()
+                }
+                for group, each in json.loads(data).items()
+            }
+        for group, each in groups.items():
+            for name, tensor in each.items():
+                flat = tensor.detach().contiguous().view(-1)
+                self.world.broadcast(flat, f"fastdistil.{what}.{group}.{name}", root)
+                if flat.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(flat.view(tensor.shape))
+        return groups
+
+    def send_each(self, states: Sequence[Mapping[str, Tensor]] | None, own: Mapping[str, Tensor], what: str) -> None:
+        """Rank 0's states[r] become rank r's `own`, in place. Ranks have the same names, not the same shapes."""
+        for rank in range(self.world.size):
+            carried = None if states is None else {"state": {name: states[rank][name].to(own[name]) for name in own}}
+            shared = self.share(carried, f"{what}.{rank}")
+            if rank == self.world.rank:
+                for name, tensor in own.items():
+                    tensor.copy_(shared["state"][name])
+
+    def fetch_each(self, own: Mapping[str, Tensor], what: str) -> Iterator[dict[str, Tensor]]:
+        """On rank 0 the states of every rank, one after the other; the others send theirs, and get nothing of worth."""
+        for rank in range(self.world.size):
+            carried = {"state": dict(own)} if rank == self.world.rank else None
+            shared = self.share(carried, f"{what}.{rank}", root=rank)["state"]
+            yield {name: tensor.cpu() for name, tensor in shared.items()} if self.is_chief else {}
+
+    def check_replicas(self, weights: Sequence[Tensor], update: int) -> None:
+        """Raises CorruptData, naming the ranks whose weights are not, bit for bit, rank 0's. Waits for the device."""
+        if self.alone:
+            return
+        first, *others = self.world.gather([float(content_hash(weights))], "fastdistil.replicas")
+        differing = [str(rank) for rank, found in enumerate(others, 1) if found != first]
+        if differing:
+            raise CorruptData(
+                f"after update {update} the weights of rank {', '.join(differing)} are not those of rank 0; an exchange or a "
+                "device damaged them: continue from the last checkpoint with --resume auto, and look at that rank's machine"
+            )
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Around a run: when this rank fails, the others learn why before they wait for it."""
+        try:
+            yield
+        except (RankLost, errors.Stopped):
+            raise
+        except BaseException as error:
+            if self.monitor is not None:
+                self.monitor.failed(error)
+            raise
+        else:
+            if self.monitor is not None:
+                self.monitor.finished()
+
+
+def _shortened(text: str) -> str:
+    one_line = " ".join(text.split())
+    return one_line if len(one_line) <= 60 else one_line[:57] + "..."
+
+
+def content_hash(tensors: Sequence[Tensor]) -> int:
+    """53 bits of the tensors' bits, in order: a sum of 32-bit words, weighted by column, in integers (so in any order)."""
+    total = 0
+    found = []
+    for tensor in tensors:
+        words = tensor.detach().contiguous().view(torch.int32).flatten()
+        whole = len(words) // _COLUMNS * _COLUMNS
+        columns = words[:whole].view(-1, _COLUMNS).sum(0, dtype=torch.int64)
+        columns[: len(words) - whole] += words[whole:]
+        weights = 2 * torch.arange(_COLUMNS, device=tensor.device) + 1
+        found.append((columns * weights).sum())
+    for number, value in enumerate(torch.stack(found).tolist()):
+        total = (total * 1_000_003 + value + number) % (2**53 - 111)
+    return total

@@ -1,0 +1,396 @@
+"""Whole runs with several ranks: what they learn, how they stop, how they continue, and what they say when one is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdistil.checkpoint import list_updates
+from fastdistil.metrics import read_events
+from fastdistil.recipe import Recipe, load_recipe
+
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from fastdistil import train
+from fastdistil.errors import FastdistilError
+from fastdistil.ranks import find_place
+from fastdistil.recipe import load_recipe
+how, at, on, resume = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] or None
+place = find_place(os.environ)
+step = train.train_step
+def counted(run, window, counts, waited_s):
+    if run.update + 1 == at and place.rank in (on, on if how != "KILL-ALL" else place.rank):
+        if how.startswith("KILL"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how in ("TERM", "INT", "STOP"):
+            os.kill(os.getpid(), getattr(signal, "SIG" + how))
+        if how == "RAISE":
+            raise RuntimeError("planted")
+        if how == "SLEEP":
+            time.sleep(600)
+        if how == "PAUSE":
+            (run.directory / "PAUSE").touch()
+    return step(run, window, counts, waited_s)
+train.train_step = counted
+code = 0
+try:
+    train.train(load_recipe(sys.argv[1]), resume=resume, place=place)
+except FastdistilError as error:
+    print(f"fastdistil: {error}", file=sys.stderr)
+    code = error.exit_code
+except RuntimeError as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    code = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # as the command line does when a rank was lost: threads may hang in a collective
+"""
+
+
+def small(material: Path, runs: Path, *overrides: str) -> Recipe:
+    """Eight updates, with dropout and checkpoints."""
+    return load_recipe(
+        "distilbert",
+        [
+            f"teacher.path={material / 'teacher'}",
+            "student.every=2",
+            "student.architecture=same",
+            "student.freeze_positions=false",
+            f"data.train={material / 'train'}",
+            f"data.heldout={material / 'heldout'}",
+            "data.micro_batch_tokens=256",
+            "loop.updates=8",
+            "loop.accumulation=2",
+            "loop.precision=fp32",
+            "evaluation.every=3",
+            "evaluation.max_sequences=20",
+            "checkpoint.every=2",
+            "logging.every=1",
+            "world.timeout_s=20",
+            "world.check_replicas=1",
+            f"runs_dir={runs}",
+            "name=run",
+            "device=cpu",
+            *overrides,
+        ],
+    )
+
+
+Ended = tuple[int, str]
+
+
+@pytest.fixture
+def train_ranks(start_ranks: Callable[..., list["subprocess.Popen[str]"]], tmp_path: Path) -> Callable[..., list[Ended]]:
+    """Runs a recipe on several ranks, one of which meets something; (exit code, standard error) by rank."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+
+    def run(recipe: Recipe, ranks: int, how: str = "", at: int = 0, on: int = 1, resume: str = "") -> list[Ended]:
+        path = tmp_path / "asked.yaml"
+        path.write_text(recipe.to_yaml())
+        processes = start_ranks([sys.executable, str(driver), str(path), how, str(at), str(on), resume], ranks)
+        ended: dict[int, str] = {}
+        for rank, process in enumerate(processes):
+            if not (how == "STOP" and rank == on):
+                ended[rank] = process.communicate(timeout=120)[1]
+        for rank, process in enumerate(processes):
+            if rank not in ended:
+                assert process.poll() is None
+                process.kill()
+                ended[rank] = process.communicate()[1]
+        return [(process.returncode, ended[rank]) for rank, process in enumerate(processes)]
+
+    return run
+
+
+def fields(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    return [event for event in read_events(run / "events.jsonl", effective=True) if event["event"] == kind]
+
+
+def learnt(run: Path) -> list[tuple[Any, ...]]:
+    return [(e["update"], e["total"], e["soft"], e["hard"], e["cosine"], e["grad_norm"], e["lr"]) for e in fields(run)]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / "step-00000008"
+    return {f"{path.stem}.{name}": tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def all_well(ended: list[Ended]) -> None:
+    for code, err in ended:
+        assert code == 0, err
+
+
+def test_two_ranks_learn_what_one_does(
+    engine: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    """2 ranks x 2 micro-batches against 1 x 4, dropout off; and what events.jsonl tells of the exchange."""
+    two = small(material, tmp_path / "two", "student.dropout=0", f"world.engine={engine}", "world.rings=2")
+    all_well(train_ranks(two, 2))
+    all_well(train_ranks(small(material, tmp_path / "one", "student.dropout=0", "loop.accumulation=4"), 1))
+    both = learnt(tmp_path / "two" / "run"), learnt(tmp_path / "one" / "run")
+    assert [line[0] for line in both[0]] == list(range(1, 9))
+    for of_two, of_one in zip(*both, strict=True):
+        assert of_two == pytest.approx(of_one, rel=2e-5)
+    evaluations = [fields(tmp_path / name / "run", "evaluation") for name in ("two", "one")]
+    assert [e["update"] for e in evaluations[0]] == [3, 6, 8]
+    for of_two, of_one in zip(*evaluations, strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
+    (start,) = fields(tmp_path / "two" / "run", "start")
+    assert (start["engine"], start["ranks"], start["rings"], start["sync"]) == (engine, 2, 2, "delayed")
+    for line in fields(tmp_path / "two" / "run"):
+        assert line["engine"] == engine and line["gradient_collectives"] == line["buckets"]
+        assert line["gradient_bytes"] == sum(line["ring_bytes"]) > 0 and min(line["ring_bytes"]) > 0
+        assert 0 < line["control_bytes"] < 1024
+        assert sum(line["rank_tokens"]) == line["tokens"] and 0 <= line["imbalance_tokens"] < 1
+    # The stored recipe remembers what an update was counted for; the run directory is one run's.
+    assert load_recipe(str(tmp_path / "two" / "run" / "recipe.yaml")).world.ranks == 2
+    assert (tmp_path / "two" / "run" / "student" / "config.json").exists()
+
+
+def test_every_micro_batch_learns_the_same_and_sends_more(
+    material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    for name, sync in (("delayed", "delayed"), ("every", "every-micro-batch")):
+        recipe = small(material, tmp_path / name, "world.engine=torch", f"world.sync={sync}", "loop.updates=3")
+        all_well(train_ranks(recipe, 2))
+    lines = {name: fields(tmp_path / name / "run") for name in ("delayed", "every")}
+    for delayed, every in zip(lines["delayed"], lines["every"], strict=True):
+        assert every["total"] == pytest.approx(delayed["total"], rel=1e-5)
+        assert every["gradient_bytes"] == 2 * delayed["gradient_bytes"]
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_a_killed_run_continues_bit_for_bit(
+    compression: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    """Weights, moments, and what compression still owes on each rank."""
+    extra = [f"compression={{kind: {compression}, warmup_updates: 2, block: 64}}", "world.engine=torch"]
+    all_well(train_ranks(small(material, tmp_path / "whole", *extra), 2))
+    recipe = small(material, tmp_path / "cut", *extra)
+    codes = [code for code, _ in train_ranks(recipe, 2, "KILL-ALL", 6)]
+    assert codes == [-signal.SIGKILL] * 2
+    assert list_updates(tmp_path / "cut" / "run" / "checkpoints")[-1] == 4
+    all_well(train_ranks(recipe, 2, resume="auto"))
+    whole, cut = (final_state(tmp_path / name / "run") for name in ("whole", "cut"))
+    assert any(name.startswith("rank-1.") for name in whole) == (compression == "int8")
+    assert_same_bits(whole, cut)
+    assert learnt(tmp_path / "whole" / "run") == learnt(tmp_path / "cut" / "run")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_continues_the_same_updates(
+    ranks: int, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    """The batches of an update, the schedule and the number of updates stay; with dropout off so do the losses."""
+    extra = ["student.dropout=0", "world.engine=torch"]
+    all_well(train_ranks(small(material, tmp_path / "whole", *extra), 2))
+    recipe = small(material, tmp_path / "cut", *extra)
+    train_ranks(recipe, 2, "KILL-ALL", 5)
+    fewer = small(material, tmp_path / "cut", "student.dropout=0") if ranks == 1 else recipe
+    all_well(train_ranks(fewer, ranks, resume="auto"))
+    for of_whole, of_cut in zip(learnt(tmp_path / "whole" / "run"), learnt(tmp_path / "cut" / "run"), strict=True):
+        assert of_cut == pytest.approx(of_whole, rel=2e-5)
+
+
+def test_what_compression_owes_is_shared_among_other_ranks(
+    material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    extra = ["compression={kind: int8, warmup_updates: 1, block: 64}", "world.engine=torch"]
+    recipe = small(material, tmp_path, *extra)
+    train_ranks(recipe, 2, "KILL-ALL", 5)
+    all_well(train_ranks(recipe, 3, resume="auto"))
+    (note,) = fields(tmp_path / "run", "note")
+    assert note["message"] == "what 2 ranks had not sent yet is shared among 3"
+    assert len(fields(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize(("how", "on"), [("TERM", 1), ("TERM", 0), ("INT", 1), ("PAUSE", 0)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_update(
+    how: str, on: int, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    recipe = small(material, tmp_path, "world.engine=torch", "evaluation.every=null")
+    ended = train_ranks(recipe, 2, how, 4, on)
+    for code, err in ended:
+        assert code == 75, err
+        assert "after update 3" in err and "--resume" in err
+        assert how in err
+    assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 3
+    assert [e["update"] for e in fields(tmp_path / "run", "evaluation")] == ([3] if how == "PAUSE" else [])
+    all_well(train_ranks(recipe, 2, resume="auto"))
+    assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("how", "on", "says"),
+    [
+        ("KILL", 1, "rank 1"),
+        ("KILL", 0, "rank 0"),
+        ("STOP", 1, "rank 1"),
+        ("STOP", 0, "rank 0"),
+        ("SLEEP", 1, "rank 1"),
+        ("RAISE", 1, "planted"),
+    ],
+)
+def test_a_lost_rank_is_named_and_the_others_end(
+    how: str, on: int, says: str, engine: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    """Within the timeout and a few seconds, with exit code 12, its last phase and stack; the last checkpoint is whole."""
+    if how in ("SLEEP", "STOP") and engine == "horovod" and on == 0:
+        pytest.skip("the same as with torch, which is tried")
+    recipe = small(material, tmp_path, f"world.engine={engine}", "world.timeout_s=6", "evaluation.every=null")
+    begun = time.monotonic()
+    ended = train_ranks(recipe, 2, how, 4, on)
+    took_s = time.monotonic() - begun
+    code, err = ended[1 - on]
+    assert code == 12, err
+    assert f"rank {on}" in err and says in err, err
+    if how in ("STOP", "SLEEP"):
+        assert "update 4" in err and ("train_step" in err or "counted" in err), err
+    assert took_s < 6 + 20, took_s  # starting Python and torch included
+    assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 2
+    all_well(train_ranks(recipe, 2, resume="auto"))
+
+
+@pytest.mark.parametrize("what", ["recipe", "corpus"])
+def test_ranks_that_differ_are_named(
+    what: str, material: Path, tmp_path: Path, start_ranks: Callable[..., list["subprocess.Popen[str]"]]
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from fastdistil import train\n"
+        "from fastdistil.errors import FastdistilError\n"
+        "from fastdistil.ranks import find_place\n"
+        "from fastdistil.recipe import load_recipe\n"
+        "place = find_place()\n"
+        "try:\n"
+        "    train.train(load_recipe(sys.argv[1 + place.rank]), place=place)\n"
+        "except FastdistilError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    os._exit(error.exit_code)\n"
+    )
+    one = small(material, tmp_path, "world.engine=torch", f"data.train={tmp_path / 'corpus'}")
+    other = one.with_(optim={"lr": 1e-3}) if what == "recipe" else one
+    paths = []
+    for rank, recipe in enumerate((one, other)):
+        paths.append(str(tmp_path / f"{rank}.yaml"))
+        Path(paths[-1]).write_text(recipe.to_yaml())
+    # The same path, and other text behind it, as on two nodes.
+    if what == "corpus":
+        text = program.read_text().replace("try:\n", "os.chdir(sys.argv[3 + place.rank])\ntry:\n")
+        program.write_text(text)
+        for path in paths:
+            Path(path).write_text(one.with_(data={"train": "corpus"}).to_yaml())
+        for folder, corpus in (("a", "train"), ("b", "other")):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "corpus").symlink_to(material / corpus)
+    else:
+        (tmp_path / "corpus").symlink_to(material / "train")
+    command = [sys.executable, str(program), *paths, str(tmp_path / "a"), str(tmp_path / "b")]
+    for process in start_ranks(command, 2):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2, err
+        assert f"rank 1 has another {what} than rank 0" in err
+
+
+def cli(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "fastdistil", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(root), **(environment or {})}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_np_starts_ranks_and_prints_once(engine: str, material: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(small(material, tmp_path, f"world.engine={engine}", "loop.updates=3").to_yaml())
+    done = cli("train", path, "--np", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: 3 updates") == 1 and done.stdout.count("update 3/3") == 1
+    assert len(fields(tmp_path / "run")) == 3
+
+
+def test_distil_starts_ranks_from_python(material: Path, tmp_path: Path) -> None:
+    program = tmp_path / "notebook.py"
+    program.write_text(
+        "import sys\n"
+        "from fastdistil import distil\n"
+        "from fastdistil.recipe import load_recipe\n"
+        "result = distil(load_recipe(sys.argv[1]), np=2, loop={'updates': 3})\n"
+        "print(result.updates, type(result.student).__name__, next(result.student.parameters()).device)\n"
+    )
+    path = tmp_path / "r.yaml"
+    path.write_text(small(material, tmp_path, "world.engine=torch").to_yaml())
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "FASTDISTIL_TEST_MARK": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(program), str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "3 BertForMaskedLM cpu"
+    mark = f"FASTDISTIL_TEST_MARK={tmp_path}".encode()
+    left = [pid for pid in os.listdir("/proc") if pid.isdecimal() and mark in _environment(pid)]
+    assert left == []
+
+
+def _environment(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_data_is_cached_once_and_commands_run_once_a_node(
+    material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    extra = ["world.engine=torch", "loop.updates=2", f"data.cache_dir={tmp_path / 'local'}"]
+    recipe = small(material, tmp_path, *extra).with_(pre_run=[f"echo once >> {tmp_path / 'said'}"])
+    all_well(train_ranks(recipe, 2))
+    assert (tmp_path / "said").read_text() == "once\n"
+    assert list((tmp_path / "local").rglob("manifest.json"))
+    # The stored recipe names the corpus, not this node's copy.
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.train == str(material / "train")
+
+
+def test_elastic_goes_on_with_the_ranks_that_remain(material: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed in update 5: the run restarts by itself on one rank from update 4, and ends."""
+    plant = tmp_path / "sitecustomize.py"
+    plant.write_text(
+        "import os, signal, sys\n"
+        "if os.environ.get('RANK') == '1' and os.environ.get('WORLD_SIZE') == '2':\n"
+        "    from importlib.abc import MetaPathFinder\n"
+        "    class Plant(MetaPathFinder):\n"
+        "        def find_spec(self, name, path, target=None):\n"
+        "            if name == 'fastdistil.export':  # fastdistil.train is being imported\n"
+        "                sys.meta_path.remove(self)\n"
+        "                from fastdistil import exchange\n"
+        "                begin = exchange.Several.begin\n"
+        "                def counted(own, update):\n"
+        "                    if update == 4:\n"
+        "                        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "                    begin(own, update)\n"
+        "                exchange.Several.begin = counted\n"
+        "    sys.meta_path.insert(0, Plant())\n"
+    )
+    path = tmp_path / "r.yaml"
+    path.write_text(small(material, tmp_path, "world.engine=torch", "world.timeout_s=6").to_yaml())
+    root = Path(__file__).resolve().parents[2]
+    done = cli("train", path, "--elastic", "1:2", environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
+    assert done.returncode == 0, done.stderr
+    starts = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] in ("start", "resume")]
+    assert [(e["update"], e["ranks"]) for e in starts] == [(0, 2), (4, 1)]
+    assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))
