@@ -94,7 +94,7 @@ horovod-if-possible: $(STAMP)
 	@$(VENV)/bin/python -m fastdistil.build_horovod --constraint constraints.txt || { \
 		code=$$?; \
 		[ $$code -eq 2 ] || exit $$code; \
-		echo "fastdistil: going on without it: tests that need Horovod are skipped"; \
+		echo "fastdistil: going on; without Horovod the tests that need it are skipped"; \
 	}
 
 test: check horovod-if-possible

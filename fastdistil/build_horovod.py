@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdistil.errors import FastdistilError, UserError, translated
+from fastdistil.horovod_tools import Cuda, cuda_home, cxx, find_cuda, first_line, found, nccl_home, nccl_version, require_tools
 from fastdistil.installed_horovod import (
     REQUIREMENTS,
     STAMP,
@@ -39,7 +39,6 @@ from fastdistil.installed_horovod import (
     installed_build,
     installed_torch,
     is_installed,
-    package_directory,
     probe,
     state,
     two_ranks,
@@ -80,14 +79,6 @@ CUDA_EDITS = (Edit("horovod/common/ops/cuda/CMakeLists.txt", "set(CMAKE_CUDA_STA
 
 class BuildFailed(FastdistilError):
     """Everything needed is there, and still Horovod cannot be built, or what was built does not work."""
-
-
-@dataclass(frozen=True)
-class Cuda:
-    home: Path
-    release: str
-    nccl: Path
-    """A directory with include/nccl.h and lib/libnccl.so.2 (or lib64, lib/<machine>: a system's own)."""
 
 
 @dataclass(frozen=True)
@@ -146,95 +137,6 @@ def wanted_build(torch: Torch, cuda: Cuda | None, environ: Mapping[str, str]) ->
 
 def edits_for(cuda: Cuda | None) -> tuple[Edit, ...]:
     return (*EDITS, *(CUDA_EDITS if cuda else CPU_EDITS))
-
-
-def found(environ: Mapping[str, str], *names: str) -> str | None:
-    paths = (shutil.which(name, path=environ.get("PATH")) for name in names if name)
-    return next((path for path in paths if path), None)
-
-
-def cxx(environ: Mapping[str, str]) -> str | None:
-    return found(environ, environ["CXX"]) if environ.get("CXX") else found(environ, "c++", "g++", "clang++")
-
-
-def first_line(program: str | None, *arguments: str) -> str:
-    if program is None:
-        return ""
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-    return (done.stdout.splitlines() or [""])[0].strip()
-
-
-def require_tools(environ: Mapping[str, str]) -> None:
-    """Compiler, CMake, make, Python's headers and pip; the error names all that are missing."""
-    missing = []
-    if cxx(environ) is None:
-        missing.append(("a C++ compiler", "g++"))
-    version = re.search(r"(\d+)\.(\d+)", first_line(found(environ, "cmake"), "--version"))
-    if version is None or (int(version[1]), int(version[2])) < (3, 13):
-        missing.append(("CMake 3.13 or newer", "cmake"))
-    if found(environ, "make") is None:
-        missing.append(("make", "make"))
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append(("Python's headers", "python3-dev"))
-    if missing:
-        lacking = ", ".join(what for what, _ in missing)
-        packages = " ".join(package for _, package in missing)
-        raise UserError(f"building Horovod needs {lacking}: install it (Debian, Ubuntu: apt install {packages})")
-
-
-def find_cuda(torch: Torch, environ: Mapping[str, str]) -> Cuda | UserError:
-    """The CUDA toolkit and the NCCL that a CUDA build of torch goes with, pip's before the system's; or what is missing."""
-    assert torch.cuda is not None
-    major = torch.cuda.split(".")[0]
-    pip = package_directory("nvidia")
-    nvcc = found(environ, "nvcc")
-    # nvcc may be a wrapper script; it says itself where its toolkit lies.
-    top = re.search(r"TOP=(.*)", output_of([nvcc, "--dryrun", "-x", "cu", "/dev/null"])) if nvcc else None
-    homes = [Path(environ["CUDA_HOME"])] if environ.get("CUDA_HOME") else []
-    homes += [pip / f"cu{major}"] if pip else []
-    homes += [Path(top[1].strip()).resolve()] if top else []
-    homes += [Path("/usr/local/cuda")]
-    seen = []
-    for home in homes:
-        release = re.search(r"release (\d+)\.(\d+)", output_of([str(home / "bin/nvcc"), "--version"]))
-        if release and release[1] == major:
-            nccl = find_nccl(pip, home)
-            return nccl if isinstance(nccl, UserError) else Cuda(home.resolve(), f"{release[1]}.{release[2]}", nccl)
-        seen += [f"{release[1]}.{release[2]} in {home}"] if release else []
-    # pip itself would mix releases: nvcc's own requirements name no versions.
-    pip_packages = " ".join(f"'nvidia-{name}=={torch.cuda}.*'" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl"))
-    return UserError(
-        f"torch {torch.version} is a CUDA build, and Horovod's GPU operations need CUDA {major}'s compiler (nvcc), found: "
-        f"{', '.join(seen) or 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME"
-        f"{f', or pip install {pip_packages}' if int(major) >= 13 else ''}; --cpu builds Horovod without GPU operations"
-    )
-
-
-def find_nccl(pip: Path | None, cuda_home: Path) -> Path | UserError:
-    """pip's, which torch loads too; a system's where torch brought none."""
-    homes = [pip / "nccl"] if pip else []
-    homes += [cuda_home, Path("/usr"), Path("/usr/local")]
-    for home in homes:
-        if (home / "include/nccl.h").is_file():
-            return home
-    return UserError(
-        f"Horovod's GPU operations need NCCL with its headers, found none in {', '.join(map(str, homes))}; "
-        "Debian, Ubuntu: apt install libnccl-dev; --cpu builds Horovod without GPU operations"
-    )
-
-
-def nccl_version(home: Path) -> str:
-    header = (home / "include/nccl.h").read_text(encoding="utf-8", errors="replace")
-    return ".".join(re.findall(r"#define NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", header))
-
-
-def output_of(command: Sequence[str]) -> str:
-    """Both streams; nothing where the program cannot be started."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout
 
 
 # Building
@@ -315,48 +217,21 @@ def build_environment(build: Build, cuda: Cuda | None, work: Path, environ: Mapp
     return kept
 
 
-def cuda_home(cuda: Cuda, new: Path) -> Path:
-    """A toolkit as CMake knows it. pip's lacks lib64 and the names that a linker looks for."""
-    if (cuda.home / "lib64").is_dir():
-        return cuda.home
-    # nvcc finds the rest from where it really lies, so bin/ cannot be a link.
-    shutil.copytree(cuda.home / "bin", new / "bin")
-    for name in ("include", "nvvm"):
-        (new / name).symlink_to(cuda.home / name)
-    link_libraries(cuda.home / "lib", new / "lib64")
-    return new
-
-
-def nccl_home(cuda: Cuda, new: Path) -> Path:
-    if not (cuda.nccl / "lib/libnccl.so.2").is_file():
-        return cuda.nccl
-    new.mkdir()
-    (new / "include").symlink_to(cuda.nccl / "include")
-    link_libraries(cuda.nccl / "lib", new / "lib")
-    return new
-
-
-def link_libraries(source: Path, new: Path) -> None:
-    """Each library under its own name and under the one without numbers."""
-    new.mkdir()
-    for library in source.iterdir():
-        (new / library.name).symlink_to(library)
-        plain = new / re.sub(r"\.so[.\d]+$", ".so", library.name)
-        if not plain.is_symlink():
-            plain.symlink_to(library)
-
-
 # Installing
 
 
-def check_wheel(wheel: Path, environ: Mapping[str, str]) -> None:
-    """Two ranks, of the wheel and not of what is installed, add up a tensor."""
+def install_wheel(wheel: Path, log: Path, environ: Mapping[str, str]) -> None:
+    """Once two ranks, of the wheel and not of what is installed, have added up a tensor."""
+    say(f"trying it with two ranks: {wheel}")
     with tempfile.TemporaryDirectory(prefix="fastdistil-horovod-") as directory:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(directory)  # noqa: S202  (a wheel that was built here)
         wrong = two_ranks({**environ, "PYTHONPATH": directory})
     if wrong:
         raise BuildFailed(f"two ranks of the Horovod that was built cannot add up a tensor: {wrong}")
+    if state().status != "absent" and installed_build() is None:
+        say("replacing an installed Horovod that was built elsewhere")
+    pip_install(log, environ, "--force-reinstall", "--no-deps", "--no-index", str(wheel))
 
 
 def install_requirements(constraint: Path | None, log: Path, environ: Mapping[str, str]) -> None:
@@ -410,19 +285,15 @@ def provide(*, cpu: bool, constraint: Path | None, jobs: int, environ: Mapping[s
     cache = cache_directory(environ)
     with translated("preparing the cache of Horovod's wheels", cache), locked(cache / "lock"):
         log = cache / f"{build.key}.log"
-        install_requirements(constraint, log, environ)
-        if build.met_by(installed_build(), gpu=gpu):  # by another process, meanwhile
+        if build.met_by(installed_build(), gpu=gpu):  # by another process, meanwhile; or only what it requires is missing
+            install_requirements(constraint, log, environ)
             return f"{build.title} is installed"
         wheel = cached_wheel(cache / build.key)
         if wheel is None:
             build_wheel(build, cuda, cache / build.key, log, environ, jobs)
-            wheel = cached_wheel(cache / build.key)
-            assert wheel is not None
-        say(f"trying it with two ranks: {wheel}")
-        check_wheel(wheel, environ)
-        if state().status != "absent" and installed_build() is None:
-            say("replacing an installed Horovod that was built elsewhere")
-        pip_install(log, environ, "--force-reinstall", "--no-deps", "--no-index", str(wheel))
+            (wheel,) = (cache / build.key).glob("*.whl")
+        install_requirements(constraint, log, environ)
+        install_wheel(wheel, log, environ)
     return f"{build.title} is installed; two ranks of it have added up a tensor"
 
 
@@ -479,6 +350,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except FastdistilError as error:
         print(f"fastdistil: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("fastdistil: interrupted; what was begun is thrown away", file=sys.stderr)
+        return 130
     return 0
 
 

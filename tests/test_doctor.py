@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 
 from fastdistil import __version__, doctor
+from fastdistil.build_horovod import HOW_TO_BUILD
 from fastdistil.doctor import Finding
+from fastdistil.installed_horovod import State
 from fastdistil.profiling import device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +136,7 @@ def test_directory_that_cannot_be_written() -> None:
 def test_nothing_optional_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "horovod", raising=False)
     named = by_name(doctor.options())
     for name in ("horovod", "tensorboard", "pyarrow", "compiler"):
         assert named[name].status == "absent"
@@ -142,6 +145,33 @@ def test_nothing_optional_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert doctor.triton(gpu_usable=False).status == "absent"
     assert doctor.triton(gpu_usable=True).status == "problem"
     assert doctor.exit_code(named.values()) == 0
+
+
+BUILT = State("ok", "0.28.1 for torch 2.13.0")
+WANTED = f"engine: horovod needs it, engine: torch and a single rank do not; {HOW_TO_BUILD}"
+
+
+@pytest.mark.parametrize(
+    ("state", "probe", "expected"),
+    [
+        (State("absent", "not installed"), None, ("not installed", "absent", WANTED)),
+        (State("problem", "built for another"), None, ("built for another", "problem", HOW_TO_BUILD)),
+        (
+            BUILT,
+            "ImportError: libmpi.so.40",
+            (f"{BUILT.text} does not load: ImportError: libmpi.so.40", "problem", HOW_TO_BUILD),
+        ),
+        (BUILT, {"gloo": 1, "mpi": 0, "nccl": 0}, (f"{BUILT.text}: Gloo", "ok", "")),
+        (BUILT, {"gloo": 1, "mpi": 1, "nccl": 22907}, (f"{BUILT.text}: Gloo, MPI, NCCL 2.29.7", "ok", "")),
+    ],
+)
+def test_horovod_and_its_operations(
+    state: State, probe: dict[str, int] | str | None, expected: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "state", lambda: state)
+    monkeypatch.setattr(doctor, "probe", lambda: probe)
+    found = doctor.horovod()
+    assert (found.value, found.status, found.advice) == expected
 
 
 def test_gpus_that_torch_cannot_use() -> None:
