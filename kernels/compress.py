@@ -22,88 +22,17 @@ Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks, K el
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from fastdistil.kernels.buffers import buffer
+from fastdistil.kernels.compress_reference import (
+    dequantize_int8_reference,
+    quantize_int8_reference,
+    scatter_sum_reference,
+    sign_compress_reference,
+    sign_decompress_reference,
+    top_k_select_reference,
+)
 from fastdistil.kernels.handover import Path, chosen_path
-
-# ---- the specification ----
-
-
-def _in_blocks(v_N: Tensor, block: int) -> Tensor:
-    return pad(v_N, (0, -v_N.numel() % block)).view(-1, block)
-
-
-def _with_residual(gradient_N: Tensor, residual_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    residual_N = torch.zeros_like(gradient_N) if residual_N is None else residual_N
-    return gradient_N + residual_N, residual_N
-
-
-def _left(v_N: Tensor, sent_N: Tensor, residual_N: Tensor, scales_B: Tensor, block: int) -> Tensor:
-    """v - sent, but in blocks that are not finite, whose residual stays."""
-    finite_N = scales_B.isfinite().repeat_interleave(block)[: v_N.numel()]
-    return torch.where(finite_N, v_N - sent_N, residual_N)
-
-
-def quantize_int8_reference(
-    gradient_N: Tensor, residual_N: Tensor | None = None, *, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes_N int8, scales_B float32, the new residual_N)."""
-    v_N, residual_N = _with_residual(gradient_N, residual_N)
-    v_BS = _in_blocks(v_N, block)
-    scales_B = (v_BS.abs().amax(1) / 127).float()
-    scales_B = scales_B.where(scales_B.isfinite(), torch.nan)
-    codes_BS = (v_BS / scales_B.to(v_N.dtype)[:, None]).round().clamp(-127, 127)
-    codes_N = codes_BS.where(scales_B[:, None] > 0, 0).to(torch.int8).flatten()[: v_N.numel()]
-    sent_N = dequantize_int8_reference(codes_N, scales_B, block=block, dtype=v_N.dtype)
-    return codes_N, scales_B, _left(v_N, sent_N, residual_N, scales_B, block)
-
-
-def dequantize_int8_reference(codes_N: Tensor, scales_B: Tensor, *, block: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[N], of `dtype`."""
-    scales_N = scales_B.to(dtype).repeat_interleave(block)[: codes_N.numel()]
-    return codes_N.to(dtype) * scales_N
-
-
-def sign_compress_reference(
-    gradient_N: Tensor, residual_N: Tensor | None = None, *, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(bits_W uint8, scales_B float32, the new residual_N)."""
-    v_N, residual_N = _with_residual(gradient_N, residual_N)
-    sizes_B = _in_blocks(torch.ones_like(v_N, dtype=torch.float64), block).sum(1)
-    sums_B = _in_blocks(v_N.double(), block).abs().sum(1)
-    scales_B = torch.where(sums_B.float().isfinite(), sums_B / sizes_B, torch.nan).float()
-    powers_8 = 2 ** torch.arange(8, device=v_N.device)
-    bits_W = (_in_blocks(v_N >= 0, 8) * powers_8).sum(1).to(torch.uint8)
-    sent_N = sign_decompress_reference(bits_W, scales_B, v_N.numel(), block=block, dtype=v_N.dtype)
-    return bits_W, scales_B, _left(v_N, sent_N, residual_N, scales_B, block)
-
-
-def sign_decompress_reference(
-    bits_W: Tensor, scales_B: Tensor, numel: int, *, block: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """[N], of `dtype`."""
-    set_N = (bits_W[:, None] >> torch.arange(8, device=bits_W.device) & 1).flatten()[:numel].bool()
-    scales_N = scales_B.to(dtype).repeat_interleave(block)[:numel]
-    return torch.where(set_N, scales_N, -scales_N)
-
-
-def top_k_select_reference(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(indices_K int32, ascending; values_K; the new residual_N)."""
-    v_N, _ = _with_residual(gradient_N, residual_N)
-    magnitudes_N = v_N.abs().where(v_N.isfinite(), torch.inf)
-    indices_K = magnitudes_N.sort(descending=True, stable=True).indices[:k].sort().values
-    return indices_K.int(), v_N[indices_K], v_N.index_fill(0, indices_K, 0.0)
-
-
-def scatter_sum_reference(indices_RK: Tensor, values_RK: Tensor, numel: int) -> Tensor:
-    """[N], of the values' dtype."""
-    total_N = values_RK.new_zeros(numel)
-    for indices_K, values_K in zip(indices_RK, values_RK, strict=True):
-        total_N[indices_K.long()] += values_K
-    return total_N
-
-
-# ---- the ops ----
 
 
 def _check(gradient_N: Tensor, residual_N: Tensor | None, path: str) -> None:
@@ -130,8 +59,33 @@ def _check_block(block: int, multiple: int = 1) -> None:
         raise ValueError(f"block must be a positive multiple of {multiple}, got {block}")
 
 
+def _check_coded(coded: Tensor, scales: Tensor, dtype: torch.dtype, shape: tuple[int, ...], blocks: int) -> None:
+    """`shape` is what the codes or bits should have; their scales, the same with the last number replaced."""
+    for name, tensor, wanted_dtype, wanted in (
+        ("codes or bits", coded, dtype, shape),
+        ("scales", scales, torch.float32, (*shape[:-1], blocks)),
+    ):
+        rows_whole = tensor.ndim == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+        if tensor.dtype != wanted_dtype or tensor.shape != wanted or not rows_whole:
+            raise ValueError(
+                f"the {name} must be {wanted_dtype} {list(wanted)} with rows that are contiguous; got {tensor.dtype} "
+                f"{list(tensor.shape)}, strides {list(tensor.stride())}"
+            )
+
+
+def _check_out(out_N: Tensor, numel: int, path: str) -> None:
+    allowed = (torch.float32,) if path == "triton" else (torch.float32, torch.float64)
+    if out_N.dtype not in allowed or out_N.shape != (numel,) or not out_N.is_contiguous():
+        raise ValueError(
+            f"the result must be contiguous, [{numel}] and {' or '.join(map(str, allowed))}; got {out_N.dtype} "
+            f"{list(out_N.shape)}"
+        )
+
+
 def _path(path: Path, device: torch.device) -> str:
-    return path if path == "reference" else chosen_path(path, device)
+    """On a GPU without Triton there is nothing faster than the reference, which does not wait for the device either."""
+    chosen = path if path == "reference" else chosen_path(path, device)
+    return "reference" if chosen == "torch" and device.type != "cpu" else chosen
 
 
 @torch.no_grad()
@@ -139,8 +93,17 @@ def quantize_int8(
     gradient_N: Tensor, residual_N: Tensor | None, *, block: int = 1024, path: Path = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(codes_N int8 in -127 ... 127, scales_B float32); residual_N becomes what the codes do not say."""
+    chosen = _path(path, gradient_N.device)
     _check_block(block)
-    _check(gradient_N, residual_N, _path(path, gradient_N.device))
+    _check(gradient_N, residual_N, chosen)
+    if chosen == "triton":
+        from fastdistil.kernels.compress_triton import quantize_int8_triton
+
+        return quantize_int8_triton(gradient_N, residual_N, block)
+    if chosen == "torch":
+        from fastdistil.kernels.compress_torch import quantize_int8_torch
+
+        return quantize_int8_torch(gradient_N, residual_N, block)
     codes_N, scales_B, left_N = quantize_int8_reference(gradient_N, residual_N, block=block)
     if residual_N is not None:
         residual_N.copy_(left_N)
@@ -152,9 +115,7 @@ def dequantize_int8(
     codes_N: Tensor, scales_B: Tensor, *, block: int = 1024, out: Tensor | None = None, path: Path = "auto"
 ) -> Tensor:
     """codes * scales, [N], float32, or in `out` and its dtype."""
-    dtype = torch.float32 if out is None else out.dtype
-    decoded_N = dequantize_int8_reference(codes_N, scales_B, block=block, dtype=dtype)
-    return decoded_N if out is None else out.copy_(decoded_N)
+    return _decoded_int8(codes_N[None], scales_B[None], block, torch.float32, out, path)
 
 
 @torch.no_grad()
@@ -166,11 +127,31 @@ def dequantize_sum_int8(
     path: Path = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The ranks' decoded gradients, summed in the ranks' order, [N]."""
-    total_N = torch.zeros(codes_RN.shape[1], dtype=dtype, device=codes_RN.device)
-    for codes_N, scales_B in zip(codes_RN, scales_RB, strict=True):
-        total_N += dequantize_int8_reference(codes_N, scales_B, block=block, dtype=dtype)
-    return total_N
+    """The ranks' decoded gradients, summed in the ranks' order, [N]. Rows may lie apart."""
+    return _decoded_int8(codes_RN, scales_RB, block, dtype, None, path)
+
+
+def _decoded_int8(
+    codes_RN: Tensor, scales_RB: Tensor, block: int, dtype: torch.dtype, out: Tensor | None, path: Path
+) -> Tensor:
+    chosen, (ranks, numel) = _path(path, codes_RN.device), codes_RN.shape
+    _check_block(block)
+    _check_coded(codes_RN, scales_RB, torch.int8, (ranks, numel), -(-numel // block))
+    out_N = buffer((numel,), dtype, codes_RN.device) if out is None else out
+    _check_out(out_N, numel, chosen)
+    if chosen == "triton":
+        from fastdistil.kernels.compress_triton import dequantize_sum_int8_triton
+
+        dequantize_sum_int8_triton(codes_RN, scales_RB, block, out_N)
+    elif chosen == "torch":
+        from fastdistil.kernels.compress_torch import dequantize_sum_int8_torch
+
+        dequantize_sum_int8_torch(codes_RN, scales_RB, block, out_N)
+    else:
+        out_N.zero_()
+        for codes_N, scales_B in zip(codes_RN, scales_RB, strict=True):
+            out_N += dequantize_int8_reference(codes_N, scales_B, block=block, dtype=out_N.dtype)
+    return out_N
 
 
 @torch.no_grad()
@@ -178,8 +159,17 @@ def sign_compress(
     gradient_N: Tensor, residual_N: Tensor | None, *, block: int = 1024, path: Path = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(bits_W uint8, scales_B float32); bit i % 8, least significant first, of byte i // 8. residual_N becomes the rest."""
+    chosen = _path(path, gradient_N.device)
     _check_block(block, 8)
-    _check(gradient_N, residual_N, _path(path, gradient_N.device))
+    _check(gradient_N, residual_N, chosen)
+    if chosen == "triton":
+        from fastdistil.kernels.compress_triton import sign_compress_triton
+
+        return sign_compress_triton(gradient_N, residual_N, block)
+    if chosen == "torch":
+        from fastdistil.kernels.compress_torch import sign_compress_torch
+
+        return sign_compress_torch(gradient_N, residual_N, block)
     bits_W, scales_B, left_N = sign_compress_reference(gradient_N, residual_N, block=block)
     if residual_N is not None:
         residual_N.copy_(left_N)
@@ -191,9 +181,7 @@ def sign_decompress(
     bits_W: Tensor, scales_B: Tensor, numel: int, *, block: int = 1024, out: Tensor | None = None, path: Path = "auto"
 ) -> Tensor:
     """+-scales, [N], float32, or in `out` and its dtype."""
-    dtype = torch.float32 if out is None else out.dtype
-    decoded_N = sign_decompress_reference(bits_W, scales_B, numel, block=block, dtype=dtype)
-    return decoded_N if out is None else out.copy_(decoded_N)
+    return _decoded_signs(bits_W[None], scales_B[None], numel, block, torch.float32, out, path)
 
 
 @torch.no_grad()
@@ -206,19 +194,48 @@ def sign_decompress_sum(
     path: Path = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The ranks' decoded gradients, summed in the ranks' order, [N]."""
-    total_N = torch.zeros(numel, dtype=dtype, device=bits_RW.device)
-    for bits_W, scales_B in zip(bits_RW, scales_RB, strict=True):
-        total_N += sign_decompress_reference(bits_W, scales_B, numel, block=block, dtype=dtype)
-    return total_N
+    """The ranks' decoded gradients, summed in the ranks' order, [N]. Rows may lie apart."""
+    return _decoded_signs(bits_RW, scales_RB, numel, block, dtype, None, path)
+
+
+def _decoded_signs(
+    bits_RW: Tensor, scales_RB: Tensor, numel: int, block: int, dtype: torch.dtype, out: Tensor | None, path: Path
+) -> Tensor:
+    chosen = _path(path, bits_RW.device)
+    _check_block(block, 8)
+    _check_coded(bits_RW, scales_RB, torch.uint8, (bits_RW.shape[0], -(-numel // 8)), -(-numel // block))
+    out_N = buffer((numel,), dtype, bits_RW.device) if out is None else out
+    _check_out(out_N, numel, chosen)
+    if chosen == "triton":
+        from fastdistil.kernels.compress_triton import sign_decompress_sum_triton
+
+        sign_decompress_sum_triton(bits_RW, scales_RB, block, out_N)
+    elif chosen == "torch":
+        from fastdistil.kernels.compress_torch import sign_decompress_sum_torch
+
+        sign_decompress_sum_torch(bits_RW, scales_RB, block, out_N)
+    else:
+        out_N.zero_()
+        for bits_W, scales_B in zip(bits_RW, scales_RB, strict=True):
+            out_N += sign_decompress_reference(bits_W, scales_B, numel, block=block, dtype=out_N.dtype)
+    return out_N
 
 
 @torch.no_grad()
 def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, path: Path = "auto") -> tuple[Tensor, Tensor]:
     """(indices_K int32, ascending; values_K) of exactly k elements; residual_N becomes v with zeros in their places."""
-    _check(gradient_N, residual_N, _path(path, gradient_N.device))
+    chosen = _path(path, gradient_N.device)
+    _check(gradient_N, residual_N, chosen)
     if not 1 <= k <= gradient_N.numel() < 2**31:
         raise ValueError(f"k must lie in 1 ... {gradient_N.numel()}, the gradient's size (below 2**31); got {k}")
+    if chosen == "triton":
+        from fastdistil.kernels.top_k_triton import top_k_select_triton
+
+        return top_k_select_triton(gradient_N, residual_N, k)
+    if chosen == "torch":
+        from fastdistil.kernels.compress_torch import top_k_select_torch
+
+        return top_k_select_torch(gradient_N, residual_N, k)
     indices_K, values_K, left_N = top_k_select_reference(gradient_N, residual_N, k)
     if residual_N is not None:
         residual_N.copy_(left_N)
@@ -227,8 +244,21 @@ def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, path:
 
 @torch.no_grad()
 def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, path: Path = "auto") -> Tensor:
-    """The ranks' selected elements at their places, summed in the ranks' order, [N]; a rank names no place twice."""
-    return scatter_sum_reference(indices_RK, values_RK, numel)
+    """The ranks' selected elements at their places, summed in the ranks' order, [N]; a rank names no place twice.
+
+    One index_add_ a rank on every device: its places differ, so that no two of its additions meet, in whatever order.
+    """
+    if indices_RK.shape != values_RK.shape or indices_RK.ndim != 2 or indices_RK.dtype != torch.int32:
+        raise ValueError(
+            f"indices must be int32 [R, K] and values [R, K]; got {indices_RK.dtype} {list(indices_RK.shape)} and "
+            f"{list(values_RK.shape)}"
+        )
+    if path == "reference":
+        return scatter_sum_reference(indices_RK, values_RK, numel)
+    total_N = buffer((numel,), values_RK.dtype, values_RK.device).zero_()
+    for indices_K, values_K in zip(indices_RK, values_RK, strict=True):
+        total_N.index_add_(0, indices_K, values_K)
+    return total_N
 
 
 # ---- what it costs ----

@@ -1,0 +1,302 @@
+"""The Triton path of compress.py for int8 and signs: one pass over the gradient, which adds the residual, encodes and writes
+what is left; one pass over the codes of all ranks, which decodes and sums.
+
+A program takes some whole blocks, each in one row of its tile. Tiles that lie within the gradient are loaded without a mask
+(one on N would load element by element where N is no multiple of 16); what remains is a launch of its own.
+
+No product is fused into a sum: the residual is v less what the decoder gets, which rounds the product.
+
+Legend: N elements, S elements of a block (columns of a tile), C blocks of a tile, B blocks, R ranks, W bytes of bits.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdistil.kernels.distill_triton import on_device
+from fastdistil.kernels.launches import Launch, launch
+
+# Elements of a program's tile: 16 a thread.
+_TILE = 2048
+_LARGEST = 8192
+
+
+@triton.jit
+def _load(ptr, at, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        loaded = tl.load(ptr + at)
+    else:
+        loaded = tl.load(ptr + at, inside, 0)
+    return loaded
+
+
+@triton.jit
+def _store(ptr, at, values, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(ptr + at, values)
+    else:
+        tl.store(ptr + at, values, inside)
+
+
+@triton.jit
+def _tile(elements, first, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(blocks of the program [C], numbers of its elements [C, S], which of them exist)."""
+    block_C = (tl.program_id(0) + first).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    s_S = tl.arange(0, COLUMNS)
+    at_CS = block_C[:, None] * BLOCK + s_S[None, :]
+    return block_C, at_CS, (s_S < BLOCK)[None, :] & (at_CS < elements)
+
+
+@triton.jit
+def _store_residual(residual_ptr, at_CS, left_CS, scale_C, inside_CS, WHOLE: tl.constexpr):
+    """But for blocks whose scale is nan."""
+    finite_CS = tl.broadcast_to((scale_C == scale_C)[:, None], at_CS.shape)
+    if WHOLE:
+        tl.store(residual_ptr + at_CS, left_CS, finite_CS)
+    else:
+        tl.store(residual_ptr + at_CS, left_CS, finite_CS & inside_CS)
+
+
+@triton.jit
+def quantize_int8_kernel(
+    gradient_ptr,
+    residual_ptr,
+    codes_ptr,
+    scales_ptr,
+    elements,
+    first,
+    HAS_RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block_C, at_CS, inside_CS = _tile(elements, first, BLOCK, ROWS, COLUMNS)
+    v_CS = _load(gradient_ptr, at_CS, inside_CS, WHOLE)
+    if HAS_RESIDUAL:
+        v_CS += _load(residual_ptr, at_CS, inside_CS, WHOLE)
+    # As integers, which order nan above inf above the rest; a maximum of floats may lose nan.
+    largest_C = tl.max(v_CS.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    scale_C = tl.div_rn(largest_C.to(tl.float32, bitcast=True), tl.full((ROWS,), 127.0, tl.float32))
+    scale_C = tl.where(largest_C < 0x7F800000, scale_C, float("nan"))
+    some_C = scale_C > 0
+    x_CS = tl.div_rn(v_CS, tl.broadcast_to(tl.where(some_C, scale_C, 1.0)[:, None], v_CS.shape))
+    # The clamp is for denormal scales, which have few digits. 1.5 * 2**23: what is added to it is rounded to integers.
+    x_CS = tl.minimum(tl.maximum(x_CS, -127.0), 127.0)
+    x_CS = tl.where(some_C[:, None], (x_CS + 12582912.0) - 12582912.0, 0.0)
+    _store(codes_ptr, at_CS, x_CS.to(tl.int8), inside_CS, WHOLE)
+    tl.store(scales_ptr + block_C, scale_C, block_C * BLOCK < elements)
+    if HAS_RESIDUAL:
+        _store_residual(residual_ptr, at_CS, v_CS - x_CS * scale_C[:, None], scale_C, inside_CS, WHOLE)
+
+
+@triton.jit
+def dequantize_sum_int8_kernel(
+    codes_ptr,
+    scales_ptr,
+    out_ptr,
+    elements,
+    ranks,
+    codes_row_stride,
+    scales_row_stride,
+    first,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block_C, at_CS, inside_CS = _tile(elements, first, BLOCK, ROWS, COLUMNS)
+    total_CS = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(ranks):
+        scale_C = tl.load(scales_ptr + block_C, block_C * BLOCK < elements, 0.0)
+        total_CS += _load(codes_ptr, at_CS, inside_CS, WHOLE).to(tl.float32) * scale_C[:, None]
+        codes_ptr += codes_row_stride
+        scales_ptr += scales_row_stride
+    _store(out_ptr, at_CS, total_CS, inside_CS, WHOLE)
+
+
+@triton.jit
+def _byte_tile(block_C, elements, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """(numbers of the tile's bytes of bits [C, S / 8], which of them exist)."""
+    j_S = tl.arange(0, COLUMNS // 8)
+    byte_CS = block_C[:, None] * (BLOCK // 8) + j_S[None, :]
+    return byte_CS, (j_S < BLOCK // 8)[None, :] & (byte_CS * 8 < elements)
+
+
+@triton.jit
+def sign_compress_kernel(
+    gradient_ptr,
+    residual_ptr,
+    bits_ptr,
+    scales_ptr,
+    elements,
+    first,
+    HAS_RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block_C, at_CS, inside_CS = _tile(elements, first, BLOCK, ROWS, COLUMNS)
+    v_CS = _load(gradient_ptr, at_CS, inside_CS, WHOLE)
+    if HAS_RESIDUAL:
+        v_CS += _load(residual_ptr, at_CS, inside_CS, WHOLE)
+    sum_C = tl.sum(tl.abs(v_CS), 1)
+    # Programs beyond the last block divide by 1.
+    size_C = tl.maximum(tl.minimum(elements - block_C * BLOCK, BLOCK), 1).to(tl.float32)
+    scale_C = tl.where(sum_C < float("inf"), tl.div_rn(sum_C, size_C), float("nan"))
+    tl.store(scales_ptr + block_C, scale_C, block_C * BLOCK < elements)
+    positive_CS = v_CS >= 0
+    set_CS = positive_CS
+    if not WHOLE:
+        set_CS = set_CS & inside_CS
+    bits_CS8 = tl.reshape(set_CS.to(tl.int32), (ROWS, COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    byte_CS, has_CS = _byte_tile(block_C, elements, BLOCK, COLUMNS)
+    _store(bits_ptr, byte_CS, tl.sum(bits_CS8, 2).to(tl.uint8), has_CS, WHOLE)
+    if HAS_RESIDUAL:
+        left_CS = v_CS - tl.where(positive_CS, scale_C[:, None], -scale_C[:, None])
+        _store_residual(residual_ptr, at_CS, left_CS, scale_C, inside_CS, WHOLE)
+
+
+@triton.jit
+def sign_decompress_sum_kernel(
+    bits_ptr,
+    scales_ptr,
+    out_ptr,
+    elements,
+    ranks,
+    bits_row_stride,
+    scales_row_stride,
+    first,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block_C, at_CS, inside_CS = _tile(elements, first, BLOCK, ROWS, COLUMNS)
+    byte_CS, has_CS = _byte_tile(block_C, elements, BLOCK, COLUMNS)
+    total_CS = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(ranks):
+        scale_C = tl.load(scales_ptr + block_C, block_C * BLOCK < elements, 0.0)
+        bits_CS = _load(bits_ptr, byte_CS, has_CS, WHOLE).to(tl.int32)
+        set_CS8 = (bits_CS[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        set_CS = tl.reshape(set_CS8, (ROWS, COLUMNS)) == 1
+        total_CS += tl.where(set_CS, scale_C[:, None], -scale_C[:, None])
+        bits_ptr += bits_row_stride
+        scales_ptr += scales_row_stride
+    _store(out_ptr, at_CS, total_CS, inside_CS, WHOLE)
+
+
+# ---- launches ----
+
+
+def tile(block: int) -> tuple[int, int, int]:
+    """(blocks of a program, columns of its tile, warps)."""
+    columns = max(8, triton.next_power_of_2(block))
+    rows = max(1, _TILE // columns)
+    return rows, columns, max(4, rows * columns // 512)
+
+
+def _constexprs(block: int, whole: bool, residual: bool | None = None) -> dict[str, Any]:
+    rows, columns, _ = tile(block)
+    values: dict[str, Any] = {"WHOLE": whole, "BLOCK": block, "ROWS": rows, "COLUMNS": columns}
+    return values if residual is None else {"HAS_RESIDUAL": residual, **values}
+
+
+def _launches(numel: int, block: int) -> Iterator[tuple[int, int, bool]]:
+    """(the first program, how many, whether all their elements exist)."""
+    if block > _LARGEST:
+        raise ValueError(f"blocks have up to {_LARGEST} elements in the Triton path, got {block}; choose a smaller block")
+    rows, columns, _ = tile(block)
+    programs = triton.cdiv(numel, rows * block)
+    whole = numel // (rows * block) if columns == block else 0
+    if whole:
+        yield 0, whole, True
+    if programs > whole:
+        yield whole, programs - whole, False
+
+
+def _encode(
+    kernel: Any, gradient_N: Tensor, residual_N: Tensor | None, block: int, coded: Tensor, scales_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    with on_device(gradient_N):
+        for first, programs, whole in _launches(gradient_N.numel(), block):
+            kernel[(programs,)](
+                gradient_N,
+                gradient_N if residual_N is None else residual_N,
+                coded,
+                scales_B,
+                gradient_N.numel(),
+                first,
+                **_constexprs(block, whole, residual_N is not None),
+                num_warps=tile(block)[2],
+                enable_fp_fusion=False,
+            )
+    return coded, scales_B
+
+
+def _decode(kernel: Any, coded_R: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
+    with on_device(out_N):
+        for first, programs, whole in _launches(out_N.numel(), block):
+            kernel[(programs,)](
+                coded_R,
+                scales_RB,
+                out_N,
+                out_N.numel(),
+                coded_R.shape[0],
+                coded_R.stride(0),
+                scales_RB.stride(0),
+                first,
+                **_constexprs(block, whole),
+                num_warps=tile(block)[2],
+                enable_fp_fusion=False,
+            )
+
+
+def quantize_int8_triton(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    codes_N = torch.empty_like(gradient_N, dtype=torch.int8)
+    scales_B = gradient_N.new_empty(-(-gradient_N.numel() // block))
+    return _encode(quantize_int8_kernel, gradient_N, residual_N, block, codes_N, scales_B)
+
+
+def sign_compress_triton(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    bits_W = gradient_N.new_empty(-(-gradient_N.numel() // 8), dtype=torch.uint8)
+    scales_B = gradient_N.new_empty(-(-gradient_N.numel() // block))
+    return _encode(sign_compress_kernel, gradient_N, residual_N, block, bits_W, scales_B)
+
+
+def dequantize_sum_int8_triton(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
+    _decode(dequantize_sum_int8_kernel, codes_RN, scales_RB, block, out_N)
+
+
+def sign_decompress_sum_triton(bits_RW: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
+    _decode(sign_decompress_sum_kernel, bits_RW, scales_RB, block, out_N)
+
+
+def shipped_launches() -> list[Launch]:
+    """Blocks of 8 to 8192 elements, of which one is no power of 2."""
+    launches = []
+    encoders = ((quantize_int8_kernel, {"codes_ptr": "int8"}), (sign_compress_kernel, {"bits_ptr": "uint8"}))
+    decoders = ((dequantize_sum_int8_kernel, {"codes_ptr": "int8"}), (sign_decompress_sum_kernel, {"bits_ptr": "uint8"}))
+    for block in (8, 1000, 1024, 8192):
+        warps = tile(block)[2]
+        for whole in (False, True) if tile(block)[1] == block else (False,):
+            name = f"S={block}{' whole' if whole else ''}"
+            for fn, coded in encoders:
+                types = {"gradient_ptr": "float32", "residual_ptr": "float32", "scales_ptr": "float32", **coded}
+                for residual in (False, True) if block == 1024 else (True,):
+                    constexprs = _constexprs(block, whole, residual)
+                    label = f"{fn.fn.__name__} {name}{' residual' if residual else ''}"
+                    launches.append(launch(label, fn, types, ("elements", "first"), constexprs, warps))
+            for fn, coded in decoders:
+                types = {"scales_ptr": "float32", "out_ptr": "float32", **coded}
+                strides = tuple(each for each in fn.arg_names if each.endswith("_stride"))
+                integers = ("elements", "ranks", "first", *strides)
+                launches.append(launch(f"{fn.fn.__name__} {name}", fn, types, integers, _constexprs(block, whole), warps))
+    return [each._replace(options={**each.options, "enable_fp_fusion": False}) for each in launches]
