@@ -1,6 +1,7 @@
 """The launcher with real processes: a stand-in for a rank that does what its line of a plan says, and for ssh a shell."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from fastdistil.attempts import free_port
 from fastdistil.calls import answer_call, read_answer, write_call
 from fastdistil.errors import CorruptData, RankLost, Stopped, UserError
 from fastdistil.launch import Elastic, Job, choose_slots, launch, launch_function, parse_elastic, parse_hosts
-from fastdistil.processes import Slot, ranges, rank_environment
+from fastdistil.processes import Slot, Voices, ranges, rank_environment
 
 # A rank: appends its environment to `starts`, then does what the plan says for it ("default" otherwise).
 STAND_IN = """
@@ -68,6 +69,9 @@ echo "$1" >> "$SSH_FOLDER/hosts"
 shift
 exec sh -c "$*"
 """
+
+
+KILLED, OTHERS = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(0.2); sys.exit(12)"
 
 
 class Ranks:
@@ -143,9 +147,9 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_rank_is_told_its_place(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "")  # of another launcher: not to be passed on
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    monkeypatch.setenv("LOCAL_RANK", "7")
+    # Of a launcher that started this process alone: not to be passed on.
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert launch(ranks.job(2)) == 0
     first, second = sorted((start["environ"] for start in ranks.starts), key=lambda environ: environ["RANK"])
     cores = len(os.sched_getaffinity(0))
@@ -159,7 +163,7 @@ def test_every_rank_is_told_its_place(ranks: Ranks, monkeypatch: pytest.MonkeyPa
             "MASTER_ADDR": "127.0.0.1",
         }
         assert (environ["GROUP_RANK"], environ["GROUP_WORLD_SIZE"]) == ("0", "1")
-        assert environ["FASTDISTIL_LAUNCHER"] == "fastdistil"
+        assert environ["FASTDISTIL_LAUNCHER"] == "fastdistil" and "TORCHELASTIC_RUN_ID" not in environ
         assert 1 <= int(environ["OMP_NUM_THREADS"]) <= max(1, cores // 2)
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -230,6 +234,21 @@ def test_what_several_ranks_say_alike_is_said_once(ranks: Ranks, capsys: pytest.
     assert "[rank 1] Traceback" in err and "[rank 1] ZeroDivisionError: x" in err
 
 
+def test_what_was_said_already_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may be seconds later than the others with the same words."""
+    monkeypatch.setattr(Voices, "HOLD_S", 0.0)
+    out = io.StringIO()
+    voices = Voices(out)
+    for rank in (2, 1):
+        reading, writing = os.pipe()
+        os.write(writing, b"fastdistil: rank 0 is lost\n")
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            voices.listen(rank, pipe)
+        voices.flush()
+    assert out.getvalue() == "[rank 2] fastdistil: rank 0 is lost\n"
+
+
 def test_what_the_others_printed_is_kept_when_it_failed(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     ranks.plan(default="print('odd'); sys.exit(3 * int(rank))")
     assert launch(ranks.job(2)) == 3
@@ -244,23 +263,36 @@ def test_what_the_others_printed_is_kept_when_it_failed(ranks: Ranks, capsys: py
     assert "printed is in" not in capsys.readouterr().err
 
 
+STARTS_A_CHILD = (
+    "import subprocess; child = subprocess.Popen(['sleep', '300']); (folder / 'child').write_text(str(child.pid)); "
+    "(folder / 'started').touch(); "
+)
+
+
+def child_ended(ranks: Ranks) -> bool:
+    return not running(int((ranks.folder / "child").read_text()))
+
+
+@pytest.mark.parametrize("stuck", ["os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(300)"])
 def test_a_rank_that_does_not_end_is_ended(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stuck: str
 ) -> None:
-    """Stopped as by SIGSTOP it cannot hear SIGTERM; what it started goes with it."""
+    """Stopped as by SIGSTOP it cannot hear SIGTERM. What it started goes with it."""
     monkeypatch.setattr("fastdistil.attempts.END_S", 0.3)
     monkeypatch.setattr("fastdistil.attempts.KILL_AFTER_S", 0.3)
-    child = "import subprocess; child = subprocess.Popen(['sleep', '300']); (folder / 'child').write_text(str(child.pid))"
-    ranks.plan(
-        rank1=f"{child}; (folder / 'stops').touch(); os.kill(os.getpid(), signal.SIGSTOP)",
-        rank0="wait_for('stops'); sys.exit(12)",
-    )
+    ranks.plan(rank1=STARTS_A_CHILD + stuck, rank0="wait_for('started'); sys.exit(12)")
     begun = time.monotonic()
     assert launch(ranks.job(2, timeout_s=0.2)) == 12
     assert time.monotonic() - begun < 20
     assert ranks.alive() == []
-    ranks.wait_for(lambda: not running(int((ranks.folder / "child").read_text())), "its child to end")
+    ranks.wait_for(lambda: child_ended(ranks), "its child to end")
     assert "rank 1 did not end in time" in capsys.readouterr().err
+
+
+def test_what_a_killed_rank_started_ends(ranks: Ranks) -> None:
+    ranks.plan(rank1=STARTS_A_CHILD + KILLED, rank0="wait_for('started'); sys.exit(12)")
+    assert launch(ranks.job(2)) == 12
+    ranks.wait_for(lambda: child_ended(ranks), "its child to end")
 
 
 def as_command(ranks: Ranks, job: Job, **more: Any) -> "subprocess.CompletedProcess[str]":
@@ -390,9 +422,6 @@ def elastic(ranks: Ranks, np: int, low: int, hosts: str | None = None, **more: A
     return Job(command=ranks.command("first"), slots=slots, ranks=count, timeout_s=5.0, elastic=options, **more)
 
 
-KILLED, OTHERS = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(0.2); sys.exit(12)"
-
-
 def test_elastic_goes_on_without_the_lost_rank(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     ranks.plan(default=[OTHERS, "pass"], rank1=[KILLED, "pass"])
     assert launch(elastic(ranks, 3, 1)) == 0
@@ -440,8 +469,8 @@ def test_elastic_uses_spare_slots_first(ranks: Ranks, ssh: Path) -> None:
 def test_elastic_does_without_a_host_that_cannot_be_reached(ranks: Ranks, ssh: Path) -> None:
     (ssh / "down-b").touch()
     ranks.plan(default=[OTHERS, "pass"])
-    assert launch(elastic(ranks, 4, 1, "a:2,b:2")) == 0
-    assert ranks.sizes() == [4, 2]
+    assert launch(elastic(ranks, 3, 1, "a:2,b:2")) == 0
+    assert ranks.sizes() == [3, 2]  # b's other slot is no better
 
 
 def test_elastic_is_given_up_without_progress(
@@ -482,20 +511,25 @@ def test_elastic_leaves_the_run_alone_while_the_lost_host_is_down(ranks: Ranks, 
     assert ranks.sizes() == [2, 1, 2]
 
 
-def test_elastic_obeys_the_user(ranks: Ranks) -> None:
-    ranks.plan(default="wait()")
+@pytest.mark.parametrize(
+    ("deed", "code"),
+    [("wait()", 75), ("signal.signal(15, lambda *_: os._exit(12)); (folder / f'ready-{rank}').touch(); time.sleep(300)", 12)],
+)
+def test_elastic_obeys_the_user(ranks: Ranks, deed: str, code: int) -> None:
+    """A run that was told to stop is not started again, not even if its ranks could not save."""
+    ranks.plan(default=deed)
     job = elastic(ranks, 2, 1)
-    code = (
+    program = (
         "import sys; from fastdistil.launch import *; from fastdistil.processes import Slot\n"
         f"elastic = Elastic(min_ranks=1, again={job.command!r}, progress=lambda: None)\n"
         f"job = Job(command={job.command!r}, slots=(Slot(None, 0), Slot(None, 1)), ranks=2, timeout_s=5.0, elastic=elastic)\n"
         "sys.exit(launch(job))"
     )
-    launcher = subprocess.Popen([sys.executable, "-c", code])
+    launcher = subprocess.Popen([sys.executable, "-c", program])
     try:
         ranks.ready(2)
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(30) == 75
+        assert launcher.wait(30) == code
     finally:
         launcher.kill()
     assert ranks.sizes() == [2]
@@ -583,13 +617,14 @@ def test_errors_come_back_as_they_were() -> None:
     with pytest.raises(CorruptData, match=r"^shard 3 is bad$"):
         call(fails)
 
-    def dies() -> None:
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RankLost("rank 1 is lost")
 
+def test_a_rank_that_died_left_no_error(tmp_path: Path) -> None:
     with pytest.raises(RankLost, match="rank 1 was killed by SIGKILL"):
-        call(dies)
+        read_answer(tmp_path, 12, 1, "rank 1 was killed by SIGKILL")
+    with pytest.raises(RankLost, match="rank 1 ended with exit code 1"):
+        read_answer(tmp_path, 1, 1, None)
+    with pytest.raises(KeyboardInterrupt):
+        read_answer(tmp_path, 130, 0, None)
 
 
 class Stubborn(Exception):
@@ -597,9 +632,16 @@ class Stubborn(Exception):
         raise TypeError("stays here")
 
 
+class Picky(Exception):
+    """Leaves, but does not arrive: unpickled, it would be called with what it says."""
+
+    def __init__(self, text: str, *, reason: str = "") -> None:
+        super().__init__(text, reason, "three")
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "raised"),
-    [(Stopped, 75, Stopped), (ZeroDivisionError, 1, ZeroDivisionError), (Stubborn, 1, RuntimeError)],
+    [(Stopped, 75, Stopped), (ZeroDivisionError, 1, ZeroDivisionError), (Stubborn, 1, RuntimeError), (Picky, 1, RuntimeError)],
 )
 def test_errors_of_all_kinds(tmp_path: Path, kind: type[Exception], code: int, raised: type[Exception]) -> None:
     def fails() -> None:
