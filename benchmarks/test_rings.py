@@ -167,7 +167,7 @@ def report(facts: dict[str, Any]) -> str:
     for rings in RINGS:
         declared, sent = facts["ring_bytes"][rings], facts["tx_bytes"][rings]
         lines.append(
-            f"  k = {rings}: {facts['ms'][rings]:.1f} ms, {facts['times_faster'][rings]:.2f}x; bytes by ring {declared}; on the "
-            f"wire {sent}, {sent / sum(declared):.4f} of them; by flow {facts['flow_bytes'][rings]}"
+            f"  k = {rings}: {facts['ms'][rings]:.1f} ms, {facts['times_faster'][rings]:.2f}x; bytes by ring {declared}, "
+            f"on the wire {sent}, {sent / sum(declared):.4f} of them, by flow {facts['flow_bytes'][rings]}"
         )
     return "\n".join(lines)
