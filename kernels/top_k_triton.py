@@ -27,7 +27,7 @@ from fastdistil.kernels.launches import Launch, launch
 
 _TILE = 4096
 # Candidates of a tile worked on at a time; at a density of 1% a tile has about 50.
-_STEP = 128
+_STEP = 256
 _DIGITS = 4
 
 
