@@ -32,7 +32,7 @@ from fastdistil.verdicts import Beat, Kind, Verdict, View, compact_stack, judge,
 GRACE_S = 5.0
 """From a verdict until a process that has not ended by itself is ended."""
 LINGER_S = 3.0
-"""Rank 0, which serves the store, and a rank that fails stay at most this long for the others to hear why."""
+"""After a verdict rank 0, which serves the store, stays at most this long for the others to hear it."""
 VERDICT, STOP = "monitor/verdict", "monitor/stop"
 
 
@@ -148,13 +148,12 @@ class Monitor:
             raise self._lost()
 
     def failed(self, error: BaseException) -> None:
-        """This rank is about to end by `error`: tell the others, and stay LINGER_S at most until they know."""
+        """This rank is about to end by `error`: tell the others. `close` then stays LINGER_S at most until they know."""
         frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
         beat = replace(self._beat(), stack=compact_stack(reversed(frames)))
         self._exit_code = getattr(error, "exit_code", 1)
         words = f"rank {self._rank} failed: {type(error).__name__}: {' '.join(str(error).split())}; {beat.where()}"
         self._settle(Verdict(self._rank, words))
-        self._linger()
 
     def lost(self, error: BaseException) -> RankLost:
         """A collective failed here. Which rank is gone? Waits `timeout_s` at most for the answer."""
@@ -244,9 +243,12 @@ class Monitor:
         if self._rank != 0 and self._now.kind == "finished":
             return None
         now = self._clock.seconds
-        if self._resumed is not None and (self._cut_off is not None or now - self._resumed[0] >= self._quick_s):
+        if self._resumed is not None:
             # The others go on if they were stopped and continued together with this rank, and are gone if they were not.
-            (since, stood_still_s), self._resumed = self._resumed, None
+            since, stood_still_s = self._resumed
+            if self._cut_off is None and now - since < self._quick_s:
+                return None
+            self._resumed = None
             if self._cut_off is not None or all(view.seen < since + self._quick_s / 2 for view in self._views.values()):
                 return Verdict(None, f"this rank stood still for {stood_still_s:.0f} s and was given up by the others")
         if self._cut_off is not None:

@@ -167,7 +167,7 @@ def _copy(source: Path, target: Path, manifest: Manifest) -> None:
         )
     for name in missing:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy_file(source / name, partial / name, manifest.files[name])
+        _copy_file(source / name, partial / name, manifest.files[name]["sha256"])
     (partial / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     _sync_tree(partial)
     partial.rename(target)
@@ -186,20 +186,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _copy_file(source: Path, target: Path, expected: dict[str, Any]) -> None:
-    digest, size = hashlib.sha256(), 0
+def _copy_file(source: Path, target: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
     try:
         with source.open("rb") as reads, target.open("wb") as writes:
             while chunk := reads.read(_CHUNK_BYTES):
                 digest.update(chunk)
-                size += len(chunk)
                 writes.write(chunk)
     except FileNotFoundError as error:
         raise CorruptData(f"{source} is missing; {PREPARE_AGAIN}") from error
-    if size != expected["bytes"]:
-        raise CorruptData(f"{source} is damaged: expected {expected['bytes']} bytes, found {size}; {PREPARE_AGAIN}")
-    if (found := digest.hexdigest()) != expected["sha256"]:
-        raise CorruptData(f"{source} is damaged: sha256 expected {expected['sha256']}, found {found}; {PREPARE_AGAIN}")
+    if (found := digest.hexdigest()) != sha256:
+        raise CorruptData(f"{source} is damaged: sha256 expected {sha256}, found {found}; {PREPARE_AGAIN}")
 
 
 def _sync_tree(directory: Path) -> None:

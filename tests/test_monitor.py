@@ -317,11 +317,11 @@ STACK = r"its stack: in test_monitor\.py:\d+ \w+ < .*test_monitor\.py:\d+ train 
     [
         ("rank 1 killed", 1, r"rank 1 is silent for \d s \(killed, stopped or cut off\); its last phase: forward, update 7; "),
         ("rank 0 killed", 0, r"rank 0 is gone \(its connection is closed.*; its last phase: forward, update 7; "),
-        ("rank 1 stopped", 1, r"rank 1 is silent for 4 s .*; its last phase: forward, update 7; "),
-        ("rank 0 stopped", 0, r"rank 0 is silent for 4 s .*; its last phase: forward, update 7; "),
+        ("rank 1 stopped", 1, r"rank 1 is silent for [4-6] s .*; its last phase: forward, update 7; "),
+        ("rank 0 stopped", 0, r"rank 0 is silent for [4-6] s .*; its last phase: forward, update 7; "),
         ("rank 1 fails", 1, r"rank 1 failed: ValueError: the window is bad; its last phase: forward, update 7; "),
         ("rank 0 fails", 0, r"rank 0 failed: ValueError: the window is bad; its last phase: forward, update 7; "),
-        ("rank 1 stuck", 1, r"rank 1 does not get on for 4 s; its last phase: forward, update 7; "),
+        ("rank 1 stuck", 1, r"rank 1 does not get on for [4-6] s; its last phase: forward, update 7; "),
     ],
 )
 def test_every_other_rank_ends_in_time_and_names_the_lost_one(
@@ -376,8 +376,8 @@ def test_collectives_that_do_not_match(results: Results) -> None:
     for ended in results["mismatch"]:
         assert ended.code == 12, ended.words
         assert re_match(
-            r"the ranks wait for each other for 4 s: ranks 0, 1 for bucket 0 \(its last phase: forward, update 7; its stack: "
-            r"in .*\); rank 2 for bucket 1 \(",
+            r"the ranks wait for each other for [4-6] s: ranks 0, 1 for bucket 0 \(its last phase: forward, update 7; "
+            r"its stack: in .*\); rank 2 for bucket 1 \(",
             ended.message,
         )
 
@@ -404,13 +404,13 @@ def test_a_long_evaluation_and_a_held_interpreter_lock_are_no_loss(results: Resu
 def test_a_rank_that_never_starts(results: Results) -> None:
     (alone,) = results["never started"]
     assert alone.code == 12, alone.words
-    assert re_match(r"rank 1 gave no sign of life for 4 s", alone.message)
+    assert re_match(r"rank 1 gave no sign of life for [4-6] s", alone.message)
 
 
 def test_rank_0_warns_before_it_gives_a_rank_up(results: Results) -> None:
     notes = [line for line in results["rank 1 stopped"][0].words.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
-    assert re_match(r"rank 1 is silent for 2 s .*; given up after 4 s", notes[0])
+    assert re_match(r"rank 1 is silent for [2-4] s .*; given up after 4 s", notes[0])
 
 
 # --- agreement at the start ---

@@ -57,13 +57,29 @@ def contents(directory: Path) -> dict[str, bytes]:
 # --- pre_run ---
 
 
+@contextmanager
+def input_waiting(text: str) -> Iterator[None]:
+    """As this process's standard input."""
+    before, (reads, writes) = os.dup(0), os.pipe()
+    os.write(writes, text.encode())
+    os.close(writes)
+    os.dup2(reads, 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reads)
+
+
 def test_commands_run_in_order_on_local_rank_0_with_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PLACE", str(tmp_path / "log"))
     commands = ('echo one >> "$PLACE"; echo to stdout; echo to stderr >&2', 'cat "$PLACE" && echo two >> "$PLACE"', "cat")
     calls = Calls()
-    run_once_per_node(commands, 0, calls.barrier, calls.append)
+    with input_waiting("not theirs"):
+        run_once_per_node(commands, 0, calls.barrier, calls.append)
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
     assert calls == [*(f"pre_run: {command}" for command in commands), "barrier"]
     out, err = capfd.readouterr()
