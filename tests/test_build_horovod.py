@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -406,11 +407,24 @@ def test_two_ranks_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "class RendezvousServer:\n"
         "    def start(self):\n"
         "        child = subprocess.Popen(['sleep', '1000'])\n"
-        "        pathlib.Path(__file__).with_name('pid').write_text(str(child.pid))\n"
+        "        written = pathlib.Path(__file__).with_name('writing')\n"
+        "        written.write_text(str(child.pid))\n"
+        "        written.rename(written.with_name('pid'))\n"
         "        child.wait()\n"
     )
-    monkeypatch.setattr(installed_horovod, "CHECK_SECONDS", 4)
-    assert two_ranks({**os.environ, "PYTHONPATH": str(tmp_path)}) == "not done within 4 s"
+
+    class Impatient(subprocess.Popen[str]):
+        """Its time is over as soon as the child is there."""
+
+        def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002
+            assert timeout == installed_horovod.CHECK_SECONDS
+            while not server.with_name("pid").exists():
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Impatient)
+        assert two_ranks({**os.environ, "PYTHONPATH": str(tmp_path)}) == "not done within 300 s"
     pid = int(server.with_name("pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     server.write_text("raise ImportError('no server')\n")
