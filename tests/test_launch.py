@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +125,10 @@ def running(pid: int) -> bool:
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    # A launcher that is killed leaves its directory of logs; not outside of this test's.
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     stand_in = Ranks(tmp_path)
     stand_in.plan()
     yield stand_in
