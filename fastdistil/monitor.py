@@ -22,7 +22,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -93,6 +93,7 @@ class Monitor:
         self._now = _Now()
         self._progress = (0, 0.0)  # changes when last looked at, and when they were last found changed
         self._beats = 0
+        self._sent: Beat | None = None
         self._broken: str | None = None
         self._stop_wanted: str | None = None
         self._cut_off: str | None = None
@@ -255,7 +256,7 @@ class Monitor:
             return self._judge_cut_off(self._cut_off)
         if self._rank != 0:
             return silent(self._views, now, self._quick_s if self._broken else self.timeout_s)
-        views = {0: View(now, self._beat()), **self._views}
+        views = {0: View(now, self._sent), **self._views}
         verdict = judge(views, now, self.timeout_s, self._quick_s)
         if verdict is None:
             self._worry(judge(views, now, self.timeout_s / 2, self.timeout_s))
@@ -312,7 +313,8 @@ class Monitor:
         """One beat. True after the last one."""
         self._beats += 1
         beat, verdict, closed = self._beat(), self._verdict, self._closed
-        store.set(_beat_key(self._rank), json.dumps(asdict(beat)))
+        self._sent = beat
+        store.set(_beat_key(self._rank), json.dumps(vars(beat)))
         if verdict is not None:
             store.compare_set(VERDICT, "", json.dumps(verdict))
         if self._stop_wanted is not None and self.stop_requested is None:

@@ -6,8 +6,7 @@ another machine's.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
+from itertools import groupby, islice
 from types import CodeType
 from typing import Literal, NamedTuple
 
@@ -112,5 +111,5 @@ def rank_list(ranks: Iterable[int]) -> str:
 
 def compact_stack(frames: Iterable[tuple[CodeType, int]]) -> str:
     """Of (code, line), innermost first: "in batches.py:88 window < train.py:142 train_step"."""
-    calls = [f"{Path(code.co_filename).name}:{line} {code.co_name}" for code, line in frames]
-    return f"in {' < '.join(calls[:STACK_FRAMES])}" if calls else "not known"
+    calls = [f"{code.co_filename.rpartition('/')[2]}:{line} {code.co_name}" for code, line in islice(frames, STACK_FRAMES)]
+    return f"in {' < '.join(calls)}" if calls else "not known"
