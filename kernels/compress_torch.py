@@ -1,4 +1,4 @@
-"""The path of compress.py for the CPU: chunks that stay in the cache, worked on in vectorised sweeps.
+"""The path of compress.py for the CPU: chunks that stay in the second-level cache, worked on in vectorised sweeps.
 
 What torch does slowly there (comparisons into booleans, packing of bits, the numbers of the set elements) numpy does, on the
 same memory. Chunks in which something is unusual (not finite, or so small that a scale is denormal) go to the reference.
@@ -8,6 +8,7 @@ Legend: N elements, S elements of a block, C blocks of a chunk, B blocks, R rank
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,110 +17,116 @@ from torch import Tensor
 from fastdistil.kernels.buffers import buffer
 from fastdistil.kernels.compress_reference import quantize_int8_reference, sign_compress_reference
 
-# Elements: 1 MiB in float32, of which two or three are in use at a time.
-CHUNK = 2**18
+# Elements of a chunk for each thread: four such buffers (256 KiB in float32) are in use at a time.
+CHUNK = 2**16
 
 
-def _chunks(numel: int, block: int) -> Iterator[tuple[slice, slice, int]]:
-    """(elements, their blocks, the blocks' size): whole blocks, and at last the part of one that remains."""
-    whole, step = numel // block * block, _step(block)
-    for first in range(0, whole, step):
-        end = min(first + step, whole)
-        yield slice(first, end), slice(first // block, end // block), block
-    if whole < numel:
-        yield slice(whole, numel), slice(whole // block, whole // block + 1), numel - whole
+def _chunk_blocks(block: int) -> int:
+    return max(1, CHUNK * torch.get_num_threads() // block)
 
 
-def _step(block: int) -> int:
-    return max(1, CHUNK // block) * block
+def _chunks(block: int, tensors: list[tuple[Tensor | None, int]]) -> Iterator[list[Any]]:
+    """Of each (tensor, its elements for a block): [C, those], chunk by chunk; None for None. A part of a block comes last."""
+    whole = min(each.numel() // width for each, width in tensors if each is not None)
+    rows = _chunk_blocks(block)
+    columns: list[Any] = [
+        [None] * -(-whole // rows) if each is None else torch.split(each[: whole * width].view(whole, width), rows)
+        for each, width in tensors
+    ]
+    if whole:
+        yield from (list(chunk) for chunk in zip(*columns, strict=True))
+    rests = [None if each is None else each[whole * width :] for each, width in tensors]
+    if any(rest is not None and rest.numel() for rest in rests):
+        yield [None if rest is None else rest.view(1, -1) for rest in rests]
 
 
-def _spares(count: int, like_N: Tensor, block: int) -> list[Tensor]:
-    size = min(like_N.numel(), _step(block))
-    return [torch.empty(size, dtype=like_N.dtype) for _ in range(count)]
+def _spare(like_N: Tensor, block: int) -> Tensor:
+    return like_N.new_empty(min(like_N.numel(), _chunk_blocks(block) * block))
 
 
-def _sum_with(gradient_N: Tensor, residual_N: Tensor | None, here: slice, spare: Tensor) -> Tensor:
-    if residual_N is None:
-        return gradient_N[here]
-    return torch.add(gradient_N[here], residual_N[here], out=spare[: here.stop - here.start])
+def _like(spare: Tensor, chunk_CS: Tensor) -> Tensor:
+    return spare[: chunk_CS.numel()].view(chunk_CS.shape)
+
+
+_SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 
 def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
     dtype, numel = gradient_N.dtype, gradient_N.numel()
     codes_N = buffer((numel,), torch.int8, gradient_N.device)
     scales_B = torch.empty(-(-numel // block))
-    spare_v, spare_x = _spares(2, gradient_N, block)
-    smallest = torch.finfo(torch.float32).smallest_normal
-    for here, blocks, size in _chunks(numel, block):
-        v_CS = _sum_with(gradient_N, residual_N, here, spare_v).view(-1, size)
-        x_CS = spare_x[: here.stop - here.start].view(-1, size)
-        scales_B[blocks] = torch.abs(v_CS, out=x_CS).amax(1).div_(127)
-        scales_C = scales_B[blocks]
-        usual_C = (scales_C == 0) | ((scales_C >= smallest) & (scales_C < math.inf))
-        if not bool(usual_C.all()):
-            rest_N = None if residual_N is None else residual_N[here]
-            codes_N[here], scales_B[blocks], left_N = quantize_int8_reference(gradient_N[here], rest_N, block=size)
-            if rest_N is not None:
-                rest_N.copy_(left_N)
+    spare_v, spare_x = _spare(gradient_N, block), _spare(gradient_N, block)
+    parts: list[tuple[Tensor | None, int]] = [(gradient_N, block), (residual_N, block), (codes_N, block), (scales_B, 1)]
+    for g_CS, r_CS, codes_CS, scales_C1 in _chunks(block, parts):
+        v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=_like(spare_v, g_CS))
+        scales_C1.copy_(torch.maximum(v_CS.amax(1, True), v_CS.amin(1, True).neg_()).div_(127))
+        found = scales_C1.numpy()
+        if not ((found == 0) | ((found >= _SMALLEST) & (found < math.inf))).all():
+            _by_reference(quantize_int8_reference, g_CS, r_CS, codes_CS, scales_C1)
             continue
         # Where the scale is 0 so is every v / smallest, once rounded. Codes need no clamp: v / scale rounds to 127 at most.
-        torch.div(v_CS, scales_C.clamp(min=smallest).to(dtype)[:, None], out=x_CS).round_()
-        codes_N[here].view(-1, size).copy_(x_CS)
-        if residual_N is not None:
+        x_CS = torch.div(v_CS, scales_C1.clamp(min=_SMALLEST).to(dtype), out=_like(spare_x, g_CS)).round_()
+        codes_CS.copy_(x_CS)
+        if r_CS is not None:
             # Not in one addcmul, which may round only once: the decoder rounds the product.
-            torch.sub(v_CS, x_CS.mul_(scales_C.to(dtype)[:, None]), out=residual_N[here].view(-1, size))
+            torch.sub(v_CS, x_CS.mul_(scales_C1.to(dtype)), out=r_CS)
     return codes_N, scales_B
 
 
+def _by_reference(encode: Any, g_CS: Tensor, r_CS: Tensor | None, coded: Tensor, scales_C1: Tensor) -> None:
+    rest_N = None if r_CS is None else r_CS.flatten()
+    codes, scales_C, left_N = encode(g_CS.flatten(), rest_N, block=g_CS.shape[1])
+    coded.copy_(codes.view(coded.shape))
+    scales_C1.copy_(scales_C[:, None])
+    if r_CS is not None:
+        r_CS.copy_(left_N.view(r_CS.shape))
+
+
 def dequantize_sum_int8_torch(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
-    (spare,) = _spares(1, out_N, block)
-    for here, blocks, size in _chunks(out_N.numel(), block):
-        total_CS = out_N[here].view(-1, size)
-        x_CS = spare[: here.stop - here.start].view(-1, size)
-        for rank, (codes_N, scales_B) in enumerate(zip(codes_RN, scales_RB, strict=True)):
-            decoded_CS = x_CS if rank else total_CS
-            decoded_CS.copy_(codes_N[here].view(-1, size)).mul_(scales_B[blocks].to(out_N.dtype)[:, None])
-            if rank:
-                total_CS.add_(decoded_CS)
+    ranks, spare, dtype = len(codes_RN), _spare(out_N, block), out_N.dtype
+    parts: list[tuple[Tensor | None, int]] = [(out_N, block)]
+    parts += [part for codes_N, scales_B in zip(codes_RN, scales_RB, strict=True) for part in ((codes_N, block), (scales_B, 1))]
+    for total_CS, *coded in _chunks(block, parts):
+        total_CS.copy_(coded[0]).mul_(coded[1].to(dtype))
+        for rank in range(1, ranks):
+            x_CS = _like(spare, total_CS).copy_(coded[2 * rank])
+            total_CS.add_(x_CS.mul_(coded[2 * rank + 1].to(dtype)))
 
 
 def sign_compress_torch(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
     dtype, numel = gradient_N.dtype, gradient_N.numel()
     bits_W = torch.empty(-(-numel // 8), dtype=torch.uint8)
     scales_B = torch.empty(-(-numel // block))
-    spare_v, spare_x = _spares(2, gradient_N, block)
-    for here, blocks, size in _chunks(numel, block):
-        v_CS = _sum_with(gradient_N, residual_N, here, spare_v).view(-1, size)
-        x_CS = spare_x[: here.stop - here.start].view(-1, size)
-        scales_B[blocks] = torch.abs(v_CS, out=x_CS).sum(1).div_(size)
-        scales_C, bytes_W = scales_B[blocks], slice(here.start // 8, -(-here.stop // 8))
-        if not bool(scales_C.isfinite().all()):
-            rest_N = None if residual_N is None else residual_N[here]
-            bits_W[bytes_W], scales_B[blocks], left_N = sign_compress_reference(gradient_N[here], rest_N, block=size)
-            if rest_N is not None:
-                rest_N.copy_(left_N)
+    spare_v, spare_x = _spare(gradient_N, block), _spare(gradient_N, block)
+    parts: list[tuple[Tensor | None, int]] = [(gradient_N, block), (residual_N, block), (bits_W, block // 8), (scales_B, 1)]
+    for g_CS, r_CS, bits_CW, scales_C1 in _chunks(block, parts):
+        v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=_like(spare_v, g_CS))
+        x_CS = torch.abs(v_CS, out=_like(spare_x, g_CS))
+        scales_C1.copy_(x_CS.sum(1, True).div_(g_CS.shape[1]))
+        if not np.isfinite(scales_C1.numpy()).all():
+            _by_reference(sign_compress_reference, g_CS, r_CS, bits_CW, scales_C1)
             continue
-        bits_W[bytes_W] = torch.from_numpy(np.packbits(v_CS.numpy().ravel() >= 0, bitorder="little"))
-        if residual_N is not None:
+        bits_CW.numpy().ravel()[:] = np.packbits(v_CS.numpy().ravel() >= 0, bitorder="little")
+        if r_CS is not None:
             # +-1/2; the product with 2 and the scale is exact, so that rounding once or twice is the same.
             torch.ge(v_CS, 0.0, out=x_CS).sub_(0.5)
-            left_CS = residual_N[here].view(-1, size)
-            torch.addcmul(v_CS, x_CS, scales_C.to(dtype)[:, None], value=-2, out=left_CS)
+            torch.addcmul(v_CS, x_CS, scales_C1.to(dtype), value=-2, out=r_CS)
     return bits_W, scales_B
 
 
 def sign_decompress_sum_torch(bits_RW: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
-    (spare,) = _spares(1, out_N, block)
-    for here, blocks, size in _chunks(out_N.numel(), block):
-        total_CS = out_N[here].view(-1, size)
-        x_CS, bytes_W = spare[: here.stop - here.start].view(-1, size), slice(here.start // 8, -(-here.stop // 8))
-        for rank, (bits_W, scales_B) in enumerate(zip(bits_RW, scales_RB, strict=True)):
-            set_N = np.unpackbits(bits_W[bytes_W].numpy(), count=here.stop - here.start, bitorder="little")
-            signs_CS = torch.from_numpy(set_N).view(torch.int8).mul_(2).sub_(1).view(-1, size)
-            scales_C1 = scales_B[blocks].to(out_N.dtype)[:, None]
+    ranks, spare, dtype = len(bits_RW), _spare(out_N, block), out_N.dtype
+    parts: list[tuple[Tensor | None, int]] = [(out_N, block)]
+    parts += [
+        part for bits_W, scales_B in zip(bits_RW, scales_RB, strict=True) for part in ((bits_W, block // 8), (scales_B, 1))
+    ]
+    for total_CS, *coded in _chunks(block, parts):
+        for rank in range(ranks):
+            set_N = np.unpackbits(coded[2 * rank].numpy(), count=total_CS.numel(), bitorder="little")
+            signs_CS = torch.from_numpy(set_N).view(torch.int8).mul_(2).sub_(1).view(total_CS.shape)
+            scales_C1 = coded[2 * rank + 1].to(dtype)
             if rank:
-                total_CS.addcmul_(x_CS.copy_(signs_CS), scales_C1)  # the product is exact
+                total_CS.addcmul_(_like(spare, total_CS).copy_(signs_CS), scales_C1)  # the product is exact
             else:
                 total_CS.copy_(signs_CS).mul_(scales_C1)
 
@@ -157,13 +164,15 @@ def guessed_key(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> Tensor
 
 def _candidates(v_N: Tensor, added_N: Tensor | None, floor: int) -> tuple[np.ndarray, np.ndarray]:
     """(numbers, keys) of the elements of v whose key is `floor` or more. `added_N`, if given, is added to v_N first."""
-    found, (spare,) = [], _spares(1, v_N, 1)
     bits, infinite = _BITS[v_N.dtype]
-    for here, _, _ in _chunks(v_N.numel(), 1):
-        chunk = v_N[here] if added_N is None else v_N[here].add_(added_N[here])
-        magnitudes = torch.abs(chunk, out=spare[: len(chunk)]).view(bits).numpy()
+    found, start, spare = [], 0, _spare(v_N, 1)
+    for chunk, added in _chunks(1, [(v_N, 1), (added_N, 1)]):
+        if added is not None:
+            chunk.add_(added)
+        magnitudes = torch.abs(chunk, out=_like(spare, chunk)).view(bits).numpy().ravel()
         at = np.flatnonzero(magnitudes >= floor)
-        found.append((at + here.start, magnitudes[at]))
+        found.append((at + start, magnitudes[at]))
+        start += len(chunk)
     return np.concatenate([at for at, _ in found]), np.minimum(np.concatenate([keys for _, keys in found]), infinite)
 
 
