@@ -134,7 +134,7 @@ counts = batch.counts
 def side(several):
     student = LanguageModel(transformers.BertForMaskedLM(transformers.BertConfig(num_hidden_layers=2, **QUIET))).train()
     optimizer = make_optimizer([student], recipe.optim)
-    exchange = Several(optimizer, recipe, NoWire(place, torch.device("cpu"))) if several else OneRank(optimizer)
+    exchange = Several(optimizer, recipe, NoWire(place, torch.device("cpu"))) if several else OneRank(optimizer, recipe)
     update = 0
     def step():
         nonlocal update

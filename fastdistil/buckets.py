@@ -82,7 +82,8 @@ class Buckets:
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._lay_out()
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(number)) for number, parameter in enumerate(self.parameters)
+            parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
+            for number, parameter in enumerate(self.parameters)
         ]
 
     def zero(self) -> None:
@@ -182,6 +183,16 @@ class Buckets:
             for rank, state in enumerate(redistribute(self.compressor.state_kinds, states, bucket.layout, self.world.size)):
                 new[rank] |= {f"{index}.{name}": value for name, value in state.items()}
         return new
+
+    def fill_with_owed(self, old: Sequence[Mapping[str, Tensor]]) -> None:
+        """Gradients become all that the ranks with these states had kept back."""
+        kinds = {name: kind for name, kind in self.compressor.state_kinds.items() if kind != "shared"}
+        for bucket in self.buckets:
+            index = bucket.layout.index
+            states = [{name: each[f"{index}.{name}"] for name in kinds} for each in old]
+            (total,) = redistribute(kinds, states, bucket.layout, 1)
+            for owed in total.values():
+                bucket.flat += owed.reshape(-1)[: bucket.layout.numel].to(bucket.flat)
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -1,12 +1,12 @@
 """How an update's gradients become those of all ranks: not at all on one rank, else through buckets, perhaps compressed."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistil.buckets import MIB, BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
@@ -19,8 +19,10 @@ from fastdistil.world import Counters, World
 class OneRank:
     """Autograd's own gradients; nothing travels."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        self._optimizer, self._recipe = optimizer, recipe
+        self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._owed: list[Tensor] = []
 
     def begin(self, update: int) -> None:
         """Before an update's first micro-batch; `update` from 0."""
@@ -38,6 +40,9 @@ class OneRank:
 
     def finish(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """After the last: gradients, and the scalars `sums`, become those of all ranks."""
+        for parameter, owed in zip(self._parameters, self._owed, strict=False):
+            parameter.grad = owed if parameter.grad is None else parameter.grad.add_(owed)
+        self._owed = []
         return sums
 
     def drop(self) -> None:
@@ -60,17 +65,28 @@ class OneRank:
         """What a checkpoint keeps of this rank."""
         return {}
 
-    def restore(self, state: Mapping[str, Any] | None, ranks: "list[Mapping[str, Tensor]] | None", team: Team) -> list[str]:
+    def restore(self, state: Mapping[str, Any] | None, ranks: Sequence[Mapping[str, Tensor]] | None, team: Team) -> list[str]:
         """`state` and, on rank 0, the tensors by rank of a world of any size. Returns what is to be told."""
-        return []
+        if state is None or state["layout"] is None or not ranks or not any(ranks):
+            return []
+        # Ranks that compressed had not sent all yet: it joins the next update's gradient.
+        config = self._recipe.compression.model_copy(update={"kind": state["kind"]})
+        compressor = make_compressor(config, ranks=state["ranks"], rank=0, engine="torch", seed=self._recipe.seed)
+        buckets = Buckets(self._parameters, team.world, compressor=compressor, uncompressed=compressor)
+        buckets.set_layout(state["layout"])
+        buckets.fill_with_owed(ranks)
+        buckets.close()
+        self._owed = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._optimizer.zero_grad(set_to_none=True)
+        return [f"what {state['ranks']} ranks had not sent yet joins this rank's next update"]
 
 
 class Several(OneRank):
     """Buckets over the ranks of a world."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World) -> None:
-        super().__init__(optimizer)
-        self._recipe, self._world = recipe, world
+        super().__init__(optimizer, recipe)
+        self._world = world
         self._kind = recipe.compression.kind
         self._undecided = self._kind == "auto"
         options = recipe.world
@@ -79,7 +95,7 @@ class Several(OneRank):
         self._chosen = none if self._undecided else recipe.compression
         uncompressed = self._compressor(none)
         self._buckets = Buckets(
-            [parameter for group in optimizer.param_groups for parameter in group["params"]],
+            self._parameters,
             world,
             compressor=self._compressor(self._chosen),
             uncompressed=uncompressed,
@@ -174,7 +190,7 @@ class Several(OneRank):
     def tensors(self) -> dict[str, Tensor]:
         return self._buckets.states()
 
-    def restore(self, state: Mapping[str, Any] | None, ranks: list[Mapping[str, Tensor]] | None, team: Team) -> list[str]:
+    def restore(self, state: Mapping[str, Any] | None, ranks: Sequence[Mapping[str, Tensor]] | None, team: Team) -> list[str]:
         if state is None or state["layout"] is None:
             return []  # of one rank, or before its first update: nothing is owed
         if self._undecided and state["kind"] != "auto":
@@ -187,7 +203,7 @@ class Several(OneRank):
         if state["ranks"] != self._world.size:
             told = [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
             if ranks is not None:
-                ranks = list(self._buckets.redistributed(ranks))
+                ranks = self._buckets.redistributed(ranks)
         team.send_each(ranks, own, "residuals")
         self._buckets.load_states(own)
         return told
@@ -199,7 +215,7 @@ Exchange = OneRank
 def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer) -> Exchange:
     """Raises UserError for a compression that cannot be had here."""
     if world.size == 1:
-        return OneRank(optimizer)
+        return OneRank(optimizer, recipe)
     return Several(optimizer, recipe, world)
 
 

@@ -350,14 +350,22 @@ def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], timeo
     keys = [f"agree/{turn}/{other}" for other in range(size)]
     result = f"agree/{turn}/result"
     store.set(keys[rank], json.dumps(dict(what)))
+    heard = f"agree/{turn}/heard"
     if rank == 0:
-        store.set(result, json.dumps(_compared(store, keys, timeout_s)))
+        found = _compared(store, keys, timeout_s)
+        store.set(result, json.dumps(found))
+        if any(found):  # it raises now, and the store may go with it: not before the others have heard
+            until = time.monotonic() + LINGER_S
+            while store.add(heard, 0) < size - 1 - len(found[0]) and time.monotonic() < until:
+                time.sleep(0.02)
     try:
         store.wait([result], timedelta(seconds=timeout_s + LINGER_S))
         lost, differing = json.loads(store.get(result))
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise RankLost(f"rank 0 did not say whether all ranks have the same {', '.join(what)}: {reason}") from error
+    if rank:
+        store.add(heard, 1)
     if lost:
         raise RankLost(f"{rank_list(lost)} did not start within {timeout_s:g} s")
     if differing:

@@ -230,6 +230,12 @@ class Compression(Section):
     frozen_variance_after: PositiveInt | None = None
     """sign with AdamW: from this update on the second moment stays as it is (Tang et al. 2021, 1-bit Adam)."""
 
+    @model_validator(mode="after")
+    def _frozen_for_sign(self) -> Self:
+        if self.frozen_variance_after is not None and self.kind != "sign":
+            raise ValueError(f"frozen_variance_after belongs to kind: sign, the kind is {self.kind}; leave it out")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _bare_kind(cls, values: Any) -> Any:

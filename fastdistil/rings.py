@@ -80,7 +80,7 @@ class RingProcesses:
         target = sent
         if kind != "allreduce":
             target = self._staged(f"{name}.out", tensor.numel() * (ranks if kind == "all_gather" else 1), tensor.dtype)
-        message = {"kind": kind, "name": name, "dtype": str(tensor.dtype).removeprefix("torch.")}
+        message: dict[str, Any] = {"kind": kind, "name": name, "dtype": str(tensor.dtype).removeprefix("torch.")}
         message |= {"source": self._place(sent, ring), "target": self._place(target, ring)}
         self._sockets[ring].send(json.dumps(message).encode())
 

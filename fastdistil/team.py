@@ -3,7 +3,6 @@
 Rank 0 alone reads and writes the run directory, so nodes need not share a disk for it.
 """
 
-import hashlib
 import json
 import signal as signals
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastdistil import errors
-from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
-from fastdistil.monitor import Monitor
+from fastdistil import __version__, errors
+from fastdistil.errors import CorruptData, FastdistilError, RankLost
+from fastdistil.monitor import Monitor, agree_equal
 from fastdistil.node_setup import cached_corpus, run_once_per_node
 from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
-from fastdistil.recipe import World as Options
 from fastdistil.runs import PAUSE
 from fastdistil.world import World, join
 
@@ -28,21 +26,44 @@ T = TypeVar("T")
 
 
 @contextmanager
-def joined(place: Place | None, options: Options, device: str) -> "Iterator[Team]":
-    """This process as one of the place's ranks, until the block ends. Raises UserError, RankLost; see world.join."""
-    world = join(place, options, torch.device(device))
+def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> "Iterator[Team]":
+    """This process as one of the place's ranks, until the block ends. Raises UserError, RankLost; see world.join.
+
+    When this rank fails, the others learn why before they wait for it. `note` is for rank 0's warnings.
+    """
+    options = recipe.world
+    equal = {"recipe": recipe.to_yaml(), "fastdistil": __version__, "torch": torch.__version__}
+    world = join(place, options, torch.device(recipe.device), equal)
     if world.size == 1:
         yield Team(world, None)
         return
     assert world.connect is not None
-    monitor = Monitor(world.connect, world.rank, world.size, timeout_s=options.timeout_s)
-    team = Team(world, monitor)
+    told = note if world.is_chief else _nothing
+    monitor = Monitor(world.connect, world.rank, world.size, timeout_s=options.timeout_s, note=told)
     try:
-        with team.failing_together():
-            yield team
-            world.close()  # with the others; after an error they are not there, and it would wait
+        try:
+            yield Team(world, monitor)
+        except errors.Stopped:
+            _leave(world, monitor)
+            raise
+        except RankLost:
+            raise
+        except BaseException as error:
+            monitor.failed(error)
+            raise
+        _leave(world, monitor)
     finally:
         monitor.close()
+
+
+def _leave(world: World, monitor: Monitor) -> None:
+    """With all others: after an error they are not there, and the engine would wait."""
+    world.close()
+    monitor.finished()
+
+
+def _nothing(_: str) -> None:
+    return
 
 
 Groups = dict[str, dict[str, Tensor]]
@@ -106,17 +127,10 @@ class Team:
 
     def require_equal(self, facts: Mapping[str, str]) -> None:
         """What must be the same on all ranks. Raises UserError on every rank, naming those that differ, and in what."""
-        if self.alone:
-            return
-        digests = [int.from_bytes(hashlib.sha256(value.encode()).digest()[:6]) for value in facts.values()]
-        first, *others = self.world.gather(digests, f"fastdistil.equal.{'.'.join(facts)}")
-        for number, what in enumerate(facts):
-            differing = [str(rank) for rank, found in enumerate(others, 1) if found[number] != first[number]]
-            if differing:
-                raise UserError(
-                    f"rank {', '.join(differing)} has another {what} than rank 0 (here, rank {self.world.rank}: "
-                    f"{_shortened(list(facts.values())[number])}); start all ranks with the same arguments, files and packages"
-                )
+        if self.monitor is not None:
+            assert self.world.connect is not None
+            store = self.world.connect()
+            agree_equal(store, self.world.rank, self.world.size, facts, self.monitor.timeout_s)
 
     def prepare_node(self, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
         """pre_run's commands and data.cache_dir's copies, once on each node; the recipe with the local copies' paths."""
@@ -127,8 +141,11 @@ class Team:
                 return recipe
             directory = Path(recipe.data.cache_dir)
             named = {"train": recipe.data.train, "heldout": recipe.data.heldout}
+            verify = recipe.data.verify
             local = {
-                key: str(cached_corpus(Path(path), directory, local_rank, barrier, note)) for key, path in named.items() if path
+                key: str(cached_corpus(Path(path), directory, local_rank, barrier, note, verify=verify))
+                for key, path in named.items()
+                if path
             }
         return recipe.with_(data=local)
 
@@ -202,26 +219,6 @@ class Team:
                 f"after update {update} the weights of rank {', '.join(differing)} are not those of rank 0; an exchange or a "
                 "device damaged them: continue from the last checkpoint with --resume auto, and look at that rank's machine"
             )
-
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Around a run: when this rank fails, the others learn why before they wait for it."""
-        try:
-            yield
-        except (RankLost, errors.Stopped):
-            raise
-        except BaseException as error:
-            if self.monitor is not None:
-                self.monitor.failed(error)
-            raise
-        else:
-            if self.monitor is not None:
-                self.monitor.finished()
-
-
-def _shortened(text: str) -> str:
-    one_line = " ".join(text.split())
-    return one_line if len(one_line) <= 60 else one_line[:57] + "..."
 
 
 def content_hash(tensors: Sequence[Tensor]) -> int:

@@ -151,13 +151,12 @@ def train(
     """
     recipe = resolve(recipe, own_teacher=teacher is not None)
     with ExitStack() as stack:
-        team = stack.enter_context(joined(place, recipe.world, recipe.device))
-        console = console or metrics.Console(quiet=not team.is_chief)
+        console = console or metrics.Console(quiet=place is not None and place.rank > 0)
         stack.callback(console.close)
+        team = stack.enter_context(joined(place, recipe, console.note))
         chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size))
         directory, continued = Path(chosen["directory"]), chosen["continued"]
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
-        team.require_equal({"recipe": recipe.to_yaml(), "torch": torch.__version__})
         local = team.prepare_node(recipe, console.note)
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory))
@@ -614,8 +613,9 @@ def distil(
         if isinstance(value, Mapping):
             replace_alternatives(values, key, value)
         values[key] = {**(values.get(key) or {}), **value} if isinstance(value, Mapping) else value
-    arguments = {
-        "recipe": validated(values, "distil(...)"),
+    checked = validated(values, "distil(...)")
+    arguments: dict[str, Any] = {
+        "recipe": checked,
         "recipe_name": name,
         "resume": resume,
         "teacher": teacher if isinstance(teacher, nn.Module) else None,
@@ -623,8 +623,8 @@ def distil(
         "batches": corpus if corpus is not None and not isinstance(corpus, (str, Path)) else None,
     }
     if np not in (None, 1) or hosts is not None:
-        timeout_s = arguments["recipe"].world.timeout_s
-        return launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=timeout_s)  # type: ignore[no-any-return]
+        found: Result = launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=checked.world.timeout_s)
+        return found
     return train(**arguments, place=find_place())
 
 

@@ -24,7 +24,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,10 +35,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from fastdistil import rings
 from fastdistil.build_horovod import HOW_TO_BUILD
 from fastdistil.errors import RankLost, UserError
+from fastdistil.monitor import agree_equal
 from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
 
@@ -158,7 +160,7 @@ class World:
 
     def sum(self, values: Sequence[int], name: str) -> list[int]:
         """Of every rank's 64-bit integers, on every rank."""
-        return self.wait(self.sum_async(values, name)).tolist()  # type: ignore[no-any-return]
+        return self.wait(self.sum_async(values, name)).tolist()
 
     def sum_async(self, values: Sequence[int], name: str) -> Handle:
         return self._control("allreduce", torch.tensor(list(values), dtype=torch.int64), name)
@@ -166,7 +168,7 @@ class World:
     def gather(self, values: Sequence[float], name: str) -> list[list[float]]:
         """Every rank's float64 numbers, by rank."""
         found = self.wait(self._control("all_gather", torch.tensor(list(values), dtype=torch.float64), name))
-        return found.view(self.size, -1).tolist()  # type: ignore[no-any-return]
+        return found.view(self.size, -1).tolist()
 
     def sum_terms(self, tensor: Tensor, name: str) -> Handle:
         """A few scalars on the device, summed in place; counts as a control message."""
@@ -240,7 +242,7 @@ class TorchWorld(World):
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Not named: names would be derived from how many groups this process made before.
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore("torch", connect()), rank=self.rank, world_size=self.size, timeout=timeout
+            "gloo", store=PrefixStore("torch", connect()), rank=self.rank, world_size=self.size, timeout=timeout
         )
         self._small = dist.group.WORLD
         self._groups = [
@@ -356,23 +358,24 @@ def start_horovod(hvd: Any, kind: Kind, tensor: Tensor, name: str) -> tuple[Call
 
 
 def _only(found: Any) -> Tensor:
-    return found[0] if isinstance(found, tuple) else found  # alltoall tells the sizes too
+    tensor: Tensor = found[0] if isinstance(found, tuple) else found  # alltoall tells the sizes too
+    return tensor
 
 
-def join(place: Place | None, options: Options, device: torch.device) -> World:
+def join(place: Place | None, options: Options, device: torch.device, equal: Mapping[str, str] | None = None) -> World:
     """Become one of the place's ranks. Raises UserError (an engine that is not there, a port in use), RankLost (not all came).
 
+    `equal`: what must be the same on all ranks, by name; UserError names the ranks that differ, before the engine starts.
     Reads and sets environment variables that the engines read when they start.
     """
+    equal = equal or {}
     if device.type == "cuda":
         torch.cuda.set_device(place.local_rank if place is not None else torch.cuda.current_device())
-    if place is None or place.size == 1:
-        if options.engine not in ("auto", "alone"):
-            raise UserError(
-                f"world.engine is {options.engine} and there is one rank; start several with --np, or leave it auto"
-            )
-        if options.rings > 1:
-            raise UserError(f"world.rings is {options.rings} and there is one rank; start several with --np, or leave it 1")
+    if place is None:
+        for key in ("engine", "rings"):
+            if (value := getattr(options, key)) not in ("auto", "alone", 1):
+                raise UserError(f"world.{key} is {value} and there is one rank; start several with --np, or leave it out")
+    if place is None or place.size == 1:  # such as what is left of an elastic run
         return World(None, device)
     if options.engine == "alone":
         raise UserError(f"world.engine is alone and {place.launcher} started {place.size} ranks; set it to horovod or torch")
@@ -380,13 +383,13 @@ def join(place: Place | None, options: Options, device: torch.device) -> World:
         if options.topology != "flat":
             raise UserError(f"world.topology={options.topology} is Horovod's; set world.topology=flat, or world.engine=horovod")
         connect = _open_store(place, options.timeout_s)
-        _meet(connect(), place, options.timeout_s)
+        agree_equal(connect(), place.rank, place.size, equal, options.timeout_s)
         _choose_interface(place)
         return TorchWorld(place, device, options, connect)
-    return _join_horovod(place, options, device)
+    return _join_horovod(place, options, device, equal)
 
 
-def _join_horovod(place: Place, options: Options, device: torch.device) -> World:
+def _join_horovod(place: Place, options: Options, device: torch.device, equal: Mapping[str, str]) -> World:
     hvd = import_horovod()
     _check_topology(hvd, place, options, device)
     _set_horovod(options, device)
@@ -395,11 +398,11 @@ def _join_horovod(place: Place, options: Options, device: torch.device) -> World
         hvd.init()  # horovodrun, or MPI, knows how
         place = _agree_on_address(hvd, place)
         connect = _open_store(place, options.timeout_s)
-        _meet(connect(), place, options.timeout_s)
+        agree_equal(connect(), place.rank, place.size, equal, options.timeout_s)
     else:
         connect = _open_store(place, options.timeout_s)
         store = connect()
-        _meet(store, place, options.timeout_s)
+        agree_equal(store, place.rank, place.size, equal, options.timeout_s)
         _choose_interface(place)
         if place.rank == 0:
             store.set("horovod/port", str(_serve_rendezvous(place, servers)))
@@ -503,7 +506,7 @@ def _open_store(place: Place, timeout_s: float) -> Connect:
         raise UserError(
             f"{place.launcher} does not say where rank 0 is; set MASTER_ADDR and MASTER_PORT, or set world.engine=horovod"
         )
-    timeout = timedelta(seconds=timeout_s)
+    address, port, timeout = place.address, place.port, timedelta(seconds=timeout_s)
     served = []
     if place.rank == 0 and place.serve_store:
         try:
@@ -514,9 +517,9 @@ def _open_store(place: Place, timeout_s: float) -> Connect:
                 "or start with --np, which finds a free one"
             ) from error
         served.append(
-            dist.TCPStore(
-                place.address,
-                place.port,
+            TCPStore(
+                address,
+                port,
                 is_master=True,
                 timeout=timeout,
                 wait_for_workers=False,
@@ -527,7 +530,7 @@ def _open_store(place: Place, timeout_s: float) -> Connect:
     def connect() -> Any:
         kept = served  # the server lives as long as somebody may connect
         assert kept or place.rank or not place.serve_store
-        return dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False)
+        return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
     try:
         connect()
@@ -537,20 +540,6 @@ def _open_store(place: Place, timeout_s: float) -> Connect:
             "or a firewall is between; look at rank 0's messages"
         ) from error
     return connect
-
-
-def _meet(store: Any, place: Place, timeout_s: float) -> None:
-    """Wait until every rank is here, so that whoever is missing can be named: the engines would name an address."""
-    store.set(f"here/{place.rank}", b"1")
-    missing = list(range(place.size))
-    until = time.monotonic() + timeout_s
-    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
-        if time.monotonic() > until:
-            raise RankLost(
-                f"only {place.size - len(missing)} of {place.size} ranks came within {timeout_s:g} s; missing: "
-                f"{', '.join(map(str, missing[:8]))}{' ...' if len(missing) > 8 else ''}; look at their messages"
-            )
-        time.sleep(0.02)
 
 
 def _choose_interface(place: Place) -> None:

@@ -161,7 +161,7 @@ place = find_place(os.environ)
 if place.rank == 1:
     sys.exit(0)
 try:
-    join(place, Options(engine="torch", timeout_s=3), torch.device("cpu"))
+    join(place, Options(engine="torch", timeout_s=8), torch.device("cpu"))
 except RankLost as error:
     print(error)
 """
@@ -170,4 +170,4 @@ except RankLost as error:
 def test_ranks_that_never_come_are_named(run_ranks: Callable[..., list[str]]) -> None:
     said = run_ranks(MISSING, 3)
     for rank in (0, 2):
-        assert "only 2 of 3 ranks came within 3 s; missing: 1" in said[rank]
+        assert "rank 1 did not start within 8 s" in said[rank]
