@@ -233,14 +233,18 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
     sums = dict.fromkeys(LossTerms._fields, torch.zeros((), device=run.inputs.device))
     # A rank may have a micro-batch less than others, even none: it takes part in what they exchange all the same.
     rounds = -(-update_counts.batches // world.size)
+    agreed = False
     for number in range(rounds):
         leaves = exchange.leaves_in(number, rounds)
-        # Who is to stop skips the micro-batches before the one that leaves, and so does everybody within one: all agree here.
-        if (run.stop_wanted or leaves) and run.agree_to_stop():
-            exchange.drop()
-            return False
+        # All agree once before gradients leave. Who hears of a stop asks at once, and everybody hears within a micro-batch.
+        if (leaves or run.stop_wanted) and not agreed:
+            if run.agree_to_stop():
+                exchange.drop()
+                return False
+            agreed = True
         if leaves:
             exchange.arm()
+            agreed = False
         if number < len(window):
             tokens += window[number].counts.tokens
             for name, term in _forward_backward(run, window[number], update_counts)._asdict().items():

@@ -135,6 +135,7 @@ def distilled(compression: Compression, seed: int) -> float:
             step_with_frozen_variance(optimizer, torch.zeros(()), frozen_after)
         else:
             optimizer.step()
+    student.eval()
     heldout = text(7, 128)
     with torch.no_grad():
         return float(loss(student, heldout, heldout.counts))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 
-from fastdistil.optim import LossScale, learning_rate, make_optimizer, parameter_groups
+from fastdistil.optim import LossScale, learning_rate, make_optimizer, parameter_groups, step_with_frozen_variance
 from fastdistil.recipe import Optim
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -117,3 +118,30 @@ def test_a_gradient_that_never_becomes_finite_is_seen_by_the_guard() -> None:
     other = LossScale(torch.device("cpu"))
     other.load_state(scale.state())
     assert other.state() == scale.state()
+
+
+def test_a_frozen_variance_makes_the_step_linear_in_the_gradient() -> None:
+    """Against the formulas in float64: m <- b1 m + (1 - b1) g, p <- p - lr (m^ / (sqrt(v^) + eps) + wd p), v as it was."""
+    torch.manual_seed(0)
+    frozen_after, lr, beta1, beta2, eps, decay = 3, 0.1, 0.9, 0.98, 1e-6, 0.01
+    parameter = nn.Parameter(torch.randn(5, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
+    p, m, v = parameter.detach().double().clone(), torch.zeros(5, 4).double(), torch.zeros(5, 4).double()
+    for step in range(1, 8):
+        gradient = torch.randn(5, 4)
+        parameter.grad = gradient.clone()
+        m = beta1 * m + (1 - beta1) * gradient.double()
+        if step <= frozen_after:
+            v = beta2 * v + (1 - beta2) * gradient.double().square()
+            optimizer.step()
+        else:
+            step_with_frozen_variance(optimizer, torch.zeros(()), frozen_after)
+        seen = min(step, frozen_after)
+        direction = m / (1 - beta1**step) / ((v / (1 - beta2**seen)).sqrt() + eps)
+        p = p - lr * (direction + decay * p)
+        assert torch.allclose(parameter.double(), p, rtol=1e-5, atol=1e-6), step
+    kept = parameter.detach().clone(), optimizer.state[parameter]["exp_avg"].clone(), float(optimizer.state[parameter]["step"])
+    parameter.grad = torch.full((5, 4), float("nan"))
+    step_with_frozen_variance(optimizer, torch.ones(()), frozen_after)
+    assert torch.equal(parameter, kept[0]) and torch.equal(optimizer.state[parameter]["exp_avg"], kept[1])
+    assert float(optimizer.state[parameter]["step"]) == kept[2] == 7
