@@ -107,7 +107,7 @@ def starts_at(config: Compression) -> int:
     which order gradients get ready, and buckets are laid out anew after it."""
     if config.kind == "none":
         return 0
-    return max(1, config.warmup_updates, (config.frozen_variance_after or 0) if config.kind == "sign" else 0)
+    return max(1, config.warmup_updates, config.frozen_variance_after or 0)
 
 
 def redistribute(kinds: Mapping[str, Kind], states: list[State], layout: Layout, ranks: int) -> list[State]:

@@ -4,6 +4,7 @@ The truth is the plain sum of the ranks' gradients in float64. `simulate` carrie
 the ring algorithms send them, from the sizes of what it was given.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,14 +21,15 @@ from fastdistil.powersgd import PowerSGD, orthonormal
 from fastdistil.recipe import Compression
 
 KINDS = ("none", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign")
-SMALL: dict[str, Any] = {"block": 16, "density": 0.05, "rank": 2, "frozen_variance_after": 5}
+SMALL: dict[str, Any] = {"block": 16, "density": 0.05, "rank": 2}
 PIECES = ((0, (12, 20)), (240, (20,)), (264, (12, 20)), (504, (8, 5, 6)), (744, (3,)))
 ODD = Layout(747, PIECES, 3)  # with a gap of 4 between two parameters
 LAYOUTS = [ODD, Layout(1, ((0, (1,)),), 0), Layout(17, ((0, (17,)),), 1), Layout(256, ((0, (16, 16)),), 2)]
 
 
 def compressors(kind: str, ranks: int, **more: Any) -> list[Compressor]:
-    config = Compression(kind=kind, **{**SMALL, **more})  # type: ignore[arg-type]
+    frozen = {"frozen_variance_after": 5} if kind == "sign" else {}
+    config = Compression(kind=kind, **{**SMALL, **frozen, **more})  # type: ignore[arg-type]
     return [make_compressor(config, ranks=ranks, rank=rank, engine="torch", seed=7) for rank in range(ranks)]
 
 
@@ -489,7 +491,7 @@ def test_top_k_is_refused_just_where_it_sends_more() -> None:
 def test_when_compression_starts() -> None:
     assert starts_at(Compression(kind="none")) == 0
     assert starts_at(Compression(kind="int8")) == 10
-    assert starts_at(Compression(kind="int8", warmup_updates=0, frozen_variance_after=50)) == 1
+    assert starts_at(Compression(kind="int8", warmup_updates=0)) == 1
     assert starts_at(Compression(kind="sign", frozen_variance_after=50)) == 50
     assert starts_at(Compression(kind="sign", warmup_updates=70, frozen_variance_after=50)) == 70
 
@@ -500,7 +502,8 @@ def test_what_compressors_declare() -> None:
     # Volume against float32 at 64 ranks, as comparisons of methods have it.
     layout = Layout(2**26, ((0, (2**13, 2**13)),), 0)
     volume = {
-        kind: make(ranks=64, kind=kind, frozen_variance_after=5).wire_bytes(layout) / (4 * layout.numel) for kind in KINDS
+        kind: compressors(kind, 64, density=0.01, block=1024, rank=4)[0].wire_bytes(layout) / (4 * layout.numel)
+        for kind in KINDS
     }
     wanted = {"none": 1.97, "fp16": 0.98, "bf16": 0.98, "int8": 0.494, "top-k": 1.26, "random-k": 0.0197, "sign": 0.063}
     for kind, share in wanted.items():
@@ -513,8 +516,9 @@ def test_what_compressors_declare() -> None:
 REGRESSION = Layout(260, ((0, (12, 20)), (240, (20,))), 0)
 
 
+@functools.cache
 def fitted(kind: str, optimizer: str, **more: Any) -> float:
-    """Loss after 300 updates of a linear regression whose rows lie on three ranks, relative to the loss at the start."""
+    """Loss after 150 updates of a linear regression whose rows lie on three ranks, relative to the loss at the start."""
     draws = torch.Generator().manual_seed(0)
     inputs = [torch.randn(40, 12, generator=draws) * torch.logspace(0, -1, 12) for _ in range(3)]
     truth = torch.randn(12, 20, generator=draws)
@@ -529,13 +533,13 @@ def fitted(kind: str, optimizer: str, **more: Any) -> float:
     members = compressors(kind, 3, **more)
     states = [member.start(REGRESSION, weights.detach()) for member in members]
     begun = float(sum(loss(x, y) for x, y in zip(inputs, targets, strict=True)).detach())  # type: ignore[union-attr]
-    for update in range(300):
+    for update in range(150):
         given = [torch.autograd.grad(loss(x, y), weights)[0] for x, y in zip(inputs, targets, strict=True)]
         exchanges = [m.exchange(g, s, REGRESSION, update) for m, g, s in zip(members, given, states, strict=True)]
         results, states, _, _ = simulate(exchanges)
         weights.grad = results[0]
         for group in steps.param_groups:
-            group["lr"] = (0.1 if optimizer == "sgd" else 0.02) * (1 - update / 300)
+            group["lr"] = (0.1 if optimizer == "sgd" else 0.02) * (1 - update / 150)
         steps.step()
     ended = float(sum(loss(x, y) for x, y in zip(inputs, targets, strict=True)).detach())  # type: ignore[union-attr]
     return ended / begun
@@ -544,7 +548,7 @@ def fitted(kind: str, optimizer: str, **more: Any) -> float:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 def test_with_error_feedback_sgd_ends_where_it_would_uncompressed(kind: str) -> None:
     plain = fitted("none", "sgd")
-    assert plain < 0.01
+    assert plain < 0.03
     assert fitted(kind, "sgd", density=0.1) < 1.03 * plain
     if kind in ("top-k", "powersgd", "sign"):  # else this test would pass on anything
         assert fitted(kind, "sgd", density=0.1, error_feedback=False) > 3 * plain

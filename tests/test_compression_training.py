@@ -1,8 +1,13 @@
 """Distillations of 300 updates whose gradients two ranks, simulated in one process, exchange through each compressor.
 
 A BERT of two layers, trained for nothing but with weights far from its initial ones, teaches one of a single layer; text is a
-random walk through its vocabulary. What is compared is the held-out distillation loss at the end: its mean over three seeds
-(student, text, masks) against the mean and the standard deviation without compression.
+random walk through its vocabulary; optimizer, dropout and weights of the losses are the published recipe's. What is compared
+is the held-out distillation loss at the end: its mean over three seeds (student, text, masks, dropout) against the mean and the
+standard deviation without compression.
+
+Measured while this was written: 10.720 uncompressed, standard deviation 0.025, from 13.0 at the start. 300 updates are few for
+methods that send an element every 1 / density of them, and AdamW takes their bursts for noise: top-k ended at 11.03 with a
+density of 0.01, at 10.76 with 0.1; random-k at 11.90 with 0.01, 11.01 with 0.1, 10.81 with 0.25, 10.75 with 0.5.
 """
 
 import functools
@@ -25,7 +30,7 @@ from fastdistil.recipe import Compression, Objective, Optim
 
 UPDATES, RANKS, VOCABULARY, LENGTH = 300, 2, 160, 24
 OBJECTIVE = Objective()
-OPTIM = Optim(lr=3e-3, warmup=0.1)
+OPTIM = Optim()
 
 
 def bert(seed: int, layers: int) -> Any:
@@ -37,8 +42,6 @@ def bert(seed: int, layers: int) -> Any:
         intermediate_size=64,
         num_attention_heads=2,
         max_position_embeddings=48,  # half of which no text reaches: parameters that never have a gradient
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
     )
     return transformers.BertForMaskedLM(config)
 
@@ -146,3 +149,34 @@ def uncompressed() -> tuple[float, float]:
     """(mean, standard deviation)"""
     losses = [distilled(Compression(), seed) for seed in range(3)]
     return statistics.mean(losses), statistics.stdev(losses)
+
+
+ENOUGH: dict[str, Compression] = {
+    "fp16": Compression(kind="fp16"),
+    "bf16": Compression(kind="bf16"),
+    "int8": Compression(kind="int8"),
+    "top-k": Compression(kind="top-k", density=0.1),
+    "random-k": Compression(kind="random-k", density=0.5),
+    "powersgd": Compression(kind="powersgd"),
+    "sign": Compression(kind="sign", frozen_variance_after=60),
+}
+
+
+def mean_loss(compression: Compression) -> float:
+    return statistics.mean(distilled(compression, seed) for seed in range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENOUGH)
+def test_a_distillation_ends_within_two_standard_deviations_of_the_uncompressed(kind: str) -> None:
+    mean, deviation = uncompressed()
+    assert mean < 11.0  # from 13.0: something was learnt
+    assert mean_loss(ENOUGH[kind]) <= mean + 2 * deviation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["top-k", "sign"])
+def test_without_error_feedback_it_does_not(kind: str) -> None:
+    """Else the test above would pass on anything."""
+    mean, deviation = uncompressed()
+    assert mean_loss(ENOUGH[kind].model_copy(update={"error_feedback": False})) > mean + 3 * deviation
