@@ -110,13 +110,13 @@ class Buckets:
         `last`: of the update; only then the parameters without a gradient anywhere are told apart.
         """
         self._armed = False
-        # Everybody posts these here, whatever is still under way: the same order on all ranks.
+        # Buckets first: on a GPU scalars share a communicator with them, and all ranks must post in one order.
+        while self._sent < len(self.buckets):
+            self._send_next()
         used = self._post_used() if last else None
         names, terms = list(extra or ()), None
         if extra and last:
             terms = self.world.sum_terms(torch.stack([term.detach().double() for term in extra.values()]), "fastdistil.terms")
-        while self._sent < len(self.buckets):
-            self._send_next()
         begun = time.perf_counter()
         # A bucket's second collective is posted when its first is done, in the buckets' order: on every rank alike.
         while flying := [bucket for bucket in self.buckets if bucket.handle is not None]:
@@ -211,10 +211,15 @@ class Buckets:
 
         return ready
 
+    @property
+    def _compressing(self) -> bool:
+        """Not before the order is known: the buckets' states would not outlive it."""
+        return self._ordered and self._update >= self.starts_at
+
     def _send_next(self) -> None:
         bucket = self.buckets[self._sent]
         self._sent += 1
-        chosen = self.compressor if self._update >= self.starts_at else self._uncompressed
+        chosen = self.compressor if self._compressing else self._uncompressed
         bucket.exchange, bucket.step = chosen.exchange(bucket.flat, bucket.state, bucket.layout, self._update), 0
         self._post(bucket, None)
 
@@ -227,7 +232,7 @@ class Buckets:
             summed, state = ended.value
             if summed.data_ptr() != bucket.flat.data_ptr():
                 bucket.flat.copy_(summed)
-            if self._update >= self.starts_at:
+            if self._compressing:
                 bucket.state = state
             else:
                 bucket.state = self.compressor.observe(bucket.flat, bucket.state, bucket.layout)

@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 
 from fastdistil.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
+from fastdistil.ranks import environment_of_no_rank
 
 LAST_LINES = 5
 _CHUNK_BYTES = 1 << 22
@@ -49,6 +50,7 @@ def run_once_per_node(
 def _run(command: str) -> None:
     process = subprocess.Popen(
         ["/bin/sh", "-c", command],
+        env=environment_of_no_rank(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

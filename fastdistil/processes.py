@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -66,9 +66,12 @@ def rank_environment(base: Mapping[str, str], own: Mapping[str, str], devices: S
     return environ
 
 
-def tie_to_launcher(environ: Mapping[str, str]) -> None:
-    """In a rank: SIGTERM when the process that started it is gone, however that one ended (Linux)."""
-    launcher = environ.get("FASTDISTIL_LAUNCHER_PID")
+def tie_to_launcher(environ: MutableMapping[str, str]) -> None:
+    """In a rank: SIGTERM when the process that started it is gone, however that one ended (Linux).
+
+    Its number is taken out of `environ`: what a rank starts is not the launcher's.
+    """
+    launcher = environ.pop("FASTDISTIL_LAUNCHER_PID", None)
     if launcher is None:
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

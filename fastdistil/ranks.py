@@ -59,6 +59,11 @@ class Place:
                 )
 
 
+def environment_of_no_rank(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """For a process that a rank starts and that is none: without what told the rank its place."""
+    return {name: value for name, value in environ.items() if not RANK_VARIABLES.fullmatch(name)}
+
+
 def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
     """This process's place, or None if nobody started it as a rank. Raises UserError that names the variable at fault."""
     if environ.get("FASTDISTIL_LAUNCHER") == "fastdistil":

@@ -538,6 +538,7 @@ def _restore(run: Run, path: Path | None) -> None:
         describe=run.inputs.source.describe,
     )
     run.update, run.tokens = state["update"], state["tokens"]
+    run.saved_update = run.update  # with what several ranks owed, which is in memory from here on
     run.best_update, run.best_loss = state["best_update"], state["best_loss"]
     run.console.note(f"continuing {run.directory} after update {run.update}")
 

@@ -45,6 +45,7 @@ from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
 
 Kind = Literal["allreduce", "all_to_all", "all_gather"]
+_FOREVER = timedelta(days=7)
 Connect = Callable[[], Any]
 """Opens one more client connection to the control plane, a torch.distributed.Store."""
 
@@ -237,18 +238,26 @@ class TorchWorld(World):
 
     def __init__(self, place: Place, device: torch.device, options: Options, connect: Connect) -> None:
         super().__init__(place, device, options.rings, connect)
-        # Longer than the monitor's: that one names who is lost, this one only an address.
-        timeout = timedelta(seconds=2 * options.timeout_s + 30)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Not named: names would be derived from how many groups this process made before.
-        dist.init_process_group(
-            "gloo", store=PrefixStore("torch", connect()), rank=self.rank, world_size=self.size, timeout=timeout
-        )
-        self._small = dist.group.WORLD
-        self._groups = [
-            dist.new_group(backend=backend, timeout=timeout, pg_options=_nccl_options(options.rings, device))
-            for _ in range(options.rings)
-        ]
+        if device.type == "cuda" and options.rings > 1:
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # several communicators on one device
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore("torch", connect()),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=options.timeout_s),
+            )
+            # A rank may evaluate or copy for as long as it needs while the others wait: the monitor tells who is lost.
+            self._small = dist.new_group(backend="gloo", timeout=_FOREVER)
+            self._groups = [
+                dist.new_group(backend=backend, timeout=_FOREVER, pg_options=_nccl_options(options.rings, device))
+                for _ in range(options.rings)
+            ]
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise RankLost(f"rank {self.rank} could not connect to the others: {why}; look at their messages") from error
 
     def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
         group = self._small if ring is None and not tensor.is_cuda else self._groups[ring or 0]
@@ -370,7 +379,7 @@ def join(place: Place | None, options: Options, device: torch.device, equal: Map
     """
     equal = equal or {}
     if device.type == "cuda":
-        torch.cuda.set_device(place.local_rank if place is not None else torch.cuda.current_device())
+        _choose_gpu(place)
     if place is None:
         for key in ("engine", "rings"):
             if (value := getattr(options, key)) not in ("auto", "alone", 1):
@@ -414,6 +423,16 @@ def _join_horovod(place: Place, options: Options, device: torch.device, equal: M
             "start the ranks with mpirun, or set world.topology=torus"
         )
     return HorovodWorld(place, device, options, connect, hvd, servers)
+
+
+def _choose_gpu(place: Place | None) -> None:
+    """The local rank's; or the only one, where the launcher shows each rank its own."""
+    if place is None:
+        return
+    visible = torch.cuda.device_count()
+    if visible < place.local_size and visible != 1:
+        raise UserError(f"{place.local_size} ranks on this node and {visible} GPUs; start one rank for each GPU")
+    torch.cuda.set_device(place.local_rank if visible > 1 else 0)
 
 
 def import_horovod() -> Any:

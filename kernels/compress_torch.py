@@ -17,8 +17,8 @@ from torch import Tensor
 from fastdistil.kernels.buffers import buffer
 from fastdistil.kernels.compress_reference import quantize_int8_reference, sign_compress_reference
 
-# Elements of a chunk for each thread: four such buffers (256 KiB in float32) are in use at a time.
-CHUNK = 2**16
+# Elements of a chunk for each thread: up to four such buffers (512 KiB in float32) are in use at a time.
+CHUNK = 2**17
 
 
 def _chunk_blocks(block: int) -> int:

@@ -3,7 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "int32": "*i32", "int8": "*i8", "uint8": "*u8"}
+_TYPES = {
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "float32": "*fp32",
+    "int64": "*i64",
+    "int32": "*i32",
+    "int8": "*i8",
+    "uint8": "*u8",
+}
 
 
 class Launch(NamedTuple):

@@ -19,7 +19,8 @@ from fastdistil.world import join
 engine = sys.argv[1]
 world = join(find_place(os.environ), Options(engine=engine, rings=2, timeout_s=60), torch.device("cpu"))
 KINDS = [dict(kind="none"), dict(kind="fp16"), dict(kind="int8", block=64), dict(kind="top-k", density=0.1),
-         dict(kind="random-k", density=0.1), dict(kind="powersgd", rank=2), dict(kind="sign", block=64, frozen_variance_after=1)]
+         dict(kind="random-k", density=0.1), dict(kind="powersgd", rank=2),
+         dict(kind="sign", block=64, frozen_variance_after=1)]
 if engine == "torch":
     KINDS.append(dict(kind="bf16"))
 found = []
@@ -48,7 +49,8 @@ for given in KINDS:
         declared = sum(wire.wire_bytes(bucket.layout) for bucket in buckets.buckets)
         requests = sum(wire.requests(bucket.layout) for bucket in buckets.buckets)
         # A byte of each collective is a matter of rounding where the ranks do not divide it.
-        assert 0 <= declared - counted["gradient_bytes"] <= (requests if world.size == 3 else 0), (given, update, counted, declared)
+        rounded = requests if world.size == 3 else 0
+        assert 0 <= declared - counted["gradient_bytes"] <= rounded, (given, update, counted, declared)
         assert counted["gradient_collectives"] == requests, (given, update, counted, requests)
         same = world.gather([float(content_hash([p.grad for p in parameters]))], "hash")
         assert same == [same[0]] * world.size, (given, update)
