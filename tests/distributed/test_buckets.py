@@ -97,7 +97,7 @@ def truth(recipe: Recipe) -> dict[torch.dtype, dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "rings"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("ranks", "rings"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_ranks_and_micro_batches_are_interchangeable(
     engine: str,
     ranks: int,

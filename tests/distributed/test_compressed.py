@@ -69,7 +69,7 @@ world.close()
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_compressor_over_real_ranks(engine: str, ranks: int, run_ranks: Callable[..., list[str]]) -> None:
     everyone = [json.loads(out.splitlines()[-1]) for out in run_ranks(PROGRAM, ranks, engine)]
     assert all(found == everyone[0] for found in everyone)

@@ -195,7 +195,7 @@ def test_a_killed_run_continues_bit_for_bit(
     assert learnt(tmp_path / "whole" / "run") == learnt(tmp_path / "cut" / "run")
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_continues_the_same_updates(
     ranks: int, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
 ) -> None:
@@ -237,7 +237,15 @@ def test_one_rank_pays_what_two_owed(material: Path, tmp_path: Path, train_ranks
     assert norms["top-k"][6] < 1.5 * norms["none"][6]
 
 
-@pytest.mark.parametrize(("how", "on"), [("TERM", 1), ("TERM", 0), ("INT", 1), ("PAUSE", 0)])
+@pytest.mark.parametrize(
+    ("how", "on"),
+    [
+        ("TERM", 1),
+        pytest.param("TERM", 0, marks=pytest.mark.slow),
+        pytest.param("INT", 1, marks=pytest.mark.slow),
+        ("PAUSE", 0),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_at_the_same_update(
     how: str, on: int, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
 ) -> None:
@@ -259,8 +267,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(
         ("KILL", 1, "rank 1"),
         ("KILL", 0, "rank 0"),
         ("STOP", 1, "rank 1"),
-        ("STOP", 0, "rank 0"),
-        ("SLEEP", 1, "rank 1"),
+        pytest.param("STOP", 0, "rank 0", marks=pytest.mark.slow),
+        pytest.param("SLEEP", 1, "rank 1", marks=pytest.mark.slow),
         ("RAISE", 1, "planted"),
     ],
 )
