@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdistil.compressor import Exchange, Feedback, Kind, Layout, Request, State, chosen_numel, part_numel, poison
+from fastdistil.compressor import Exchange, Feedback, Kind, Layout, Request, State, chosen_numel, part_numel
 from fastdistil.kernels.compress import (
     dequantize_int8,
     dequantize_sum_int8,
@@ -36,11 +36,12 @@ class TopK(Feedback):
 
     def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
         """(payload uint8: int32 indices [K], then values [K]; state)"""
-        residual_N, bad = state.get("residual"), poison(gradient_N)
+        residual_N = state.get("residual")
+        # Takes what is not finite first: the sum shows it.
         indices_K, values_K = top_k_select(gradient_N, residual_N, chosen_numel(self.density, layout))
         if residual_N is not None:
             residual_N.nan_to_num_(0.0, 0.0, 0.0)  # there may be more of them than k
-        return torch.cat([indices_K.view(torch.uint8), values_K.add_(bad).view(torch.uint8)]), state
+        return torch.cat([indices_K.view(torch.uint8), values_K.view(torch.uint8)]), state
 
     def decompress(self, payloads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         """Of all ranks: their sum, [N]."""
@@ -226,7 +227,7 @@ class Sign(TwoPhase):
 
     def compress_part(self, summed_C: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
         out_C = state["used"][self.part(layout)] == self.ALWAYS_ZERO
-        payload, state = super().compress_part(summed_C.mul_(~out_C), state, layout)
+        payload, state = super().compress_part(summed_C, state, layout)
         if self.error_feedback:
             state["server"].view(-1)[: out_C.numel()].masked_fill_(out_C, 0.0)
         return payload, state
