@@ -4,6 +4,7 @@ decodes and sums its part of the bucket.
 Legend: as in compressor.py.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -144,18 +145,18 @@ class TwoPhase(Feedback):
         rows, code_bytes = payloads.view(self.ranks, -1), self._code_bytes(self.part_numel(layout))
         return rows[:, :code_bytes], _typed(rows[:, code_bytes:], torch.float32)
 
-    def _code_bytes(self, numel: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _code_bytes(self, numel: int) -> int: ...
 
+    @abstractmethod
     def _encode(self, gradient_N: Tensor, residual_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """(codes of one byte each, scales_B)"""
-        raise NotImplementedError
 
-    def _decode(self, codes: Tensor, scales_B: Tensor, out_N: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode(self, codes: Tensor, scales_B: Tensor, out_N: Tensor) -> Tensor: ...
 
-    def _decode_sum(self, codes_R: Tensor, scales_RB: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode_sum(self, codes_R: Tensor, scales_RB: Tensor, numel: int, dtype: torch.dtype) -> Tensor: ...
 
 
 def _typed(rows: Tensor, dtype: torch.dtype) -> Tensor:
