@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fastdistil.buckets import MIB, BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
 from fastdistil.cost import Measured, choose
+from fastdistil.errors import UserError
 from fastdistil.recipe import Compression, Recipe
 from fastdistil.team import Team
-from fastdistil.world import Counters, World
+from fastdistil.world import Counters, World, sent_bytes
 
 
 class OneRank:
@@ -156,6 +157,7 @@ class Several(OneRank):
             accumulation=self._recipe.loop.accumulation,
             bandwidth_bytes_per_s=bandwidth,
             latency_s=latency_s,
+            buckets=len(self._buckets.buckets),
             engine=self._world.engine,
             device=self._world.device.type,
             compress_bytes_per_s=measure_copy(self._world.device),
@@ -214,6 +216,11 @@ Exchange = OneRank
 
 def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer) -> Exchange:
     """Raises UserError for a compression that cannot be had here."""
+    if recipe.loop.precision == "fp16" and recipe.compression.kind != "none":
+        raise UserError(
+            "compression keeps a part of gradients for later, and with loop.precision=fp16 their scale changes meanwhile; set "
+            "loop.precision=bf16 or fp32, or compression.kind=none"
+        )
     if world.size == 1:
         return OneRank(optimizer, recipe)
     return Several(optimizer, recipe, world)
@@ -222,30 +229,36 @@ def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer
 class Load:
     """What this rank did since the last log line, to find out who keeps the others waiting."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, world: World, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._world, self._clock = world, clock
         self.restart()
 
     def restart(self) -> None:
-        self._tokens, self._waited_s, self._since = 0, 0.0, self._clock()
+        self._tokens, self._data_wait_s, self._since = 0, 0.0, self._clock()
+        self._waited_s = self._world.waited_s
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time in the block is not work on updates."""
-        begun = self._clock()
+        """Time in the block is not work on updates, nor are its waits."""
+        begun, waited_s = self._clock(), self._world.waited_s
         try:
             yield
         finally:
             self._since += self._clock() - begun
+            self._waited_s += self._world.waited_s - waited_s
 
-    def add(self, tokens: int, waited_s: float) -> None:
+    def add(self, tokens: int, data_wait_s: float) -> None:
         self._tokens += tokens
-        self._waited_s += waited_s
+        self._data_wait_s += data_wait_s
 
-    def read(self, world: World, exchange_wait_s: float) -> dict[str, Any]:
-        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest."""
-        worked_s = self._clock() - self._since - exchange_wait_s
-        ranks = [_Load(*each) for each in world.gather([self._tokens, self._waited_s, worked_s], "fastdistil.load")]
+    def read(self) -> dict[str, Any]:
+        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest.
+
+        Waits for other ranks are not work: whoever is fast waits for whoever is slow.
+        """
+        worked_s = self._clock() - self._since - (self._world.waited_s - self._waited_s)
+        told = self._world.gather([self._tokens, self._data_wait_s, worked_s], "fastdistil.load")
+        ranks = [_Load(*each) for each in told]
         self.restart()
         tokens, seconds = [each.tokens for each in ranks], [each.worked_s for each in ranks]
         return {
@@ -253,30 +266,42 @@ class Load:
             "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
             "slowest_rank": seconds.index(max(seconds)),
             "rank_tokens": [int(each) for each in tokens],
-            "rank_data_wait_s": [each.waited_s for each in ranks],
+            "rank_data_wait_s": [each.data_wait_s for each in ranks],
         }
 
 
 class _Load(NamedTuple):
     tokens: float
-    waited_s: float
+    data_wait_s: float
     worked_s: float
 
 
 def measure_exchange(world: World, nbytes: int) -> tuple[float, float]:
-    """(latency in seconds, ring bandwidth in bytes a second) of allreduce, medians of 5. All ranks call it."""
-    small, large = world.empty(16, torch.float32), world.empty(min(nbytes, 16 * MIB) // 4, torch.float32)
+    """(latency in seconds, bytes a second of all rings together) of allreduce, medians of 5. All ranks call it.
+
+    These are no gradients: the counters stay as they were.
+    """
+    counters, world.counters = world.counters, world.counters.copy()
+    each = max(4, min(nbytes, 16 * MIB) // world.rings)
+    small = [world.empty(16, torch.float32)]
+    large = [world.empty(each // 4, torch.float32) for _ in range(world.rings)]
     latency_s = _median_s(world, small)
     seconds = max(_median_s(world, large) - latency_s, 1e-9)
-    return latency_s, 2 * (world.size - 1) / world.size * large.nbytes / seconds
+    world.counters = counters
+    return latency_s, sum(sent_bytes("allreduce", buffer.nbytes, world.size) for buffer in large) / seconds
 
 
-def _median_s(world: World, buffer: Tensor) -> float:
+def _median_s(world: World, buffers: Sequence[Tensor]) -> float:
     times = []
     for number in range(6):
         world.barrier("fastdistil.measure")
         begun = time.perf_counter()
-        world.wait(world.allreduce(buffer, name=f"fastdistil.measure{buffer.numel()}"))
+        handles = [
+            world.allreduce(buffer, name=f"fastdistil.measure{buffer.numel()}.{ring}", ring=ring)
+            for ring, buffer in enumerate(buffers)
+        ]
+        for handle in handles:
+            world.wait(handle)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         if number:  # the first makes connections

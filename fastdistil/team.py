@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdistil import __version__, errors
-from fastdistil.errors import CorruptData, FastdistilError, RankLost
+from fastdistil.batches import Counts
+from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
 from fastdistil.monitor import Monitor, agree_equal
 from fastdistil.node_setup import cached_corpus, run_once_per_node
 from fastdistil.ranks import Place
@@ -112,13 +113,23 @@ class Team:
             self.monitor.request_stop(own)
         return own
 
-    def decide(self, signal: str | None, pause: bool) -> Decision:
-        """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE."""
+    def decide(self, signal: str | None, pause: bool, counts: Counts) -> Decision:
+        """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE.
+
+        `counts` of the update over all ranks, as this rank knows them. Raises UserError where ranks know different ones: their
+        gradients would be divided by different numbers.
+        """
         if self.alone:
             return Decision(signal is not None or pause, signal is None, signal or PAUSE)
         number = 0 if signal is None else signals.Signals[signal].value
-        told = [int(number > 0), number, self.world.rank if number else 0, int(pause)]
-        having, numbers, ranks, pauses = self.world.sum(told, "fastdistil.stop")
+        known = [counts.batches, counts.tokens, counts.labels]
+        told = [int(number > 0), number, self.world.rank if number else 0, int(pause), *known]
+        having, numbers, ranks, pauses, *sums = self.world.sum(told, "fastdistil.stop")
+        if sums != [self.world.size * each for each in known]:
+            raise UserError(
+                f"the ranks have different batches: rank {self.world.rank} counts {counts.tokens} tokens in {counts.batches} "
+                "micro-batches of an update, others do not; an iterable of batches must give the same on every rank"
+            )
         if not having:
             return Decision(pauses > 0, True, PAUSE)
         # One rank's, or one that a launcher passed on to several: the mean is it.

@@ -111,10 +111,10 @@ class Run:
             own = PAUSE
         return self.team.stop_wanted(own)
 
-    def agree_to_stop(self) -> bool:
+    def agree_to_stop(self, counts: Counts) -> bool:
         """The same answer on all ranks, which all ask."""
         pause = self.team.is_chief and pause_requested(self.directory)
-        self.stopping = self.team.decide(self.signals.requested, pause)
+        self.stopping = self.team.decide(self.signals.requested, pause, counts)
         return self.stopping.stop
 
     def tell(self, text: str) -> None:
@@ -238,7 +238,7 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
         leaves = exchange.leaves_in(number, rounds)
         # All agree once before gradients leave. Who hears of a stop asks at once, and everybody hears within a micro-batch.
         if (leaves or run.stop_wanted) and not agreed:
-            if run.agree_to_stop():
+            if run.agree_to_stop(update_counts):
                 exchange.drop()
                 return False
             agreed = True
@@ -339,7 +339,7 @@ def _assemble(
         console=console,
         board=board,
         signals=signals,
-        load=Load(),
+        load=Load(team.world),
     )
 
 
@@ -374,8 +374,7 @@ def _log(run: Run) -> None:
         fields: dict[str, Any] = run.meter.read(run.guard)
     _count(run)
     if not run.team.alone:
-        exchanged = run.exchange.fields()
-        fields |= exchanged | run.load.read(run.team.world, exchanged["exchange_wait_s"])
+        fields |= run.exchange.fields() | run.load.read()
     fields["lr"] = run.optimizer.param_groups[0]["lr"]
     run.logged_tokens += fields["tokens"]
     run.logged_s += fields["tokens"] / fields["tokens_per_s"]

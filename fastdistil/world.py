@@ -67,8 +67,6 @@ class Counters:
     """Of gradients, per ring."""
     control_messages: int = 0
     control_bytes: int = 0
-    state_bytes: int = 0
-    """Weights and checkpoints: broadcasts."""
 
     @property
     def gradient_bytes(self) -> int:
@@ -85,8 +83,7 @@ class Counters:
         }
 
     def copy(self) -> "Counters":
-        values = (self.gradient_collectives, list(self.ring_bytes), self.control_messages, self.control_bytes)
-        return Counters(*values, self.state_bytes)
+        return Counters(self.gradient_collectives, list(self.ring_bytes), self.control_messages, self.control_bytes)
 
 
 def sent_bytes(kind: Kind, nbytes: int, ranks: int) -> int:
@@ -121,6 +118,8 @@ class World:
         self.device, self.rings, self.connect = device, ring_count, connect
         self.counters = Counters(ring_bytes=[0] * ring_count)
         self.watch: Watch | None = None
+        self.waited_s = 0.0
+        """Of the host, in all waits for other ranks."""
 
     @property
     def is_chief(self) -> bool:
@@ -145,6 +144,7 @@ class World:
 
     def wait(self, handle: Handle) -> Tensor:
         """Raises RankLost if a rank that it needs is gone. On a GPU only the stream waits, where the engine can."""
+        begun = time.perf_counter()
         try:
             with self.watch.waiting(handle.name) if self.watch is not None else nullcontext():
                 pause_s = 2e-5
@@ -158,6 +158,8 @@ class World:
             raise
         except Exception as error:
             raise self._lost(handle.name, error) from error
+        finally:
+            self.waited_s += time.perf_counter() - begun
 
     def sum(self, values: Sequence[int], name: str) -> list[int]:
         """Of every rank's 64-bit integers, on every rank."""
@@ -177,7 +179,6 @@ class World:
 
     def broadcast(self, tensor: Tensor, name: str, root: int = 0) -> None:
         """Every rank's `tensor` (contiguous, any dtype) becomes root's."""
-        self.counters.state_bytes += tensor.nbytes if self.rank == root else 0
         if tensor.numel():
             self.wait(self._broadcast(tensor, name, root))
 

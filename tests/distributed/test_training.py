@@ -177,6 +177,53 @@ def test_every_micro_batch_learns_the_same_and_sends_more(
         assert every["gradient_bytes"] == 2 * delayed["gradient_bytes"]
 
 
+def test_auto_measures_decides_once_and_says_why(
+    material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    recipe = small(material, tmp_path, "compression={kind: auto, warmup_updates: 3}", "world.engine=torch", "world.rings=2")
+    all_well(train_ranks(recipe, 2))
+    (note,) = fields(tmp_path / "run", "note")
+    assert note["message"].startswith("compression auto: ") and " ms" in note["message"]
+    lines = fields(tmp_path / "run")
+    assert [line["compression"] for line in lines[:3]] == ["auto"] * 3
+    (kind,) = {line["compression"] for line in lines[4:]}
+    assert f"auto: {kind}:" in note["message"]
+    # What was measured with is not counted as gradients.
+    assert [line["gradient_collectives"] for line in lines[:4]] == [line["buckets"] for line in lines[:4]]
+
+
+DIFFERING = """
+import os, sys
+import torch
+from fastdistil import distil
+from fastdistil.errors import FastdistilError
+from fastdistil.ranks import find_place
+from fastdistil.recipe import load_recipe
+torch.manual_seed(find_place().rank)
+batches = [{"input_ids": torch.randint(5, 300, (2, 8 + int(torch.randint(0, 8, ())))), "labels": None} for _ in range(8)]
+code = 0
+try:
+    distil(load_recipe(sys.argv[1]), corpus=batches)
+except FastdistilError as error:
+    print(error, file=sys.stderr)
+    code = error.exit_code
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def test_iterables_that_differ_between_ranks_are_refused(
+    material: Path, tmp_path: Path, start_ranks: Callable[..., list["subprocess.Popen[str]"]]
+) -> None:
+    (tmp_path / "program.py").write_text(DIFFERING)
+    recipe = small(material, tmp_path, "world.engine=torch", "data.heldout=null", "evaluation.every=null")
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "r.yaml")]
+    for process in start_ranks(command, 2):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and "the ranks have different batches" in err, err
+
+
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_a_killed_run_continues_bit_for_bit(
     compression: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
