@@ -19,7 +19,7 @@ from fastdistil.recipe import RECIPES, load_recipe
 
 from .ranks import alone, environment, free_port, has_horovod, together, tokens_per_s
 
-ROUNDS, UPDATES, ACCUMULATION = 5, 8, 8
+ROUNDS, UPDATES, ACCUMULATION = 3, 6, 8
 
 
 @pytest.fixture(scope="module")
