@@ -45,7 +45,7 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class BucketOptions:
-    bucket_bytes: int = 16 * MIB
+    bucket_bytes: int = 25 * MIB
     first_bucket_bytes: int = MIB
     every_micro_batch: bool = False
 

@@ -201,7 +201,7 @@ class World(Section):
     """Of Horovod's NCCL allreduce over several nodes."""
     sync: Literal["delayed", "every-micro-batch"] = "delayed"
     """delayed: gradients travel once an update; every-micro-batch: after each, as the published example, for comparison."""
-    bucket_mib: PositiveFloat = 16.0
+    bucket_mib: PositiveFloat = 25.0
     """Size of a flat gradient buffer, which travels as a whole."""
     first_bucket_mib: PositiveFloat = 1.0
     """Of the one that is ready first."""
