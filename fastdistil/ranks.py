@@ -45,6 +45,8 @@ class Place:
     """On `address`: where the ranks' store is, or is to be."""
     serve_store: bool = True
     """Whether rank 0 is to serve the store at `port`; False: the launcher does already."""
+    attempt: str = ""
+    """Prefix of all keys in a store that outlives the ranks: torchrun starts them again (--max-restarts) with the same one."""
 
     def __post_init__(self) -> None:
         for name, rank, size in (
@@ -90,6 +92,7 @@ def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> Place:
     local_rank = _number(environ, "LOCAL_RANK", 0)
     local_size = _number(environ, "LOCAL_WORLD_SIZE", None if "LOCAL_RANK" in environ else 1)
     address, port = _meeting_point(environ, None, None)
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if size > 1 and (address is None or port is None):
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
         raise UserError(f"RANK and WORLD_SIZE={size} are set, {missing} is not; set it to where rank 0 is reached")
@@ -103,7 +106,8 @@ def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> Place:
         launcher=launcher,
         address=address,
         port=port,
-        serve_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        serve_store=not served,
+        attempt=f"attempt-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if served else "",
     )
 
 
