@@ -1,4 +1,10 @@
-"""One start of all ranks of a run: started, watched, told to stop, and judged by how they ended."""
+"""One start of all ranks of a run: started, watched, told to stop, and judged by how they ended.
+
+When one rank fails, the others have `world.timeout_s + END_S` to end by themselves; then they are killed. Ranks that a signal
+stops save, which takes as long as the disk does: the launcher, which cannot tell a save from a standstill, waits without a
+limit (ranks that hang are ended by their own monitors), says so after `world.timeout_s + SAVE_S`, and kills them when the user
+insists with a second signal.
+"""
 
 import contextlib
 import random
@@ -16,6 +22,7 @@ from typing import Any, Self
 
 from fastdistil.processes import KILL_AFTER_S, RankProcess, Slot, Voices, start
 from fastdistil.ranks import FIRST_PORT, PORTS
+from fastdistil.verdicts import rank_list
 
 SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 """What reaches another host; FASTDISTIL_SSH replaces it. No passwords are asked for, and a dead connection is noticed."""
@@ -23,7 +30,11 @@ POLL_S = 0.05
 END_S = 10.0
 """Beyond world.timeout_s, for ranks to end by themselves when another one has failed."""
 SAVE_S = 30.0
-"""Beyond world.timeout_s, for ranks to save when a signal stops them."""
+"""Beyond world.timeout_s: ranks that need longer to save, when a signal stops them, are spoken of."""
+ORPHAN_S = 600.0
+"""Beyond world.timeout_s, for a rank on another host to save when the launcher is gone: no user is left to insist."""
+SAME_SIGNAL_S = 1.0
+"""SIGTERMs within it are one: timeout(1) and others signal the launcher and then its group."""
 BAD_INPUT, LOST, SAVED, INTERRUPTED, SSH_FAILED = 2, 12, 75, 130, 255
 
 
@@ -33,7 +44,8 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self.insisted = False
-        """A second SIGINT."""
+        """A second one."""
+        self._asked_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -47,8 +59,11 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.insisted |= self.asked is not None and number == signal.SIGINT
-        self.asked = self.asked or signal.Signals(number)
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._asked_s = signal.Signals(number), now
+        elif number == signal.SIGINT or now - self._asked_s >= SAME_SIGNAL_S:
+            self.insisted = True
 
 
 @dataclass
@@ -62,7 +77,7 @@ class Attempt:
     stopped: bool = False
     """Whether they were told to stop."""
     insisted: bool = False
-    """Whether a second SIGINT killed them."""
+    """Whether a second signal killed them."""
 
     @property
     def cause(self) -> RankProcess | None:
@@ -166,7 +181,7 @@ def _start_all(begin: Start, voices: Voices, ranks: list[RankProcess]) -> None:
                 own,
                 base=begin.environ,
                 devices=None if here == list(range(len(here))) else here,
-                patience_s=begin.timeout_s + END_S,
+                patience_s=begin.timeout_s + ORPHAN_S,
                 log=begin.logs / f"rank-{rank}.log",
                 voices=voices,
                 ssh=begin.ssh,
@@ -193,7 +208,7 @@ def _watch(
     begin: Start, ranks: list[RankProcess], attempt: Attempt, voices: Voices, interrupts: Interrupts, enough: Callable[[], bool]
 ) -> None:
     told: signal.Signals | None = None
-    end_by_s, kill_by_s = float("inf"), float("inf")
+    speak_s, end_by_s, kill_by_s = float("inf"), float("inf"), float("inf")
     while running := [each for each in ranks if each.code is None]:
         now = time.monotonic()
         for each in running:
@@ -204,15 +219,22 @@ def _watch(
         asked = interrupts.asked or (signal.SIGTERM if told is None and end_by_s == float("inf") and enough() else None)
         if told is None and asked is not None:
             told, attempt.stopped = asked, True
-            kill_by_s = now + begin.timeout_s + SAVE_S
+            speak_s = now + begin.timeout_s + SAVE_S
             _send(running, told)
-        if now >= end_by_s and kill_by_s > end_by_s + KILL_AFTER_S:
-            attempt.killed |= {each.rank for each in running if each.code is None}
-            kill_by_s = end_by_s + KILL_AFTER_S
+        left = [each.rank for each in running if each.code is None]
+        if left and now >= speak_s:
+            speak_s = float("inf")
+            voices.say(
+                f"still waiting for {rank_list(left)}, told to stop {begin.timeout_s + SAVE_S:.0f} s ago: a large save takes "
+                "its time; a second Ctrl-C or SIGTERM kills"
+            )
+        if now >= end_by_s and kill_by_s == float("inf"):
+            attempt.killed |= set(left)
+            kill_by_s = now + KILL_AFTER_S
             _send(running, signal.SIGTERM)
         if interrupts.insisted or now >= kill_by_s:
             attempt.insisted = interrupts.insisted
-            attempt.killed |= {each.rank for each in running if each.code is None}
+            attempt.killed |= set(left)
             _kill(running)
         voices.flush()
         time.sleep(POLL_S)

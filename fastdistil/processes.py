@@ -17,13 +17,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 from fastdistil.profiling.device import usable_cores
 from fastdistil.ranks import RANK_VARIABLES
+from fastdistil.verdicts import rank_list
 
 # What a rank on another host is told of the launcher's environment; the rest (PATH, HOME, ...) is that host's own.
 CARRIED = re.compile(
@@ -288,16 +289,5 @@ class Voices:
 
 
 def _labelled(ranks: list[int], lines: bytes) -> bytes:
-    label = f"[rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}] ".encode()
+    label = f"[{rank_list(ranks)}] ".encode()
     return b"".join(label + line for line in lines.splitlines(keepends=True))
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """1, 2, 3, 5 as "1-3, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

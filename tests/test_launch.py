@@ -23,7 +23,7 @@ from fastdistil.attempts import free_port
 from fastdistil.calls import answer_call, read_answer, write_call
 from fastdistil.errors import CorruptData, RankLost, Stopped, UserError
 from fastdistil.launch import Elastic, Job, choose_slots, launch, launch_function, parse_elastic, parse_hosts
-from fastdistil.processes import Slot, Voices, ranges, rank_environment
+from fastdistil.processes import Slot, Voices, rank_environment
 
 # A rank: appends its environment to `starts`, then does what the plan says for it ("default" otherwise).
 STAND_IN = """
@@ -309,11 +309,12 @@ def as_command(ranks: Ranks, job: Job, **more: Any) -> "subprocess.CompletedProc
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
 
-def background(ranks: Ranks, job: Job, **more: Any) -> "subprocess.Popen[str]":
+def background(ranks: Ranks, job: Job, before: str = "pass", **more: Any) -> "subprocess.Popen[str]":
     """The launcher in a process of its own."""
     slots = [(slot.host, slot.index) for slot in job.slots]
     code = (
         "import sys; from fastdistil.launch import *; from fastdistil.processes import Slot\n"
+        f"{before}\n"
         f"slots = tuple(Slot(*slot) for slot in {slots!r})\n"
         f"sys.exit(launch(Job(command={job.command!r}, slots=slots, ranks={job.ranks}, timeout_s={job.timeout_s})))"
     )
@@ -344,6 +345,57 @@ def test_a_signal_before_training_is_an_interruption(ranks: Ranks) -> None:
     launcher = background(ranks, ranks.job(2))
     try:
         ranks.ready(2)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.communicate(timeout=30)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 130
+    assert ranks.alive() == []
+
+
+SPEAKS_SOON = "import fastdistil.attempts; fastdistil.attempts.SAVE_S = fastdistil.attempts.END_S = 0.1"
+SAVES_SLOWLY = (
+    "def save(*_): (folder / f'heard-{rank}').touch(); wait_for('go'); os._exit(75)\n"
+    "signal.signal(15, save); (folder / f'ready-{rank}').touch()\n"
+    "while True: signal.pause()"
+)
+
+
+def test_a_save_may_take_as_long_as_it_does(ranks: Ranks) -> None:
+    """timeout(1) signals its child and then its group, so that the launcher gets two SIGTERMs: they are one."""
+    ranks.plan(default=SAVES_SLOWLY, rank1="wait()")
+    launcher = background(ranks, ranks.job(3, timeout_s=0.1), SPEAKS_SOON)
+    try:
+        ranks.ready(3)
+        launcher.send_signal(signal.SIGTERM)
+        ranks.wait_for(lambda: len(list(ranks.folder.glob("heard-*"))) == 2)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.stderr is not None
+        said = launcher.stderr.readline()
+        (ranks.folder / "go").touch()
+        err = launcher.communicate(timeout=30)[1]
+    finally:
+        launcher.kill()
+    assert said == (
+        "fastdistil: still waiting for ranks 0, 2, told to stop 0 s ago: a large save takes its time; "
+        "a second Ctrl-C or SIGTERM kills\n"
+    )
+    assert (launcher.returncode, err) == (75, "")
+
+
+@pytest.mark.parametrize("stuck", ["os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(300)"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_signal_ends_ranks_that_hear_nothing(ranks: Ranks, stuck: str, count: int) -> None:
+    """Not one that hangs by itself, and not one that cannot be told."""
+    deaf = f"signal.signal(15, signal.SIG_IGN); (folder / f'ready-{{rank}}').touch(); {stuck}"
+    ranks.plan(default=deaf)
+    launcher = background(ranks, ranks.job(count, timeout_s=0.1), f"{SPEAKS_SOON}; fastdistil.attempts.SAME_SIGNAL_S = 0.0")
+    try:
+        ranks.ready(count)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.stderr is not None
+        assert "still waiting" in launcher.stderr.readline()
+        assert len(ranks.alive()) == count
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=30)
     finally:
@@ -547,7 +599,6 @@ def test_hosts_and_numbers() -> None:
     assert choose_slots(None, "a:2,b:2")[1] == 4
     assert choose_slots(3, "a:2,b:2")[1] == 3
     assert parse_elastic("2:8") == (2, 8)
-    assert ranges([1, 2, 3, 5, 8, 9]) == "1-3, 5, 8-9"
 
 
 @pytest.mark.parametrize("text", ["", "a:0", "a:", "a:x", ":2", "a,,b", "a:2,a:2", "localhost,localhost", "-oProxyCommand=x:1"])
