@@ -81,63 +81,59 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command(epilog="Example: fastdistil train distilbert teacher.path=bert-base-uncased data.train=corpus/ --np 4")
-def train(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    resume: Resume = None,
-    dry_run: DryRun = False,
-    np: Ranks = None,
-    hosts: Hosts = None,
-    elastic: ElasticRanks = None,
-    grow_after: GrowAfter = 60.0,
-) -> None:
-    """Distil a teacher into a student. `fastdistil train demo` needs nothing and takes minutes."""
-    from fastdistil.errors import UserError
-    from fastdistil.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides or ())
-    if recipe == "demo":
-        if np is not None or hosts is not None or elastic is not None:
-            raise UserError("the demo trains several small models one after another, with one rank; give a recipe to --np")
-        from fastdistil.demo import plan_demo, run_demo
-
-        if dry_run:
-            plan_demo(loaded, rich.console.Console())
-        else:
-            run_demo(loaded, resume)
-        return
-    if loaded.teacher is None:
-        raise UserError(f"recipe {recipe} has no teacher; set teacher.path=..., or use `fastdistil pretrain`")
-    _run("train", loaded, recipe, overrides or [], resume, dry_run, RankOptions(np, hosts, elastic, grow_after))
-
-
-@app.command(epilog="Example: fastdistil pretrain bert-small data.train=corpus/ loop.epochs=2")
-def pretrain(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    resume: Resume = None,
-    dry_run: DryRun = False,
-    np: Ranks = None,
-    hosts: Hosts = None,
-    elastic: ElasticRanks = None,
-    grow_after: GrowAfter = 60.0,
-) -> None:
-    """Train a model without a teacher, with the same loop: a teacher for those who cannot download one."""
-    from fastdistil.errors import UserError
-    from fastdistil.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides or ())
-    if loaded.teacher is not None:
-        raise UserError(f"recipe {recipe} has a teacher ({loaded.teacher.path}); use `fastdistil train`, or set teacher=null")
-    _run("pretrain", loaded, recipe, overrides or [], resume, dry_run, RankOptions(np, hosts, elastic, grow_after))
-
-
 class RankOptions(NamedTuple):
     np: int | None
     hosts: str | None
     elastic: str | None
     grow_after_s: float
+
+
+@app.command(
+    "pretrain",
+    help="Train a model without a teacher, with the same loop: a teacher for those who cannot download one.",
+    epilog="Example: fastdistil pretrain bert-small data.train=corpus/ loop.epochs=2",
+)
+@app.command(
+    "train",
+    help="Distil a teacher into a student. `fastdistil train demo` needs nothing and takes minutes.",
+    epilog="Example: fastdistil train distilbert teacher.path=bert-base-uncased data.train=corpus/ --np 4",
+)
+def _train_or_pretrain(
+    context: typer.Context,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    np: Ranks = None,
+    hosts: Hosts = None,
+    elastic: ElasticRanks = None,
+    grow_after: GrowAfter = 60.0,
+) -> None:
+    from fastdistil.errors import UserError
+    from fastdistil.recipe import load_recipe
+
+    command, options = str(context.command.name), RankOptions(np, hosts, elastic, grow_after)
+    loaded = load_recipe(recipe, overrides or ())
+    if command == "train" and recipe == "demo":
+        _demo(loaded, resume, dry_run, options)
+        return
+    if command == "train" and loaded.teacher is None:
+        raise UserError(f"recipe {recipe} has no teacher; set teacher.path=..., or use `fastdistil pretrain`")
+    if command == "pretrain" and loaded.teacher is not None:
+        raise UserError(f"recipe {recipe} has a teacher ({loaded.teacher.path}); use `fastdistil train`, or set teacher=null")
+    _run(command, loaded, recipe, overrides or [], resume, dry_run, options)
+
+
+def _demo(recipe: Any, resume: str | None, dry_run: bool, options: RankOptions) -> None:
+    from fastdistil.demo import plan_demo, run_demo
+    from fastdistil.errors import UserError
+
+    if options.np is not None or options.hosts is not None or options.elastic is not None:
+        raise UserError("the demo trains several small models one after another, with one rank; give a recipe to --np")
+    if dry_run:
+        plan_demo(recipe, rich.console.Console())
+    else:
+        run_demo(recipe, resume)
 
 
 def _run(
