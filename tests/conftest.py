@@ -15,6 +15,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+from tests.small_run import make_material
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,6 +42,12 @@ def data_folder() -> Path:
             "no data folder: set FASTDISTIL_DATA to a directory with gutenberg/, wikitext-2/, imdb/, bert-base-uncased/"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See small_run.make_material."""
+    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="session")

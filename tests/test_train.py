@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,99 +20,16 @@ from fastdistil import distil, train
 from fastdistil.checkpoint import list_updates
 from fastdistil.corpus import train_wordpiece
 from fastdistil.errors import CorruptData, NonFinite, OutOfMemory, Stopped, UserError
-from fastdistil.metrics import Console, read_events
+from fastdistil.metrics import Console
 from fastdistil.optim import LossScale
 from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import sole_user
-
-TINY = {
-    "model_type": "bert",
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 48,
-}
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, two small corpora and a teacher."""
-    folder = tmp_path_factory.mktemp("material")
-    documents = [
-        text
-        for module in (json, os, subprocess, math, signal)
-        if getattr(module, "__file__", None)
-        for text in docstrings(Path(str(module.__file__)))
-    ]
-    for name, chosen in (("train", documents[::2] + documents[1::4]), ("heldout", documents[3::4])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
-    tokenizer = train_wordpiece(documents, 300, folder / "tokenizer")
-    for name in ("train", "heldout"):
-        options = PrepareOptions(tokenizer=str(tokenizer), max_length=48, workers=1)
-        prepare([str(folder / f"{name}.jsonl")], folder / name, options)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=300, **{k: v for k, v in TINY.items() if k != "model_type"})
-    teacher = transformers.BertForMaskedLM(config)
-    with torch.no_grad():  # far from the tiny weights of a new model, so that half its layers do not compute the same
-        for parameter in teacher.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    teacher.save_pretrained(folder / "teacher")
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "teacher")
-    return folder
-
-
-def small(material: Path, runs: Path, *overrides: str) -> Recipe:
-    """Eight updates with dropout, evaluation and checkpoints."""
-    return load_recipe(
-        "distilbert",
-        [
-            f"teacher.path={material / 'teacher'}",
-            "student.every=2",
-            "student.architecture=same",
-            "student.freeze_positions=false",
-            f"data.train={material / 'train'}",
-            f"data.heldout={material / 'heldout'}",
-            "data.micro_batch_tokens=256",
-            "loop.updates=8",
-            "loop.accumulation=2",
-            "loop.precision=fp32",
-            "evaluation.every=3",
-            "evaluation.max_sequences=20",
-            "checkpoint.every=2",
-            "logging.every=1",
-            f"runs_dir={runs}",
-            "name=run",
-            "device=cpu",
-            *overrides,
-        ],
-    )
+from tests.small_run import TINY, assert_same_bits, events, learnt, saved_state, small
 
 
 def quiet(recipe: Recipe, **more: Any) -> train.Result:
     return train.train(recipe, console=Console(quiet=True), **more)
-
-
-def events(run: Path, kind: str, **match: Any) -> list[dict[str, Any]]:
-    chosen = read_events(run / "events.jsonl", effective=True)
-    return [event for event in chosen if event["event"] == kind and all(event.get(k) == v for k, v in match.items())]
-
-
-def final_state(run: Path, update: int = 8) -> dict[str, Tensor]:
-    folder = run / "checkpoints" / f"step-{update:08d}"
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
-
-
-def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
-def learnt(run: Path) -> list[tuple[Any, ...]]:
-    return [(e["update"], e["total"], e["soft"], e["hard"], e["cosine"], e["grad_norm"], e["lr"]) for e in events(run, "train")]
 
 
 def test_a_run_leaves_what_it_promises(material: Path, tmp_path: Path) -> None:
@@ -228,7 +144,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
         assert "--resume" in first.stderr
     second = start(recipe, resume="auto")
     assert second.returncode == 0, second.stderr
-    assert_same_bits(final_state(tmp_path / "whole" / "run"), final_state(run))
+    assert_same_bits(saved_state(tmp_path / "whole" / "run"), saved_state(run))
     assert learnt(tmp_path / "whole" / "run") == learnt(run)
     values = [
         [e["loss"] for e in events(place, "evaluation") if e["update"] == 8] for place in (tmp_path / "whole" / "run", run)
@@ -238,17 +154,17 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
 
 def test_resuming_a_finished_run_changes_nothing(material: Path, tmp_path: Path) -> None:
     quiet(small(material, tmp_path))
-    before = final_state(tmp_path / "run")
+    before = saved_state(tmp_path / "run")
     result = quiet(small(material, tmp_path), resume="auto")
     assert result.updates == 8 and result.tokens_per_second == 0
-    assert_same_bits(before, final_state(tmp_path / "run"))
+    assert_same_bits(before, saved_state(tmp_path / "run"))
 
 
 def test_a_checkpoint_can_be_named(material: Path, tmp_path: Path) -> None:
     quiet(small(material, tmp_path, "checkpoint.keep=9"))
-    before = final_state(tmp_path / "run")
+    before = saved_state(tmp_path / "run")
     quiet(small(material, tmp_path, "checkpoint.keep=9"), resume=tmp_path / "run" / "checkpoints" / "step-00000004")
-    assert_same_bits(before, final_state(tmp_path / "run"))
+    assert_same_bits(before, saved_state(tmp_path / "run"))
     assert [e["update"] for e in events(tmp_path / "run", "train")] == list(range(1, 9))
 
 
@@ -342,17 +258,17 @@ def test_a_loss_that_is_not_finite_gates_the_update(
             patch.setattr(train, "train_step", stop_after(2))
             with pytest.raises(Stopped):
                 quiet(small(material, clean, "evaluation.every=null", "checkpoint.every=null"))
-        assert_same_bits(final_state(tmp_path / "run", 2), final_state(clean / "run", 2))
+        assert_same_bits(saved_state(tmp_path / "run", 2), saved_state(clean / "run", 2))
         # Without the poison the run continues to the end, as if nothing had been.
         quiet(recipe, resume="auto")
         quiet(small(material, tmp_path / "whole", "evaluation.every=null"))
-        assert_same_bits(final_state(tmp_path / "run"), final_state(tmp_path / "whole" / "run"))
+        assert_same_bits(saved_state(tmp_path / "run"), saved_state(tmp_path / "whole" / "run"))
     else:
         quiet(recipe)
         assert [e["skipped"] for e in events(tmp_path / "run", "train")] == [1, 0]
-        steps = {float(t) for name, t in final_state(tmp_path / "run").items() if name.endswith(".step")}
+        steps = {float(t) for name, t in saved_state(tmp_path / "run").items() if name.endswith(".step")}
         assert steps == {7.0}
-        assert all(bool(torch.isfinite(t).all()) for t in final_state(tmp_path / "run").values())
+        assert all(bool(torch.isfinite(t).all()) for t in saved_state(tmp_path / "run").values())
 
 
 def stop_after(update: int) -> Callable[..., bool]:
@@ -504,7 +420,7 @@ def test_deterministic_algorithms_run_every_step(material: Path, tmp_path: Path)
     """Nothing on the step's path is an operation that torch knows to be indeterminate, and the switch is put back."""
     quiet(small(material, tmp_path / "plain", "loop.updates=2"))
     quiet(small(material, tmp_path / "switched", "loop.updates=2", "loop.deterministic=true"))
-    assert_same_bits(final_state(tmp_path / "plain" / "run", 2), final_state(tmp_path / "switched" / "run", 2))
+    assert_same_bits(saved_state(tmp_path / "plain" / "run", 2), saved_state(tmp_path / "switched" / "run", 2))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -570,8 +486,8 @@ def test_different_widths_need_a_projection(material: Path, tmp_path: Path) -> N
         quiet(recipe)
     assert not (tmp_path / "run").exists()
     result = quiet(recipe.with_(objective={"projection": True}))
-    state = final_state(tmp_path / "run", 3)
-    assert state["projection.weight"].shape == (32, 16)
+    state = saved_state(tmp_path / "run", 3)
+    assert state["model.projection.weight"].shape == (32, 16)
     assert "projection" not in "".join(load_file(result.run_dir / "student" / "model.safetensors"))
     quiet(recipe.with_(objective={"a_cos": 0.0}, name="soft-only"))
 

@@ -1,6 +1,5 @@
 """Real ranks: processes on this machine, each told its place as a launcher does."""
 
-import json
 import os
 import socket
 import subprocess
@@ -9,12 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-
-from fastdistil.corpus import train_wordpiece
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,31 +95,3 @@ def require_horovod(need: Callable[[str, str], None]) -> None:
 @pytest.fixture
 def horovod(need: Callable[[str, str], None]) -> None:
     require_horovod(need)
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, a teacher of two layers, and corpora train/, heldout/ and other/."""
-    folder = tmp_path_factory.mktemp("material")
-    documents = [text for module in (json, os, subprocess, socket) for text in docstrings(Path(str(module.__file__)))]
-    tokenizer = train_wordpiece(documents, 300, folder / "tokenizer")
-    for name, chosen in (("train", documents[::2]), ("heldout", documents[1::4]), ("other", documents[3::4])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
-        options = PrepareOptions(tokenizer=str(tokenizer), max_length=48, workers=1)
-        prepare([str(folder / f"{name}.jsonl")], folder / name, options)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=300,
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=2,
-        max_position_embeddings=48,
-    )
-    teacher = transformers.BertForMaskedLM(config)
-    with torch.no_grad():  # far from the tiny weights of a new model, so that half its layers do not compute the same
-        for parameter in teacher.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    teacher.save_pretrained(folder / "teacher")
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "teacher")
-    return folder

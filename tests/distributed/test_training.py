@@ -7,15 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from fastdistil.checkpoint import list_updates
 from fastdistil.metrics import read_events
 from fastdistil.recipe import Recipe, load_recipe
+from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 
 DRIVER = """
 import os, signal, sys, time
@@ -58,35 +56,6 @@ os._exit(code)  # as the command line does when a rank was lost: threads may han
 """
 
 
-def small(material: Path, runs: Path, *overrides: str) -> Recipe:
-    """Eight updates, with dropout and checkpoints."""
-    return load_recipe(
-        "distilbert",
-        [
-            f"teacher.path={material / 'teacher'}",
-            "student.every=2",
-            "student.architecture=same",
-            "student.freeze_positions=false",
-            f"data.train={material / 'train'}",
-            f"data.heldout={material / 'heldout'}",
-            "data.micro_batch_tokens=256",
-            "loop.updates=8",
-            "loop.accumulation=2",
-            "loop.precision=fp32",
-            "evaluation.every=3",
-            "evaluation.max_sequences=20",
-            "checkpoint.every=2",
-            "logging.every=1",
-            "world.timeout_s=20",
-            "world.check_replicas=1",
-            f"runs_dir={runs}",
-            "name=run",
-            "device=cpu",
-            *overrides,
-        ],
-    )
-
-
 Ended = tuple[int, str]
 
 
@@ -114,25 +83,6 @@ def train_ranks(start_ranks: Callable[..., list["subprocess.Popen[str]"]], tmp_p
     return run
 
 
-def fields(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    return [event for event in read_events(run / "events.jsonl", effective=True) if event["event"] == kind]
-
-
-def learnt(run: Path) -> list[tuple[Any, ...]]:
-    return [(e["update"], e["total"], e["soft"], e["hard"], e["cosine"], e["grad_norm"], e["lr"]) for e in fields(run)]
-
-
-def final_state(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / "step-00000008"
-    return {f"{path.stem}.{name}": tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 def all_well(ended: list[Ended]) -> None:
     for code, err in ended:
         assert code == 0, err
@@ -149,13 +99,13 @@ def test_two_ranks_learn_what_one_does(
     assert [line[0] for line in both[0]] == list(range(1, 9))
     for of_two, of_one in zip(*both, strict=True):
         assert of_two == pytest.approx(of_one, rel=2e-5)
-    evaluations = [fields(tmp_path / name / "run", "evaluation") for name in ("two", "one")]
+    evaluations = [events(tmp_path / name / "run", "evaluation") for name in ("two", "one")]
     assert [e["update"] for e in evaluations[0]] == [3, 6, 8]
     for of_two, of_one in zip(*evaluations, strict=True):
         assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
-    (start,) = fields(tmp_path / "two" / "run", "start")
+    (start,) = events(tmp_path / "two" / "run", "start")
     assert (start["engine"], start["ranks"], start["rings"], start["sync"]) == (engine, 2, 2, "delayed")
-    for line in fields(tmp_path / "two" / "run"):
+    for line in events(tmp_path / "two" / "run"):
         assert line["engine"] == engine and line["gradient_collectives"] == line["buckets"]
         assert line["gradient_bytes"] == sum(line["ring_bytes"]) > 0 and min(line["ring_bytes"]) > 0
         assert 0 < line["control_bytes"] < 1024
@@ -171,7 +121,7 @@ def test_every_micro_batch_learns_the_same_and_sends_more(
     for name, sync in (("delayed", "delayed"), ("every", "every-micro-batch")):
         recipe = small(material, tmp_path / name, "world.engine=torch", f"world.sync={sync}", "loop.updates=3")
         all_well(train_ranks(recipe, 2))
-    lines = {name: fields(tmp_path / name / "run") for name in ("delayed", "every")}
+    lines = {name: events(tmp_path / name / "run") for name in ("delayed", "every")}
     for delayed, every in zip(lines["delayed"], lines["every"], strict=True):
         assert every["total"] == pytest.approx(delayed["total"], rel=1e-5)
         assert every["gradient_bytes"] == 2 * delayed["gradient_bytes"]
@@ -182,9 +132,9 @@ def test_auto_measures_decides_once_and_says_why(
 ) -> None:
     recipe = small(material, tmp_path, "compression={kind: auto, warmup_updates: 3}", "world.engine=torch", "world.rings=2")
     all_well(train_ranks(recipe, 2))
-    (note,) = fields(tmp_path / "run", "note")
+    (note,) = events(tmp_path / "run", "note")
     assert note["message"].startswith("compression auto: ") and " ms" in note["message"]
-    lines = fields(tmp_path / "run")
+    lines = events(tmp_path / "run")
     assert [line["compression"] for line in lines[:3]] == ["auto"] * 3
     (kind,) = {line["compression"] for line in lines[4:]}
     assert f"auto: {kind}:" in note["message"]
@@ -236,7 +186,7 @@ def test_a_killed_run_continues_bit_for_bit(
     assert codes == [-signal.SIGKILL] * 2
     assert list_updates(tmp_path / "cut" / "run" / "checkpoints")[-1] == 4
     all_well(train_ranks(recipe, 2, resume="auto"))
-    whole, cut = (final_state(tmp_path / name / "run") for name in ("whole", "cut"))
+    whole, cut = (saved_state(tmp_path / name / "run") for name in ("whole", "cut"))
     assert any(name.startswith("rank-1.") for name in whole) == (compression == "int8")
     assert_same_bits(whole, cut)
     assert learnt(tmp_path / "whole" / "run") == learnt(tmp_path / "cut" / "run")
@@ -264,9 +214,9 @@ def test_what_compression_owes_is_shared_among_other_ranks(
     recipe = small(material, tmp_path, *extra)
     train_ranks(recipe, 2, "KILL-ALL", 5)
     all_well(train_ranks(recipe, 3, resume="auto"))
-    (note,) = fields(tmp_path / "run", "note")
+    (note,) = events(tmp_path / "run", "note")
     assert note["message"] == "what 2 ranks had not sent yet is shared among 3"
-    assert len(fields(tmp_path / "run")) == 8
+    assert len(events(tmp_path / "run")) == 8
 
 
 def test_one_rank_pays_what_two_owed(material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]) -> None:
@@ -276,10 +226,10 @@ def test_one_rank_pays_what_two_owed(material: Path, tmp_path: Path, train_ranks
         extra = [f"compression={{kind: {kind}, warmup_updates: 1}}", "student.dropout=0", "evaluation.every=null"]
         train_ranks(small(material, tmp_path / kind, *extra, "world.engine=torch"), 2, "KILL-ALL", 5)
         all_well(train_ranks(small(material, tmp_path / kind, *extra), 1, resume="auto"))
-        norms[kind] = {line["update"]: line["grad_norm"] for line in fields(tmp_path / kind / "run")}
-    (note,) = fields(tmp_path / "top-k" / "run", "note")
+        norms[kind] = {line["update"]: line["grad_norm"] for line in events(tmp_path / kind / "run")}
+    (note,) = events(tmp_path / "top-k" / "run", "note")
     assert note["message"] == "what 2 ranks had not sent yet joins this rank's next update"
-    assert fields(tmp_path / "none" / "run", "note") == []
+    assert events(tmp_path / "none" / "run", "note") == []
     assert norms["top-k"][5] > 1.8 * norms["none"][5]
     assert norms["top-k"][6] < 1.5 * norms["none"][6]
 
@@ -303,7 +253,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(
         assert "after update 3" in err and "--resume" in err
         assert how in err
     assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 3
-    assert [e["update"] for e in fields(tmp_path / "run", "evaluation")] == ([3] if how == "PAUSE" else [])
+    assert [e["update"] for e in events(tmp_path / "run", "evaluation")] == ([3] if how == "PAUSE" else [])
     all_well(train_ranks(recipe, 2, resume="auto"))
     assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))
 
@@ -394,7 +344,7 @@ def test_np_starts_ranks_and_prints_once(engine: str, material: Path, tmp_path: 
     done = cli("train", path, "--np", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: 3 updates") == 1 and done.stdout.count("update 3/3") == 1
-    assert len(fields(tmp_path / "run")) == 3
+    assert len(events(tmp_path / "run")) == 3
 
 
 def test_distil_starts_ranks_from_python(material: Path, tmp_path: Path) -> None:
