@@ -1,0 +1,99 @@
+"""A whole run that takes a second: text, tokenizer, corpora and teacher; a recipe over them; and what a run left."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdistil.corpus import train_wordpiece
+from fastdistil.metrics import read_events
+from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.pythondocs import docstrings
+from fastdistil.recipe import Recipe, load_recipe
+
+TINY = {
+    "model_type": "bert",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 48,
+}
+
+
+def make_material(folder: Path) -> Path:
+    """Into the folder: a tokenizer, a teacher of two layers, and corpora train/, heldout/ and other/ with their .jsonl."""
+    documents = [text for module in (json, os, subprocess, signal) for text in docstrings(Path(str(module.__file__)))]
+    tokenizer = train_wordpiece(documents, 300, folder / "tokenizer")
+    for name, chosen in (("train", documents[::2]), ("heldout", documents[1::4]), ("other", documents[3::4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+        options = PrepareOptions(tokenizer=str(tokenizer), max_length=48, workers=1)
+        prepare([str(folder / f"{name}.jsonl")], folder / name, options)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=300, **{key: value for key, value in TINY.items() if key != "model_type"})
+    teacher = transformers.BertForMaskedLM(config)
+    with torch.no_grad():  # far from the tiny weights of a new model, so that half its layers do not compute the same
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    teacher.save_pretrained(folder / "teacher")
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "teacher")
+    return folder
+
+
+def small(material: Path, runs: Path, *overrides: str) -> Recipe:
+    """Eight updates with dropout, evaluation and checkpoints, as runs/run; several ranks compare their weights at each."""
+    return load_recipe(
+        "distilbert",
+        [
+            f"teacher.path={material / 'teacher'}",
+            "student.every=2",
+            "student.architecture=same",
+            "student.freeze_positions=false",
+            f"data.train={material / 'train'}",
+            f"data.heldout={material / 'heldout'}",
+            "data.micro_batch_tokens=256",
+            "loop.updates=8",
+            "loop.accumulation=2",
+            "loop.precision=fp32",
+            "evaluation.every=3",
+            "evaluation.max_sequences=20",
+            "checkpoint.every=2",
+            "logging.every=1",
+            "world.timeout_s=20",
+            "world.check_replicas=1",
+            f"runs_dir={runs}",
+            "name=run",
+            "device=cpu",
+            *overrides,
+        ],
+    )
+
+
+def events(run: Path, kind: str = "train", **match: Any) -> list[dict[str, Any]]:
+    """Of a run's effective events, those of a kind whose fields have the given values."""
+    chosen = read_events(run / "events.jsonl", effective=True)
+    return [event for event in chosen if event["event"] == kind and all(event.get(key) == match[key] for key in match)]
+
+
+def learnt(run: Path) -> list[tuple[Any, ...]]:
+    """By update: losses, gradient norm, learning rate."""
+    return [(e["update"], e["total"], e["soft"], e["hard"], e["cosine"], e["grad_norm"], e["lr"]) for e in events(run)]
+
+
+def saved_state(run: Path, update: int = 8) -> dict[str, Tensor]:
+    """A checkpoint's tensors, as "model.NAME", "optimizer.NAME" and "rank-R.NAME"."""
+    folder = run / "checkpoints" / f"step-{update:08d}"
+    return {f"{path.stem}.{name}": tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
