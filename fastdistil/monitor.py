@@ -68,7 +68,8 @@ class Monitor:
 
     `connect` opens a connection of our own to the store (torch.distributed.TCPStore) of rank 0. `note` hears on rank 0 of
     ranks that have used up half of their time. Every rank ends with `finished` or `failed` (or by a RankLost), then `close`.
-    After a verdict the process ends within GRACE_S, with code 12, even when its main thread is in a call that never returns.
+    After a verdict the process ends within GRACE_S, with code 12, even when its main thread is in a call that never returns;
+    once closed, within GRACE_S of its main thread's end.
     """
 
     def __init__(
@@ -236,7 +237,11 @@ class Monitor:
             if verdict is not None:
                 self._settle(verdict)
         time.sleep(GRACE_S)
-        if not (self._told and self._closed):  # else the main thread is about to print it, or has
+        if self._closed:
+            # The program has its thread back, and may go on. At its end an engine may still wait for ranks that are gone.
+            threading.main_thread().join()
+            time.sleep(GRACE_S)
+        else:
             os.write(2, f"fastdistil: {self._words()}\n".encode())
         self._hard_exit(self._exit_code)
 
@@ -346,31 +351,39 @@ def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], timeo
 
     Raises UserError on all ranks, naming who differs from rank 0 in what, and RankLost naming who did not come in time.
     """
-    turn = store.add(f"agree/calls/{rank}", 1)
-    keys = [f"agree/{turn}/{other}" for other in range(size)]
-    result = f"agree/{turn}/result"
-    store.set(keys[rank], json.dumps(dict(what)))
-    heard = f"agree/{turn}/heard"
-    if rank == 0:
-        found = _compared(store, keys, timeout_s)
-        store.set(result, json.dumps(found))
-        if any(found):  # it raises now, and the store may go with it: not before the others have heard
-            until = time.monotonic() + LINGER_S
-            while store.add(heard, 0) < size - 1 - len(found[0]) and time.monotonic() < until:
-                time.sleep(0.02)
     try:
-        store.wait([result], timedelta(seconds=timeout_s + LINGER_S))
-        lost, differing = json.loads(store.get(result))
-    except RuntimeError as error:
+        lost, differing = _agree(store, rank, size, what, timeout_s)
+    except RuntimeError as error:  # torch's DistError is one
         reason = str(error).partition("\n")[0]
         raise RankLost(f"rank 0 did not say whether all ranks have the same {', '.join(what)}: {reason}") from error
-    if rank:
-        store.add(heard, 1)
     if lost:
         raise RankLost(f"{rank_list(lost)} did not start within {timeout_s:g} s")
     if differing:
         parts = ", ".join(f"another {name} on {rank_list(ranks)}" for name, ranks in differing.items())
         raise UserError(f"{parts} than on rank 0; start every rank with the same command, on the same files")
+
+
+def _agree(
+    store: Any, rank: int, size: int, what: Mapping[str, str], timeout_s: float
+) -> tuple[list[int], dict[str, list[int]]]:
+    """What _compared found, on every rank."""
+    turn = store.add(f"agree/calls/{rank}", 1)
+    keys = [f"agree/{turn}/{other}" for other in range(size)]
+    result, heard = f"agree/{turn}/result", f"agree/{turn}/heard"
+    store.set(keys[rank], json.dumps(dict(what)))
+    if rank == 0:
+        found = _compared(store, keys, timeout_s)
+        store.set(result, json.dumps(found))
+        if any(found):  # all will raise, and the store may go with rank 0: not before the others have heard
+            until = time.monotonic() + LINGER_S
+            while store.add(heard, 0) < size - 1 - len(found[0]) and time.monotonic() < until:
+                time.sleep(0.02)
+        return found
+    store.wait([result], timedelta(seconds=timeout_s + LINGER_S))
+    lost, differing = json.loads(store.get(result))
+    if lost or differing:
+        store.add(heard, 1)
+    return lost, differing
 
 
 def _compared(store: Any, keys: Sequence[str], timeout_s: float) -> tuple[list[int], dict[str, list[int]]]:

@@ -222,6 +222,7 @@ def _carry_all(rank: socket.socket, start: Start) -> bool:
             result = finish()
             if result.data_ptr() != target.data_ptr():
                 target.copy_(result)
+            rank.settimeout(None)
             rank.send(json.dumps({"name": name}).encode())
         running = waiting
 

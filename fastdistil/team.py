@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdistil import __version__, errors
 from fastdistil.batches import Counts
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
+from fastdistil.meeting import Connect
 from fastdistil.monitor import Monitor, agree_equal
 from fastdistil.node_setup import cached_corpus, run_once_per_node
 from fastdistil.ranks import Place
@@ -32,17 +33,21 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
 
     When this rank fails, the others learn why before they wait for it. `note` is for rank 0's warnings.
     """
-    options = recipe.world
+    options, told = recipe.world, note if place is not None and place.rank == 0 else _nothing
     equal = {"recipe": recipe.to_yaml(), "fastdistil": __version__, "torch": torch.__version__}
-    world = join(place, options, torch.device(recipe.device), equal)
-    if world.size == 1:
-        yield Team(world, None)
-        return
-    assert world.connect is not None
-    told = note if world.is_chief else _nothing
-    monitor = Monitor(world.connect, world.rank, world.size, timeout_s=options.timeout_s, note=told)
+    monitor: Monitor | None = None
+
+    def met(connect: Connect) -> Monitor:
+        nonlocal monitor
+        assert place is not None
+        monitor = Monitor(connect, place.rank, place.size, timeout_s=options.timeout_s, note=told)
+        with monitor.waiting("all ranks to start"):
+            agree_equal(connect(), place.rank, place.size, equal, options.timeout_s)
+        return monitor
+
     try:
         try:
+            world = join(place, options, torch.device(recipe.device), met)
             yield Team(world, monitor)
         except errors.Stopped:
             _leave(world, monitor)
@@ -50,17 +55,20 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
         except RankLost:
             raise
         except BaseException as error:
-            monitor.failed(error)
+            if monitor is not None:
+                monitor.failed(error)
             raise
         _leave(world, monitor)
     finally:
-        monitor.close()
+        if monitor is not None:
+            monitor.close()
 
 
-def _leave(world: World, monitor: Monitor) -> None:
+def _leave(world: World, monitor: Monitor | None) -> None:
     """With all others: after an error they are not there, and the engine would wait."""
     world.close()
-    monitor.finished()
+    if monitor is not None:
+        monitor.finished()
 
 
 def _nothing(_: str) -> None:
@@ -87,7 +95,6 @@ class Team:
 
     def __init__(self, world: World, monitor: Monitor | None) -> None:
         self.world, self.monitor = world, monitor
-        world.watch = monitor
 
     @property
     def is_chief(self) -> bool:
@@ -203,21 +210,28 @@ class Team:
                     tensor.detach().copy_(flat.view(tensor.shape))
         return groups
 
-    def send_each(self, states: Sequence[Mapping[str, Tensor]] | None, own: Mapping[str, Tensor], what: str) -> None:
-        """Rank 0's states[r] become rank r's `own`, in place. Ranks have the same names, not the same shapes."""
+    def send_each(self, read: Callable[[int], Mapping[str, Tensor]], own: Mapping[str, Tensor], what: str) -> None:
+        """What rank 0's `read(r)` gives becomes rank r's `own`, in place, and travels to no other. Names and shapes are the
+        same on all ranks."""
         for rank in range(self.world.size):
-            carried = None if states is None else {"state": {name: states[rank][name].to(own[name]) for name in own}}
-            shared = self.share(carried, f"{what}.{rank}")
-            if rank == self.world.rank:
-                for name, tensor in own.items():
-                    tensor.copy_(shared["state"][name])
+            given = read(rank) if self.is_chief else {name: torch.empty_like(each, device="cpu") for name, each in own.items()}
+            for name, tensor in own.items():
+                carried = given[name].to("cpu", tensor.dtype).contiguous()
+                assert carried.shape == tensor.shape, (name, carried.shape, tensor.shape)
+                self.world.move(carried, f"fastdistil.{what}.{name}", source=0, target=rank)
+                if rank == self.world.rank:
+                    tensor.copy_(carried)
 
     def fetch_each(self, own: Mapping[str, Tensor], what: str) -> Iterator[dict[str, Tensor]]:
-        """On rank 0 the states of every rank, one after the other; the others send theirs, and get nothing of worth."""
+        """On rank 0 the states of every rank, one after the other, on the CPU; the others send theirs, and get nothing."""
         for rank in range(self.world.size):
-            carried = {"state": dict(own)} if rank == self.world.rank else None
-            shared = self.share(carried, f"{what}.{rank}", root=rank)["state"]
-            yield {name: tensor.cpu() for name, tensor in shared.items()} if self.is_chief else {}
+            fetched = {}
+            for name, tensor in own.items():
+                holds = self.world.rank == rank
+                carried = tensor.cpu().contiguous() if holds else torch.empty_like(tensor, device="cpu")
+                self.world.move(carried, f"fastdistil.{what}.{name}", source=rank, target=0)
+                fetched[name] = carried
+            yield fetched if self.is_chief else {}
 
     def check_replicas(self, weights: Sequence[Tensor], update: int) -> None:
         """Raises CorruptData, naming the ranks whose weights are not, bit for bit, rank 0's. Waits for the device."""

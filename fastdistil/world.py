@@ -23,31 +23,32 @@ horovod is imported in this file and nowhere else.
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Protocol
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fastdistil import rings
 from fastdistil.build_horovod import HOW_TO_BUILD
-from fastdistil.errors import RankLost, UserError
-from fastdistil.monitor import agree_equal
+from fastdistil.errors import FastdistilError, RankLost, UserError
+from fastdistil.meeting import Connect, choose_interface, open_store
+from fastdistil.monitor import GRACE_S
 from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
 
 Kind = Literal["allreduce", "all_to_all", "all_gather"]
 _FOREVER = timedelta(days=7)
-Connect = Callable[[], Any]
-"""Opens one more client connection to the control plane, a torch.distributed.Store."""
+_MOVED_BYTES = 2**26
+"""At a time: engines count bytes in 32 bits, and copy."""
 
 
 class Watch(Protocol):
@@ -56,6 +57,10 @@ class Watch(Protocol):
     def check(self) -> None: ...
     def waiting(self, what: str) -> AbstractContextManager[Any]: ...
     def lost(self, error: BaseException) -> RankLost: ...
+
+
+Met = Callable[[Connect], Watch | None]
+"""Called when the ranks can reach each other's store and no engine has been started: to compare, and to watch from there on."""
 
 
 @dataclass
@@ -104,6 +109,8 @@ class Handle:
     name: str
     done: Callable[[], bool]
     finish: Callable[[], Tensor]
+    wait: Callable[[float], object] | None = None
+    """Until it is done, or for so many seconds; None: it can only be asked."""
 
 
 class World:
@@ -111,13 +118,20 @@ class World:
 
     engine: Literal["alone", "horovod", "torch"] = "alone"
 
-    def __init__(self, place: Place | None, device: torch.device, ring_count: int = 1, connect: Connect | None = None) -> None:
+    def __init__(
+        self,
+        place: Place | None,
+        device: torch.device,
+        ring_count: int = 1,
+        connect: Connect | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         self.rank, self.size = (place.rank, place.size) if place is not None else (0, 1)
         self.local_rank, self.local_size = (place.local_rank, place.local_size) if place is not None else (0, 1)
         self.cross_rank, self.cross_size = (place.cross_rank, place.cross_size) if place is not None else (0, 1)
         self.device, self.rings, self.connect = device, ring_count, connect
         self.counters = Counters(ring_bytes=[0] * ring_count)
-        self.watch: Watch | None = None
+        self.watch = watch
         self.waited_s = 0.0
         """Of the host, in all waits for other ranks."""
 
@@ -146,13 +160,16 @@ class World:
         """Raises RankLost if a rank that it needs is gone. On a GPU only the stream waits, where the engine can."""
         begun = time.perf_counter()
         try:
-            with self.watch.waiting(handle.name) if self.watch is not None else nullcontext():
+            with _waiting(self.watch, handle.name):
                 pause_s = 2e-5
                 while not handle.done():
                     if self.watch is not None:
                         self.watch.check()
-                    time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, 5e-4)
+                    if handle.wait is not None:
+                        handle.wait(0.1)
+                    else:
+                        time.sleep(pause_s)
+                        pause_s = min(2 * pause_s, 5e-4)
                 return handle.finish()
         except RankLost:
             raise
@@ -193,6 +210,17 @@ class World:
         self.broadcast(text, f"{name}.bytes", root)
         return bytes(text.numpy().tobytes())[: int(size)]
 
+    def move(self, tensor: Tensor, name: str, *, source: int, target: int) -> None:
+        """Target's `tensor` becomes source's, and nothing travels between others, which say how large it is. All ranks call it.
+
+        Contiguous, on the CPU, any dtype.
+        """
+        if source == target:
+            return
+        for part in torch.split(tensor.reshape(-1).view(torch.uint8), _MOVED_BYTES):
+            sent, received = part[: part.numel() * (self.rank == source)], part[: part.numel() * (self.rank == target)]
+            received.copy_(self.wait(self._move(sent, received.numel(), name, source, target)))
+
     def barrier(self, name: str = "barrier") -> None:
         self.sum([0], name)
 
@@ -226,10 +254,39 @@ class World:
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> Handle:
         return Handle(name, lambda: True, lambda: tensor)
 
+    def _move(self, sent: Tensor, received_bytes: int, name: str, source: int, target: int) -> Handle:
+        """Bytes from the source, or none; so many to be received."""
+        raise NotImplementedError
+
+    def _splits(self, sent_bytes: int, received_bytes: int, source: int, target: int) -> tuple[list[int], list[int]]:
+        """Of an uneven all-to-all: what this rank sends to each, and receives from each."""
+        ranks = range(self.size)
+        return [sent_bytes * (r == target) for r in ranks], [received_bytes * (r == source) for r in ranks]
+
     def _lost(self, name: str, error: Exception) -> Exception:
-        if self.watch is not None:
-            return self.watch.lost(error)
-        return RankLost(f"rank {self.rank} could not finish {name}: {' '.join(str(error).split())}")
+        return _lost(self.watch, self.rank, name, error)
+
+
+def _waiting(watch: Watch | None, what: str) -> AbstractContextManager[Any]:
+    return watch.waiting(what) if watch is not None else nullcontext()
+
+
+def _lost(watch: Watch | None, rank: int, name: str, error: Exception) -> RankLost:
+    if watch is not None:
+        return watch.lost(error)
+    return RankLost(f"rank {rank} could not finish {name}: {' '.join(str(error).split())}")
+
+
+@contextmanager
+def _starting(watch: Watch | None, rank: int) -> Iterator[None]:
+    """Around what an engine does with all ranks to get ready."""
+    try:
+        with _waiting(watch, "the engine's connections"):
+            yield
+    except FastdistilError:
+        raise
+    except Exception as error:
+        raise _lost(watch, rank, "its connections", error) from error
 
 
 class TorchWorld(World):
@@ -237,12 +294,14 @@ class TorchWorld(World):
 
     engine = "torch"
 
-    def __init__(self, place: Place, device: torch.device, options: Options, connect: Connect) -> None:
-        super().__init__(place, device, options.rings, connect)
+    def __init__(
+        self, place: Place, device: torch.device, options: Options, connect: Connect, watch: Watch | None = None
+    ) -> None:
+        super().__init__(place, device, options.rings, connect, watch)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda" and options.rings > 1:
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # several communicators on one device
-        try:
+        with _starting(watch, self.rank):
             dist.init_process_group(
                 "gloo",
                 store=PrefixStore("torch", connect()),
@@ -256,9 +315,6 @@ class TorchWorld(World):
                 dist.new_group(backend=backend, timeout=_FOREVER, pg_options=_nccl_options(options.rings, device))
                 for _ in range(options.rings)
             ]
-        except RuntimeError as error:
-            why = str(error).partition("\n")[0]
-            raise RankLost(f"rank {self.rank} could not connect to the others: {why}; look at their messages") from error
 
     def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
         group = self._small if ring is None and not tensor.is_cuda else self._groups[ring or 0]
@@ -279,6 +335,11 @@ class TorchWorld(World):
         group = self._groups[0] if tensor.is_cuda else self._small
         return _torch_handle(name, dist.broadcast(tensor, root, group=group, async_op=True), tensor)
 
+    def _move(self, sent: Tensor, received_bytes: int, name: str, source: int, target: int) -> Handle:
+        received, (sends, receives) = sent.new_empty(received_bytes), self._splits(sent.numel(), received_bytes, source, target)
+        work = dist.all_to_all_single(received, sent, receives, sends, group=self._small, async_op=True)
+        return _torch_handle(name, work, received)
+
     def close(self) -> None:
         dist.destroy_process_group()
 
@@ -288,7 +349,13 @@ def _torch_handle(name: str, work: Any, result: Tensor) -> Handle:
         work.wait()  # NCCL: the stream waits, not the host
         return result
 
-    return Handle(name, (lambda: True) if result.is_cuda else work.is_completed, finish)
+    if result.is_cuda:
+        return Handle(name, lambda: True, finish)
+    # Gloo's own wait takes no limit that would leave the collective whole. Asking now and then costs what the cores, which sum
+    # gradients meanwhile, lack.
+    ended = threading.Event()
+    work.get_future().add_done_callback(lambda _: ended.set())
+    return Handle(name, work.is_completed, finish, ended.wait)
 
 
 def _nccl_options(ring_count: int, device: torch.device) -> Any:
@@ -304,12 +371,22 @@ class HorovodWorld(World):
 
     engine = "horovod"
 
-    def __init__(self, place: Place, device: torch.device, options: Options, connect: Connect, hvd: Any, servers: Any) -> None:
-        super().__init__(place, device, options.rings, connect)
+    def __init__(
+        self,
+        place: Place,
+        device: torch.device,
+        options: Options,
+        connect: Connect,
+        hvd: Any,
+        servers: Any,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__(place, device, options.rings, connect, watch)
         self._hvd, self._servers = hvd, servers
         self._processes: rings.RingProcesses | None = None
         if device.type == "cpu" and options.rings > 1:
-            self._processes = self._start_rings(place)
+            with _starting(watch, self.rank):
+                self._processes = self._start_rings(place)
 
     def _start_rings(self, place: Place) -> rings.RingProcesses:
         assert self.connect is not None
@@ -346,6 +423,11 @@ class HorovodWorld(World):
         handle = self._hvd.broadcast_async_(carried, root_rank=root, name=name)
         return Handle(name, partial(self._hvd.poll, handle), partial(self._hvd.synchronize, handle))
 
+    def _move(self, sent: Tensor, received_bytes: int, name: str, source: int, target: int) -> Handle:
+        sends, _ = self._splits(sent.numel(), received_bytes, source, target)
+        handle = self._hvd.alltoall_async(sent, torch.tensor(sends, dtype=torch.int32), name=name)
+        return Handle(name, partial(self._hvd.poll, handle), lambda: _only(self._hvd.synchronize(handle)))
+
     def close(self) -> None:
         if self._processes is not None:
             self._processes.close()
@@ -372,13 +454,12 @@ def _only(found: Any) -> Tensor:
     return tensor
 
 
-def join(place: Place | None, options: Options, device: torch.device, equal: Mapping[str, str] | None = None) -> World:
+def join(place: Place | None, options: Options, device: torch.device, met: Met = lambda _: None) -> World:
     """Become one of the place's ranks. Raises UserError (an engine that is not there, a port in use), RankLost (not all came).
 
-    `equal`: what must be the same on all ranks, by name; UserError names the ranks that differ, before the engine starts.
+    `met`: see Met; what it raises ends this. Not called where there is one rank.
     Reads and sets environment variables that the engines read when they start.
     """
-    equal = equal or {}
     if device.type == "cuda":
         _choose_gpu(place)
     if place is None:
@@ -392,14 +473,14 @@ def join(place: Place | None, options: Options, device: torch.device, equal: Map
     if options.engine == "torch":
         if options.topology != "flat":
             raise UserError(f"world.topology={options.topology} is Horovod's; set world.topology=flat, or world.engine=horovod")
-        connect = _open_store(place, options.timeout_s)
-        agree_equal(connect(), place.rank, place.size, equal, options.timeout_s)
-        _choose_interface(place)
-        return TorchWorld(place, device, options, connect)
-    return _join_horovod(place, options, device, equal)
+        connect = open_store(place, options.timeout_s)
+        watch = met(connect)
+        choose_interface(place)
+        return TorchWorld(place, device, options, connect, watch)
+    return _join_horovod(place, options, device, met)
 
 
-def _join_horovod(place: Place, options: Options, device: torch.device, equal: Mapping[str, str]) -> World:
+def _join_horovod(place: Place, options: Options, device: torch.device, met: Met) -> World:
     hvd = import_horovod()
     _check_topology(hvd, place, options, device)
     _set_horovod(options, device)
@@ -407,23 +488,24 @@ def _join_horovod(place: Place, options: Options, device: torch.device, equal: M
     if place.address is None:
         hvd.init()  # horovodrun, or MPI, knows how
         place = _agree_on_address(hvd, place)
-        connect = _open_store(place, options.timeout_s)
-        agree_equal(connect(), place.rank, place.size, equal, options.timeout_s)
+        connect = open_store(place, options.timeout_s)
+        watch = met(connect)
     else:
-        connect = _open_store(place, options.timeout_s)
-        store = connect()
-        agree_equal(store, place.rank, place.size, equal, options.timeout_s)
-        _choose_interface(place)
-        if place.rank == 0:
-            store.set("horovod/port", str(_serve_rendezvous(place, servers)))
-        os.environ.update(_horovod_environment(place, int(store.get("horovod/port"))))
-        hvd.init()
+        connect = open_store(place, options.timeout_s)
+        watch = met(connect)
+        choose_interface(place)
+        with _starting(watch, place.rank):
+            store = connect()
+            if place.rank == 0:
+                store.set("horovod/port", str(_serve_rendezvous(place, servers)))
+            os.environ.update(_horovod_environment(place, int(store.get("horovod/port"))))
+            hvd.init()
     if options.topology == "hierarchical" and not hvd.mpi_enabled():
         raise UserError(
             "world.topology=hierarchical works only where Horovod runs over MPI, and here it would silently be flat; "
             "start the ranks with mpirun, or set world.topology=torus"
         )
-    return HorovodWorld(place, device, options, connect, hvd, servers)
+    return HorovodWorld(place, device, options, connect, hvd, servers, watch)
 
 
 def _choose_gpu(place: Place | None) -> None:
@@ -463,7 +545,8 @@ def _set_horovod(options: Options, device: torch.device) -> None:
     """What Horovod reads when it starts. What the user set stays."""
     # Our buckets leave as they are: fusing would copy them, and make one response of several.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(int(options.timeout_s) + 1))
+    # Longer than the monitor needs to name the lost rank: Gloo would end the process without a word.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(int(options.timeout_s + 2 * GRACE_S)))
     os.environ.setdefault("HOROVOD_STALL_CHECK_DISABLE", "1")  # the monitor tells more, and sooner
     if device.type == "cpu":
         # Ranks coordinate once a cycle, idle or not. At its default of 1 ms that took a sixth to a quarter of two cores that
@@ -522,60 +605,6 @@ def _agree_on_address(hvd: Any, place: Place) -> Place:
     hvd.broadcast_(told, root_rank=0, name="fastdistil.address")
     *parts, high, low = told.tolist()
     return dataclasses.replace(place, address=".".join(map(str, parts)), port=256 * high + low)
-
-
-def _open_store(place: Place, timeout_s: float) -> Connect:
-    """Serve the control plane in rank 0, at the place's own address alone; returns what opens a client."""
-    if place.address is None or place.port is None:
-        raise UserError(
-            f"{place.launcher} does not say where rank 0 is; set MASTER_ADDR and MASTER_PORT, or set world.engine=horovod"
-        )
-    address, port, timeout = place.address, place.port, timedelta(seconds=timeout_s)
-    served = []
-    if place.rank == 0 and place.serve_store:
-        try:
-            listening = socket.create_server((socket.gethostbyname(place.address), place.port), backlog=1024)
-        except OSError as error:
-            raise UserError(
-                f"rank 0 cannot serve at {place.address}:{place.port}: {error.strerror}; choose another port (MASTER_PORT), "
-                "or start with --np, which finds a free one"
-            ) from error
-        served.append(
-            TCPStore(
-                address,
-                port,
-                is_master=True,
-                timeout=timeout,
-                wait_for_workers=False,
-                master_listen_fd=listening.detach(),
-            )
-        )
-
-    def connect() -> Any:
-        kept = served  # the server lives as long as somebody may connect
-        assert kept or place.rank or not place.serve_store
-        return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-
-    try:
-        connect()
-    except (dist.DistError, RuntimeError) as error:
-        raise RankLost(
-            f"rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} within {timeout_s:g} s: it did not start, "
-            "or a firewall is between; look at rank 0's messages"
-        ) from error
-    return connect
-
-
-def _choose_interface(place: Place) -> None:
-    """Gloo takes the interface that this host's name resolves to, often the wrong one: take the one towards rank 0."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((place.address, place.port))
-        own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == own for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("HOROVOD_GLOO_IFACE", name)
-            return
 
 
 def _ring_main() -> None:

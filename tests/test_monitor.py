@@ -46,6 +46,7 @@ SCENARIOS = {
     "early end": 3,
     "slow but well": 2,
     "never started": 2,
+    "goes on": 2,
 }
 
 
@@ -89,6 +90,9 @@ class Rank:
             code = 1
         self.monitor.close()
         self.mark("closed")
+        if self.scenario == "goes on" and self.rank == 1:  # its program had an answer to the error, and more to do
+            time.sleep(GRACE_S + 2)
+            code = 3
         return code
 
     def train(self) -> None:
@@ -133,7 +137,7 @@ class Rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ("rank 1 stopped", 1) | ("rank 0 stopped", 0) | ("all stopped", _):
                 os.kill(os.getpid(), signal.SIGSTOP)
-            case ("rank 1 fails", 1) | ("rank 0 fails", 0):
+            case ("rank 1 fails", 1) | ("rank 0 fails", 0) | ("goes on", 1):
                 raise ValueError("the window\nis bad")
             case "rank 1 stuck", 1:
                 time.sleep(1000)
@@ -405,6 +409,12 @@ def test_a_rank_that_never_starts(results: Results) -> None:
     (alone,) = results["never started"]
     assert alone.code == 12, alone.words
     assert re_match(r"rank 1 gave no sign of life for [4-6] s", alone.message)
+
+
+def test_a_program_that_goes_on_after_its_error_is_left_alone(results: Results) -> None:
+    other, failed = results["goes on"]
+    assert (other.code, failed.code) == (12, 3), (other.words, failed.words)
+    assert failed.time - failed.events["closed"] > GRACE_S + 1
 
 
 def test_rank_0_warns_before_it_gives_a_rank_up(results: Results) -> None:

@@ -1,9 +1,13 @@
 """The engines, with real ranks: what arrives, what is counted, what is refused."""
 
 import json
+import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +16,14 @@ from fastdistil.errors import UserError
 from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
 from fastdistil.world import join, sent_bytes
+
+Start = Callable[..., list["subprocess.Popen[str]"]]
+
+
+class Joined(NamedTuple):
+    code: int
+    said: str
+
 
 PROGRAM = """
 import json, os, sys
@@ -149,25 +161,86 @@ def test_without_horovod_the_command_that_builds_it_is_named(monkeypatch: pytest
         join(place(), Options(), CPU)
 
 
-MISSING = """
-import os, sys
+# Each program goes through what `fastdistil train` does before it trains, and says how that ended.
+JOINED = """
+import os, signal, sys, time
 import torch
-from fastdistil.errors import RankLost
+from fastdistil import meeting, team, world
+from fastdistil.errors import FastdistilError
 from fastdistil.ranks import find_place
-from fastdistil.recipe import World as Options
-from fastdistil.world import join
+from fastdistil.recipe import load_recipe
 
 place = find_place(os.environ)
-if place.rank == 1:
-    sys.exit(0)
+settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=6", f"world.engine={sys.argv[1]}"]
+PLANT
 try:
-    join(place, Options(engine="torch", timeout_s=8), torch.device("cpu"))
-except RankLost as error:
-    print(error)
+    with team.joined(place, load_recipe("distilbert", settings), print) as joined:
+        print("met", flush=True)
+except FastdistilError as error:
+    print(error, flush=True)
+    os._exit(error.exit_code)
 """
 
 
-def test_ranks_that_never_come_are_named(run_ranks: Callable[..., list[str]]) -> None:
-    said = run_ranks(MISSING, 3)
+def join_ranks(
+    start_ranks: Start, tmp_path: Path, plant: str, ranks: int, engine: str, port: int | None = None
+) -> list[Joined]:
+    program = tmp_path / "program.py"
+    program.write_text(JOINED.replace("PLANT", plant))
+    processes = start_ranks([sys.executable, str(program), engine], ranks, port)
+    ended = []
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        ended.append(Joined(process.returncode, out + err))
+    return ended
+
+
+def test_ranks_that_never_come_are_named(start_ranks: Start, tmp_path: Path) -> None:
+    ended = join_ranks(start_ranks, tmp_path, "if place.rank == 1: sys.exit(0)", 3, "torch")
     for rank in (0, 2):
-        assert "rank 1 did not start within 8 s" in said[rank]
+        assert ended[rank].code == 12, ended[rank].said
+        assert re.search(r"rank 1 (did not start within 6 s|gave no sign of life for 6 s)", ended[rank].said), ended[rank].said
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_rank_that_dies_while_the_engine_starts_is_named(engine: str, on: int, start_ranks: Start, tmp_path: Path) -> None:
+    """They have met, and one is gone before the engine has connected it."""
+    plant = f"""
+def die(place):
+    if place.rank == {on}:
+        os.kill(os.getpid(), signal.SIGKILL)
+world.choose_interface = die
+"""
+    ended = join_ranks(start_ranks, tmp_path, plant, 3, engine)
+    for rank in {0, 1, 2} - {on}:
+        assert ended[rank].code == 12, ended[rank].said
+        assert f"rank {on} " in ended[rank].said and "Traceback" not in ended[rank].said, ended[rank].said
+
+
+def test_a_rank_that_stands_still_before_all_have_met_is_named(start_ranks: Start, tmp_path: Path) -> None:
+    """Rank 0, which serves the store: the others are in a call that never returns."""
+    plant = """
+open_store = world.open_store
+def stop(*given):
+    connect = open_store(*given)
+    if place.rank == 0:
+        time.sleep(1)  # the other is connected
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return connect
+world.open_store = stop
+"""
+    program = tmp_path / "program.py"
+    program.write_text(JOINED.replace("PLANT", plant))
+    stopped, other = start_ranks([sys.executable, str(program), "torch"], 2)
+    out, err = other.communicate(timeout=60)
+    assert other.returncode == 12 and "rank 0" in out + err, out + err
+    assert stopped.poll() is None  # it was not its end that told
+
+
+def test_another_program_on_the_port_is_no_reason_to_wait_for_ever(start_ranks: Start, tmp_path: Path) -> None:
+    """Rank 0 cannot serve there; the others are connected to somebody who never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        first, second = join_ranks(start_ranks, tmp_path, "meeting.ANSWER_S = 1", 2, "torch", port)
+    assert first.code == 2 and f"127.0.0.1:{port}: Address already in use" in first.said
+    assert second.code == 12 and f"127.0.0.1:{port} does not answer as rank 0 does" in second.said
