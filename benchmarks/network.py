@@ -100,9 +100,7 @@ class Network:
         """Start a process in a rank's namespace; `env` is added to this process's, `options` go to Popen. It is killed with
         this process, and when the network is left."""
         names = {"GLOO_SOCKET_IFNAME": INTERFACE, "HOROVOD_GLOO_IFACE": INTERFACE}
-        # A host's name usually leads to its address: Horovod's process sets, so all its collectives, go by it alone.
-        named = ["unshare", "--uts", "sh", "-c", 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"', self.address(rank)]
-        command = ["setpriv", "--pdeathsig", "KILL", *_inside(self._namespaces[rank]), *named, *argv]
+        command = ["setpriv", "--pdeathsig", "KILL", *_inside(self._namespaces[rank]), *argv]
         return self._stack.enter_context(_killed(subprocess.Popen(command, env={**os.environ, **names, **env}, **options)))
 
     def tx_bytes(self, rank: int) -> int:

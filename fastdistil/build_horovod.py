@@ -63,6 +63,12 @@ EDITS = (
     Edit("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
     # A requirement from the days of torch's C extensions: nothing imports it.
     Edit("setup.py", "require_list.append('cffi>=1.4.0')", "pass"),
+    # A process set's context, which all collectives use, was never told the interface: it went by the host's name.
+    Edit(
+        "horovod/common/gloo/gloo_context.cc",
+        "\n\n  attr device_attr;\n  device_attr.iface = gloo_iface_;",
+        "\n\n  attr device_attr;\n  device_attr.iface = global_context.gloo_iface_;",
+    ),
 )
 # A CUDA compiler on PATH, or a CUDA build of torch, would make a build without GPU operations ask for all of CUDA.
 CPU_EDITS = (

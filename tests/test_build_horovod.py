@@ -51,6 +51,11 @@ SOURCES = {
         'execute_process(COMMAND ${PY_EXE} -c "import torch; from torch.utils.cpp_extension import CUDA_HOME; '
         'print(True if ((torch.version.cuda is not None) and (CUDA_HOME is not None)) else False)"\n'
     ),
+    "horovod/common/gloo/gloo_context.cc": (
+        "  gloo_iface_ = gloo_iface;\n  attr device_attr;\n  device_attr.iface = gloo_iface_;\n  auto dev = CreateDevice();\n"
+        "void GlooContext::InitializeForProcessSet(const GlooContext& global_context,\n  }\n\n"
+        "  attr device_attr;\n  device_attr.iface = gloo_iface_;\n  device_attr.ai_family = AF_UNSPEC;\n"
+    ),
     "horovod/common/ops/cuda/CMakeLists.txt": "set(CMAKE_CUDA_STANDARD 11)\nset(CMAKE_CUDA_STANDARD_REQUIRED ON)\n",
 }
 CUDA = Cuda(Path("/usr/local/cuda"), "13.0", Path("/usr"))
@@ -79,6 +84,8 @@ def test_edits(cuda: Cuda | None, sources: Path) -> None:
     assert "set(CMAKE_CXX_STANDARD 17)" in top
     assert "set(CMAKE_CXX_STANDARD 17)" in edited["horovod/torch/CMakeLists.txt"]
     assert "cffi" not in edited["setup.py"]
+    initial, process_set = edited["horovod/common/gloo/gloo_context.cc"].split("InitializeForProcessSet")
+    assert "iface = gloo_iface_;" in initial and "iface = global_context.gloo_iface_;" in process_set
     compile(edited["setup.py"], "setup.py", "exec")
     assert ("check_language(CUDA)" in top) == (cuda is not None)
     assert top.count("if(") == 2 * top.count("endif()"), "balanced: each endif() holds an if("
