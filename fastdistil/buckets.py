@@ -9,13 +9,18 @@ The order is the reverse of the model's at first; after the first update it is r
 
 What ranks get is the sum of their gradients: losses are divided by the tokens of the whole update, so nothing is averaged.
 A parameter that had no gradient on this rank adds zero. One that had none on any rank has `.grad` None after `finish`, so that
-the optimizer leaves it alone, as on one rank; all ranks know since a bit per parameter is summed with every update.
+the optimizer leaves it alone, as on one rank; all ranks know since a bit per parameter is summed with every update. But where
+compression keeps residuals, one that ever had a gradient may be owed a part of it: it keeps what arrived, perhaps zero, which
+AdamW takes for a gradient of zero.
+
+An update that is dropped, or that the optimizer leaves out because something was not finite, leaves no trace in compression's
+states: each is copied before it changes. That costs another gradient's memory and five passes over it.
 
 Legend: P parameters, R ranks.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -37,6 +42,8 @@ class _Bucket:
     parameters: frozenset[int]
     ring: int
     state: State
+    before: State | None = None
+    """What `state` was before the update under way; None between updates."""
     missing: set[int] = field(default_factory=set)
     exchange: Exchange | None = None
     handle: Handle | None = None
@@ -74,11 +81,13 @@ class Buckets:
         self._ordered = False
         self._order = list(reversed(range(len(self.parameters))))
         self._cuts: list[list[int]] | None = None
+        self._flats: dict[torch.dtype, Tensor] = {}
         self.wait_s = 0.0
         """Of the host, in all `finish` calls: what communication held it up."""
         self._armed, self._update, self._sent = False, 0, 0
         self._seen: list[int] = []
         self._used: set[int] = set()
+        self._ever_used: set[int] = set()
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._lay_out()
         self._hooks = [
@@ -134,13 +143,29 @@ class Buckets:
         self.wait_s += time.perf_counter() - begun
         return found
 
-    def reorder(self) -> None:
+    def drop(self) -> None:
+        """Instead of the rest of an update: what was exchanged in it is as if it had not been."""
+        for bucket in self.buckets:
+            if bucket.before is not None:
+                bucket.state, bucket.before = bucket.before, None
+        self.zero()
+
+    def settle(self, left_out: Tensor) -> None:
+        """After the optimizer. Where `left_out` (0-dimensional, on the device) is 1 it did not take the update."""
+        for bucket in self.buckets:
+            for name, before in (bucket.before or {}).items():
+                if before is not bucket.state[name]:
+                    bucket.state[name] = torch.where(left_out > 0, before, bucket.state[name], out=before)
+            bucket.before = None
+
+    def reorder(self) -> bool:
         """Once, after the first update: lay the buckets out in the order in which rank 0's gradients got ready.
 
-        The gradients are lost: call it after the optimizer, before `zero`. Compression states start after it.
+        The gradients are lost: call it after the optimizer, before `zero`. Compression states start after it. Returns whether
+        this was the time.
         """
         if self._ordered:
-            return
+            return False
         seen = list(dict.fromkeys(self._seen))
         rest = [number for number in self._order if number not in set(seen)]
         # In two bytes each: a control message.
@@ -148,6 +173,19 @@ class Buckets:
         self.world.broadcast(order.view(torch.uint8), "fastdistil.order")
         self._ordered, self._order, self._cuts = True, order.tolist(), None
         self._lay_out()
+        return True
+
+    def observe(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """The compressor learns from these as from an update's sums; what is missing is 0. The gradients are lost."""
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            view.copy_(values[parameter]) if parameter in values else view.zero_()
+        for bucket in self.buckets:
+            bucket.state = self.compressor.observe(bucket.flat, bucket.state, bucket.layout)
+
+    def remember_used(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Those that had a gradient on some rank before a resume."""
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters)}
+        self._ever_used |= {numbers[parameter] for parameter in parameters}
 
     def change_compressor(self, compressor: Compressor, starts_at: int) -> None:
         """From the next update on; its state starts at zero. The gradients are lost."""
@@ -156,13 +194,28 @@ class Buckets:
 
     def layout(self) -> dict[str, Any] | None:
         """What `set_layout` takes, as JSON does; None before the order is known."""
-        return {"order": self._order, "cuts": self._cuts} if self._ordered else None
+        return {"order": self._order, "cuts": self._cuts, "made_for": self._made_for} if self._ordered else None
 
-    def set_layout(self, layout: Mapping[str, Any]) -> None:
-        """A checkpoint's, before anything is sent: its compression states belong to these buckets."""
+    def set_layout(self, layout: Mapping[str, Any]) -> bool:
+        """A checkpoint's, before anything is sent. Returns whether it is what this run's own options and rings give.
+
+        If it is not, its buckets are kept where compression's states lie in them, and made anew, in its order, where none do.
+        """
         assert sorted(layout["order"]) == list(range(len(self.parameters))), "the order is of other parameters"
-        self._ordered, self._order, self._cuts = True, list(layout["order"]), [list(cuts) for cuts in layout["cuts"]]
+        self._ordered, self._order, self._cuts = True, list(layout["order"]), None
+        made_for = list(layout["made_for"])
+        fits = made_for == self._options_and_rings
+        if fits or self.compressor.state_kinds:
+            self._cuts = [list(cuts) for cuts in layout["cuts"]]
+        else:
+            made_for = self._options_and_rings
         self._lay_out()
+        self._made_for = made_for
+        return fits
+
+    @property
+    def _options_and_rings(self) -> list[int]:
+        return [self._options.bucket_bytes, self._options.first_bucket_bytes, self.world.rings]
 
     def states(self) -> dict[str, Tensor]:
         """Of this rank's compression: "bucket.name" -> tensor."""
@@ -220,6 +273,10 @@ class Buckets:
         bucket = self.buckets[self._sent]
         self._sent += 1
         chosen = self.compressor if self._compressing else self._uncompressed
+        if bucket.before is None:
+            # What only observes makes new tensors.
+            copied = self._compressing
+            bucket.before = {name: value.clone() if copied else value for name, value in bucket.state.items()}
         bucket.exchange, bucket.step = chosen.exchange(bucket.flat, bucket.state, bucket.layout, self._update), 0
         self._post(bucket, None)
 
@@ -256,8 +313,11 @@ class Buckets:
     def _drop_unused(self, words: Sequence[int]) -> None:
         bits = self.world.size.bit_length()
         each = 63 // bits
+        owing = self._compressing and "residual" in self.compressor.state_kinds
         for number, parameter in enumerate(self.parameters):
-            if not words[number // each] >> (number % each * bits) & ((1 << bits) - 1):
+            if words[number // each] >> (number % each * bits) & ((1 << bits) - 1):
+                self._ever_used.add(number)
+            elif not (owing and number in self._ever_used):
                 parameter.grad = None
 
     def _put_aside(self) -> None:
@@ -269,7 +329,7 @@ class Buckets:
     def _lay_out(self) -> None:
         self.buckets: list[_Bucket] = []
         self._views: list[Tensor] = [torch.empty(0)] * len(self.parameters)
-        cuts = []
+        cuts, self._made_for = [], self._options_and_rings
         for number, dtype in enumerate(dict.fromkeys(parameter.dtype for parameter in self.parameters)):
             order = [each for each in self._order if self.parameters[each].dtype == dtype]
             cuts.append(self._lay_out_one(order, dtype, None if self._cuts is None else self._cuts[number]))
@@ -292,7 +352,9 @@ class Buckets:
             starts[number] = numel
             numel += -(-self.parameters[number].numel() // unit) * unit
         cuts = cuts or self._cut([starts[number] for number in order], numel, dtype.itemsize)
-        flat = self.world.empty(numel, dtype)
+        if dtype not in self._flats:
+            self._flats[dtype] = self.world.empty(numel, dtype)
+        flat = self._flats[dtype].zero_()  # another order has its padding elsewhere
         for number in order:
             parameter = self.parameters[number]
             part = flat[starts[number] : starts[number] + parameter.numel()]

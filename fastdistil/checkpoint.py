@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,11 @@ class Loaded:
     """Group ("model", "optimizer", ...) -> name -> tensor, on the device that was asked for."""
     state: dict[str, Any]
     path: Path
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        """One that was not loaded, on the CPU. Its file has been checked."""
+        with translated("reading a checkpoint", self.path):
+            return load_file(self.path / f"{group}.safetensors")
 
 
 def save(
@@ -97,8 +102,8 @@ def save(
     return target
 
 
-def load(path: Path, device: str | torch.device = "cpu") -> Loaded:
-    """Read a checkpoint after checking every file against the manifest.
+def load(path: Path, device: str | torch.device = "cpu", groups: Collection[str] | None = None) -> Loaded:
+    """Read a checkpoint after checking every file against the manifest. `groups`: those to load; None: all.
 
     Raises UserError if there is none at `path` or a newer fastdistil wrote it, CorruptData if a file is missing or changed.
     """
@@ -109,13 +114,18 @@ def load(path: Path, device: str | torch.device = "cpu") -> Loaded:
         tensors = {
             name.removesuffix(".safetensors"): load_file(path / name, device=str(device))
             for name in manifest["files"]
-            if name.endswith(".safetensors")
+            if name.endswith(".safetensors") and (groups is None or name.removesuffix(".safetensors") in groups)
         }
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     return Loaded(manifest["update"], tensors, state, path)
 
 
-def latest(directory: Path, warn: Callable[[str], None], device: str | torch.device = "cpu") -> Loaded | None:
+def latest(
+    directory: Path,
+    warn: Callable[[str], None],
+    device: str | torch.device = "cpu",
+    groups: Collection[str] | None = None,
+) -> Loaded | None:
     """The newest whole checkpoint, or None if there is none at all; corrupt ones are passed over, each with a warning.
 
     Raises CorruptData if there are some and all are corrupt.
@@ -124,7 +134,7 @@ def latest(directory: Path, warn: Callable[[str], None], device: str | torch.dev
     reasons = []
     for update in sorted(found, reverse=True):
         try:
-            loaded = load(found[update], device)
+            loaded = load(found[update], device, groups)
             if loaded.update != update:
                 raise CorruptData(f"{found[update]} is named for update {update} but holds update {loaded.update}")
             return loaded

@@ -17,8 +17,9 @@ two-phase forms round a second time, the sum: that rest stays with the rank that
 
 to the last bits, except that fp16 and bf16 payloads are also rounded while they are summed on the way.
 
-A gradient that is not finite makes the sum not finite on every rank, whatever was selected; such an update is skipped, and
-states stay finite. Gradients are float32, or float64 in tests; values that travel unrounded keep their dtype.
+A gradient that is not finite makes the sum not finite on every rank, whatever was selected, and states stay finite. Such an
+update is skipped, with its whole gradient, and buckets.py puts the states back as they were before it: what had been owed and
+went with it is owed again. Gradients are float32, or float64 in tests; values that travel unrounded keep their dtype.
 """
 
 from collections.abc import Mapping
@@ -111,23 +112,22 @@ def starts_at(config: Compression) -> int:
 
 
 def redistribute(kinds: Mapping[str, Kind], states: list[State], layout: Layout, ranks: int) -> list[State]:
-    """From the states of all old ranks, in order, those of `ranks` new ones. Residuals keep their sum."""
+    """From the states of all old ranks, in order, those of `ranks` new ones. Residuals keep their sum. Ranks share memory."""
     new: list[State] = [{} for _ in range(ranks)]
     for name, kind in kinds.items():
         old = [state[name] for state in states]
         parts: list[Tensor]
         match kind:
             case "rank":
-                share = torch.stack(old).sum(0) / ranks
-                parts = [share.clone() for _ in range(ranks)]
+                parts = [sum(old[1:], start=old[0]) / ranks] * ranks
             case "chunk":
                 unit = old[0].shape[1]
                 part = part_numel(layout.numel, ranks, unit)
                 whole = old[0].new_zeros(ranks * part)
                 whole[: layout.numel] = torch.cat([each.reshape(-1) for each in old])[: layout.numel]
-                parts = [each.clone() for each in whole.view(ranks, -1, unit)]
+                parts = list(whole.view(ranks, -1, unit))
             case "shared":
-                parts = [old[0].clone() for _ in range(ranks)]
+                parts = [old[0]] * ranks
             case other:
                 assert_never(other)
         for state, each in zip(new, parts, strict=True):

@@ -16,6 +16,8 @@ from fastdistil.recipe import Compression, Recipe
 from fastdistil.team import Team
 from fastdistil.world import Counters, World, sent_bytes
 
+ReadRank = Callable[[int], Mapping[str, Tensor]]
+
 
 class OneRank:
     """Autograd's own gradients; nothing travels."""
@@ -50,8 +52,8 @@ class OneRank:
         """Instead of the rest of the update."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def done(self, updates: int) -> list[str]:
-        """After the optimizer, with the number of updates done. Returns what is to be told."""
+    def done(self, updates: int, left_out: Tensor) -> list[str]:
+        """After the optimizer: the number of updates done, and 1.0 where it left this one out. Returns what is to be told."""
         return []
 
     def fields(self) -> dict[str, Any]:
@@ -66,13 +68,17 @@ class OneRank:
         """What a checkpoint keeps of this rank."""
         return {}
 
-    def restore(self, state: Mapping[str, Any] | None, ranks: Sequence[Mapping[str, Tensor]] | None, team: Team) -> list[str]:
-        """`state` and, on rank 0, the tensors by rank of a world of any size. Returns what is to be told."""
-        if state is None or state["layout"] is None or not ranks or not any(ranks):
+    def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Team) -> list[str]:
+        """After weights and moments. `state`: what `state()` was in a world of any size, None if there was none; on rank 0
+        `read(r)` gives what its rank r's `tensors()` were. Returns what is to be told."""
+        if state is None or state["layout"] is None:
             return []
-        # Ranks that compressed had not sent all yet: it joins the next update's gradient.
+        # Ranks that compressed had not sent all yet: it joins the next update's gradient, and is lost if that is skipped.
         config = self._recipe.compression.model_copy(update={"kind": state["kind"]})
         compressor = make_compressor(config, ranks=state["ranks"], rank=0, engine="torch", seed=self._recipe.seed)
+        if set(compressor.state_kinds.values()) <= {"shared"}:
+            return []
+        ranks = [read(rank) for rank in range(state["ranks"])]
         buckets = Buckets(self._parameters, team.world, compressor=compressor, uncompressed=compressor)
         buckets.set_layout(state["layout"])
         buckets.fill_with_owed(ranks)
@@ -130,10 +136,14 @@ class Several(OneRank):
         return self._buckets.finish(sums)
 
     def drop(self) -> None:
-        self._buckets.zero()
+        self._buckets.drop()
 
-    def done(self, updates: int) -> list[str]:
-        self._buckets.reorder()
+    def done(self, updates: int, left_out: Tensor) -> list[str]:
+        self._buckets.settle(left_out)
+        if self._buckets.reorder() and self._kind == "sign":
+            # What had a gradient before, be it on one rank: its second moment is not 0.
+            states = self._optimizer.state
+            self._buckets.observe({p: states[p]["exp_avg_sq"] for p in self._parameters if p in states})
         if not self._undecided:
             return []
         if self._timed is None:  # the first update is slower than others: from its end on
@@ -192,21 +202,23 @@ class Several(OneRank):
     def tensors(self) -> dict[str, Tensor]:
         return self._buckets.states()
 
-    def restore(self, state: Mapping[str, Any] | None, ranks: Sequence[Mapping[str, Tensor]] | None, team: Team) -> list[str]:
+    def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Team) -> list[str]:
+        self._buckets.remember_used(parameter for parameter in self._parameters if parameter in self._optimizer.state)
         if state is None or state["layout"] is None:
             return []  # of one rank, or before its first update: nothing is owed
         if self._undecided and state["kind"] != "auto":
             self._settle(state["kind"])
-        self._buckets.set_layout(state["layout"])
-        own = self._buckets.states()
+        fits, own = self._buckets.set_layout(state["layout"]), self._buckets.states()
         if not own:
             return []
         told = []
+        if not fits:
+            told = ["compression's states lie in the buckets that the run began with: world.bucket_mib and rings leave them so"]
         if state["ranks"] != self._world.size:
-            told = [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
-            if ranks is not None:
-                ranks = self._buckets.redistributed(ranks)
-        team.send_each(ranks, own, "residuals")
+            told += [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
+            if self._world.is_chief:
+                read = self._buckets.redistributed([read(rank) for rank in range(state["ranks"])]).__getitem__
+        team.send_each(read, own, "residuals")
         self._buckets.load_states(own)
         return told
 

@@ -10,6 +10,8 @@ from fastdistil import models
 
 Modules = Mapping[str, nn.Module | None]
 """Name -> module that is trained; None where the run has none."""
+LEARNT = ("model", "optimizer")
+"""The groups of `learnt_tensors`."""
 
 
 def learnt_tensors(modules: Modules, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -47,7 +47,7 @@ from fastdistil.runs import (
     sole_user,
     stored_recipe,
 )
-from fastdistil.state import learnt_tensors, load_learnt
+from fastdistil.state import LEARNT, learnt_tensors, load_learnt
 from fastdistil.team import Decision, Team, joined
 from fastdistil.watchdog import FiniteGuard, Signals
 
@@ -255,7 +255,7 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
     run.team.phase("optimizer", run.update + 1)
     grad_norm, found_inf = _apply_gradients(run, sums)
     run.update += 1
-    for told in exchange.done(run.update):
+    for told in exchange.done(run.update, found_inf):
         run.tell(told)
     run.unread.append(update_counts.tokens)
     run.meter.add(sums, grad_norm, update_counts.tokens, waited_s, found_inf)
@@ -407,7 +407,8 @@ def _rolling_back(run: Run) -> Iterator[None]:
             run.unread = run.unread[: len(run.unread) - (run.update - good)]
             run.update = good
         _count(run)
-        _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
+        if run.saved_update != run.update:  # else it is there, perhaps with what several ranks owed
+            _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
         run.event("nonfinite", update=run.update, message=str(error))
         raise NonFinite(f"{error}; saved after update {run.update}, continue with {_command(run)}") from error
 
@@ -519,12 +520,8 @@ def _restore(run: Run, path: Path | None) -> None:
     state = run.team.chief_does("restore", read)
     if state is None:
         return
-    tensors = found[0].tensors if found else None
-    learnt = {group: tensors[group] for group in ("model", "optimizer")} if tensors is not None else None
-    load_learnt(run.team.share(learnt, "restore"), run.modules, run.optimizer)
-    exchange = state.get("exchange")
-    owed = [tensors.get(f"rank-{rank}", {}) for rank in range(exchange["ranks"])] if tensors and exchange else None
-    for told in run.exchange.restore(exchange, owed, run.team):
+    load_learnt(run.team.share(found[0].tensors if found else None, "restore"), run.modules, run.optimizer)
+    for told in run.exchange.restore(state.get("exchange"), lambda rank: found[0].read(f"rank-{rank}"), run.team):
         run.tell(told)
     if run.loss_scale is not None:
         run.loss_scale.load_state(state["loss_scale"])
@@ -543,9 +540,10 @@ def _restore(run: Run, path: Path | None) -> None:
 
 
 def _newest(run: Run, path: Path | None) -> checkpoint.Loaded | None:
+    # What ranks owe is read as it is sent to them, one rank's at a time.
     if path is not None and path.parent.name == "checkpoints":
-        return checkpoint.load(path, run.inputs.device)
-    return checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device)
+        return checkpoint.load(path, run.inputs.device, LEARNT)
+    return checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device, LEARNT)
 
 
 def _stop(run: Run) -> None:

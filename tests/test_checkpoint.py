@@ -95,6 +95,20 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path: Path) -> None:
     assert_equal(loaded.tensors, {group: {n: t.detach() for n, t in named.items()} for group, named in tensors.items()})
 
 
+def test_groups_that_are_not_asked_for_stay_in_their_files(tmp_path: Path) -> None:
+    """Of many ranks' states one is in memory at a time; and their files have been checked all the same."""
+    tensors = {name: {"x": torch.full((2,), float(number))} for number, name in enumerate(("model", "rank-0", "rank-1"))}
+    path = checkpoint.save(tmp_path, 1, tensors, {}, keep=1)
+    for loaded in (checkpoint.load(path, groups=("model",)), checkpoint.latest(tmp_path, never, groups=("model",))):
+        assert loaded is not None
+        assert loaded.tensors.keys() == {"model"}
+        for name in tensors:
+            assert_equal({name: loaded.read(name)}, {name: tensors[name]})
+    flip(path / "rank-1.safetensors", -1)
+    with pytest.raises(CorruptData, match=r"rank-1\.safetensors"):
+        checkpoint.load(path, groups=("model",))
+
+
 def test_tied_tensors_are_refused_by_name(tmp_path: Path) -> None:
     weight = torch.zeros(4, 4)
     for other in (weight, weight.view(16), weight[1:2]):

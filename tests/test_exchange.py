@@ -1,14 +1,20 @@
-"""Who kept the others waiting, from times that are known; what is not exchanged."""
+"""Who kept the others waiting, from times that are known; what is not exchanged; buckets beside a rank that has no gradient."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from fastdistil.buckets import MIB, BucketOptions
+from fastdistil.buckets import MIB, BucketOptions, Buckets
+from fastdistil.compression import make_compressor, starts_at
 from fastdistil.errors import UserError
-from fastdistil.exchange import Load, make_exchange
+from fastdistil.exchange import Load, Several, make_exchange
+from fastdistil.ranks import Place
+from fastdistil.recipe import Compression, load_recipe
 from fastdistil.recipe import World as Options
-from fastdistil.recipe import load_recipe
-from fastdistil.world import World
+from fastdistil.team import Team
+from fastdistil.world import Handle, Kind, World
 
 
 class TwoRanks:
@@ -48,3 +54,240 @@ def test_buckets_are_of_25_mib_unless_the_recipe_says_otherwise() -> None:
     """As torch's DDP has it: measured 6% faster than 16 MiB between two ranks on loopback."""
     assert Options().bucket_mib * MIB == BucketOptions().bucket_bytes == 25 * 2**20
     assert Options().first_bucket_mib * MIB == BucketOptions().first_bucket_bytes == 2**20
+
+
+class BesideSilence(World):
+    """Rank 0 of two; the other's gradients, and so its payloads, are all 0. Counts the buffers that it gave."""
+
+    def __init__(self, rings: int = 1) -> None:
+        place = Place(
+            rank=0, size=2, local_rank=0, local_size=2, cross_rank=0, cross_size=1, launcher="", address=None, port=None
+        )
+        super().__init__(place, torch.device("cpu"), rings)
+        self.buffers: list[Tensor] = []
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        self.buffers.append(super().empty(numel, dtype))
+        return self.buffers[-1]
+
+    def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
+        answers = {
+            "allreduce": tensor,
+            "all_to_all": torch.cat([tensor[: len(tensor) // 2], torch.zeros_like(tensor[: len(tensor) // 2])]),
+            "all_gather": torch.cat([tensor, torch.zeros_like(tensor)]),
+        }
+        return Handle(name, lambda: True, lambda: answers[kind])
+
+    def _move(self, sent: Tensor, received_bytes: int, name: str, source: int, target: int) -> Handle:
+        return Handle(name, lambda: True, lambda: sent.new_empty(received_bytes))
+
+
+SHAPES = ((40, 6), (6,), (64, 8), (5,))
+SMALL = BucketOptions(bucket_bytes=1024, first_bucket_bytes=256)
+COMPRESSIONS: dict[str, dict[str, Any]] = {
+    "fp16": {},
+    "int8": {"block": 16},
+    "top-k": {"density": 0.1},
+    "random-k": {"density": 0.1},
+    "powersgd": {"rank": 1},
+    "sign": {"block": 16, "frozen_variance_after": 1},
+}
+
+
+def make_buckets(world: World, kind: str = "none", options: BucketOptions = SMALL) -> tuple[list[nn.Parameter], Buckets]:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    config = Compression(kind=kind, warmup_updates=1, **COMPRESSIONS.get(kind, {}))  # type: ignore[arg-type]
+    of = [make_compressor(each, ranks=2, rank=0, engine="torch", seed=0) for each in (config, Compression())]
+    buckets = Buckets(parameters, world, compressor=of[0], uncompressed=of[1], starts_at=starts_at(config), options=options)
+    return parameters, buckets
+
+
+def send(buckets: Buckets, gradients: dict[int, Tensor], update: int, left_out: float = 0.0) -> None:
+    """One update with these gradients, by the parameter's number; the others have none."""
+    buckets.zero()
+    buckets.arm(update)
+    if gradients:
+        sum((buckets.parameters[number] * each).sum() for number, each in gradients.items()).backward()  # type: ignore[union-attr]
+    buckets.finish()
+    buckets.settle(torch.tensor(left_out))
+    buckets.reorder()
+
+
+def noise(update: int, numbers: range = range(4)) -> dict[int, Tensor]:
+    torch.manual_seed(100 + update)
+    return {number: torch.randn(SHAPES[number]) for number in numbers}
+
+
+def copied(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in states.items()}
+
+
+def test_gradients_stay_in_the_memory_that_they_had() -> None:
+    """However often buckets are laid out: with several rings of Horovod it is memory that is shared with other processes."""
+    world = BesideSilence()
+    parameters, buckets = make_buckets(world)
+    send(buckets, noise(0), 0)
+    for another in (
+        lambda: buckets.change_compressor(buckets.compressor, 0),
+        lambda: buckets.set_layout({**(buckets.layout() or {}), "order": [2, 0, 3, 1]}),
+    ):
+        another()
+        assert not any(buffer.count_nonzero() for buffer in world.buffers)
+        given = noise(1)
+        send(buckets, given, 1)
+        assert all(
+            torch.equal(parameter.grad, given[n]) for n, parameter in enumerate(parameters) if parameter.grad is not None
+        )
+        assert sum(float(buffer.abs().sum()) for buffer in world.buffers) == pytest.approx(
+            sum(float(each.abs().sum()) for each in given.values()), rel=1e-5
+        )  # and the padding is 0
+    assert len(world.buffers) == 1
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("kind", list(COMPRESSIONS))
+def test_an_update_that_is_left_out_leaves_no_trace(kind: str, value: float) -> None:
+    """Neither uncompressed nor compressed: later updates, bit for bit, are those of a run without it."""
+    found = []
+    for left_out in ((), (1, 4)):
+        parameters, buckets = make_buckets(BesideSilence(), kind)
+        buckets.starts_at = 3
+        sums = []
+        for update in range(6):
+            send(buckets, noise(update), update)
+            sums += [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+            before = copied(buckets.states())
+            if update in left_out:
+                send(buckets, {n: value * each for n, each in noise(50 + update).items()}, update, left_out=1.0)
+                after = buckets.states()
+                assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        found.append((sums, buckets.states()))
+    assert len(found[0][0]) == 24 and all(map(torch.equal, found[0][0], found[1][0]))
+    assert any(float(each.float().abs().sum()) > 0 for each in found[0][1].values())
+
+
+def test_a_dropped_update_leaves_no_trace() -> None:
+    """With every-micro-batch a part of it has been exchanged."""
+    options = BucketOptions(bucket_bytes=1024, first_bucket_bytes=256, every_micro_batch=True)
+    _, buckets = make_buckets(BesideSilence(), "top-k", options)
+    for update in range(3):
+        send(buckets, noise(update), update)
+    before = copied(buckets.states())
+    for _ in range(2):
+        buckets.arm(3)
+        sum((buckets.parameters[number] * each).sum() for number, each in noise(3).items()).backward()  # type: ignore[union-attr]
+        buckets.finish(last=False)
+    assert any(not torch.equal(before[name], value) for name, value in buckets.states().items())
+    buckets.drop()
+    assert all(torch.equal(before[name], value) for name, value in buckets.states().items())
+    assert all(float(bucket.flat.abs().sum()) == 0 for bucket in buckets.buckets)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_owed_to_an_unused_parameter_arrives(resumed: bool) -> None:
+    """Received and residuals make up the gradients, also over updates in which nobody uses a parameter; one that was never used
+    has no gradient."""
+    parameters, buckets = make_buckets(BesideSilence(), "top-k")
+    received = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    truth = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    for update in range(30):
+        given = noise(update, range(3) if update < 10 else range(1))
+        if update == 10:
+            assert sum(float(state.abs().sum()) for state in buckets.states().values()) > 100
+            if resumed:
+                states, layout = copied(buckets.states()), buckets.layout()
+                buckets.close()
+                parameters, buckets = make_buckets(BesideSilence(), "top-k")
+                assert layout is not None
+                assert buckets.set_layout(layout)
+                buckets.load_states(states)
+                buckets.remember_used(parameters[:3])
+        send(buckets, given, update)
+        if update == 0:
+            continue  # laid out anew after it
+        for number, parameter in enumerate(parameters):
+            truth[number] += given[number].double() if number in given else 0.0
+            if parameter.grad is not None:
+                received[number] += parameter.grad.double()
+        assert parameters[3].grad is None
+    owed = torch.cat([bucket.state["residual"] for bucket in buckets.buckets])
+    total = sum(float((a - b).sum()) for a, b in zip(truth, received, strict=True))
+    assert float(owed.double().sum()) == pytest.approx(total, abs=1e-3)
+    assert float(truth[2].abs().sum()) > 100 and float((truth[2] - received[2]).abs().sum()) < 0.2 * float(truth[2].abs().sum())
+
+
+def test_other_buckets_are_taken_where_nothing_lies_in_them() -> None:
+    """Compression's states belong to their buckets; without any, the options are a matter of speed. Rings follow in both."""
+    for kind in ("none", "int8"):
+        _, small = make_buckets(BesideSilence(), kind)
+        send(small, noise(0), 0)
+        layout = small.layout()
+        assert layout is not None
+        _, same = make_buckets(BesideSilence(), kind)
+        assert same.set_layout(layout) and same.layout() == layout
+        _, larger = make_buckets(BesideSilence(rings=2), kind, BucketOptions(2**20, 2**20))
+        assert not larger.set_layout(layout)
+        kept = [bucket.layout for bucket in larger.buckets] == [bucket.layout for bucket in small.buckets]
+        assert kept == (kind == "int8")
+        assert {bucket.ring for bucket in larger.buckets} == {0, 1}
+        told = larger.layout()
+        assert told is not None and told["order"] == layout["order"]
+        # The next one to continue with the same options is told again, or has nothing to be told of.
+        _, again = make_buckets(BesideSilence(rings=2), kind, BucketOptions(2**20, 2**20))
+        assert again.set_layout(told) == (kind == "none")
+
+
+RECIPE = ["data.train=x", "teacher.path=x", "loop.epochs=1", "loop.precision=fp32", "device=cpu"]
+
+
+def test_buckets_that_stay_are_told_of() -> None:
+    """world.bucket_mib of a run that is continued: nothing is ignored without a word."""
+    told, sizes = {}, {}
+    for kind in ("none", "{kind: int8, block: 16}"):
+        states: list[Any] = []
+        for mib in (0.001, 0.002):
+            recipe = load_recipe("distilbert", [*RECIPE, f"compression={kind}", f"world.bucket_mib={mib}"])
+            world = BesideSilence()
+            optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1000, 3))])
+            exchange = make_exchange(recipe, world, optimizer)
+            if states:
+                tensors = states[1]
+                told[kind] = exchange.restore(states[0], lambda _: tensors, Team(world, None))  # noqa: B023
+            exchange.begin(0)
+            exchange.arm()
+            exchange.finish({})
+            exchange.done(1, torch.zeros(()))
+            states = [exchange.state(), exchange.tensors()]
+            sizes[kind, mib] = exchange.fields()["buckets"]
+    assert told["none"] == [] and sizes["none", 0.002] < sizes["none", 0.001]
+    (note,) = told["{kind: int8, block: 16}"]
+    assert "world.bucket_mib" in note
+    assert sizes["{kind: int8, block: 16}", 0.002] == sizes["{kind: int8, block: 16}", 0.001]
+
+
+def test_sign_moves_only_what_one_rank_used_before() -> None:
+    """Continued from a single rank's checkpoint: an element whose second moment is 0 never had a gradient."""
+    chosen = "compression={kind: sign, block: 16, warmup_updates: 1, frozen_variance_after: 2}"
+    recipe = load_recipe("distilbert", [*RECIPE, chosen])
+    embedding = nn.Parameter(torch.randn(20, 16))
+    optimizer = torch.optim.AdamW([embedding], fused=True)
+    for _ in range(3):  # on one rank; what a column here is to a block, a row is in a model: of a token that was not met
+        embedding.grad = torch.cat([torch.randn(20, 12), torch.zeros(20, 4)], dim=1)
+        optimizer.step()
+    exchange = make_exchange(recipe, BesideSilence(), optimizer)
+    assert isinstance(exchange, Several)
+    exchange.restore(None, lambda _: {}, Team(exchange._world, None))
+    for update in range(3, 6):
+        exchange.begin(update)
+        exchange.arm()
+        (embedding[:, :10] * torch.randn(20, 10)).sum().backward()
+        exchange.finish({})
+        assert embedding.grad is not None
+        if update > 3:  # compressed
+            # The other rank sums half of each bucket, and says that it is 0.
+            used_by_now, used_once, never = embedding.grad[:5].split([10, 2, 4], dim=1)
+            assert used_by_now.count_nonzero() == 50
+            assert used_once.count_nonzero() == 10  # a sign is sent for it
+            assert never.count_nonzero() == 0
+        exchange.done(update + 1, torch.zeros(()))
