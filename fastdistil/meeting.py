@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from fastdistil.errors import RankLost, UserError
 from fastdistil.ranks import Place
@@ -43,10 +43,11 @@ def open_store(place: Place, timeout_s: float) -> Connect:
         assert kept or place.rank or not place.serve_store
         try:
             # torch limits the time to connect, not the time that a connected stranger takes to answer.
-            return _within(
+            store = _within(
                 timeout_s + ANSWER_S,
                 lambda: TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False),
             )
+            return PrefixStore(place.attempt, store) if place.attempt else store
         except TimeoutError as error:
             raise RankLost(
                 f"rank {place.rank}: what listens at {address}:{port} does not answer as rank 0 does: rank 0 stands still, or "

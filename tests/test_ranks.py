@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastdistil.errors import UserError
 from fastdistil.ranks import Place, expand_counts, expand_hosts, find_place
 
+ROOT = Path(__file__).resolve().parents[1]
 TORCH = {
     "RANK": "3",
     "WORLD_SIZE": "4",
@@ -69,6 +71,7 @@ def test_every_launcher_is_recognised(launcher: str) -> None:
     assert (place.rank, place.size, place.local_rank, place.local_size) == (3, 4, 1, 2)
     assert (place.cross_rank, place.cross_size) == (1, 2)
     assert place.serve_store == (launcher != "torchrun")
+    assert (place.attempt == "") == place.serve_store
 
 
 def test_where_rank_0_is() -> None:
@@ -223,6 +226,42 @@ def test_torchrun_itself() -> None:
     for rank in range(2):
         assert f"Place(rank={rank}, size=2, local_rank={rank}, local_size=2, cross_rank=0, cross_size=1," in done.stdout
     assert done.stdout.count("launcher='torchrun'") == 2
+
+
+RESTARTED = """
+import os, signal, sys
+from pathlib import Path
+from fastdistil.ranks import find_place
+from fastdistil.recipe import load_recipe
+from fastdistil.team import joined
+
+died = Path(sys.argv[1])
+settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=10", "world.engine=torch"]
+with joined(find_place(), load_recipe("distilbert", settings), print) as team:
+    if not died.exists():
+        team.world.barrier()
+        if team.world.rank == 1:
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    print("sum", team.world.sum([team.world.rank + 1], "numbers"))
+"""
+
+
+def test_torchrun_starts_ranks_again(tmp_path: Path) -> None:
+    """Its agent's store keeps what the first attempt's ranks said in it: where they listen, and that one is lost."""
+    (tmp_path / "program.py").write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "program.py"), str(tmp_path / "died")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (tmp_path / "died").exists(), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sum [3]") == 2
 
 
 def test_mpirun_itself() -> None:
