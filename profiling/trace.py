@@ -1,0 +1,83 @@
+"""A trace of a few updates for Perfetto or chrome://tracing, and the kernels that took the most time in them.
+
+`profile.trace_steps: [10, 13]` traces updates 10 to 13, on every rank: operators and GPU kernels, no shapes, no Python stacks,
+so that the file stays small and the updates nearly as fast. The spans of spans.py are in it by name.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from fastdistil.profiling.spans import Spans
+
+TOP = 20
+
+
+class _Ranges:
+    """Spans as ranges of the trace."""
+
+    def __init__(self) -> None:
+        self._open: list[Any] = []
+
+    def range_push(self, name: str) -> None:
+        self._open.append(torch.profiler.record_function(name))
+        self._open[-1].__enter__()
+
+    def range_pop(self) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+class Tracer:
+    """One rank's. Call `before` and `after` around every update, numbered from 1."""
+
+    def __init__(self, steps: Sequence[int] | None, device: torch.device, spans: Spans) -> None:
+        """`steps`: the first and the last update to be traced; None: none is."""
+        self._first, self._last = steps if steps is not None else (0, 0)
+        self._device, self._spans = device, spans
+        self._profiler: Any = None
+        self._before: Any = None
+
+    def before(self, update: int) -> None:
+        """A run that begins within the traced updates traces what is left of them."""
+        if self._profiler is not None or not self._first <= update <= self._last:
+            return
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])
+        self._profiler = torch.profiler.profile(activities=activities)
+        self._before, self._spans.ranges = self._spans.ranges, _Ranges()
+        self._profiler.start()
+
+    def after(self, update: int) -> tuple[bytes, list[dict[str, Any]]] | None:
+        """After the last traced update: (the trace, JSON, gzipped; what top_kernels says of it). Waits for the device."""
+        if self._profiler is None or update < self._last:
+            return None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        self._spans.ranges = self._before
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json.gz"
+            profiler.export_chrome_trace(str(path))
+            return path.read_bytes(), top_kernels(profiler.key_averages(), self._device)
+
+
+def top_kernels(averages: Any, device: torch.device) -> list[dict[str, Any]]:
+    """The TOP operators or kernels by time of their own: name, calls, milliseconds in all, share of the total.
+
+    On a GPU the kernels, by time on it; on a CPU the operators. Spans are none.
+    """
+    on_gpu = device.type == "cuda"
+    wanted = torch._C._autograd.DeviceType.CUDA if on_gpu else torch._C._autograd.DeviceType.CPU
+    found = []
+    for each in averages:
+        if each.device_type != wanted or getattr(each, "is_user_annotation", False):
+            continue
+        own_us = each.self_device_time_total if on_gpu else each.self_cpu_time_total
+        found.append({"name": each.key, "calls": each.count, "ms": own_us / 1e3})
+    total = sum(each["ms"] for each in found)
+    largest = sorted(found, key=lambda each: -each["ms"])[:TOP]
+    return [{**each, "share": each["ms"] / total if total else 0.0} for each in largest]
