@@ -1,0 +1,109 @@
+"""What a run directory tells, read once: the recipe and the effective events, sorted by kind.
+
+Everything that shows, sums up or compares runs starts from here. Fields that an older run did not record are absent, not
+guessed. A run that died within a write loses its torn last line, as everywhere (`metrics.read_events`).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastdistil.errors import UserError, translated
+from fastdistil.metrics import read_events
+
+Outcome = Literal["done", "stopped", "nonfinite", "open"]
+Event = dict[str, Any]
+# Of a start: when and where it was, not how it ran.
+_POSITION = frozenset({"event", "time", "update", "updates"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    directory: Path
+    name: str
+    recipe: dict[str, Any]
+    """recipe.yaml as it lies there, not validated: an older or newer fastdistil may have written it."""
+    start: Event
+    """The last `start` or `resume`; empty if the run died before it."""
+    starts: list[Event]
+    """Every one, in order: `start` is the last."""
+    environment: Event
+    """The last one recorded; empty without."""
+    lines: list[Event]
+    """`train` events, in order of their updates; those that a resume went back behind are left out."""
+    evaluations: list[Event]
+    notes: list[Event]
+    checkpoints: list[Event]
+    memory: Event | None
+    outcome: Outcome
+    """Since the last start; open: it is running, or it died."""
+
+    @property
+    def comparable_lines(self) -> list[Event]:
+        """The lines that ran as `start` says: a run may have been continued by other ranks, or on another device."""
+        ran = [{name: value for name, value in start.items() if name not in _POSITION} for start in self.starts]
+        begins = [start["update"] for start in self.starts]
+        spans = [
+            (begin, min(begins[number + 1 :], default=math.inf))  # a later start may have gone back behind this one
+            for number, begin in enumerate(begins)
+            if ran[number] == ran[-1]
+        ]
+        return [line for line in self.lines if any(begin < line["update"] <= end for begin, end in spans)]
+
+
+def load_history(path: str | Path) -> History:
+    """Read the run in a directory. Raises UserError for what is no run, CorruptData for a bad line."""
+    directory = Path(path)
+    if not (directory / "recipe.yaml").is_file() or not (directory / "events.jsonl").is_file():
+        raise UserError(f"{directory} is no run: wanted a directory with recipe.yaml and events.jsonl, e.g. runs/NAME")
+    events = list(read_events(directory / "events.jsonl", effective=True))
+    starts = _of(events, "start", "resume")
+    environments, memories = _of(events, "environment"), _of(events, "memory")
+    return History(
+        directory=directory,
+        name=directory.resolve().name,
+        recipe=_recipe(directory / "recipe.yaml"),
+        start=starts[-1] if starts else {},
+        starts=starts,
+        environment=environments[-1] if environments else {},
+        lines=_of(events, "train"),
+        evaluations=_of(events, "evaluation"),
+        notes=_of(events, "note"),
+        checkpoints=_of(events, "checkpoint"),
+        memory=memories[-1] if memories else None,
+        outcome=_outcome(events),
+    )
+
+
+def _of(events: Iterable[Event], *kinds: str) -> list[Event]:
+    return [event for event in events if event.get("event") in kinds]
+
+
+def _outcome(events: Iterable[Event]) -> Outcome:
+    outcome: Outcome = "open"
+    for event in events:
+        match event.get("event"):
+            case "start" | "resume":
+                outcome = "open"
+            case "done":
+                outcome = "done"
+            case "stopped":
+                outcome = "stopped"
+            case "nonfinite":
+                outcome = "nonfinite"
+    return outcome
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        with translated("reading the recipe", path):
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}; a run directory keeps it as it was") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, wanted the mapping of a recipe's keys")
+    return values

@@ -1,0 +1,93 @@
+"""A run directory, read: which lines count, how the run ended, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistil.errors import CorruptData, UserError
+from fastdistil.metrics import Console
+from fastdistil.profiling.history import load_history
+from fastdistil.train import train
+from tests.small_run import small
+
+
+def written(directory: Path, *events: dict[str, Any], recipe: str = "seed: 1\n") -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return directory
+
+
+def start(update: int, kind: str = "start", **facts: Any) -> dict[str, Any]:
+    return {"event": kind, "time": float(update), "update": update, "updates": 9, "ranks": 1, **facts}
+
+
+def line(update: int, **fields: Any) -> dict[str, Any]:
+    return {"event": "train", "update": update, **fields}
+
+
+def test_a_real_run(material: Path, tmp_path: Path) -> None:
+    train(small(material, tmp_path), console=Console(quiet=True))
+    found = load_history(tmp_path / "run")
+    assert found.name == "run" and found.directory == tmp_path / "run"
+    assert found.recipe["loop"]["updates"] == 8
+    assert (found.start["update"], found.start["engine"]) == (0, "alone")
+    assert [each["update"] for each in found.lines] == list(range(1, 9)) == [each["update"] for each in found.comparable_lines]
+    assert [each["update"] for each in found.evaluations] == [3, 6, 8]
+    assert found.checkpoints and found.outcome == "done"
+
+
+def test_lines_that_a_resume_went_back_behind_are_left_out(tmp_path: Path) -> None:
+    events = start(0), line(1), line(2, total=1.0), line(3), start(1, "resume"), line(2, total=2.0)
+    found = load_history(written(tmp_path / "a", *events))
+    assert [(each["update"], each.get("total")) for each in found.lines] == [(1, None), (2, 2.0)]
+    assert found.start["event"] == "resume" and len(found.starts) == 2
+
+
+def test_comparable_lines_ran_as_the_last_start_says(tmp_path: Path) -> None:
+    """One rank, two ranks, one rank again."""
+    events = start(0), line(1), line(2), start(2, "resume", ranks=2), line(3), start(3, "resume"), line(4)
+    found = load_history(written(tmp_path / "a", *events))
+    assert [each["update"] for each in found.lines] == [1, 2, 3, 4]
+    assert [each["update"] for each in found.comparable_lines] == [1, 2, 4]
+    again = start(0), line(1), start(1, "resume"), line(2), start(0, "resume", ranks=2), line(1), start(1, "resume"), line(2)
+    found = load_history(written(tmp_path / "b", *again))
+    assert [each["update"] for each in found.lines] == [1, 2]
+    assert [each["update"] for each in found.comparable_lines] == [2]
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome"),
+    [
+        ([{"event": "done", "update": 1}], "done"),
+        ([{"event": "stopped", "update": 1, "why": "SIGTERM"}], "stopped"),
+        ([{"event": "nonfinite", "update": 1}], "nonfinite"),
+        ([], "open"),
+        ([{"event": "stopped", "update": 1}, start(1, "resume")], "open"),
+    ],
+)
+def test_outcome(tmp_path: Path, ending: list[dict[str, Any]], outcome: str) -> None:
+    assert load_history(written(tmp_path / "a", start(0), line(1), *ending)).outcome == outcome
+
+
+def test_the_last_environment_and_memory_count(tmp_path: Path) -> None:
+    told = [{"event": kind, "cores": n} for n in (1, 2) for kind in ("environment", "memory")]
+    found = load_history(written(tmp_path / "a", start(0), *told))
+    assert found.environment["cores"] == 2
+    assert found.memory is not None and found.memory["cores"] == 2
+    bare = load_history(written(tmp_path / "b"))
+    assert (bare.start, bare.environment, bare.memory, bare.comparable_lines) == ({}, {}, None, [])
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run: wanted a directory with recipe\.yaml and events\.jsonl"):
+        load_history(tmp_path)
+    with pytest.raises(UserError, match="holds a list"):
+        load_history(written(tmp_path / "a", recipe="- 1\n"))
+    with pytest.raises(UserError, match="is not YAML"):
+        load_history(written(tmp_path / "b", recipe="a: [\n"))
+    (written(tmp_path / "c") / "events.jsonl").write_text("no JSON\n")
+    with pytest.raises(CorruptData, match="line 1"):
+        load_history(tmp_path / "c")
