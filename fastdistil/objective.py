@@ -27,6 +27,7 @@ from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
 from fastdistil.kernels.handover import Path
 from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss
 from fastdistil.kernels.options import DistillOptions, DistillTerms, SparseTeacher
+from fastdistil.profiling.spans import Span, unmeasured
 from fastdistil.recipe import Objective
 
 
@@ -63,17 +64,36 @@ def loss_terms(
     projection: nn.Linear | None = None,
     *,
     path: Path = "auto",
+    span: Span = unmeasured,
 ) -> LossTerms:
     """The objective on one micro-batch. `student`, `teacher`: models.LanguageModel or modules with its interface.
 
-    Only `total` carries a gradient. `path`: which implementation of the losses (recipe key `kernels`).
+    Only `total` carries a gradient. `path`: which implementation of the losses (recipe key `kernels`). `span`: measures the
+    forwards of teacher and student up to their last hidden states, and the losses, which hold both heads and, where they are
+    fused, the head's backward.
     """
     teacher_hidden_NE = None
     if teacher is not None and objective.needs_teacher:
         # Teacher first: its activations are freed before the student's are made. In its own dtype, whatever autocast says.
-        with torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):
+        with span("teacher"), torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):
             teacher_hidden_NE = teacher.hidden(batch)
-    student_hidden_ND = student.hidden(batch)
+    with span("student"):
+        student_hidden_ND = student.hidden(batch)
+    with span("losses"):
+        return _losses(objective, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, per, projection, path)
+
+
+def _losses(
+    objective: Objective,
+    student: Any,
+    teacher: Any | None,
+    student_hidden_ND: Tensor,
+    teacher_hidden_NE: Tensor | None,
+    batch: Batch,
+    per: Denominators,
+    projection: nn.Linear | None,
+    path: Path,
+) -> LossTerms:
     zero = torch.zeros((), device=student_hidden_ND.device)
     total, soft, hard, cosine, mse = zero, zero, zero, zero, zero
     a_hard = objective.a_clm if student.causal else objective.a_mlm
