@@ -51,7 +51,8 @@ def end_group(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def rank_environment(base: Mapping[str, str], own: Mapping[str, str], devices: Sequence[int] | None) -> dict[str, str]:
-    """A rank's environment: `base` without another launcher's variables, `own`, threads, and the GPUs of the slots in use.
+    """A rank's environment: `base` without another launcher's variables, `own`, threads, torch's log level, and the GPUs of the
+    slots in use.
 
     `devices`: None if the slots in use are a host's first ones, for then LOCAL_RANK is the number of the GPU.
     """
@@ -59,6 +60,8 @@ def rank_environment(base: Mapping[str, str], own: Mapping[str, str], devices: S
     environ |= own
     environ["FASTDISTIL_LAUNCHER_PID"] = str(os.getpid())
     environ.setdefault("OMP_NUM_THREADS", str(max(1, int(usable_cores() // int(own["LOCAL_WORLD_SIZE"])))))
+    # Below it, each rank prints a C++ stack when rank 0 and its store are gone; what happened, the ranks say themselves.
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if devices is not None:
         visible = environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(number) for number in range(max(devices) + 1)]

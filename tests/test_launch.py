@@ -300,6 +300,40 @@ def test_what_a_killed_rank_started_ends(ranks: Ranks) -> None:
     ranks.wait_for(lambda: child_ended(ranks), "its child to end")
 
 
+LOSES_RANK_0 = """
+from fastdistil.errors import RankLost
+from fastdistil.ranks import find_place
+from fastdistil.recipe import load_recipe
+from fastdistil.team import joined
+
+settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=10", "world.engine=torch"]
+try:
+    with joined(find_place(), load_recipe("distilbert", settings), print) as team:
+        team.world.barrier()
+        if rank == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        team.world.barrier()
+except RankLost as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(12)
+"""
+
+
+@pytest.mark.parametrize("level", [None, "INFO"])
+def test_ranks_without_a_store_show_no_stacks_of_torch(
+    ranks: Ranks, level: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless the user wants them."""
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    if level is not None:
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", level)
+    ranks.plan(default=LOSES_RANK_0)
+    assert launch(ranks.job(2)) == 12
+    err = capsys.readouterr().err
+    assert "rank 0 is gone" in err
+    assert ("frame #0" in err) == (level is not None)
+
+
 def as_command(ranks: Ranks, job: Job, **more: Any) -> "subprocess.CompletedProcess[str]":
     done = background(ranks, job, **more)
     try:
