@@ -214,7 +214,7 @@ class Team:
         """What rank 0's `read(r)` gives becomes rank r's `own`, in place, and travels to no other. Names and shapes are the
         same on all ranks."""
         for rank in range(self.world.size):
-            given = read(rank) if self.is_chief else {name: torch.empty_like(each, device="cpu") for name, each in own.items()}
+            given = read(rank) if self.is_chief else {name: _host_memory(tensor) for name, tensor in own.items()}
             for name, tensor in own.items():
                 carried = given[name].to("cpu", tensor.dtype).contiguous()
                 assert carried.shape == tensor.shape, (name, carried.shape, tensor.shape)
@@ -228,7 +228,7 @@ class Team:
             fetched = {}
             for name, tensor in own.items():
                 holds = self.world.rank == rank
-                carried = tensor.cpu().contiguous() if holds else torch.empty_like(tensor, device="cpu")
+                carried = tensor.cpu().contiguous() if holds else _host_memory(tensor)
                 self.world.move(carried, f"fastdistil.{what}.{name}", source=rank, target=0)
                 fetched[name] = carried
             yield fetched if self.is_chief else {}
@@ -244,6 +244,11 @@ class Team:
                 f"after update {update} the weights of rank {', '.join(differing)} are not those of rank 0; an exchange or a "
                 "device damaged them: continue from the last checkpoint with --resume auto, and look at that rank's machine"
             )
+
+
+def _host_memory(like: Tensor) -> Tensor:
+    """Contiguous. The system takes none of it until it is written to."""
+    return torch.empty(like.shape, dtype=like.dtype)
 
 
 def content_hash(tensors: Sequence[Tensor]) -> int:

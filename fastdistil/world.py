@@ -217,7 +217,7 @@ class World:
         """
         if source == target:
             return
-        for part in torch.split(tensor.reshape(-1).view(torch.uint8), _MOVED_BYTES):
+        for part in torch.split(tensor.view(-1).view(torch.uint8), _MOVED_BYTES):
             sent, received = part[: part.numel() * (self.rank == source)], part[: part.numel() * (self.rank == target)]
             received.copy_(self.wait(self._move(sent, received.numel(), name, source, target)))
 

@@ -1,5 +1,7 @@
 """Parameter groups and the learning rate."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -182,7 +184,7 @@ def test_a_late_parameter_learns_its_variance_in_steps_of_its_own() -> None:
     assert truth[0][3] == 13 and truth[1][3] == 6
     # What a checkpoint gives back goes on in the same way.
     other = torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     kept = [parameter.detach().clone() for parameter in parameters]
     ends = []
     for each in (optimizer, other):

@@ -1,9 +1,14 @@
-"""Compressed buckets over real ranks and both engines: the same sum on all ranks, the declared bytes, nothing lost."""
+"""Compressed buckets over real ranks and both engines: the same sum on all ranks, the declared bytes, nothing lost; and how the
+ranks' states get into checkpoints and back."""
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from fastdistil.checkpoint import list_updates
+from tests.small_run import assert_same_bits, learnt, saved_state, small
 
 PROGRAM = """
 import json, os, sys
@@ -83,3 +88,105 @@ def test_every_compressor_over_real_ranks(engine: str, ranks: int, run_ranks: Ca
         assert error < (4 if kind in ("powersgd", "sign") else 5), (kind, error)
     assert bytes_sent["int8"] < 0.3 * bytes_sent["none"] and bytes_sent["sign"] < 0.1 * bytes_sent["none"]
     assert bytes_sent["fp16"] * 2 == pytest.approx(bytes_sent["none"], rel=1e-3)
+
+
+STATES = """
+import json, os, sys
+import torch
+from fastdistil import world as worlds
+from fastdistil.ranks import find_place
+from fastdistil.recipe import World as Options
+from fastdistil.team import Team
+
+worlds._MOVED_BYTES = 4000  # so that a state goes in parts
+world = worlds.join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
+team, rank, size = Team(world, None), world.rank, world.size
+sent = received = 0
+move, broadcast = world._move, world._broadcast
+
+def counted(own, nbytes, *rest):
+    global sent, received
+    sent, received = sent + own.nbytes, received + nbytes
+    handle = move(own, nbytes, *rest)
+    return worlds.Handle(handle.name, handle.done, lambda: checked(handle.finish(), nbytes), handle.wait)
+
+def checked(tensor, nbytes):
+    assert tensor.nbytes == nbytes, "the engine gave other bytes than were to be moved"
+    return tensor
+
+world._move, world._broadcast = counted, None  # nothing goes to all
+
+def state(of):
+    draws = torch.Generator().manual_seed(of)
+    numbers = torch.randn(3001, generator=draws)
+    return {"residual": numbers, "server": numbers[:30].view(5, 6).double(), "half": numbers[:7].bfloat16(),
+            "used": numbers[:99] > 0, "scalar": numbers[0].clone(), "none": numbers[:0], "across": numbers[:6].view(2, 3).t()}
+
+own = state(rank)
+nbytes = sum(each.nbytes for each in own.values())
+fetched = list(team.fetch_each(own, "states"))
+if world.is_chief:
+    assert len(fetched) == size
+    for other, found in enumerate(fetched):
+        assert all(torch.equal(found[name], value) for name, value in state(other).items()), other
+assert (sent, received) == ((0, (size - 1) * nbytes) if rank == 0 else (nbytes, 0)), (sent, received, nbytes)
+sent = received = 0
+asked = []
+team.send_each(lambda of: asked.append(of) or state(10 + of), own, "states")
+assert all(torch.equal(own[name], value) for name, value in state(10 + rank).items())
+assert (sent, received) == (((size - 1) * nbytes, 0) if rank == 0 else (0, nbytes)), (sent, received, nbytes)
+assert asked == (list(range(size)) if rank == 0 else [])
+world.close()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_sends_its_state_once_and_gets_no_others(engine: str, ranks: int, run_ranks: Callable[..., list[str]]) -> None:
+    run_ranks(STATES, ranks, engine)
+
+
+POISONED = """
+import os, sys
+from fastdistil import train
+from fastdistil.errors import NonFinite
+from fastdistil.ranks import find_place
+from fastdistil.recipe import load_recipe
+
+place, real, calls = find_place(), train.loss_terms, 0
+
+def poisoned(*arguments, **keywords):
+    global calls
+    calls += 1
+    terms = real(*arguments, **keywords)
+    # On one rank, in one of the two micro-batches of update 5: the other rank's own gradient is finite.
+    bad = sys.argv[2] == "bad" and place.rank == 1 and calls == 10
+    return terms._replace(total=terms.total * (float("nan") if bad else 1.0))
+
+train.loss_terms = poisoned
+try:
+    train.train(load_recipe(sys.argv[1]), resume=sys.argv[3] or None, place=place)
+    assert sys.argv[2] == "well"
+except NonFinite as error:
+    assert sys.argv[2] == "bad" and "update 5" in str(error), error
+"""
+
+
+def test_what_is_owed_is_rolled_back_with_the_weights(
+    material: Path, tmp_path: Path, run_ranks: Callable[..., list[str]]
+) -> None:
+    """A bad update is noticed three later: what is saved is the state before it, and so a run that is continued without it is
+    the run that never met it."""
+    extra = ["compression={kind: top-k, density: 0.1, warmup_updates: 2}", "world.engine=torch", "evaluation.every=null"]
+    for name, checkpoints in (("whole", "checkpoint.every=4"), ("cut", "checkpoint.every=null")):
+        recipe = small(material, tmp_path / name, *extra, checkpoints, "logging.every=8", "checkpoint.keep=9")
+        (tmp_path / f"{name}.yaml").write_text(recipe.to_yaml())
+    run_ranks(POISONED, 2, tmp_path / "whole.yaml", "well", "")
+    run_ranks(POISONED, 2, tmp_path / "cut.yaml", "bad", "")
+    whole, cut = (tmp_path / name / "run" for name in ("whole", "cut"))
+    assert list_updates(cut / "checkpoints") == [4]
+    state = saved_state(cut, 4)
+    assert sum(name.startswith("rank-1.") and name.endswith(".residual") for name in state) > 0
+    assert_same_bits(state, saved_state(whole, 4))
+    run_ranks(POISONED, 2, tmp_path / "cut.yaml", "well", "auto")
+    assert_same_bits(saved_state(cut), saved_state(whole))
+    assert [line[0] for line in learnt(cut)] == [8]
