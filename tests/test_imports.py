@@ -17,7 +17,9 @@ NO_PACKAGE = ("kernels", "profiling", "benchmarks", "tests")
 LEAVES = ("fastdistil.kernels", "fastdistil.profiling")
 # profiling/ also holds what reads run directories: above the trainer, for the command line alone.
 READERS = tuple(
-    f"fastdistil.profiling.{name}" for name in ("history", "summary", "compare", "profile", "report", "scaling", "watch")
+    f"fastdistil.profiling.{name}"
+    for name in ("history", "summary", "compare", "profile", "report", "watch")
+    + ("scale", "scale_points", "scale_plot", "scale_table", "scaling")
 )
 # These names belong to packages of others; ours are imported below fastdistil.
 FOREIGN = {"kernels", "profiling"}
