@@ -32,7 +32,7 @@ DOORS = {
 # Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {
     "fastdistil.cli": ("fastdistil.__main__",),
-    "fastdistil.launch": ("fastdistil.cli", "fastdistil.train", "fastdistil.profiling.profile", "fastdistil.profiling.scaling"),
+    "fastdistil.launch": ("fastdistil.cli", "fastdistil.train", "fastdistil.profiling.profile", "fastdistil.profiling.scale"),
     "fastdistil.attempts": ("fastdistil.launch",),
     "fastdistil.calls": ("fastdistil.launch",),
     "fastdistil.train": ("fastdistil", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
