@@ -47,11 +47,6 @@ class Compressor(Protocol):
     """`exchange` may overwrite `gradient` and the tensors of `state`. Nothing in it waits for the device."""
 
     @property
-    def linear(self) -> bool:
-        """Whether payloads can be summed on the way."""
-        return True
-
-    @property
     def whole_parameters(self) -> bool:
         """Whether a parameter must not be cut by the border of a bucket."""
         return False

@@ -11,7 +11,6 @@ Only the last micro-batch's backward can hide the exchange: at many micro-batche
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,7 +111,6 @@ class Prediction:
 class Choice:
     kind: Kind
     reason: str
-    table: tuple[Prediction, ...]
 
 
 def predict(measured: Measured, kind: Kind) -> Prediction:
@@ -150,13 +148,12 @@ def candidates_for(engine: str) -> tuple[Kind, ...]:
     return tuple(kind for kind in SIMPLEST_FIRST if kind != "bf16" or engine == "torch")
 
 
-def choose(measured: Measured, candidates: Sequence[Kind] | None = None) -> Choice:
+def choose(measured: Measured) -> Choice:
     """The simplest of the candidates whose predicted update is within WORTH of the fastest, and why, in one sentence."""
-    candidates = candidates_for(measured.engine) if candidates is None else candidates
-    table = tuple(predict(measured, kind) for kind in sorted(candidates, key=SIMPLEST_FIRST.index))
+    table = [predict(measured, kind) for kind in candidates_for(measured.engine)]
     fastest = min(table, key=lambda each: each.update_s)
     chosen = next(each for each in table if each.update_s <= (1 + WORTH) * fastest.update_s)
-    plain = predict(measured, "none")
+    plain = table[0]
     told = (
         f"the exchange takes {_ms(plain.exchange_s)} of a {_ms(measured.update_s)} update at "
         f"{_short(measured.bandwidth_bytes_per_s / 1e9)} GB/s, {_ms(plain.exposed_s)} of it not hidden by backward"
@@ -170,7 +167,7 @@ def choose(measured: Measured, candidates: Sequence[Kind] | None = None) -> Choi
         reason = f"{told}; {best.kind} would save {share}, too little to round gradients for"
     else:
         reason = f"{told}; {best.kind} takes {_ms(best.exchange_s + best.compress_s)} and saves {share}"
-    return Choice(chosen.kind, reason, table)
+    return Choice(chosen.kind, reason)
 
 
 def _ms(seconds: float) -> str:

@@ -90,17 +90,17 @@ def test_many_micro_batches_and_a_fair_network_need_nothing() -> None:
     assert choice.kind == "none"
     assert "52.4 ms of a 2,500 ms update at 10 GB/s" in choice.reason
     assert "int8 would save" in choice.reason
-    assert [each.kind for each in choice.table] == ["none", "fp16", "bf16", "int8"]
     # Wholly hidden: nothing would be faster.
     assert choose(measured(accumulation=1, bandwidth_bytes_per_s=1e12)).reason.endswith("nothing would be faster")
 
 
 def test_a_slow_network_pays_for_int8() -> None:
-    choice = choose(measured(bandwidth_bytes_per_s=0.1e9, update_s=10.0))
+    slow = measured(bandwidth_bytes_per_s=0.1e9, update_s=10.0)
+    choice = choose(slow)
     assert choice.kind == "int8"
     assert "int8 takes" in choice.reason
     assert "saves" in choice.reason
-    by_kind = {each.kind: each for each in choice.table}
+    by_kind = {kind: predict(slow, kind) for kind in candidates_for("torch")}
     # The bytes: a quarter and the scales, against one.
     assert by_kind["int8"].exchange_s == pytest.approx(by_kind["none"].exchange_s * (0.25 + 1 / 1024), rel=1e-3)
     assert by_kind["fp16"].exchange_s == pytest.approx(by_kind["none"].exchange_s / 2, rel=1e-3)
@@ -136,5 +136,4 @@ def test_float16_over_gloo_is_slow() -> None:
 
 def test_candidates() -> None:
     assert candidates_for("horovod") == ("none", "fp16", "int8")
-    assert "bf16" in candidates_for("torch")
-    assert choose(measured(bandwidth_bytes_per_s=1e8), ["int8", "none"]).kind == "int8"
+    assert candidates_for("torch") == ("none", "fp16", "bf16", "int8")
