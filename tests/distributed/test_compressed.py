@@ -93,12 +93,12 @@ def test_every_compressor_over_real_ranks(engine: str, ranks: int, run_ranks: Ca
 STATES = """
 import json, os, sys
 import torch
-from fastdistil import world as worlds
+from fastdistil import collectives, world as worlds
 from fastdistil.ranks import find_place
 from fastdistil.recipe import World as Options
 from fastdistil.team import Team
 
-worlds._MOVED_BYTES = 4000  # so that a state goes in parts
+collectives._MOVED_BYTES = 4000  # so that a state goes in parts
 world = worlds.join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
 team, rank, size = Team(world, None), world.rank, world.size
 sent = received = 0
