@@ -1,15 +1,24 @@
-"""What the devices of this machine are, as facts: processor, cores that may be used, memory, fast bf16.
+"""What the devices of this machine are (processor, cores that may be used, memory, fast bf16), and what they do: a sampler.
 
 Linux only: the kernel's own files are the source. What they do not say is answered with None or "no", never guessed.
 torch is loaded only where a torch.device is asked about, so that a launcher may count cores without it.
 """
 
 import os
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from fastdistil.profiling.nvml import METRICS, Gpu, NvmlError, reason_names
 
 if TYPE_CHECKING:
     import torch
@@ -95,3 +104,218 @@ def usable_memory(groups: list[Path] | None = None) -> int:
 
 def _words(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split() if path.is_file() else []
+
+
+def gpu_of(device: "torch.device") -> Gpu:
+    """NVML's view of a CUDA device. Raises NvmlError."""
+    import torch
+
+    if torch.version.hip is not None:
+        raise NvmlError("NVML knows NVIDIA's GPUs only: clocks, power and utilisation of this one are not recorded")
+    return Gpu(str(torch.cuda.get_device_properties(device).uuid))
+
+
+def device_facts(device: "torch.device", tell: Callable[[str], None] = warnings.warn) -> dict[str, Any]:
+    """What a device is, for the record. What is not known is None.
+
+    GPU: name, uuid, memory_bytes, compute_capability, multiprocessors, driver, slice (a MIG slice), sm_clock_max_mhz,
+    memory_clock_max_mhz, power_limit_w, pcie_generation, pcie_generation_max, pcie_width, pcie_width_max; where NVML cannot
+    be asked, `tell` hears why and its part is left out. CPU: name, uuid (None), cores (that may be used), memory_bytes.
+    """
+    if device.type != "cuda":
+        return {"name": parse_cpu_model(cpuinfo()), "uuid": None, "cores": usable_cores(), "memory_bytes": usable_memory()}
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    facts = {
+        "name": found.name,
+        "uuid": str(found.uuid),
+        "memory_bytes": found.total_memory,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+    }
+    try:
+        gpu = gpu_of(device)
+    except NvmlError as error:
+        tell(str(error))
+        return facts
+    try:
+        return facts | gpu.facts()
+    finally:
+        gpu.close()
+
+
+Sample = dict[str, float | None]
+"""Of one instant: `at` (seconds of a steady clock) and the metrics."""
+
+
+class _GpuSource:
+    """`gpu`: None, because of `why`, where NVML cannot be asked."""
+
+    def __init__(self, gpu: Gpu | None, why: str = "") -> None:
+        self._gpu = gpu
+        self.news = gpu.news if gpu is not None else [why]
+
+    def close(self) -> None:
+        if self._gpu is not None:
+            self._gpu.close()
+
+    def sample(self) -> Sample:
+        gpu = self._gpu
+        return {"at": time.perf_counter()} | {name: None if gpu is None else gpu.read(name) for name in METRICS}
+
+    def summary(self, before: Sample | None, samples: list[Sample]) -> dict[str, Any]:
+        clocks = _column(samples, "sm_clock_mhz")
+        reasons = _column(samples, "reasons")
+        throttled = None
+        if reasons is not None:
+            named = Counter(name for bits in reasons for name in reason_names(int(bits)))
+            throttled = {name: count / len(samples) for name, count in named.items()}
+        power = [*([] if before is None else [before]), *samples]
+        energy, source = _growth(power, "energy_j"), "counter"
+        if energy is None:
+            energy, source = _integral(power, "power_w"), "power"
+        seconds = _seconds(power)
+        rates = {}
+        for way in ("tx", "rx"):
+            moved = _growth(power, f"nvlink_{way}_bytes")
+            rates[f"nvlink_{way}_bytes_per_s"] = None if moved is None else moved / seconds
+        return {
+            "utilisation": _of(mean, samples, "utilisation"),
+            "sm_clock_mhz": None if clocks is None else median(clocks),
+            "sm_clock_min_mhz": None if clocks is None else min(clocks),
+            "memory_clock_mhz": _of(median, samples, "memory_clock_mhz"),
+            "power_w": _of(mean, samples, "power_w"),
+            "temperature_c": _of(max, samples, "temperature_c"),
+            "memory_used_bytes": _of(max, samples, "memory_used_bytes"),
+            "pcie_tx_bytes_per_s": _of(mean, samples, "pcie_tx_bytes_per_s"),
+            "pcie_rx_bytes_per_s": _of(mean, samples, "pcie_rx_bytes_per_s"),
+            **rates,
+            "energy_j": energy,
+            "energy_source": None if energy is None else source,
+            "throttled": throttled,
+        }
+
+
+class _CpuSource:
+    def __init__(self) -> None:
+        self.news: list[str] = []
+        self._process = psutil.Process()
+
+    def close(self) -> None:
+        pass
+
+    def sample(self) -> Sample:
+        times = self._process.cpu_times()
+        frequency: Any = psutil.cpu_freq()  # None, or 0 MHz, where the kernel does not say
+        clock = (frequency.current or None) if frequency is not None else None
+        return {"at": time.perf_counter(), "clock_mhz": clock, "busy_s": times.user + times.system}
+
+    def summary(self, before: Sample | None, samples: list[Sample]) -> dict[str, Any]:
+        window = [*([] if before is None else [before]), *samples]
+        busy_s = _growth(window, "busy_s")
+        share = None if busy_s is None else busy_s / _seconds(window) / usable_cores()
+        return {"utilisation": share, "clock_mhz": _of(median, samples, "clock_mhz")}
+
+
+class Sampler:
+    """Looks at a device `hz` times a second (at most 10) in a thread of its own, beside the training: a look takes up to tens
+    of milliseconds, in which other threads run on.
+
+    `tell` hears, in `read` and on its thread, of what could not be recorded: once for each. Raises ValueError for a rate out
+    of bounds.
+    """
+
+    def __init__(
+        self,
+        device: "torch.device",
+        *,
+        hz: float = 2.0,
+        tell: Callable[[str], None] = warnings.warn,
+        gpu: Gpu | None = None,
+    ) -> None:
+        if not 0 < hz <= 10:
+            raise ValueError(f"a device is sampled up to 10 times a second, got {hz}; give a rate above 0 and up to 10")
+        self._tell = tell
+        self._source: _GpuSource | _CpuSource
+        if device.type != "cuda":
+            self._source = _CpuSource()
+        else:
+            try:
+                self._source = _GpuSource(gpu if gpu is not None else gpu_of(device))
+            except NvmlError as error:
+                self._source = _GpuSource(None, str(error))
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._samples: list[Sample] = []
+        self._before: Sample | None = None
+        self._thread = threading.Thread(target=self._run, args=(1 / hz,), name="device-sampler", daemon=True)
+        self._thread.start()
+
+    def read(self) -> dict[str, Any]:
+        """Over the time since the last read, up to the last sample; the contents of a log line's `device`.
+
+        samples (their number), seconds (from the last sample of the previous read, or the first one ever, to the last), and,
+        None where not known: on a GPU utilisation (mean share of the time in which any kernel ran, 0..1: not efficiency),
+        sm_clock_mhz (median), sm_clock_min_mhz, memory_clock_mhz (median), power_w (mean), temperature_c (highest),
+        memory_used_bytes (highest, of all processes), pcie_tx_bytes_per_s, pcie_rx_bytes_per_s, nvlink_tx_bytes_per_s,
+        nvlink_rx_bytes_per_s (means), energy_j (in these seconds), energy_source ("counter" of the driver, or "power"
+        integrated over the samples), throttled {reason: share of the samples}; on a CPU utilisation (this process's share of
+        the cores it may use) and clock_mhz (median).
+        """
+        with self._lock:
+            samples, self._samples = self._samples, []
+        while self._source.news:
+            self._tell(self._source.news.pop(0))
+        before = self._before
+        if samples:
+            self._before = samples[-1]
+        window = [*([] if before is None else [before]), *samples]
+        return {"samples": len(samples), "seconds": _seconds(window) if samples else 0.0} | self._source.summary(
+            before, samples
+        )
+
+    def close(self) -> None:
+        """Stop the thread; waits for the look that is under way."""
+        self._stop.set()
+        self._thread.join()
+        self._source.close()
+
+    def _run(self, period_s: float) -> None:
+        while True:
+            sample = self._source.sample()
+            with self._lock:
+                self._samples.append(sample)
+            if self._stop.wait(period_s):
+                return
+
+
+def _column(samples: list[Sample], name: str) -> list[float] | None:
+    """A metric of all samples; None if any lacks it: a mean over the others would be of another time."""
+    values = [value for sample in samples if (value := sample[name]) is not None]
+    return values if values and len(values) == len(samples) else None
+
+
+def _of(statistic: Callable[[list[float]], float], samples: list[Sample], name: str) -> float | None:
+    values = _column(samples, name)
+    return None if values is None else statistic(values)
+
+
+def _seconds(samples: list[Sample]) -> float:
+    times = _column(samples, "at")
+    return times[-1] - times[0] if times else 0.0
+
+
+def _growth(samples: list[Sample], name: str) -> float | None:
+    """Of a counter, from the first sample to the last; None where it was started anew between."""
+    values = _column(samples, name)
+    if values is None or len(values) < 2 or values[-1] < values[0]:
+        return None
+    return values[-1] - values[0]
+
+
+def _integral(samples: list[Sample], name: str) -> float | None:
+    """Over time, by trapezoids."""
+    values, times = _column(samples, name), _column(samples, "at")
+    if values is None or times is None or len(values) < 2:
+        return None
+    return sum((b + a) / 2 * (end - start) for (a, b), (start, end) in zip(pairwise(values), pairwise(times), strict=True))
