@@ -116,7 +116,7 @@ class Choice:
 def predict(measured: Measured, kind: Kind) -> Prediction:
     """An update with `kind`, from the measured one without compression."""
     exchange = _exchange_s(measured, kind)
-    compress = _TRAFFIC[kind] * measured.gradient_bytes / measured.compress_bytes_per_s
+    compress = touched_bytes(kind, measured.gradient_bytes) / measured.compress_bytes_per_s
     # What is measured has the uncompressed exchange's exposed part in it: with U = c + exposed(c) and c the computing, solved
     # for c where something was exposed, and where nothing was.
     plain = _exchange_s(measured, "none")
@@ -133,14 +133,26 @@ def predict(measured: Measured, kind: Kind) -> Prediction:
     return Prediction(kind, exchange, compress, exposed, computing + exposed)
 
 
-def _exchange_s(measured: Measured, kind: Kind) -> float:
-    numel = measured.gradient_bytes // 4
-    compressor = make_compressor(Compression(kind=kind), ranks=measured.ranks, rank=0, engine=measured.engine, seed=0)
+def touched_bytes(kind: Kind, gradient_bytes: float) -> float:
+    """Of memory, read and written, by compressing and decompressing float32 gradients."""
+    return _TRAFFIC[kind] * gradient_bytes
+
+
+def wire(kind: Kind, ranks: int, gradient_bytes: int, engine: str) -> tuple[int, int]:
+    """(bytes that one rank sends for float32 gradients, collectives a bucket)."""
+    numel = gradient_bytes // 4
+    compressor = make_compressor(Compression(kind=kind), ranks=ranks, rank=0, engine=engine, seed=0)
     layout = Layout(numel, ((0, (numel,)),), 0)
-    seconds = compressor.wire_bytes(layout) / measured.bandwidth_bytes_per_s
+    return compressor.wire_bytes(layout), compressor.requests(layout)
+
+
+def _exchange_s(measured: Measured, kind: Kind) -> float:
+    sent, requests = wire(kind, measured.ranks, measured.gradient_bytes, measured.engine)
+    seconds = sent / measured.bandwidth_bytes_per_s
     if kind == "fp16" and measured.engine == "horovod" and measured.device == "cpu":
+        numel = measured.gradient_bytes // 4
         seconds = max(seconds, GLOO_FP16_S * numel * (measured.ranks - 1) / measured.ranks)
-    return seconds + measured.buckets * compressor.requests(layout) * measured.latency_s
+    return seconds + measured.buckets * requests * measured.latency_s
 
 
 def candidates_for(engine: str) -> tuple[Kind, ...]:
