@@ -1,0 +1,193 @@
+"""What a step's time is lost to, named from the numbers of a summary.
+
+Each cause is the share of the step that would be saved if it went away. The one that takes most is the bottleneck, if it
+takes a tenth of the step or more:
+
+    data-bound            the phases data and transfer (older runs: data_wait_share)
+    communication-bound   the phases exposed and compression, less rank 0's wait for the slowest rank's own work
+    straggler             the slowest rank's own work less the mean rank's, if it was the slowest in two thirds of the log lines
+    launch-bound          the time in which no kernel ran on a GPU (1 - NVML's utilisation), less its waits for data and
+                          communication
+    teacher-bound         the teacher's forward, if it takes more than the student's forward, losses and backward together
+    memory-bound          the larger of two: the optimizer, since AdamW moves 28 bytes a parameter for some 12 FLOP; and, where
+                          both peaks are known and the step's FLOP a byte of weights are below their ratio (the ridge of
+                          Williams, Waterman and Patterson 2009), the time that reading the weights takes at the peak
+    compute-bound         none of these, and the models' own work (teacher, student, losses, backward) is 4/5 of the step
+    unknown               none of these: the time is in `other`, or no phases were recorded
+
+`key` is the recipe key that addresses it, or None where none does.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+WORTH = 0.10
+"""Share of the step from which a cause is the bottleneck."""
+PERSISTENT = 2 / 3
+"""Share of the log lines in which one rank must be the slowest: else the ranks take turns, and none is the straggler."""
+COMPUTE = 0.80
+_WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ADAMW_BYTES = 28
+"""A parameter, in fp32: weight, gradient and two moments read, weight and moments written."""
+MODELS = ("teacher", "student", "losses", "backward")
+
+Summary = Mapping[str, Any]
+Cause = dict[str, Any]
+
+
+def causes_of(summary: Summary) -> list[Cause]:
+    """{name, share (of the step, or an estimate of it), why, key}, the largest first."""
+    found = [*_data(summary), *_ranks(summary), *_launch(summary), *_teacher(summary), *_memory(summary)]
+    return sorted(found, key=lambda cause: -cause["share"])
+
+
+def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
+    """{name, why, key}."""
+    if causes and causes[0]["share"] >= WORTH:
+        return {name: causes[0][name] for name in ("name", "why", "key")}
+    if summary.get("phases") is None:
+        return {"name": "unknown", "why": "the run recorded no phases, and does not wait for data", "key": None}
+    shares = {name: phase["share"] for name, phase in summary["phases"].items()}
+    models = sum(shares.get(name, 0.0) for name in MODELS)
+    parts = ", ".join(f"{name} {shares[name]:.0%}" for name in MODELS if name in shares)
+    if models < COMPUTE:
+        largest = max(shares, key=lambda name: shares[name])
+        why = (
+            f"no cause takes {WORTH:.0%} of the step; the models' own work is {models:.0%} ({parts}); {largest} is the largest"
+        )
+        return {"name": "unknown", "why": why, "key": None}
+    mfu = (summary.get("mfu") or {}).get("with_teacher")
+    rate = "" if mfu is None else f" at {mfu:.0%} of the device's peak"
+    why = f"{models:.0%} of the step is the models' own work ({parts}){rate}: nothing to gain by waiting less"
+    return {"name": "compute-bound", "why": why, "key": None}
+
+
+def _share(summary: Summary, *names: str) -> float:
+    phases = summary.get("phases") or {}
+    return float(sum(phases[name]["share"] for name in names if name in phases))
+
+
+def _data(summary: Summary) -> Iterator[Cause]:
+    share, spread = _share(summary, "data", "transfer"), ""
+    bursts = False
+    if summary.get("phases") is None:
+        share = summary.get("data_wait_share") or 0.0
+    elif data := summary["phases"].get("data"):
+        spread = f" (data p50 {_ms(data['p50'])}, p95 {_ms(data['p95'])} of steps of p50 {_ms(summary['step_s']['p50'])})"
+        bursts = data["p50"] < data["mean"] / 2
+    data_section = (summary.get("recipe") or {}).get("data") or {}
+    if str(data_section.get("train", "")).startswith("("):  # an iterable given from Python
+        key, way = "data.train", "the iterable keeps the step waiting: give it workers"
+    elif bursts:
+        key, way = "data.prefetch", "most updates wait little, some long: make more windows ahead"
+    elif data_section.get("cache_dir") is None:
+        key, way = "data.cache_dir", "every update waits: read the corpus from a disk of the node's own"
+    else:
+        key, way = "data.prefetch", "make more windows ahead, or give the process more cores"
+    yield {"name": "data-bound", "share": share, "why": f"{share:.0%} of the step waits for data{spread}; {way}", "key": key}
+
+
+def _ranks(summary: Summary) -> Iterator[Cause]:
+    waited = 0.0
+    if found := summary.get("straggler"):
+        worked, seconds, rank = found["worked_s"], found["seconds"], found["rank"]
+        mean = sum(worked) / len(worked)
+        # Rank 0's exposed time holds its wait for the slowest rank, which a faster network would not shorten.
+        waited = (worked[rank] - worked[0]) / seconds if seconds else 0.0
+        share = (worked[rank] - mean) / seconds if seconds else 0.0
+        if found["slowest_in"] >= PERSISTENT * found["lines"]:
+            why = (
+                f"rank {rank} works {found['share']:.0%} more than the mean rank, the slowest in {found['slowest_in']} of "
+                f"{found['lines']} log lines; the others wait for it {share:.0%} of the step"
+            )
+            reason, key = _why_slow(found)
+            yield {"name": "straggler", "share": share, "why": f"{why}; {reason}", "key": key}
+    exposed, compression = _share(summary, "exposed"), _share(summary, "compression")
+    share = max(0.0, exposed + compression - waited)
+    way, key = _less_traffic(summary, compression > exposed)
+    why = f"{exposed:.0%} of the step waits for gradients, {compression:.0%} compresses them"
+    if waited > 0.005:
+        why += f"; {waited:.0%} of it waits for rank {summary['straggler']['rank']} rather than for the network"
+    yield {"name": "communication-bound", "share": share, "why": f"{why}; {way}", "key": key}
+
+
+def _why_slow(found: Mapping[str, Any]) -> tuple[str, str | None]:
+    rank, worked, waits, tokens = found["rank"], found["worked_s"], found["data_wait_s"], found["tokens"]
+    mean = sum(worked) / len(worked)
+    if waits and waits[rank] - sum(waits) / len(waits) >= (worked[rank] - mean) / 2:
+        return "most of it is its wait for data", "data.cache_dir"
+    if tokens and tokens[rank] / (sum(tokens) / len(tokens)) - 1 >= found["share"] / 2:
+        return "it has that many more tokens", "data.layout"
+    return "its tokens and data are as the others': look at that machine's clocks and neighbours", None
+
+
+def _less_traffic(summary: Summary, compressing: bool) -> tuple[str, str]:
+    if summary.get("sync") == "every-micro-batch":
+        return "let gradients travel once an update", "world.sync"
+    if summary.get("compression") in (None, "none") or compressing:
+        return "another compression moves fewer bytes, or costs less", "compression.kind"
+    return "more micro-batches an update share one exchange", "loop.accumulation"
+
+
+def _launch(summary: Summary) -> Iterator[Cause]:
+    utilisation = (summary.get("readings") or {}).get("utilisation")
+    if utilisation is None or not str(summary.get("device_type")).startswith("cuda"):
+        return
+    waits = _share(summary, "data", "exposed")
+    share = max(0.0, 1 - utilisation - waits)
+    compiled = ((summary.get("recipe") or {}).get("loop") or {}).get("compile")
+    key = "data.micro_batch_tokens" if compiled else "loop.compile"
+    way = "larger micro-batches have longer kernels" if compiled else "compiled, fewer kernels are started"
+    why = f"no kernel runs {1 - utilisation:.0%} of the time, {waits:.0%} of it in waits for data and communication; {way}"
+    yield {"name": "launch-bound", "share": share, "why": why, "key": key}
+
+
+def _teacher(summary: Summary) -> Iterator[Cause]:
+    teacher, student = _share(summary, "teacher"), _share(summary, "student", "losses", "backward")
+    if teacher > student:
+        why = (
+            f"the teacher's forward is {teacher:.0%} of the step, the student's forward, losses and backward {student:.0%}; "
+            "a cached teacher does not run"
+        )
+        yield {"name": "teacher-bound", "share": teacher, "why": why, "key": "teacher.cache"}
+
+
+def _memory(summary: Summary) -> Iterator[Cause]:
+    share = _share(summary, "optimizer")
+    why = f"the optimizer is {share:.0%} of the step, and moves {_ADAMW_BYTES} bytes a parameter for some 12 FLOP"
+    yield {
+        "name": "memory-bound",
+        "share": share,
+        "why": f"{why}; more micro-batches an update share one optimizer step",
+        "key": "loop.accumulation",
+    }
+    bandwidth = max(((summary.get("environment") or {}).get("peaks") or {}).get("bytes", {}).values(), default=None)
+    peak, flops = (summary.get("mfu") or {}).get("peak_flops"), sum((summary.get("flops") or {}).values())
+    weights_bytes = _weights_bytes(summary)
+    if not (bandwidth and peak and flops and weights_bytes and summary.get("step_s")):
+        return
+    intensity, ridge = flops / weights_bytes, peak / bandwidth
+    if intensity < ridge:
+        share = weights_bytes / bandwidth / summary["step_s"]["mean"]
+        why = (
+            f"at most {intensity:.0f} FLOP a byte of weights, the device needs {ridge:.0f} to be busy ({peak:.3g} FLOP/s, "
+            f"{bandwidth:.3g} bytes/s): reading the weights takes {share:.0%} of the step or more"
+        )
+        yield {
+            "name": "memory-bound",
+            "share": share,
+            "why": f"{why}; larger micro-batches read them less often",
+            "key": "data.micro_batch_tokens",
+        }
+
+
+def _weights_bytes(summary: Summary) -> int | None:
+    """The least that one update of a rank reads and writes of weights: each micro-batch reads the teacher's once and the
+    student's twice, and writes its gradient."""
+    student, teacher, batches = (summary.get(name) for name in ("student_parameters", "teacher_parameters", "accumulation"))
+    width = _WIDTH.get(str(summary.get("dtype")))
+    return int(batches * (width * (2 * student + (teacher or 0)) + 4 * student)) if student and batches and width else None
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

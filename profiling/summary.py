@@ -1,0 +1,305 @@
+"""A run's history as one JSON object: percentiles, shares, rates, memory, energy, and the bottleneck they point to.
+
+Measured are the updates behind the warm-up (`warmup` of each log line) of the lines that ran as the last start says. Rates,
+MFU, energy and stragglers are known by the log line: lines with a warm-up update are left out of them. Percentiles
+interpolate linearly between order statistics (Hyndman and Fan 1996, type 7; numpy's default); `n` says of how many samples.
+A phase's share is its time over the time of the same updates; the shares, `other` among them, add up to 1.
+
+Energy is the counter of rank 0's device, over lines whose time was nearly all updates. Counters are read every 20 to 100 ms
+at best: less than 5 s of them say nothing.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdistil import __version__
+from fastdistil.profiling.bottleneck import causes_of, name_bottleneck
+from fastdistil.profiling.history import Event, History
+
+PERCENTILES = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
+DISJOINT = ("data", "transfer", "teacher", "student", "losses", "backward", "compression", "exposed", "optimizer")
+"""Phases, in a step's order; what is left of it is `other`."""
+ENERGY_MIN_S = 5.0
+NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
+_STEPS_ALONE = 1.1
+"""A line's time over its updates' from which something else (an evaluation) was in it too."""
+
+
+class Updates(NamedTuple):
+    """The measured updates; lists have an entry each."""
+
+    step_s: list[float]
+    phased_step_s: list[float]
+    """Of those whose line recorded phases."""
+    phases: dict[str, list[float]]
+    warmup: int
+    """Updates left out."""
+
+
+def summarise(history: History) -> dict[str, Any]:
+    """What the run measured; seconds, bytes, joules; None: not recorded."""
+    start, recipe = history.start, history.recipe
+    lines = history.comparable_lines
+    settled = [line for line in lines if not line.get("warmup")]
+    updates = measured_updates(lines)
+    summary: dict[str, Any] = {
+        "fastdistil": __version__,
+        "name": history.name,
+        "directory": str(history.directory),
+        "outcome": history.outcome,
+        "device": _device(history),
+        "device_type": start.get("device"),
+        "dtype": start.get("precision"),
+        **{
+            name: start.get(name) for name in ("ranks", "nodes", "engine", "compression", "sync", "rings", "threads", "kernels")
+        },
+        "micro_batch_tokens": _at(recipe, "data", "micro_batch_tokens"),
+        "accumulation": _at(recipe, "loop", "accumulation"),
+        "student_parameters": start.get("student_parameters"),
+        "teacher_parameters": start.get("teacher_parameters"),
+        "updates": len(updates.step_s),
+        "warmup": updates.warmup,
+        "percentiles": PERCENTILES,
+        "step_s": statistics_of(updates.step_s),
+        "phases": _phases(updates),
+        "communication": _communication(updates),
+        "tokens_per_update": _over(settled, "tokens", "updates"),
+        "tokens_per_s": _tokens_per_s(settled),
+        "data_wait_share": _mean(settled, _getter("data_wait_share")),
+        "flops": _flops(settled),
+        "mfu": _mfu(settled),
+        "memory": _memory(history, lines),
+        "energy": _energy(settled),
+        "readings": _readings(settled),
+        "straggler": _straggler(settled),
+        "losses": [_losses(line) for line in history.lines],
+        "environment": {name: value for name, value in history.environment.items() if name not in ("event", "time")},
+        "recipe": recipe,
+    }
+    causes = causes_of(summary)
+    return {**summary, "causes": causes, "bottleneck": name_bottleneck(summary, causes)}
+
+
+def measured_updates(lines: Iterable[Event]) -> Updates:
+    steps: list[float] = []
+    phased: list[float] = []
+    columns: dict[str, list[float]] = {}
+    warmup = 0
+    for line in lines:
+        seconds, first = _floats(line.get("step_s")), int(line.get("warmup", 0))
+        warmup += min(first, len(seconds))
+        steps += seconds[first:]
+        if not (phases := line.get("phases")):
+            continue
+        for name in phases.keys() | columns.keys():
+            column = columns.setdefault(name, [0.0] * len(phased))  # a phase that was never entered took no time
+            column += _floats(phases[name])[first:] if name in phases else [0.0] * len(seconds[first:])
+        phased += seconds[first:]
+    return Updates(steps, phased, columns, warmup)
+
+
+def statistics_of(samples: Sequence[float]) -> dict[str, Any] | None:
+    """p50, p95, p99, mean, sd (of a sample: n - 1), n, samples; None without samples."""
+    if not samples:
+        return None
+    p50, p95, p99 = np.percentile(samples, [50, 95, 99]).tolist()
+    sd = float(np.std(samples, ddof=1)) if len(samples) > 1 else None
+    mean = float(np.mean(samples))
+    return {"p50": p50, "p95": p95, "p99": p99, "mean": mean, "sd": sd, "n": len(samples), "samples": list(samples)}
+
+
+def _phases(updates: Updates) -> dict[str, Any] | None:
+    if not updates.phased_step_s:
+        return None
+    columns = {name: updates.phases[name] for name in DISJOINT if name in updates.phases}
+    columns["other"] = (np.asarray(updates.phased_step_s) - np.sum(list(columns.values()), axis=0)).tolist()
+    whole = sum(updates.phased_step_s)
+    return {name: {**(statistics_of(column) or {}), "share": sum(column) / whole} for name, column in columns.items()}
+
+
+def _communication(updates: Updates) -> dict[str, Any] | None:
+    """First departure to last arrival; `hidden_share`: of it, what the step did not wait for."""
+    if not sum(column := updates.phases.get("communication", [])):
+        return None
+    exposed = sum(updates.phases.get("exposed", []))
+    return {**(statistics_of(column) or {}), "hidden_share": max(0.0, 1 - exposed / sum(column))}
+
+
+def _seconds(line: Event) -> float | None:
+    """A line's time without evaluations and checkpoints."""
+    if line.get("tokens") and line.get("tokens_per_s"):
+        return float(line["tokens"]) / float(line["tokens_per_s"])
+    return sum(_floats(line.get("step_s"))) or None
+
+
+def _tokens_per_s(lines: Iterable[Event]) -> float | None:
+    """Of all ranks together."""
+    timed = [(line["tokens"], seconds) for line in lines if "tokens" in line and (seconds := _seconds(line))]
+    return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed) if timed else None
+
+
+def _over(lines: Iterable[Event], numerator: str, denominator: str) -> float | None:
+    known = [(line[numerator], line[denominator]) for line in lines if numerator in line and line.get(denominator)]
+    return sum(above for above, _ in known) / sum(below for _, below in known) if known else None
+
+
+def _mean(
+    lines: Iterable[Event], value: Callable[[Event], Any], weight: Callable[[Event], float | None] = _seconds
+) -> float | None:
+    """Over time, of the lines that have the value."""
+    known = [(float(found), weighs) for line in lines if (found := value(line)) is not None and (weighs := weight(line))]
+    return sum(found * weighs for found, weighs in known) / sum(weighs for _, weighs in known) if known else None
+
+
+def _flops(lines: Iterable[Event]) -> dict[str, float] | None:
+    """Of rank 0 in one update."""
+    known = [line for line in lines if line.get("flops") and line.get("updates")]
+    updates = sum(line["updates"] for line in known)
+    return (
+        {name: sum(line["flops"].get(name) or 0 for line in known) / updates for name in known[0]["flops"]} if known else None
+    )
+
+
+def _mfu(lines: Sequence[Event]) -> dict[str, Any] | None:
+    """Means over time: all FLOP over all time and the peak. More than the peak is refused, and `refused` says why."""
+    known = [line for line in lines if line.get("mfu")]
+    if not known:
+        return None
+    last = known[-1]["mfu"]
+    same = [line for line in known if line["mfu"].get("peak_flops") == last.get("peak_flops")]
+    found = {name: _mean(same, _getter("mfu", name)) for name in ("student", "with_teacher", "hfu")}
+    over = {name: value for name, value in found.items() if value is not None and value > 1}
+    refused = [
+        f"{name} came out at {value:.0%} of {last['peak_flops']:.3g} FLOP/s ({last.get('peak_source')}); no device does more "
+        "than its peak: that peak is not this device's, or the FLOP are miscounted"
+        for name, value in over.items()
+    ]
+    return {
+        **{name: None if name in over else value for name, value in found.items()},
+        "peak_flops": last.get("peak_flops"),
+        "peak_source": last.get("peak_source"),
+        "refused": refused,
+    }
+
+
+def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
+    """Peaks are the highest of all lines, other bytes those of the last one."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        recorded = line.get("memory") or {
+            name: line[old]
+            for name, old in (
+                ("peak_rss_bytes", "host_peak_bytes"),
+                ("allocated_bytes", "device_allocated_bytes"),
+                ("peak_allocated_bytes", "device_peak_bytes"),
+            )
+            if old in line
+        }
+        for name, value in recorded.items():
+            if name == "phase_peaks":
+                peaks = found.setdefault(name, {})
+                peaks.update({phase: max(size, peaks.get(phase, 0)) for phase, size in value.items()})
+            else:
+                found[name] = max(value, found.get(name, 0)) if name.startswith("peak_") else value
+    if history.memory is not None:
+        found |= {name: history.memory.get(name) for name in ("parts", "estimate", "peak_bytes")}
+    return found or None
+
+
+def _energy(lines: Iterable[Event]) -> dict[str, Any]:
+    """Of rank 0's device, and over its own tokens."""
+    seconds = joules = 0.0
+    updates = tokens = 0
+    for line in lines:
+        device, steps_s = line.get("device") or {}, sum(_floats(line.get("step_s")))
+        if device.get("energy_j") is None or not device.get("seconds") or device["seconds"] > _STEPS_ALONE * steps_s:
+            continue
+        seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
+        updates, tokens = updates + line["updates"], tokens + line.get("rank_tokens", [line["tokens"]])[0]
+    nothing = {"j_per_update": None, "j_per_million_tokens": None, "seconds": seconds}
+    if not seconds:
+        return {**nothing, "why": "not recorded"}
+    if seconds < ENERGY_MIN_S:
+        return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {ENERGY_MIN_S:.0f} s"}
+    return {"j_per_update": joules / updates, "j_per_million_tokens": 1e6 * joules / tokens, "seconds": seconds}
+
+
+def _readings(lines: Sequence[Event]) -> dict[str, Any] | None:
+    """Of rank 0's device: means over time, of clocks medians, of temperatures the highest; throttled: share of samples, by
+    reason."""
+    known = [line["device"] for line in lines if line.get("device")]
+    if not known:
+        return None
+    names = list(dict.fromkeys(name for device in known for name in device if name not in NOT_AVERAGED))
+    found: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in known)}
+    for name in names:
+        values = [device[name] for device in known if isinstance(device.get(name), int | float)]
+        if not values:
+            found[name] = known[-1].get(name)  # None, or a word
+        elif name == "temperature_c":
+            found[name] = max(values)
+        elif name.endswith("_min_mhz"):
+            found[name] = min(values)
+        elif name.endswith("_mhz"):
+            found[name] = float(np.median(values))
+        else:
+            found[name] = _mean(known, _getter(name), _getter("seconds"))
+    reasons = dict.fromkeys(reason for device in known for reason in device.get("throttled") or ())
+    samples = sum(device.get("samples", 0) for device in known if device.get("throttled") is not None)
+    found["throttled"] = {
+        reason: sum((device.get("throttled") or {}).get(reason, 0.0) * device.get("samples", 0) for device in known) / samples
+        for reason in reasons
+        if samples
+    }
+    return found
+
+
+def _straggler(lines: Iterable[Event]) -> dict[str, Any] | None:
+    """The rank with the most work of its own; `share`: by how much it is above the mean rank's."""
+    known = [line for line in lines if len(line.get("rank_worked_s") or ()) > 1]
+    if not known:
+        return None
+    worked = np.asarray([line["rank_worked_s"] for line in known])
+    of_rank = worked.sum(axis=0)
+    rank = int(of_rank.argmax())
+
+    def summed(name: str) -> list[float] | None:
+        return np.sum([line[name] for line in known], axis=0).tolist() if all(name in line for line in known) else None
+
+    return {
+        "rank": rank,
+        "share": float(of_rank[rank] / of_rank.mean() - 1),
+        "slowest_in": int((worked.argmax(axis=1) == rank).sum()),
+        "lines": len(known),
+        "worked_s": of_rank.tolist(),
+        "seconds": sum(_seconds(line) or 0.0 for line in known),
+        "tokens": summed("rank_tokens"),
+        "data_wait_s": summed("rank_data_wait_s"),
+    }
+
+
+def _losses(line: Event) -> dict[str, Any]:
+    return {name: line[name] for name in ("update", "total", "soft", "hard", "cosine", "mse") if name in line}
+
+
+def _device(history: History) -> str | None:
+    devices = history.environment.get("devices") or [{}]
+    kind = history.start.get("device")
+    named = devices[0].get("name") if str(kind).startswith("cuda") else history.environment.get("processor")
+    return named or kind
+
+
+def _getter(*path: str) -> Callable[[Event], Any]:
+    return lambda event: _at(event, *path)
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(value) for value in values or ()]
+
+
+def _at(values: Any, *path: str) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values

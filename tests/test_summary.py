@@ -1,0 +1,308 @@
+"""Known event streams against figures worked out by hand, and planted causes that the bottleneck must name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistil.profiling.history import load_history
+from fastdistil.profiling.summary import statistics_of, summarise
+
+Event = dict[str, Any]
+START = {
+    "event": "start",
+    "update": 0,
+    "updates": 9,
+    "ranks": 1,
+    "engine": "alone",
+    "compression": "none",
+    "sync": "delayed",
+    "device": "cpu",
+    "precision": "fp32",
+    "student_parameters": 100,
+    "teacher_parameters": 200,
+}
+RECIPE = {
+    "data": {"train": "corpus", "micro_batch_tokens": 256, "cache_dir": None},
+    "loop": {"accumulation": 2, "compile": False},
+}
+
+
+def summed_up(tmp_path: Path, *events: Event, recipe: Event = RECIPE, **start: Any) -> Event:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    lines = [{**START, **start}, *events]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return summarise(load_history(tmp_path))
+
+
+def line(update: int, steps: list[float], phases: dict[str, list[float]] | None = None, **fields: Any) -> Event:
+    """A log line of 100 tokens an update."""
+    tokens = 100 * len(steps)
+    timed = {"updates": len(steps), "tokens": tokens, "tokens_per_s": tokens / sum(steps), "step_s": steps, "warmup": 0}
+    return {"event": "train", "update": update, **timed, **({"phases": phases} if phases else {}), **fields}
+
+
+def test_percentiles_by_hand() -> None:
+    """Type 7: the q-quantile of n sorted samples lies at (n - 1) q between them: 4 q here, so 3.8 of 0..4 for q = 0.95."""
+    found = statistics_of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert found is not None
+    assert found["p50"] == 3.0
+    assert found["p95"] == pytest.approx(4 + 0.8 * (5 - 4))
+    assert found["p99"] == pytest.approx(4 + 0.96 * (5 - 4))
+    assert (found["mean"], found["n"]) == (3.0, 5)
+    assert found["sd"] == pytest.approx(2.5**0.5)  # 10 / (5 - 1)
+    assert statistics_of([]) is None
+
+
+def test_warm_up_is_in_no_number(tmp_path: Path) -> None:
+    slow = line(3, [9.0, 9.0, 1.0], {"data": [8.0, 8.0, 0.5]}, warmup=2, flops={"student": 9e9})
+    found = summed_up(tmp_path, slow, line(5, [2.0, 3.0], {"data": [1.0, 1.0]}, flops={"student": 600.0, "teacher": 400.0}))
+    assert (found["updates"], found["warmup"]) == (3, 2)
+    assert found["step_s"]["samples"] == [1.0, 2.0, 3.0] and found["step_s"]["p50"] == 2.0
+    assert found["phases"]["data"]["samples"] == [0.5, 1.0, 1.0]
+    assert found["tokens_per_s"] == pytest.approx(200 / 5)  # by the line: the first holds warm-up
+    assert found["tokens_per_update"] == 100
+    assert found["flops"] == {"student": 300.0, "teacher": 200.0}
+
+
+def test_phases_and_other_add_up_to_the_step(tmp_path: Path) -> None:
+    """The teacher ran in the second line only: none of its time was in the first."""
+    first = line(
+        2, [1.0, 2.0], {"student": [0.5, 0.5], "backward": [0.25, 0.5], "communication": [0.5, 0.5], "exposed": [0.0, 0.25]}
+    )
+    second = line(3, [1.0], {"student": [0.25], "teacher": [0.5]})
+    found = summed_up(tmp_path, first, second)["phases"]
+    assert list(found) == ["teacher", "student", "backward", "exposed", "other"]
+    assert found["teacher"]["samples"] == [0.0, 0.0, 0.5]
+    assert found["other"]["samples"] == [0.25, 0.75, 0.25]
+    shares = {name: phase["share"] for name, phase in found.items()}
+    assert shares == pytest.approx(
+        {"teacher": 0.5 / 4, "student": 1.25 / 4, "backward": 0.75 / 4, "exposed": 0.25 / 4, "other": 1.25 / 4}
+    )
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_communication_beside_the_phases(tmp_path: Path) -> None:
+    found = summed_up(tmp_path, line(2, [1.0, 1.0], {"communication": [0.5, 0.3], "exposed": [0.2, 0.0]}))
+    assert found["communication"]["p50"] == pytest.approx(0.4)
+    assert found["communication"]["hidden_share"] == pytest.approx(1 - 0.2 / 0.8)
+    assert "communication" not in found["phases"]
+
+
+def test_rate_is_tokens_over_time(tmp_path: Path) -> None:
+    """Not the mean of the lines' rates, which is 75."""
+    assert summed_up(tmp_path, line(1, [1.0]), line(3, [1.0, 3.0]))["tokens_per_s"] == pytest.approx(300 / 5)
+
+
+def test_older_runs_have_what_they_recorded(tmp_path: Path) -> None:
+    old = {"event": "train", "update": 1, "updates": 1, "tokens": 100, "tokens_per_s": 50.0, "data_wait_share": 0.02}
+    found = summed_up(tmp_path, {**old, "host_peak_bytes": 7})
+    assert (found["tokens_per_s"], found["data_wait_share"]) == (50.0, 0.02)
+    assert found["memory"] == {"peak_rss_bytes": 7}
+    assert [found[name] for name in ("step_s", "phases", "mfu", "readings", "straggler", "flops")] == [None] * 6
+    assert found["energy"]["why"] == "not recorded"
+    assert found["bottleneck"]["name"] == "unknown" and "no phases" in found["bottleneck"]["why"]
+    waits = summed_up(tmp_path, {**old, "data_wait_share": 0.4})["bottleneck"]
+    assert waits["name"] == "data-bound" and "40%" in waits["why"]
+
+
+def mfu(student: float, peak: float = 1e12) -> Event:
+    return {"student": student, "with_teacher": None, "hfu": None, "peak_flops": peak, "peak_source": "datasheet"}
+
+
+def test_mfu_is_a_mean_over_time(tmp_path: Path) -> None:
+    found = summed_up(tmp_path, line(1, [1.0], mfu=mfu(0.5)), line(2, [3.0], mfu=mfu(0.3)))["mfu"]
+    assert found["student"] == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)
+    assert (found["with_teacher"], found["hfu"], found["refused"]) == (None, None, [])
+    assert (found["peak_flops"], found["peak_source"]) == (1e12, "datasheet")
+
+
+def test_mfu_above_one_is_refused(tmp_path: Path) -> None:
+    found = summed_up(tmp_path, line(1, [1.0], mfu=mfu(1.25)))["mfu"]
+    assert found["student"] is None
+    assert "student came out at 125% of 1e+12 FLOP/s (datasheet)" in found["refused"][0]
+
+
+def test_memory_peaks_and_last_values(tmp_path: Path) -> None:
+    one = {"rss_bytes": 9, "peak_rss_bytes": 10, "retries": 0, "phase_peaks": {"teacher": 5, "student": 3}}
+    two = {"rss_bytes": 7, "peak_rss_bytes": 8, "retries": 2, "phase_peaks": {"student": 4}}
+    parts = {"event": "memory", "parts": {"logits": 1}, "estimate": {"logits": 2}, "peak_bytes": 11}
+    found = summed_up(tmp_path, line(1, [1.0], memory=one, warmup=1), line(2, [1.0], memory=two), parts)["memory"]
+    assert found == {
+        "rss_bytes": 7,
+        "peak_rss_bytes": 10,
+        "retries": 2,
+        "phase_peaks": {"teacher": 5, "student": 4},
+        "parts": {"logits": 1},
+        "estimate": {"logits": 2},
+        "peak_bytes": 11,
+    }
+
+
+def device(seconds: float, joules: float | None, **more: Any) -> Event:
+    return {"samples": 10, "seconds": seconds, "energy_j": joules, **more}
+
+
+def test_energy_by_hand(tmp_path: Path) -> None:
+    """600 J and 900 J over 2 + 3 updates of 2 s; what held an evaluation as well is left out."""
+    first = line(2, [2.0, 2.0], device=device(4.0, 600.0))
+    second = line(5, [2.0, 2.0, 2.0], device=device(6.0, 900.0))
+    evaluated = line(6, [2.0], device=device(60.0, 9e9))
+    found = summed_up(tmp_path, first, second, evaluated)["energy"]
+    assert found["j_per_update"] == pytest.approx(1500 / 5)
+    assert found["j_per_million_tokens"] == pytest.approx(1e6 * 1500 / 500)
+    assert found["seconds"] == 10
+
+
+def test_energy_of_several_ranks_is_over_rank_0s_tokens(tmp_path: Path) -> None:
+    shared = line(3, [2.0, 2.0, 2.0], device=device(6.0, 600.0), rank_tokens=[120, 180])
+    assert summed_up(tmp_path, shared, ranks=2)["energy"]["j_per_million_tokens"] == pytest.approx(1e6 * 600 / 120)
+
+
+def test_energy_of_a_moment_is_not_told(tmp_path: Path) -> None:
+    found = summed_up(tmp_path, line(2, [2.0, 2.0], device=device(4.0, 600.0)))["energy"]
+    assert found["j_per_update"] is None and found["why"].startswith("not enough time to tell: 4.0 s")
+
+
+def test_readings(tmp_path: Path) -> None:
+    one = device(
+        1.0, None, utilisation=0.5, sm_clock_mhz=1000, sm_clock_min_mhz=900, temperature_c=60, throttled={"hw_slowdown": 0.5}
+    )
+    two = device(3.0, None, utilisation=0.9, sm_clock_mhz=1200, sm_clock_min_mhz=1100, temperature_c=50, throttled={})
+    found = summed_up(tmp_path, line(1, [1.0], device=one), line(2, [3.0], device={**two, "samples": 30}))["readings"]
+    assert found["utilisation"] == pytest.approx((0.5 + 3 * 0.9) / 4)
+    assert (found["sm_clock_mhz"], found["sm_clock_min_mhz"], found["temperature_c"], found["samples"]) == (1100, 900, 60, 40)
+    assert found["throttled"] == pytest.approx({"hw_slowdown": 0.5 * 10 / 40})
+
+
+def test_straggler_by_hand(tmp_path: Path) -> None:
+    """Ranks work 3, 4 and 5 s of 6: the mean is 4, rank 2 is a quarter above it, and was the slowest in two lines of three."""
+    works = [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [1.0, 2.0, 1.0]]
+    found = summed_up(tmp_path, *(line(n + 1, [2.0], rank_worked_s=each) for n, each in enumerate(works)), ranks=3)["straggler"]
+    assert found["worked_s"] == [3.0, 4.0, 5.0]
+    assert (found["rank"], found["slowest_in"], found["lines"], found["seconds"]) == (2, 2, 3, 6.0)
+    assert found["share"] == pytest.approx(0.25)
+
+
+def test_device_dtype_and_shape_are_told(tmp_path: Path) -> None:
+    environment = {"event": "environment", "processor": "A processor", "devices": [{"rank": 0, "name": "A GPU"}]}
+    found = summed_up(tmp_path, environment, line(1, [1.0]))
+    assert (found["device"], found["dtype"]) == ("A processor", "fp32")
+    assert (found["micro_batch_tokens"], found["accumulation"], found["student_parameters"]) == (256, 2, 100)
+    assert summed_up(tmp_path, environment, device="cuda:0")["device"] == "A GPU"
+    assert summed_up(tmp_path)["device"] == "cpu"
+
+
+def test_it_is_json(tmp_path: Path) -> None:
+    found = summed_up(
+        tmp_path, line(1, [1.0], {"data": [0.5]}, rank_worked_s=[1.0, 2.0], device=device(1.0, 2.0), mfu=mfu(0.1))
+    )
+    assert json.loads(json.dumps(found)) == found
+
+
+# Planted causes.
+
+BALANCED = {"data": 0.02, "teacher": 0.25, "student": 0.15, "losses": 0.1, "backward": 0.4, "optimizer": 0.03}
+
+
+def steps(shares: dict[str, float], n: int = 6, step_s: float = 1.0, **fields: Any) -> list[Event]:
+    return [line(u + 1, [step_s], {name: [step_s * share] for name, share in shares.items()}, **fields) for u in range(n)]
+
+
+def bottleneck(tmp_path: Path, events: list[Event], **more: Any) -> Event:
+    found: Event = summed_up(tmp_path, *events, **more)["bottleneck"]
+    return found
+
+
+def test_compute_bound_has_nothing_to_gain(tmp_path: Path) -> None:
+    found = bottleneck(tmp_path, steps(BALANCED))
+    assert (found["name"], found["key"]) == ("compute-bound", None)
+    assert "90% of the step is the models' own work" in found["why"] and "nothing to gain" in found["why"]
+
+
+def test_unknown_where_time_is_in_no_phase(tmp_path: Path) -> None:
+    found = bottleneck(tmp_path, steps({**BALANCED, "backward": 0.1}))
+    assert found["name"] == "unknown" and "other is the largest" in found["why"]
+
+
+def test_slow_loader_is_data_bound(tmp_path: Path) -> None:
+    found = bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}))
+    assert (found["name"], found["key"]) == ("data-bound", "data.cache_dir")
+    assert "40% of the step waits for data (data p50 400 ms, p95 400 ms of steps of p50 1e+03 ms)" in found["why"]
+    given = {**RECIPE, "data": {"train": "(a list given from Python)"}}
+    assert bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}), recipe=given)["key"] == "data.train"
+    now_and_then = [*steps({**BALANCED, "data": 0.0}, 9), *steps({**BALANCED, "data": 0.7, "backward": 0.0}, 3, 4.0)]
+    assert bottleneck(tmp_path, now_and_then)["key"] == "data.prefetch"
+
+
+def test_slow_link_is_communication_bound(tmp_path: Path) -> None:
+    events = steps({**BALANCED, "exposed": 0.3, "backward": 0.1}, rank_worked_s=[0.7, 0.7])
+    found = bottleneck(tmp_path, events, ranks=2)
+    assert (found["name"], found["key"]) == ("communication-bound", "compression.kind")
+    assert "30% of the step waits for gradients" in found["why"]
+    assert bottleneck(tmp_path, events, ranks=2, sync="every-micro-batch")["key"] == "world.sync"
+    assert bottleneck(tmp_path, events, ranks=2, compression="int8")["key"] == "loop.accumulation"
+
+
+def test_slow_rank_is_named_and_not_the_network(tmp_path: Path) -> None:
+    """Rank 0 waits 0.3 of each second for rank 2, and 0.02 for the network."""
+    events = steps({**BALANCED, "exposed": 0.32, "backward": 0.1}, rank_worked_s=[0.68, 0.68, 0.98, 0.68], rank_tokens=[25] * 4)
+    found = summed_up(tmp_path, *events, ranks=4)
+    assert found["bottleneck"]["name"] == "straggler"
+    assert "rank 2 works 30% more than the mean rank, the slowest in 6 of 6 log lines" in found["bottleneck"]["why"]
+    network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
+    assert network["share"] == pytest.approx(0.02) and "30% of it waits for rank 2" in network["why"]
+
+
+def test_why_a_rank_is_slow(tmp_path: Path) -> None:
+    shares = {**BALANCED, "exposed": 0.32, "backward": 0.1}
+    waits = steps(shares, rank_worked_s=[0.4, 1.0], rank_data_wait_s=[0.0, 0.6], rank_tokens=[50, 50])
+    assert bottleneck(tmp_path, waits, ranks=2)["key"] == "data.cache_dir"
+    loaded = steps(shares, rank_worked_s=[0.4, 1.0], rank_data_wait_s=[0.0, 0.0], rank_tokens=[30, 70])
+    assert bottleneck(tmp_path, loaded, ranks=2)["key"] == "data.layout"
+
+
+def test_ranks_that_take_turns_are_no_stragglers(tmp_path: Path) -> None:
+    shares = {**BALANCED, "exposed": 0.3, "backward": 0.1}
+    turns = [steps(shares, 1, rank_worked_s=[1.0, 0.5] if n % 2 else [0.5, 1.0])[0] for n in range(6)]
+    assert bottleneck(tmp_path, turns, ranks=2)["name"] == "communication-bound"
+
+
+def test_heavy_teacher_is_teacher_bound(tmp_path: Path) -> None:
+    found = bottleneck(tmp_path, steps({"teacher": 0.6, "student": 0.1, "losses": 0.05, "backward": 0.2}))
+    assert (found["name"], found["key"]) == ("teacher-bound", "teacher.cache")
+    assert "the teacher's forward is 60% of the step, the student's forward, losses and backward 35%" in found["why"]
+
+
+def test_idle_gpu_is_launch_bound(tmp_path: Path) -> None:
+    events = steps(BALANCED, device=device(1.0, None, utilisation=0.6))
+    found = bottleneck(tmp_path, events, device="cuda:0")
+    assert (found["name"], found["key"]) == ("launch-bound", "loop.compile")
+    assert "no kernel runs 40% of the time, 2% of it in waits" in found["why"]
+    compiled = {**RECIPE, "loop": {**RECIPE["loop"], "compile": True}}
+    assert bottleneck(tmp_path, events, device="cuda:0", recipe=compiled)["key"] == "data.micro_batch_tokens"
+    assert bottleneck(tmp_path, events)["name"] == "compute-bound"  # a CPU launches no kernels
+    busy = steps(BALANCED, device=device(1.0, None, utilisation=0.97))
+    assert bottleneck(tmp_path, busy, device="cuda:0")["name"] == "compute-bound"
+
+
+def test_optimizer_is_memory_bound(tmp_path: Path) -> None:
+    found = bottleneck(tmp_path, steps({**BALANCED, "optimizer": 0.35, "backward": 0.1}))
+    assert (found["name"], found["key"]) == ("memory-bound", "loop.accumulation")
+
+
+def test_few_flop_a_byte_are_memory_bound(tmp_path: Path) -> None:
+    """Two micro-batches read 2 x 100 + 200 weights of 4 bytes and write 100 gradients of 4: 4000 bytes for 8000 FLOP.
+
+    The device needs 1e6 / 1e4 = 100 FLOP a byte; reading takes 0.4 s of the second.
+    """
+    peaks = {"event": "environment", "peaks": {"flops": {"measured": 1e6}, "bytes": {"measured": 1e4}}}
+    known = {"flops": {"student": 6000.0, "teacher": 2000.0}, "mfu": mfu(0.006, peak=1e6)}
+    found = bottleneck(tmp_path, [peaks, *steps(BALANCED, **known)])
+    assert (found["name"], found["key"]) == ("memory-bound", "data.micro_batch_tokens")
+    assert (
+        "at most 2 FLOP a byte of weights, the device needs 100" in found["why"] and "40% of the step or more" in found["why"]
+    )
+    larger = {**known, "flops": {"student": 6e5, "teacher": 2e5}}
+    assert bottleneck(tmp_path, [peaks, *steps(BALANCED, **larger)])["name"] == "compute-bound"
