@@ -452,5 +452,19 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     raise typer.Exit(doctors.exit_code(findings))
 
 
+@app.command(epilog="Example: fastdistil watch runs/distilbert-1, and from elsewhere: ssh -L 8642:localhost:8642 MACHINE")
+def watch(
+    run: Annotated[Path, typer.Argument(help="Directory of the run; it may appear later.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8642,
+    host: Annotated[
+        str, typer.Option(metavar="ADDR", help="Another address than this machine's own asks for a token.")
+    ] = "127.0.0.1",
+) -> None:
+    """Show a run in a browser while it goes: progress, losses, speed, ranks, device, log."""
+    from fastdistil.profiling.watch import watch as serve
+
+    serve(run, host, port)
+
+
 if __name__ == "__main__":
     main()
