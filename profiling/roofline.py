@@ -1,0 +1,471 @@
+"""How much of a device a run uses: arithmetic of the step, counted, over what the device can do.
+
+Counted are the matrix products, 2 operations for a multiplication and an addition, as everybody does; norms, softmax,
+activations, rotations and the losses' own arithmetic are not. In tokens T of sequences of length L, and rows R of them that
+enter the vocabulary losses:
+
+    backbone      2 T (elements of its matrices)                     backward: as much for the inputs, and for the weights
+    attention     4 (heads * head width) sum(pairs) a layer          backward: twice that
+    transform     2 R (elements of the head's matrices)              backward: likewise
+    vocabulary    2 R V (3 D + E)                                    D student's width, forward and backward; E the teacher's
+
+A pair is a query and a key that it may see: L^2 of a sequence, L (L + 1) / 2 where causal, fewer in a window. So padding, and
+what a mask hides, is no useful work. What is executed is more: padded rows; pairs that are computed and then hidden; and the
+scores, which fused attention computes again in backward (5 products where 4 are needed). Logits are computed once
+(kernels.linear_distill). Of a fused causal or windowed kernel the hidden parts of tiles on the border are not counted.
+
+    MFU of the student       (its backbone and its vocabulary products) / time / peak
+    MFU with the teacher     useful work of both
+    HFU                      what is executed
+
+The peak is the datasheet's dense rate where the device's full name is in the table below, and a product measured here in any
+case. A share above 1 says that the peak is wrong, and is refused.
+"""
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# ---- work ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Floating-point operations; `executed` counts what the useful ones (all others) cost as they are carried out."""
+
+    student: int = 0
+    """Backbone, head's transform and projection, forward and backward."""
+    teacher: int = 0
+    """Backbone and head's transform, forward."""
+    student_head: int = 0
+    """Products with the vocabulary matrix, forward and backward."""
+    teacher_head: int = 0
+    executed: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)}
+        )
+
+    def fields(self) -> dict[str, int]:
+        """As a log line's `flops`."""
+        return {"student": self.student, "teacher": self.teacher, "heads": self.student_head + self.teacher_head}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """What a batch is multiplied with: operations of a model's forward, and of its backward."""
+
+    token: int
+    token_backward: int
+    row: int
+    """Of the head's transform."""
+    row_backward: int
+    pair: int
+    """Of one layer's attention."""
+    windows: tuple[tuple[int | None, int], ...]
+    """(window or None, layers that have it): a token sees others less than that far away."""
+    causal: bool
+    vocabulary: int
+    width: int
+    trains_head: bool
+    attention_dropout: bool
+
+    @classmethod
+    def of(cls, model: Any) -> "Coefficients":
+        """Of a models.LanguageModel. Raises ValueError for a module of another kind, whose arithmetic nobody has counted."""
+        module, family = getattr(model, "module", None), getattr(model, "family", None)
+        if module is None or family is None:
+            raise ValueError(
+                f"the arithmetic of {type(model).__name__} is not known, so that FLOPs and MFU are not recorded; "
+                "they are for fastdistil.models.LanguageModel"
+            )
+        backbone, output = module.get_submodule(family.backbone), module.get_submodule(family.output)
+        inside = {id(part) for part in backbone.modules()} | {id(output)}
+        token, token_backward = _products(_matrices(backbone.modules()))
+        row, row_backward = _products(_matrices(part for part in module.modules() if id(part) not in inside))
+        config = module.config
+        heads = int(config.num_attention_heads)
+        head_width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        dropouts = [value for name, value in config.to_dict().items() if name.startswith("att") and name.endswith(_DROPOUT)]
+        vocabulary, width = output.weight.shape
+        return cls(
+            token=token,
+            token_backward=token_backward,
+            row=row,
+            row_backward=row_backward,
+            pair=4 * heads * head_width,
+            windows=tuple(Counter(map(_window, module.get_submodule(family.layers).children())).items()),
+            causal=bool(model.causal),
+            vocabulary=int(vocabulary),
+            width=int(width),
+            trains_head=bool(output.weight.requires_grad),
+            attention_dropout=any(dropouts),
+        )
+
+
+_DROPOUT = ("dropout", "dropout_prob", "pdrop")
+
+
+class WorkCounter:
+    """The arithmetic of micro-batches of one run: `counter(batch)`, tens of microseconds on the host.
+
+    objective: a recipe's; student, teacher: models.LanguageModel (None: no teacher, or a cached one); projection: of the
+    hidden-state terms. device_type: "cpu" or "cuda", dtype: of the student's products; they decide what is executed, not what
+    is useful. Raises ValueError as Coefficients.of does.
+    """
+
+    def __init__(
+        self,
+        objective: Any,
+        student: Any,
+        teacher: Any | None,
+        projection: nn.Linear | None = None,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        teacher_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._objective = objective
+        self._student = Coefficients.of(student)
+        self._teacher = Coefficients.of(teacher) if teacher is not None and objective.needs_teacher else None
+        self._projection = 0
+        if projection is not None and self._teacher is not None and (objective.a_cos or objective.a_mse):
+            self._projection = 6 * projection.weight.numel()
+        self._attention = _attention_kind(device_type, dtype, dropout=self._student.attention_dropout)
+        self._teacher_attention = _attention_kind(device_type, teacher_dtype or dtype, dropout=False)
+
+    def __call__(self, batch: Any) -> Work:
+        """Of one batches.Batch, best on the host: of a padded one the lengths are read from its mask."""
+        objective, own, other = self._objective, self._student, self._teacher
+        tokens, places = int(batch.counts.tokens), batch.ids_BS.numel()
+        lengths = _lengths(batch)
+        padded = tuple(batch.ids_BS.shape) if batch.packing is None else None
+        soft = bool(objective.a_ce) and (other is not None or batch.cached_indices_NK is not None)
+        hard = objective.a_clm if own.causal else objective.a_mlm
+        rows = int(batch.counts.labels) if not soft or objective.soft_rows == "masked" else tokens
+        rows = rows if soft or hard else 0
+
+        student = tokens * (own.token + own.token_backward + self._projection) + rows * (own.row + own.row_backward)
+        executed = student + (places - tokens) * (own.token + own.token_backward + self._projection)
+        student += 3 * own.pair * _visible(own, lengths)
+        backward = 2.0 if self._attention == "plain" else 2.5
+        executed += int((1 + backward) * own.pair * _computed(own, lengths, padded, self._attention))
+        student_head = 2 * rows * own.vocabulary * own.width * (3 if own.trains_head else 2)
+        teacher = teacher_head = 0
+        if other is not None:
+            teacher_rows = rows if soft else 0
+            teacher = tokens * other.token + teacher_rows * other.row
+            executed += teacher + (places - tokens) * other.token
+            teacher += other.pair * _visible(other, lengths)
+            executed += other.pair * _computed(other, lengths, padded, self._teacher_attention)
+            teacher_head = 2 * teacher_rows * other.vocabulary * other.width
+        return Work(
+            student=student,
+            teacher=teacher,
+            student_head=student_head,
+            teacher_head=teacher_head,
+            executed=executed + student_head + teacher_head,
+        )
+
+
+def _matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Of linear layers, GPT-2's (Conv1D) among them; not of embeddings, which are looked up."""
+    return [part.weight for part in modules if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"]  # type: ignore[misc]
+
+
+def _products(matrices: Sequence[Tensor]) -> tuple[int, int]:
+    """(forward, backward) of one row: backward makes the input's gradient, and the weight's where it is trained."""
+    forward = 2 * sum(matrix.numel() for matrix in matrices)
+    return forward, forward + 2 * sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
+
+
+def _window(layer: nn.Module) -> int | None:
+    """Of a layer's attention; modules call it `sliding_window` and give it to our attention as it is."""
+    for part in layer.modules():
+        window = getattr(part, "sliding_window", None)
+        if isinstance(window, int):
+            return window
+    return None
+
+
+def _attention_kind(device_type: str, dtype: torch.dtype, *, dropout: bool) -> str:
+    """How fastdistil.attention computes a packed batch: "varlen" (one call, nothing that is hidden), "grouped" (a fused kernel
+    for each length; a window is a mask over all pairs), "plain" (grouped, by the written-out formula: all pairs, no scores
+    computed again)."""
+    if device_type == "cuda":
+        return "varlen" if dtype in (torch.bfloat16, torch.float16) and not dropout else "grouped"
+    return "plain" if dropout else "grouped"
+
+
+def _lengths(batch: Any) -> list[tuple[int, int]]:
+    """(length, sequences)"""
+    if batch.packing is not None:
+        return [(length, count) for length, _, count in batch.packing.groups]
+    return list(Counter(batch.attention_mask_BS.sum(1).tolist()).items())
+
+
+def _visible(model: Coefficients, lengths: Sequence[tuple[int, int]]) -> int:
+    """Pairs that count, over all layers."""
+    return sum(
+        layers * sum(count * visible_pairs(length, model.causal, window) for length, count in lengths)
+        for window, layers in model.windows
+    )
+
+
+def visible_pairs(length: int, causal: bool, window: int | None) -> int:
+    """(query, key) pairs of one sequence that attention may use; a window w: those less than w places apart."""
+    reach = length if window is None else min(window, length)
+    # Each place sees itself and the reach - 1 places before it, as far as there are any.
+    before = (reach - 1) * length - reach * (reach - 1) // 2
+    return length + before * (1 if causal else 2)
+
+
+def _computed(model: Coefficients, lengths: Sequence[tuple[int, int]], padded: tuple[int, ...] | None, attention: str) -> int:
+    """Pairs whose scores are computed, over all layers."""
+    layers = sum(count for _, count in model.windows)
+    if padded is not None:
+        rows, length = padded
+        return layers * rows * length * length
+    if attention == "varlen":
+        return _visible(model, lengths)
+    if attention == "plain":
+        return layers * sum(count * length * length for length, count in lengths)
+    pairs = 0
+    for window, layers in model.windows:
+        for length, count in lengths:
+            masked = window is not None and length > window
+            pairs += layers * count * (length * length if masked else visible_pairs(length, model.causal, None))
+    return pairs
+
+
+# ---- peaks ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasheet:
+    """Of one device as torch shows it; dense rates, in operations and bytes a second.
+
+    `multiprocessors`: where set, a device of this name with another number is a part of the whole, and not this.
+    """
+
+    flops: dict[str, float]
+    bytes: float
+    source: str
+    multiprocessors: int | None = None
+
+
+def _nvidia(half: float, tf32: float | None, fp32: float, gigabytes: float, source: str) -> Datasheet:
+    rates = {"fp16": half, "bf16": half, "fp32": fp32} | ({} if tf32 is None else {"tf32": tf32})
+    return Datasheet(flops={name: rate * 1e12 for name, rate in rates.items()}, bytes=gigabytes * 1e9, source=source)
+
+
+def _before_bf16(sheet: Datasheet) -> Datasheet:
+    return dataclasses.replace(sheet, flops={name: rate for name, rate in sheet.flops.items() if name != "bf16"})
+
+
+_V100 = "NVIDIA V100 datasheet, 2020"
+_A100 = "NVIDIA A100 datasheet, 2022"
+_H100 = "NVIDIA H100 datasheet, 2024; half of its rates, which are with sparsity"
+_H200 = "NVIDIA H200 datasheet, 2024; half of its rates, which are with sparsity"
+
+# By the full name that the driver gives; a name that is not here (a slice, an engineering sample, another cooler) has no
+# datasheet. A100 with 80 GB and H100 PCIe are other devices than those with 40 GB and SXM.
+_V100_SXM2 = _before_bf16(_nvidia(125, None, 15.7, 900, _V100))
+_V100_PCIE = _before_bf16(_nvidia(112, None, 14, 900, _V100))
+_A100_40 = _nvidia(312, 156, 19.5, 1555, _A100)
+DATASHEETS = {
+    "Tesla V100-SXM2-16GB": _V100_SXM2,
+    "Tesla V100-SXM2-32GB": _V100_SXM2,
+    "Tesla V100-PCIE-16GB": _V100_PCIE,
+    "Tesla V100-PCIE-32GB": _V100_PCIE,
+    "Tesla V100S-PCIE-32GB": _before_bf16(_nvidia(130, None, 16.4, 1134, _V100)),
+    "Tesla T4": _before_bf16(_nvidia(65, None, 8.1, 320, "NVIDIA T4 product brief PB-09256, 2020")),
+    "NVIDIA A10": _nvidia(125, 62.5, 31.2, 600, "NVIDIA A10 datasheet, 2021"),
+    "NVIDIA A100-SXM4-40GB": _A100_40,
+    "A100-SXM4-40GB": _A100_40,
+    "NVIDIA A100-PCIE-40GB": _A100_40,
+    "A100-PCIE-40GB": _A100_40,
+    "NVIDIA A100-SXM4-80GB": _nvidia(312, 156, 19.5, 2039, _A100),
+    "NVIDIA A100 80GB PCIe": _nvidia(312, 156, 19.5, 1935, _A100),
+    "NVIDIA L4": _nvidia(121, 60, 30.3, 300, "NVIDIA L4 datasheet, 2023; half of its rates, which are with sparsity"),
+    "NVIDIA L40S": _nvidia(362.05, 183, 91.6, 864, "NVIDIA L40S datasheet, 2023"),
+    "NVIDIA GeForce RTX 4090": _nvidia(
+        165.2, 82.6, 82.6, 1008, "NVIDIA Ada GPU architecture whitepaper 2.1, 2023; sums in fp32"
+    ),
+    "NVIDIA H100 80GB HBM3": _nvidia(989.4, 494.7, 66.9, 3350, _H100),
+    "NVIDIA H100 PCIe": _nvidia(756.5, 378, 51.2, 2039, "NVIDIA H100 datasheet and architecture whitepaper, 2022"),
+    "NVIDIA H100 NVL": _nvidia(835.5, 417.5, 60, 3900, _H100),
+    "NVIDIA H200": _nvidia(989.4, 494.7, 66.9, 4800, _H200),
+    "NVIDIA H200 NVL": _nvidia(835.5, 417.5, 60, 4800, _H200),
+    "NVIDIA B200": _nvidia(2250, 1125, 75, 8000, "NVIDIA DGX B200 datasheet, 2024; an eighth, half of the rates with sparsity"),
+    # One of a card's two dies is a device. Both names' rates are matrix rates; the vector rate of fp32 is half of it.
+    "AMD Instinct MI250": Datasheet(
+        flops={"fp16": 181.05e12, "bf16": 181.05e12, "fp32": 45.25e12}, bytes=1638.4e9, multiprocessors=104,
+        source="AMD Instinct MI250 datasheet, 2022; half a card",
+    ),
+    "AMD Instinct MI250X": Datasheet(
+        flops={"fp16": 191.5e12, "bf16": 191.5e12, "fp32": 47.85e12}, bytes=1638.4e9, multiprocessors=110,
+        source="AMD Instinct MI250X datasheet, 2022; half a card",
+    ),
+    "AMD Instinct MI300X": Datasheet(
+        flops={"fp16": 1307.4e12, "bf16": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12}, bytes=5300e9, multiprocessors=304,
+        source="AMD Instinct MI300X datasheet, 2023; not partitioned",
+    ),
+}  # fmt: skip
+
+
+def datasheet(name: str, multiprocessors: int | None = None) -> Datasheet | None:
+    """Of the device with exactly this name, and of nothing that resembles it; None: not known."""
+    found = DATASHEETS.get(name)
+    if found is None or found.multiprocessors not in (None, multiprocessors):
+        return None
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredPeaks:
+    """Medians, with the lowest and highest of the rounds. flops in operations, bytes in bytes (read and written) a second."""
+
+    flops: float
+    flops_range: tuple[float, float]
+    bytes: float
+    bytes_range: tuple[float, float]
+    size: int
+    """The product's matrices are [size, size]."""
+    copied_bytes: int
+    """Size of the buffer that was copied."""
+    dtype: torch.dtype
+    rounds: int
+
+
+_ROUNDS = 5
+_COPY_BYTES = 256 * 2**20  # larger than any cache
+_SIZES = (512, 1024, 2048, 4096, 8192)
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
+    """A matrix product in `dtype` and a copy, timed here; under a second, and 0.6 GiB of the device's memory at most.
+
+    With as many threads, and in float32 with the precision (TF32 or not), as torch is set to. The device should have nothing
+    else to do. A lower bound of what it can, not a limit.
+    """
+    with torch.no_grad():
+        size, times = _time_product(device, dtype)
+        rates = sorted(2 * size**3 / seconds for seconds in times)
+        source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+        copy = torch.empty_like(source)
+        speeds = sorted(2 * _COPY_BYTES / seconds for seconds in _timed(lambda: copy.copy_(source), device, warmup=1))
+    return MeasuredPeaks(
+        flops=median(rates),
+        flops_range=(rates[0], rates[-1]),
+        bytes=median(speeds),
+        bytes_range=(speeds[0], speeds[-1]),
+        size=size,
+        copied_bytes=_COPY_BYTES,
+        dtype=dtype,
+        rounds=_ROUNDS,
+    )
+
+
+def _time_product(device: torch.device, dtype: torch.dtype) -> tuple[int, list[float]]:
+    """The largest size whose rounds fit into 0.4 s, and their seconds by the faster of torch's libraries."""
+    size, times = 0, [0.0]
+    for size in _SIZES:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        times = min((_timed(product, device, warmup=2) for product in _products_of(a, b)), key=median)
+        if 8 * median(times) * (_ROUNDS + 2) > 0.2:
+            break
+    return size, times
+
+
+def _products_of(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
+    out = torch.empty_like(a)
+    found: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=out)]
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        # torch.mm is MKL's, which oneDNN beats on some processors; kernels.products takes the faster, too.
+        weight = b.t().contiguous()
+        found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""))
+    return found
+
+
+def _timed(work: Callable[[], object], device: torch.device, warmup: int) -> list[float]:
+    """Seconds of each round; on a GPU by events on its stream."""
+    for _ in range(warmup):
+        work()
+    if device.type == "cpu":
+        seconds = []
+        for _ in range(_ROUNDS):
+            begun = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - begun)
+        return seconds
+    with torch.cuda.device(device):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]  # type: ignore[no-untyped-call]
+        marks[0].record()
+        for mark in marks[1:]:
+            work()
+            mark.record()
+        torch.cuda.synchronize(device)
+        return [first.elapsed_time(second) / 1000 for first, second in pairwise(marks)]
+
+
+def arithmetic(precision: str, device: torch.device) -> str:
+    """What a recipe's precision ("fp32", "bf16", "fp16") is multiplied in: "tf32" where torch is set to use it for fp32."""
+    if precision == "fp32" and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return precision
+
+
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def peaks(device: torch.device, precision: str) -> dict[str, dict[str, float]]:
+    """{"flops": {source: operations/s}, "bytes": {source: bytes/s}}, the datasheet first where there is one; for a recipe's
+    loop.precision (where the teacher's dtype is faster, for that). Measures, for under a second."""
+    kind = arithmetic(precision, device)
+    measured = measure_peaks(device, _DTYPES[kind])
+    flops, moved = {}, {}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        sheet = datasheet(found.name, found.multi_processor_count)
+        if sheet is not None:
+            moved[sheet.source] = sheet.bytes
+            if kind in sheet.flops:
+                flops[f"{sheet.source}, dense {kind}"] = sheet.flops[kind]
+    size = measured.size
+    flops[f"measured here, {kind} product of {size} x {size}, median of {measured.rounds}"] = measured.flops
+    moved[f"measured here, copy of {measured.copied_bytes >> 20} MiB, median of {measured.rounds}"] = measured.bytes
+    return {"flops": flops, "bytes": moved}
+
+
+def utilisation(work: Work, seconds: float, peak_flops: float, peak_source: str) -> dict[str, Any]:
+    """A log line's `mfu`: student, with_teacher, hfu (shares of the peak, 0..1), peak_flops (operations/s), peak_source.
+
+    If any is above 1 all three are None and `refused` says why: one of peak, time and count must be wrong, and so may be the
+    others. Raises ValueError for a time or a peak that is none.
+    """
+    if not (seconds > 0 and peak_flops > 0 and math.isfinite(seconds) and math.isfinite(peak_flops)):
+        raise ValueError(f"wanted seconds and a peak above 0, got {seconds} s and {peak_flops} operations/s")
+    student = work.student + work.student_head
+    done = {"student": student, "with_teacher": student + work.teacher + work.teacher_head, "hfu": work.executed}
+    shares: dict[str, Any] = {name: count / seconds / peak_flops for name, count in done.items()}
+    if (largest := max(shares.values())) > 1:
+        shares = {**dict.fromkeys(shares), "refused": _too_fast(largest, peak_flops, peak_source)}
+    return {**shares, "peak_flops": peak_flops, "peak_source": peak_source}
+
+
+def _too_fast(share: float, peak_flops: float, peak_source: str) -> str:
+    return (
+        f"{share:.0%} of {peak_flops / 1e12:.4g} TFLOP/s ({peak_source}) is more than there is: the peak is not this device's, "
+        "or it was measured while the device had other work; measure again on an idle device"
+    )
