@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import statistics
 import time
@@ -165,6 +166,7 @@ class Live:
         self._recipe: Event = {}
         self._recipe_seen: tuple[int, ...] = ()
         self._trouble: str | None = None
+        self._locked = False
         self._forget()
 
     def _forget(self) -> None:
@@ -174,7 +176,10 @@ class Live:
         self._offset = self._size = self._events = 0
         self._updates = array("q")
         self._tokens = array("d")
+        """Of all effective lines up to each."""
         self._columns = {curve.name: array("d") for curve in CURVES}
+        self._recorded: set[str] = set()
+        """Names of the columns that hold a number."""
         self._evaluations: list[Event] = []
         self._log: list[Event] = []
         self._dropped = 0
@@ -183,7 +188,6 @@ class Live:
         self._parts: Event = {}
         self._heard = self._elapsed()
         self._last_time = math.nan
-        self._lock_seen = self._locked = False
         self._begin({})
 
     def _begin(self, start: Event) -> None:
@@ -191,6 +195,8 @@ class Live:
         self._start = start
         self._update = start.get("update", 0)
         self._recent: deque[Line] = deque(maxlen=RECENT)
+        self._unsummed: deque[Event] = deque(maxlen=RECENT)
+        """Lines that are not in `_recent` yet: of the many that are read at first only the last ones are looked into."""
         self._longest_s = self._aside_s = 0.0
         self._outcome: Event | None = None
         self._lock_seen = False
@@ -282,10 +288,13 @@ class Live:
             case "train" if isinstance(update, int):
                 self._update = update
                 self._updates.append(update)
-                self._tokens.append(number(event.get("tokens")))
+                self._tokens.append((self._tokens[-1] if self._tokens else 0.0) + _or_zero(event.get("tokens")))
                 for curve in CURVES:
-                    self._columns[curve.name].append(curve.get(event))
-                self._recent.append(_line(event))
+                    value = curve.get(event)
+                    self._columns[curve.name].append(value)
+                    if curve.name not in self._recorded and math.isfinite(value):
+                        self._recorded.add(curve.name)
+                self._unsummed.append(event)
             case "evaluation":
                 self._aside_s += _or_zero(event.get("seconds"))
                 self._evaluations.append(event)
@@ -335,17 +344,24 @@ class Live:
     # ---- showing
 
     def changes(self, cursor: str = "") -> Event | None:
-        """What is new since the answer that had this `cursor` (all of it for an unknown one); None: nothing."""
+        """What is new since the answer that had this `cursor` (all of it for an unknown one); None: nothing.
+
+        While the log is still being read, the status alone.
+        """
+        self._recent.extend(map(_line, self._unsummed))
+        self._unsummed.clear()
         status = self._status()
         lines, stride = len(self._updates), _stride(len(self._updates))
         recipe = "-".join(map(str, self._recipe_seen))
         known = (self._generation, stride, lines, len(self._evaluations), self._dropped + len(self._log))
         now = ".".join(map(str, (*known, self._events, recipe, status["kind"], int(status["locked"]))))
-        if cursor == now and not self.reading:
+        if self.reading:
+            return {"cursor": cursor, "now": self._clock(), "poll_s": 0.05, "status": status}
+        if cursor == now:
             return None
-        parts = cursor[:200].split(".")
-        reset = parts[:2] != [self._generation, str(stride)] or not all(part.isdecimal() for part in parts[2:5])
-        seen_lines, seen_evaluations, seen_log = (0, 0, 0) if reset else (int(part) for part in parts[2:5])
+        seen = re.fullmatch(r"([0-9a-f]{8})\.(\d+)\.(\d{1,18})\.(\d{1,18})\.(\d{1,18})\..*", cursor, re.ASCII)
+        reset = seen is None or seen.group(1, 2) != (self._generation, str(stride))
+        seen_lines, seen_evaluations, seen_log = map(int, seen.group(3, 4, 5)) if seen and not reset else (0, 0, 0)
         return {
             "cursor": now,
             "reset": reset,
@@ -369,8 +385,6 @@ class Live:
         return [gap for before, after in itertools.pairwise(times) if math.isfinite(gap := after - before)]
 
     def _poll_s(self) -> float:
-        if self.reading:
-            return 0.05
         intervals = self._intervals()
         return min(10.0, max(2.0, statistics.median(intervals) / 2)) if intervals else 2.0
 
@@ -440,7 +454,7 @@ class Live:
             "left_s": _or_none(left_s),
             "elapsed_s": _or_none(self._last_time - number(self._start.get("time"))),
             "attempt_from": begun,
-            "tokens": _or_none(float(np.nansum(_numpy(self._tokens)))) if self._tokens else None,
+            "tokens": self._tokens[-1] if self._tokens else None,
         }
 
     def _speed(self) -> Event:
@@ -528,27 +542,25 @@ class Live:
 
     def _curves(self, begin: int, stride: int) -> Event:
         """Buckets of `stride` lines from number `begin` on: the last update, and mean, least and largest of each curve."""
-        updates = _numpy(self._updates)
-        starts = np.arange(begin * stride, len(updates), stride)
+        updates = np.array(self._updates[begin * stride :])
+        starts = np.arange(0, len(updates), stride)
         ends = np.minimum(starts + stride, len(updates)) - 1
         weights = self._recipe.get("objective")
         series = []
         for curve in CURVES:
-            column = _numpy(self._columns[curve.name])
-            if not self._shown(curve, weights) or not np.isfinite(column).any():
+            if curve.name not in self._recorded or not self._shown(curve, weights):
                 continue
-            values = column[begin * stride :]
+            values = np.array(self._columns[curve.name][begin * stride :])
             values = np.where(np.isfinite(values), values, np.nan)
             entry: Event = {"name": curve.name, "label": curve.label, "unit": curve.unit, "group": curve.group}
             if stride == 1 or not len(starts):
                 entry["mean"] = _rounded(values)
             else:
-                offsets = starts - begin * stride
-                count = np.add.reduceat(np.isfinite(values).astype(float), offsets)
+                count = np.add.reduceat(np.isfinite(values).astype(float), starts)
                 with np.errstate(invalid="ignore"):
-                    entry["mean"] = _rounded(np.add.reduceat(np.nan_to_num(values), offsets) / count)
-                entry["least"] = _rounded(np.fmin.reduceat(values, offsets))
-                entry["largest"] = _rounded(np.fmax.reduceat(values, offsets))
+                    entry["mean"] = _rounded(np.add.reduceat(np.nan_to_num(values), starts) / count)
+                entry["least"] = _rounded(np.fmin.reduceat(values, starts))
+                entry["largest"] = _rounded(np.fmax.reduceat(values, starts))
             series.append(entry)
         return {"from": begin, "stride": stride, "updates": updates[ends].tolist() if len(starts) else [], "series": series}
 
@@ -565,11 +577,6 @@ def _stride(lines: int) -> int:
     while lines > POINTS * stride:
         stride *= 2
     return stride
-
-
-def _numpy(column: "array[Any]") -> Any:
-    """A copy: an array that something looks into cannot grow."""
-    return np.array(column, np.int64 if column.typecode == "q" else np.float64)
 
 
 def _rounded(values: Iterable[float]) -> list[float | None]:

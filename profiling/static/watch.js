@@ -36,7 +36,7 @@ function digits(value, count = 4) {
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e9)) return value.toExponential(count - 2);
   if (size >= 10 ** (count - 1)) return whole.format(value);
-  return new Intl.NumberFormat("en", { maximumSignificantDigits: count, minimumSignificantDigits: size ? Math.min(count, 3) : 1 }).format(value);
+  return new Intl.NumberFormat("en", { maximumSignificantDigits: count, minimumSignificantDigits: Number.isInteger(value) ? 1 : count }).format(value);
 }
 
 const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(1)}%` : "–");
@@ -70,7 +70,7 @@ function clock(unix, withDay = false) {
 function ticks(low, high, wanted) {
   const rough = (high - low) / wanted;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => each >= rough);
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((each) => each >= rough);
   const found = [];
   for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at++) found.push(at * step);
   return found;
@@ -118,11 +118,11 @@ class Chart {
     if (from === to) { const room = Math.abs(from) * 0.05 || 1; from -= room; to += room; }
     const room = (to - from) * 0.04;
     [from, to] = [from >= 0 ? Math.max(0, from - room) : from - room, to + room];
-    const marks = ticks(from, to, height > 160 ? 5 : 3);
+    const marks = ticks(from, to, height > 160 ? 5 : 4);
     const step = marks.length > 1 ? marks[1] - marks[0] : to - from;
-    const places = Math.max(0, Math.min(8, -Math.floor(Math.log10(step) + 1e-9)));
+    const places = [0, 1, 2, 3, 4, 5, 6, 7, 8].find((each) => Math.abs(step * 10 ** each - Math.round(step * 10 ** each)) < 1e-6) ?? 8;
     const big = Math.max(...marks.map(Math.abs), 0);
-    const text = (value) => (big && big < 1e-3 ? value.toExponential(1) : big >= 1e5 ? `${digits(value / 1000, 4)}k` : value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }));
+    const text = (value) => (big && big < 1e-3 ? value.toExponential(1) : big >= 1e5 ? `${(value / 1000).toLocaleString("en", { maximumFractionDigits: 2 })}k` : value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }));
     const left = 10 + 6.7 * Math.max(1, ...marks.map((mark) => text(mark).length)), bottom = height - 18, right = width - 6, top = 8;
     const first = this.x[0], last = this.x[this.x.length - 1];
     const scale = {
@@ -199,7 +199,7 @@ const VERDICTS = {
   silent: "silent", died: "its process is gone", done: "done", stopped: "stopped", nonfinite: "not finite",
 };
 const OVER = new Set(["done", "stopped", "nonfinite", "died"]);
-let cursor = "", state = null, evaluations = [], log = [], skewS = 0;
+let cursor = "", state = null, evaluations = [], log = [], skewS = 0, pollS = 2;
 
 const now = () => Date.now() / 1000 + skewS;
 
@@ -211,10 +211,10 @@ function why({ kind, heard, last_interval_s: last, usual_interval_s: usual, lock
     case "waiting": return `there is no ${message} yet; this page goes on by itself when it appears`;
     case "reading": return `${percent(share)} read`;
     case "starting": return "no log line yet: the first update is under way";
-    case "silent": return `silent since ${since}: ${between}. ${locked
+    case "silent": return `no event since: ${between}. ${locked
       ? "A process still holds the run directory: it may be evaluating, saving or stuck."
       : "No process on this machine holds the run directory."}`;
-    case "died": return `since ${since} nothing was logged, and the process that held the run directory ended without a last word; continue with --resume`;
+    case "died": return `nothing was logged since ${since}, and the process that held the run directory ended without a last word; continue with --resume`;
     case "done": return `the last update is done, at ${since}`;
     case "stopped": return `stopped and saved at ${since}${message ? ` (${message})` : ""}; continue with --resume`;
     default: return message;
@@ -226,7 +226,7 @@ const duration1 = (value) => (value < 60 ? seconds(value) : duration(value));
 function showStatus() {
   const { status, progress, run } = state;
   $("status").dataset.kind = status.kind;
-  put($("verdict"), VERDICTS[status.kind]);
+  put($("verdict"), status.kind === "silent" ? `silent since ${clock(status.heard, true)}` : VERDICTS[status.kind]);
   put($("why"), why(status));
   const { update, updates: all, share } = progress;
   put($("update"), all ? `${whole.format(update)} of ${whole.format(all)} (${percent(share)})` : "–");
@@ -235,6 +235,12 @@ function showStatus() {
   $("bar").firstElementChild.style.width = `${100 * Math.min(1, share ?? 0)}%`;
   put($("elapsed"), duration(progress.elapsed_s) + (progress.attempt_from ? `, from update ${whole.format(progress.attempt_from)}` : ""));
   document.title = `${share === null ? "" : `${Math.floor(100 * share)}% `}${status.kind === "running" ? "" : `${VERDICTS[status.kind]} `}· ${run.name}`;
+}
+
+function showReading(status) {
+  $("status").dataset.kind = status.kind;
+  put($("verdict"), VERDICTS.reading);
+  put($("why"), why(status));
 }
 
 function tick() {
@@ -423,6 +429,8 @@ function showLog() {
 }
 
 function take(answer) {
+  pollS = answer.poll_s;
+  if (answer.status.kind === "reading") { showReading(answer.status); return; }
   if (answer.reset) [evaluations, log] = [[], []];
   const fresh = answer.reset || answer.evaluations.length, entries = answer.reset || answer.log.length;
   evaluations.push(...answer.evaluations);
@@ -456,7 +464,7 @@ async function ask() {
     if (answer.status === 200) take(await answer.json());
     else if (answer.status !== 204) throw new Error(await answer.text());
     lost("");
-    waitS = state?.poll_s ?? 2;
+    waitS = pollS;
   } catch (error) {
     lost(`fastdistil watch gives no answer (${String(error.message).trim()}); what is shown may be old. Trying again.`);
   }
