@@ -13,12 +13,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "distil"]
 
 if TYPE_CHECKING:
-    from fastdistil.train import distil
+    from fastdistil.api import distil
 else:
 
     def __getattr__(name: str) -> object:
         if name == "distil":
-            from fastdistil.train import distil
+            from fastdistil.api import distil
 
             return distil
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,40 +15,33 @@ the run directory.
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdistil import checkpoint, metrics, models
+from fastdistil import metrics, models
 from fastdistil.batches import Batch, Counts, Window
-from fastdistil.errors import NonFinite, Stopped, UserError, translated
+from fastdistil.errors import Stopped, translated
 from fastdistil.evaluate import HeldOut, held_out
-from fastdistil.exchange import Exchange, Load, make_exchange
+from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
-from fastdistil.launch import launch_function
+from fastdistil.loop_state import Run
 from fastdistil.masking import update_seed
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
-from fastdistil.ranks import Place, find_place
-from fastdistil.recipe import Objective, Recipe, load_recipe, replace_alternatives, validated
-from fastdistil.runs import (
-    PAUSE,
-    check_same_recipe,
-    choose_run,
-    clear_pause,
-    create_run,
-    pause_requested,
-    sole_user,
-    stored_recipe,
-)
-from fastdistil.state import LEARNT, learnt_tensors, load_learnt
-from fastdistil.team import Decision, Team, joined
+from fastdistil.ranks import Place
+from fastdistil.recipe import Recipe
+from fastdistil.reporting import announce, log
+from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, sole_user, stored_recipe
+from fastdistil.saving import restore, resume_command, rolling_back, save
+from fastdistil.state import learnt_tensors
+from fastdistil.team import Team, joined
 from fastdistil.watchdog import FiniteGuard, Signals
 
 
@@ -62,75 +55,6 @@ class Result:
     """Of the student on data.heldout at the end, if there is one."""
     tokens_per_second: float
     """Of the updates done by this call, without evaluations and checkpoints; 0 if there were none."""
-
-
-@dataclass
-class Run:
-    """Everything the loop holds. `update` counts the updates done: it is the position of the run."""
-
-    recipe: Recipe
-    directory: Path
-    inputs: Inputs
-    team: Team
-    exchange: Exchange
-    optimizer: torch.optim.AdamW
-    loss_scale: LossScale | None
-    guard: FiniteGuard
-    meter: metrics.Meter
-    events: metrics.EventLog | None
-    """None but on rank 0."""
-    console: metrics.Console
-    board: metrics.TensorBoard | None
-    signals: Signals
-    load: Load
-    stopping: Decision | None = None
-    update: int = 0
-    best_update: int | None = None
-    best_loss: float | None = None
-    tokens: int = 0
-    """Of all updates done."""
-    unread: list[int] = field(default_factory=list)
-    """Tokens of each update since the last log line: what a bad one among them takes back."""
-    logged_tokens: int = 0
-    logged_s: float = 0.0
-    saved_update: int | None = None
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    @property
-    def modules(self) -> dict[str, nn.Module | None]:
-        return {"student": self.inputs.student, "projection": self.inputs.projection}
-
-    @property
-    def stop_wanted(self) -> str | None:
-        """SIGTERM, SIGINT or PAUSE, here or on another rank."""
-        own = self.signals.requested
-        if own is None and self.team.is_chief and pause_requested(self.directory):
-            own = PAUSE
-        return self.team.stop_wanted(own)
-
-    def agree_to_stop(self, counts: Counts) -> bool:
-        """The same answer on all ranks, which all ask."""
-        pause = self.team.is_chief and pause_requested(self.directory)
-        self.stopping = self.team.decide(self.signals.requested, pause, counts)
-        return self.stopping.stop
-
-    def tell(self, text: str) -> None:
-        """To a person, and to whoever reads the log."""
-        self.event("note", update=self.update, message=text)
-        self.console.note(text)
-
-    def event(self, kind: str, /, **fields: Any) -> None:
-        if self.events is not None:
-            self.events.write(kind, **fields)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        precision = self.recipe.loop.precision
-        if precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.inputs.device.type, models.DTYPES[precision])
 
 
 def train(
@@ -173,10 +97,10 @@ def train(
         signals = stack.enter_context(Signals(console.note))
         run = _assemble(stack, recipe, directory, inputs, team, console, signals)
         if continued:
-            _restore(run, None if resume == "auto" else Path(resume or directory))
+            restore(run, None if resume == "auto" else Path(resume or directory))
         else:
             team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
-        _announce(run)
+        announce(run)
         with translated("training", directory):
             _loop(run)
             return _finish(run)
@@ -212,11 +136,11 @@ def _loop(run: Run) -> None:
             if (check := run.recipe.world.check_replicas) and run.update % check == 0:
                 run.team.check_replicas(run.parameters, run.update)
             if run.update % log_every == 0 or last:
-                _log(run)
+                log(run)
             if evaluate_every and run.update % evaluate_every == 0 and not last:
                 _evaluate(run)
             if save_every and run.update % save_every == 0 and not last:
-                _save(run)
+                save(run)
             run.team.phase("data", run.update + 1)
             asked = time.perf_counter()
 
@@ -343,88 +267,12 @@ def _assemble(
     )
 
 
-def _announce(run: Run) -> None:
-    world = run.team.world
-    run.event(
-        "resume" if run.update else "start",
-        update=run.update,
-        updates=run.inputs.updates,
-        engine=world.engine,
-        ranks=world.size,
-        nodes=world.cross_size,
-        rings=world.rings,
-        sync=run.recipe.world.sync,
-        compression=run.recipe.compression.kind,
-        device=str(run.inputs.device),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        precision=run.recipe.loop.precision,
-        kernels=run.recipe.kernels,
-        student_parameters=models.parameter_count(run.inputs.student),
-        teacher_parameters=models.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
-    )
-    run.console.start(run.inputs.updates, run.update)
-    run.meter.restart()
-    run.load.restart()
-
-
-def _log(run: Run) -> None:
-    """The one host sync of a log line."""
-    with _rolling_back(run):
-        fields: dict[str, Any] = run.meter.read(run.guard)
-    _count(run)
-    if not run.team.alone:
-        fields |= run.exchange.fields() | run.load.read()
-    fields["lr"] = run.optimizer.param_groups[0]["lr"]
-    run.logged_tokens += fields["tokens"]
-    run.logged_s += fields["tokens"] / fields["tokens_per_s"]
-    run.event("train", update=run.update, **fields)
-    run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
-    if run.board is not None:
-        run.board.write(run.update, {f"train/{name}": value for name, value in fields.items()})
-
-
-def _watched(objective: Objective) -> list[str]:
-    """Of a log line's fields, those that a person looks at; events.jsonl has them all."""
-    weights = {
-        "soft": objective.a_ce,
-        "hard": objective.a_mlm + objective.a_clm,
-        "cosine": objective.a_cos,
-        "mse": objective.a_mse,
-    }
-    terms = [name for name, weight in weights.items() if weight]
-    return ["total", *(terms if len(terms) > 1 else []), "grad_norm", "lr", "tokens_per_s", "data_wait_share"]
-
-
-@contextmanager
-def _rolling_back(run: Run) -> Iterator[None]:
-    """Around a read of the guard. On NonFinite, save: the state is as before the bad update, or (skip) without the skipped."""
-    try:
-        yield
-    except NonFinite as error:
-        if error.update is not None:
-            good = error.update - 1
-            run.unread = run.unread[: len(run.unread) - (run.update - good)]
-            run.update = good
-        _count(run)
-        if run.saved_update != run.update:  # else it is there, perhaps with what several ranks owed
-            _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
-        run.event("nonfinite", update=run.update, message=str(error))
-        raise NonFinite(f"{error}; saved after update {run.update}, continue with {_command(run)}") from error
-
-
-def _count(run: Run) -> None:
-    """What was read is no longer to be taken back."""
-    run.tokens += sum(run.unread)
-    run.unread.clear()
-
-
 def _evaluate(run: Run) -> HeldOut | None:
     """Evaluate on the held-out corpus; a new best is saved and kept."""
     inputs, evaluation = run.inputs, run.recipe.evaluation
     if inputs.heldout is None or inputs.facts is None:
         return None
-    with _rolling_back(run):
+    with rolling_back(run):
         # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
         run.guard.read()
     heldout, facts = inputs.heldout, inputs.facts
@@ -456,118 +304,26 @@ def _evaluate(run: Run) -> HeldOut | None:
     if math.isfinite(found.loss) and (run.best_loss is None or found.loss < run.best_loss):
         run.best_loss, run.best_update = found.loss, run.update
         run.saved_update = None
-        _save(run)
+        save(run)
     return found
-
-
-def _save(run: Run) -> None:
-    if run.saved_update == run.update:
-        return
-    with _rolling_back(run):
-        skipped = run.guard.read()
-    _count(run)
-    with run.meter.excluded(), run.load.excluded(), run.team.unhurried("checkpoint"):
-        _write_checkpoint(run, skipped)
-
-
-def _write_checkpoint(run: Run, skipped: int) -> None:
-    begun = time.perf_counter()
-    own = run.exchange.tensors()
-    owed = run.team.fetch_each(own, "residuals") if own else iter(())
-    if not run.team.is_chief:
-        run.saved_update = run.update
-        for _ in owed:
-            pass
-        return
-    tensors: dict[str, Any] = dict(learnt_tensors(run.modules, run.optimizer))
-    if own:
-        size = sum(tensor.nbytes for tensor in own.values())
-        for rank in range(run.team.world.size):  # one rank's at a time in memory
-            tensors[f"rank-{rank}"] = checkpoint.Deferred(size, lambda: next(owed))
-    state = {
-        "tokens": run.tokens,
-        "best_update": run.best_update,
-        "best_loss": run.best_loss,
-        "corpus": run.inputs.source.identity,
-        "skipped": skipped,
-        "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
-        "exchange": run.exchange.state(),
-    }
-    protect = frozenset() if run.best_update is None else frozenset({run.best_update})
-    keep = run.recipe.checkpoint.keep
-    path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
-    run.event("checkpoint", update=run.update, seconds=time.perf_counter() - begun, path=path.name)
-    run.saved_update = run.update
-
-
-def _restore(run: Run, path: Path | None) -> None:
-    """Continue from a checkpoint directory, or from the newest whole one of the run (None or a run directory)."""
-    found: list[checkpoint.Loaded] = []
-
-    def read() -> dict[str, Any] | None:
-        loaded = _newest(run, path)
-        if loaded is None:
-            run.console.note(f"{run.directory} has no checkpoint yet: starting at its first update")
-            return None
-        if loaded.state["corpus"] != run.inputs.source.identity:
-            raise UserError(
-                f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; "
-                "give back that corpus, or start anew"
-            )
-        found.append(loaded)
-        return {"update": loaded.update, **loaded.state}
-
-    state = run.team.chief_does("restore", read)
-    if state is None:
-        return
-    load_learnt(run.team.share(found[0].tensors if found else None, "restore"), run.modules, run.optimizer)
-    for told in run.exchange.restore(state.get("exchange"), lambda rank: found[0].read(f"rank-{rank}"), run.team):
-        run.tell(told)
-    if run.loss_scale is not None:
-        run.loss_scale.load_state(state["loss_scale"])
-    loop = run.recipe.loop
-    run.guard = FiniteGuard(
-        loop.nonfinite,
-        loop.nonfinite_limit,
-        done=state["update"],
-        skipped=state["skipped"],
-        describe=run.inputs.source.describe,
-    )
-    run.update, run.tokens = state["update"], state["tokens"]
-    run.saved_update = run.update  # with what several ranks owed, which is in memory from here on
-    run.best_update, run.best_loss = state["best_update"], state["best_loss"]
-    run.console.note(f"continuing {run.directory} after update {run.update}")
-
-
-def _newest(run: Run, path: Path | None) -> checkpoint.Loaded | None:
-    # What ranks owe is read as it is sent to them, one rank's at a time.
-    if path is not None and path.parent.name == "checkpoints":
-        return checkpoint.load(path, run.inputs.device, LEARNT)
-    return checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device, LEARNT)
 
 
 def _stop(run: Run) -> None:
     """Save the last update's state, evaluate when paused, and leave."""
     assert run.stopping is not None
     why = run.stopping.why
-    _save(run)
+    save(run)
     if run.stopping.paused:
         _evaluate(run)
         if run.team.is_chief:
             clear_pause(run.directory)
     run.event("stopped", update=run.update, why=why)
-    raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {_command(run)}")
-
-
-def _command(run: Run) -> str:
-    """What continues this run, whatever it was started with; --resume auto does too, beside the same arguments."""
-    command = "train" if run.recipe.teacher is not None else "pretrain"
-    return f"fastdistil {command} {run.directory / 'recipe.yaml'} --resume {run.directory}"
+    raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {resume_command(run)}")
 
 
 def _finish(run: Run) -> Result:
     found = _evaluate(run)
-    _save(run)
+    save(run)
     speed = run.logged_tokens / run.logged_s if run.logged_s else 0.0
     if run.team.is_chief:
         with translated("saving the student", run.directory), run.team.unhurried("saving"):
@@ -576,64 +332,3 @@ def _finish(run: Run) -> Result:
     student = run.inputs.student
     module = student.module if isinstance(student, models.LanguageModel) else student
     return Result(run.directory, module.eval(), run.update, found, speed)
-
-
-def distil(
-    recipe: str | Path | Recipe,
-    *,
-    teacher: str | Path | nn.Module | None = None,
-    student: str | Path | Mapping[str, Any] | nn.Module | None = None,
-    corpus: str | Path | Iterable[Mapping[str, Any]] | None = None,
-    resume: str | Path | None = None,
-    np: int | None = None,
-    hosts: str | None = None,
-    **overrides: Any,
-) -> Result:
-    """Distil `teacher` into `student` on `corpus` as a recipe says; what is given here replaces what the recipe names.
-
-    teacher   hub id, directory, or a module (models.LanguageModel, transformers model, or one with its interface)
-    student   hub id, directory, a mapping of the recipe's student section, or a module
-    corpus    directory written by `fastdistil prepare`, or an iterable of micro-batches (see `inputs.MappingSource`)
-    np, hosts start that many ranks, on this machine or on hosts="a:8,b:8", and wait for them; the arguments travel by value.
-              Without them, a process that a launcher started as a rank is one
-    overrides sections as mappings or plain keys: optim={"lr": 1e-4}, name="mine"
-
-    Raises FastdistilError; its exit_code tells what happened.
-    """
-    name = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
-    start = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    values = start.model_dump()
-    if teacher is not None:
-        values["teacher"] = {**(values["teacher"] or {}), "path": _named(teacher)}
-    if isinstance(student, Mapping):
-        values["student"] = dict(student)
-    elif student is not None:
-        values["student"] = {"path": _named(student)}
-    if corpus is not None:
-        values["data"]["train"] = _named(corpus)
-    for key, value in overrides.items():
-        if isinstance(value, Mapping):
-            replace_alternatives(values, key, value)
-        values[key] = {**(values.get(key) or {}), **value} if isinstance(value, Mapping) else value
-    checked = validated(values, "distil(...)")
-    arguments: dict[str, Any] = {
-        "recipe": checked,
-        "recipe_name": name,
-        "resume": resume,
-        "teacher": teacher if isinstance(teacher, nn.Module) else None,
-        "student": student if isinstance(student, nn.Module) else None,
-        "batches": corpus if corpus is not None and not isinstance(corpus, (str, Path)) else None,
-    }
-    if np not in (None, 1) or hosts is not None:
-        found: Result = launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=checked.world.timeout_s)
-        return found
-    return train(**arguments, place=find_place())
-
-
-def _train_as_rank(**arguments: Any) -> Result:
-    return train(**arguments, place=find_place())
-
-
-def _named(given: object) -> str:
-    """A path as it is; an object by its type, so that recipe.yaml says where it came from."""
-    return str(given) if isinstance(given, (str, Path)) else f"(a {type(given).__qualname__} given from Python)"

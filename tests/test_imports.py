@@ -32,10 +32,10 @@ DOORS = {
 # Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {
     "fastdistil.cli": ("fastdistil.__main__",),
-    "fastdistil.launch": ("fastdistil.cli", "fastdistil.train", "fastdistil.profiling.profile", "fastdistil.profiling.scale"),
+    "fastdistil.launch": ("fastdistil.cli", "fastdistil.api", "fastdistil.profiling.profile", "fastdistil.profiling.scale"),
     "fastdistil.attempts": ("fastdistil.launch",),
     "fastdistil.calls": ("fastdistil.launch",),
-    "fastdistil.train": ("fastdistil", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
+    "fastdistil.train": ("fastdistil.api", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
     "fastdistil.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
     "fastdistil.shards": ("fastdistil.prepare", "fastdistil.cache_teacher"),
     "fastdistil.cache_teacher": ("fastdistil.cli",),
@@ -173,7 +173,7 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.recipe", "from fastdistil.profiling.history import load_history", "only fastdistil.cli may"),
         ("fastdistil.profiling.memory", "import fastdistil.profiling.history", "only fastdistil.cli may"),
         ("fastdistil.errors", "from fastdistil.cli import main", "only fastdistil.__main__ may"),
-        ("fastdistil.errors", "from fastdistil import train", "only fastdistil, fastdistil.cli"),
+        ("fastdistil.errors", "from fastdistil import train", "only fastdistil.api, fastdistil.cli"),
         ("fastdistil.corpus", "def f():\n    from fastdistil.prepare import prepare", "only fastdistil.cli, fastdistil.demo"),
         ("fastdistil.corpus", "from fastdistil.tokenising import Encoder", "only fastdistil.prepare, fastdistil.shards may"),
         ("fastdistil.errors", "def f():\n    from fastdistil import recipe", "import cycle"),

@@ -387,18 +387,18 @@ def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: 
             inside = False
 
     monkeypatch.setattr(train, "train_step", watched)
-    logged = train._log
+    logged = train.log
 
     def log(run: train.Run) -> None:
         before = counts["all"]
         logged(run)
         assert counts["all"] - before == 1
 
-    monkeypatch.setattr(train, "_log", log)
+    monkeypatch.setattr(train, "log", log)
     for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
         counting(name)
     monkeypatch.setattr(train, "_evaluate", lambda run: None)
-    monkeypatch.setattr(train, "_save", lambda run: None)
+    monkeypatch.setattr(train, "save", lambda run: None)
     quiet(small(material, tmp_path, "logging.every=4", *options))
     assert counts["inside"] == 0
 

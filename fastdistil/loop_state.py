@@ -1,0 +1,88 @@
+"""What the loop holds from its first update to its last."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil import metrics, models
+from fastdistil.batches import Counts
+from fastdistil.exchange import Exchange, Load
+from fastdistil.inputs import Inputs
+from fastdistil.optim import LossScale
+from fastdistil.recipe import Recipe
+from fastdistil.runs import PAUSE, pause_requested
+from fastdistil.team import Decision, Team
+from fastdistil.watchdog import FiniteGuard, Signals
+
+
+@dataclass
+class Run:
+    """Everything the loop holds. `update` counts the updates done: it is the position of the run."""
+
+    recipe: Recipe
+    directory: Path
+    inputs: Inputs
+    team: Team
+    exchange: Exchange
+    optimizer: torch.optim.AdamW
+    loss_scale: LossScale | None
+    guard: FiniteGuard
+    meter: metrics.Meter
+    events: metrics.EventLog | None
+    """None but on rank 0."""
+    console: metrics.Console
+    board: metrics.TensorBoard | None
+    signals: Signals
+    load: Load
+    stopping: Decision | None = None
+    update: int = 0
+    best_update: int | None = None
+    best_loss: float | None = None
+    tokens: int = 0
+    """Of all updates done."""
+    unread: list[int] = field(default_factory=list)
+    """Tokens of each update since the last log line: what a bad one among them takes back."""
+    logged_tokens: int = 0
+    logged_s: float = 0.0
+    saved_update: int | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def modules(self) -> dict[str, nn.Module | None]:
+        return {"student": self.inputs.student, "projection": self.inputs.projection}
+
+    @property
+    def stop_wanted(self) -> str | None:
+        """SIGTERM, SIGINT or PAUSE, here or on another rank."""
+        own = self.signals.requested
+        if own is None and self.team.is_chief and pause_requested(self.directory):
+            own = PAUSE
+        return self.team.stop_wanted(own)
+
+    def agree_to_stop(self, counts: Counts) -> bool:
+        """The same answer on all ranks, which all ask."""
+        pause = self.team.is_chief and pause_requested(self.directory)
+        self.stopping = self.team.decide(self.signals.requested, pause, counts)
+        return self.stopping.stop
+
+    def tell(self, text: str) -> None:
+        """To a person, and to whoever reads the log."""
+        self.event("note", update=self.update, message=text)
+        self.console.note(text)
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        if self.events is not None:
+            self.events.write(kind, **fields)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        precision = self.recipe.loop.precision
+        if precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.inputs.device.type, models.DTYPES[precision])

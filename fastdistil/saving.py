@@ -1,0 +1,131 @@
+"""A run's state into checkpoints and back: saving, continuing, and what is saved when an update was not finite.
+
+Every function here is called by all ranks; rank 0 alone reads and writes.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastdistil import checkpoint
+from fastdistil.errors import NonFinite, UserError
+from fastdistil.loop_state import Run
+from fastdistil.state import LEARNT, learnt_tensors, load_learnt
+from fastdistil.watchdog import FiniteGuard
+
+
+def save(run: Run) -> None:
+    if run.saved_update == run.update:
+        return
+    with rolling_back(run):
+        skipped = run.guard.read()
+    count(run)
+    with run.meter.excluded(), run.load.excluded(), run.team.unhurried("checkpoint"):
+        _write_checkpoint(run, skipped)
+
+
+def _write_checkpoint(run: Run, skipped: int) -> None:
+    begun = time.perf_counter()
+    own = run.exchange.tensors()
+    owed = run.team.fetch_each(own, "residuals") if own else iter(())
+    if not run.team.is_chief:
+        run.saved_update = run.update
+        for _ in owed:
+            pass
+        return
+    tensors: dict[str, Any] = dict(learnt_tensors(run.modules, run.optimizer))
+    if own:
+        size = sum(tensor.nbytes for tensor in own.values())
+        for rank in range(run.team.world.size):  # one rank's at a time in memory
+            tensors[f"rank-{rank}"] = checkpoint.Deferred(size, lambda: next(owed))
+    state = {
+        "tokens": run.tokens,
+        "best_update": run.best_update,
+        "best_loss": run.best_loss,
+        "corpus": run.inputs.source.identity,
+        "skipped": skipped,
+        "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
+        "exchange": run.exchange.state(),
+    }
+    protect = frozenset() if run.best_update is None else frozenset({run.best_update})
+    keep = run.recipe.checkpoint.keep
+    path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
+    run.event("checkpoint", update=run.update, seconds=time.perf_counter() - begun, path=path.name)
+    run.saved_update = run.update
+
+
+def restore(run: Run, path: Path | None) -> None:
+    """Continue from a checkpoint directory, or from the newest whole one of the run (None or a run directory)."""
+    found: list[checkpoint.Loaded] = []
+
+    def read() -> dict[str, Any] | None:
+        loaded = _newest(run, path)
+        if loaded is None:
+            run.console.note(f"{run.directory} has no checkpoint yet: starting at its first update")
+            return None
+        if loaded.state["corpus"] != run.inputs.source.identity:
+            raise UserError(
+                f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; "
+                "give back that corpus, or start anew"
+            )
+        found.append(loaded)
+        return {"update": loaded.update, **loaded.state}
+
+    state = run.team.chief_does("restore", read)
+    if state is None:
+        return
+    load_learnt(run.team.share(found[0].tensors if found else None, "restore"), run.modules, run.optimizer)
+    for told in run.exchange.restore(state.get("exchange"), lambda rank: found[0].read(f"rank-{rank}"), run.team):
+        run.tell(told)
+    if run.loss_scale is not None:
+        run.loss_scale.load_state(state["loss_scale"])
+    loop = run.recipe.loop
+    run.guard = FiniteGuard(
+        loop.nonfinite,
+        loop.nonfinite_limit,
+        done=state["update"],
+        skipped=state["skipped"],
+        describe=run.inputs.source.describe,
+    )
+    run.update, run.tokens = state["update"], state["tokens"]
+    run.saved_update = run.update  # with what several ranks owed, which is in memory from here on
+    run.best_update, run.best_loss = state["best_update"], state["best_loss"]
+    run.console.note(f"continuing {run.directory} after update {run.update}")
+
+
+def _newest(run: Run, path: Path | None) -> checkpoint.Loaded | None:
+    # What ranks owe is read as it is sent to them, one rank's at a time.
+    if path is not None and path.parent.name == "checkpoints":
+        return checkpoint.load(path, run.inputs.device, LEARNT)
+    return checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device, LEARNT)
+
+
+@contextmanager
+def rolling_back(run: Run) -> Iterator[None]:
+    """Around a read of the guard. On NonFinite, save: the state is as before the bad update, or (skip) without the skipped."""
+    try:
+        yield
+    except NonFinite as error:
+        if error.update is not None:
+            good = error.update - 1
+            run.unread = run.unread[: len(run.unread) - (run.update - good)]
+            run.update = good
+        count(run)
+        if run.saved_update != run.update:  # else it is there, perhaps with what several ranks owed
+            _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
+        run.event("nonfinite", update=run.update, message=str(error))
+        raise NonFinite(f"{error}; saved after update {run.update}, continue with {resume_command(run)}") from error
+
+
+def count(run: Run) -> None:
+    """What was read is no longer to be taken back."""
+    run.tokens += sum(run.unread)
+    run.unread.clear()
+
+
+def resume_command(run: Run) -> str:
+    """What continues this run, whatever it was started with; --resume auto does too, beside the same arguments."""
+    command = "train" if run.recipe.teacher is not None else "pretrain"
+    return f"fastdistil {command} {run.directory / 'recipe.yaml'} --resume {run.directory}"
