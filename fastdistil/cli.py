@@ -466,5 +466,55 @@ def watch(
     serve(run, host, port)
 
 
+@app.command(
+    epilog="Example: fastdistil scale demo --np 1,2 --predict 8,64 --network p3dn; fastdistil scale --table distilbert-2020"
+)
+def scale(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")] = None,
+    overrides: Overrides = None,
+    np: Annotated[str | None, typer.Option("--np", metavar="1,2,4", help="Rank counts to measure.")] = None,
+    hosts: Hosts = None,
+    mode: Annotated[str, typer.Option(metavar="weak|strong|both", help="Fixed: the work of a rank, of all, or each.")] = "weak",
+    rings: Annotated[str, typer.Option(metavar="1,4", help="world.rings to measure.")] = "1",
+    compression: Annotated[str, typer.Option(metavar="none,fp16,int8", help="compression.kind to measure.")] = "none",
+    sync: Annotated[str, typer.Option(metavar="delayed,every-micro-batch", help="world.sync to measure.")] = "delayed",
+    steps: Annotated[int, typer.Option(min=1, help="Measured updates of a run, after 2 of warm-up.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each point, turn about.")] = 3,
+    ceiling: Annotated[bool, typer.Option(help="On one machine: also unconnected runs side by side.")] = True,
+    on: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The network between --hosts, where it is known.")] = None,
+    baseline: Annotated[int | None, typer.Option(help="Ranks (--table: row) that the ideal line starts from.")] = None,
+    predict: Annotated[str | None, typer.Option(metavar="64,512", help="Rank counts to predict.")] = None,
+    network: Annotated[str | None, typer.Option(metavar="p3dn|p4d|h100-400g|FILE", help="Networks to predict for.")] = None,
+    table: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A table of GPUs and minutes instead of runs.")] = None,
+    points: Annotated[str | None, typer.Option(metavar="FILE,FILE", help="Earlier scale.json instead of runs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write; default: one below runs/.")] = None,
+) -> None:
+    """Measure how training scales against the linear ideal, say where the rest goes, and predict what was not measured."""
+    from fastdistil.profiling.scale_command import Options, command
+
+    command(
+        Options(
+            recipe=recipe,
+            overrides=overrides or (),
+            np=np,
+            hosts=hosts,
+            mode=mode,
+            rings=rings,
+            compression=compression,
+            sync=sync,
+            steps=steps,
+            rounds=rounds,
+            ceiling=ceiling,
+            on=on,
+            baseline=baseline,
+            predict=predict,
+            network=network,
+            table=table,
+            points=points,
+            out=out,
+        )
+    )
+
+
 if __name__ == "__main__":
     main()

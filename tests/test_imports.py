@@ -19,7 +19,7 @@ LEAVES = ("fastdistil.kernels", "fastdistil.profiling")
 READERS = tuple(
     f"fastdistil.profiling.{name}"
     for name in ("history", "summary", "compare", "profile", "report", "watch")
-    + ("scale", "scale_points", "scale_plot", "scale_table", "scaling")
+    + ("scale", "scale_command", "scale_networks", "scale_plot", "scale_points", "scale_predict", "scale_table", "scaling")
 )
 # These names belong to packages of others; ours are imported below fastdistil.
 FOREIGN = {"kernels", "profiling"}

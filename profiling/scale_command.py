@@ -1,0 +1,451 @@
+"""What `fastdistil scale` does with its options: measure or read, fit, predict; print, write scale.json and scale.html."""
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+
+from fastdistil.cost import WORTH, Kind
+from fastdistil.errors import UserError, translated
+from fastdistil.profiling import scale_table
+from fastdistil.profiling.scale import Study, as_json, baseline_of, load_points, measure, model_points, workload
+from fastdistil.profiling.scale_networks import Network, load_network
+from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.profiling.scale_points import LOSSES, MODELLED, Measured, Mode, ceilings, efficiencies, losses
+from fastdistil.profiling.scale_predict import FASTEST, FOREVER, BreakEven, Prediction, break_even, predict
+from fastdistil.profiling.scaling import Fit, Workload, fit
+from fastdistil.runs import next_free
+
+SMALLER: tuple[Kind, ...] = ("fp16", "int8")
+"""Compressors whose break-even points are worked out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be predicted."""
+
+    ranks: tuple[int, ...] = ()
+    networks: tuple[tuple[str, Network | None], ...] = ()
+    """By name as given; None: the measured one."""
+    compression: tuple[str, ...] = ("none",)
+    rings: tuple[int, ...] = (1,)
+
+
+def question(predict_text: str | None, network: str | None, compression: Sequence[str], rings: Sequence[int]) -> Question:
+    """Raises UserError."""
+    names = network.split(",") if network else []
+    if names and not predict_text:
+        raise UserError("--network says where to predict; add --predict with rank counts, e.g. --predict 64,512")
+    found: list[tuple[str, Network | None]] = [(name, load_network(name)) for name in names]
+    return Question(
+        ranks=numbers(predict_text, "--predict") if predict_text else (),
+        networks=tuple(found) or (("the measured network", None),),
+        compression=tuple(kind for kind in dict.fromkeys(("none", *compression)) if kind in MODELLED),
+        rings=tuple(rings),
+    )
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """`1,2,4`. Raises UserError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} wants whole numbers from 1 separated by commas, e.g. 1,2,4; got {text!r}")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """As the command line gives them."""
+
+    recipe: str | None
+    overrides: Sequence[str]
+    np: str | None
+    hosts: str | None
+    mode: str
+    rings: str
+    compression: str
+    sync: str
+    steps: int
+    rounds: int
+    ceiling: bool
+    on: str | None
+    baseline: int | None
+    predict: str | None
+    network: str | None
+    table: str | None
+    points: str | None
+    out: Path | None
+
+
+def command(options: Options) -> None:
+    """Raises FastdistilError."""
+    console = rich.console.Console()
+    ways = {"RECIPE": options.recipe, "--table": options.table, "--points": options.points}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(f"wanted one of RECIPE (to measure), --points and --table, got {' and '.join(given) or 'none'}")
+    if options.table is not None:
+        if options.predict or options.network:
+            raise UserError("--table has no measured point to predict from; leave out --predict and --network")
+        run_table(options.table, options.baseline, options.out, console)
+        return
+    rings, compression = numbers(options.rings, "--rings"), tuple(dict.fromkeys(options.compression.split(",")))
+    asked = question(options.predict, options.network, compression, rings)
+    if options.points is not None:
+        paths = [Path(path) for path in options.points.split(",")]
+        run_given(paths, asked, options.out or _free_folder("points"), console)
+        return
+    assert options.recipe is not None
+    modes: dict[str, tuple[Mode, ...]] = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
+    if options.mode not in modes:
+        raise UserError(f"--mode is weak, strong or both, got {options.mode!r}")
+    if options.np is None:
+        raise UserError("--np says which rank counts to measure, e.g. --np 1,2,4")
+    study = Study(
+        recipe=options.recipe,
+        overrides=tuple(options.overrides),
+        ranks=numbers(options.np, "--np"),
+        hosts=options.hosts,
+        modes=modes[options.mode],
+        rings=rings,
+        compression=compression,
+        sync=tuple(dict.fromkeys(options.sync.split(","))),
+        steps=options.steps,
+        rounds=options.rounds,
+        ceiling=options.ceiling,
+        on=load_network(options.on) if options.on else None,
+        out=options.out or _free_folder(Path(options.recipe).stem),
+    )
+    if options.baseline is not None and options.baseline not in study.ranks:
+        raise UserError(f"--baseline {options.baseline} is none of --np {options.np}")
+    run_study(study, asked, options.baseline, console)
+
+
+def _free_folder(name: str) -> Path:
+    return next_free(Path("runs"), f"scale-{name}")
+
+
+def run_study(study: Study, asked: Question, baseline: int | None, console: rich.console.Console) -> None:
+    """Measure, show and write down. Raises FastdistilError."""
+    points, recipe = measure(study, lambda text: console.print(text, markup=False, soft_wrap=True))
+    values = as_json(study, recipe, points, baseline)
+    shown = _measured_grids(points, baseline, values)
+    measured = {point.setting.name: point for point in points}
+    title = f"Scaling of {study.recipe}"
+    rest, curves = [], _measured_curves(points, baseline)
+    chosen = model_points(points, baseline)
+    base = baseline_of(points, points[0], baseline)
+    reference = statistics.median(base.tokens_per_s) / base.setting.ranks
+    work = workload(points, recipe.loop.accumulation)
+    tokens = statistics.median(update.tokens for each in base.rounds for update in each.updates)
+    per_micro_batch = tokens / (base.setting.ranks * base.setting.accumulation)
+    if chosen:
+        on_cpu = str(base.rounds[0].start.get("device", "cpu")).startswith("cpu")
+        model = fit(chosen, on_cpu=on_cpu)
+        more, predicted = _model(model, work, asked, reference / per_micro_batch)
+        rest += more
+        curves += predicted
+        values |= _model_json(model, work, asked)
+    left_out = [name for name, point in measured.items() if not point.modelled]
+    if left_out:
+        shown[0] = replace(shown[0], notes=(*shown[0].notes, f"Not in the model's fit: {'; '.join(left_out)}."))
+    ideal = Ideal(name=f"linear from {base.setting.name}", ranks=base.setting.ranks, speed=1.0)
+    _write(
+        study.out, title, values, [*shown, *rest], figure(curves, [ideal], "ranks", f"speed over {base.setting.name}"), console
+    )
+
+
+def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.console.Console) -> None:
+    """The model on the points of earlier studies together. Raises UserError."""
+    studies = [load_points(path) for path in paths]
+    works, devices = [work for _, work, _ in studies], {on_cpu for _, _, on_cpu in studies}
+    if len({(work.gradient_bytes, work.engine) for work in works if work.engine != "alone"}) > 1 or len(devices) > 1:
+        raise UserError(
+            "these studies are of different models, engines or devices; one model is fitted to what differs in ranks"
+        )
+    work = next((work for work in works if work.engine != "alone"), works[0])
+    model = fit([point for points, _, _ in studies for point in points], on_cpu=devices.pop())
+    single = [point for point in model.points if point.ranks == 1]
+    reference = None
+    if single:
+        step = statistics.median(sample.step_s for point in single for sample in point.samples)
+        reference = single[0].accumulation / step
+    grids, curves = _model(model, work, asked, reference)
+    values = {"studies": [str(path) for path in paths], **_model_json(model, work, asked)}
+    svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""
+    _write(out, "Scaling: the model on earlier studies", values, grids, svg, console)
+
+
+def run_table(name: str, baseline: int | None, out: Path | None, console: rich.console.Console) -> None:
+    """A given table. Raises UserError."""
+    table = scale_table.load_table(name)
+    grids, svg, values = scale_table.study(table, baseline)
+    if out is None:
+        for grid in grids:
+            show(grid, console)
+    else:
+        _write(out, f"Scaling of {table.title}", values, grids, svg, console)
+
+
+def _write(
+    out: Path, title: str, values: dict[str, Any], grids: Sequence[Grid], svg: str, console: rich.console.Console
+) -> None:
+    with translated("writing the study", out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scale.json").write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+        (out / "scale.html").write_text(page(title, svg, grids), encoding="utf-8")
+    for grid in grids:
+        show(grid, console)
+    console.print(f"{out / 'scale.json'} has every number, {out / 'scale.html'} the plot", markup=False, soft_wrap=True)
+
+
+def show(grid: Grid, console: rich.console.Console) -> None:
+    # A file has no width of its own.
+    console = console if console.is_terminal else rich.console.Console(width=int(os.environ.get("COLUMNS", "160")))
+    table = rich.table.Table(title=grid.title, title_justify="left", title_style="bold")
+    for index, column in enumerate(grid.columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+    for note in grid.notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+# --- measured
+
+
+def _range(values: Sequence[float], form: str, times: float = 1.0) -> str:
+    scaled = [value * times for value in values]
+    middle = f"{statistics.median(scaled):{form}}"
+    return middle if len(scaled) == 1 else f"{middle} ({min(scaled):{form}} to {max(scaled):{form}})"
+
+
+def _measured_grids(points: Sequence[Measured], baseline: int | None, values: dict[str, Any]) -> list[Grid]:
+    counts, device, shape = values["counts"], values["device"], values["shape"]
+    where = f"{device['name'] or device['kind']}, {device['threads_per_rank']} threads a rank, {values['dtype']}"
+    what = f"{shape['student_parameters']:,} + {shape['teacher_parameters']:,} parameters"
+    title = (
+        f"Measured on {where}; student + teacher: {what}; micro-batches of {shape['micro_batch_tokens']:,} tokens; "
+        f"{counts['rounds']} rounds of {counts['updates']} updates after {counts['warmup']}. Median (least to most over rounds)"
+    )
+    rows, lost_rows = [], []
+    for point, record in zip(points, values["points"], strict=True):
+        base = baseline_of(points, point, baseline)
+        efficiency, ceiling, lost = efficiencies(point, base), ceilings(point, base), losses(point, base)
+        times = point.setting.ranks / base.setting.ranks
+        startups = [each.startup_s for each in point.rounds if each.startup_s is not None]
+        of_ceiling = [own / most for own, most in zip(efficiency, ceiling, strict=bool(ceiling))] if ceiling else []
+        rows.append(
+            (
+                point.setting.name + (" (baseline)" if point is base else ""),
+                str(point.setting.accumulation),
+                _range([each.step_s for each in point.rounds], ",.1f", 1e3),
+                _range(point.tokens_per_s, ",.0f"),
+                _range([each * times for each in efficiency], ".2f"),
+                _range(efficiency, ".1f", 100),
+                _range(ceiling, ".1f", 100) if ceiling else "",
+                _range(of_ceiling, ".1f", 100) if of_ceiling else "",
+                _range(startups, ".1f") if startups else "",
+                "oversubscribed" if point.oversubscribed else "",
+            )
+        )
+        share = {name: None if value is None else value / lost.step_s for name, value in lost.seconds.items()}
+        record |= {"baseline": base.setting.name, "efficiency": efficiency, "ceiling": ceiling, "lost_s": dict(lost.seconds)}
+        record |= {"ideal_s": lost.ideal_s, "cause": lost.cause if point is not base else None}
+        if point is not base:
+            cells = ["not recorded" if value is None else f"{value:.1%}" for value in share.values()]
+            whole = 1 - lost.ideal_s / lost.step_s
+            lost_rows.append((point.setting.name, f"{whole:.1%}", *cells, LOSSES[lost.cause] if lost.cause else "nothing"))
+    columns: tuple[str, ...] = (
+        "point",
+        "micro-batches a rank",
+        "update, ms",
+        "tokens/s",
+        "speed-up",
+        "efficiency, % of linear",
+    )
+    columns += ("ceiling, %", "of the ceiling, %", "start-up, s", "")
+    notes = ["Efficiency: tokens/s over the baseline's times ranks. Ceiling: the same for unconnected runs side by side."]
+    notes.append("Start-up: from the launch to the first update: imports, models, the ranks' meeting; in no other column.")
+    grids = [Grid(title=title, columns=columns, rows=tuple(rows), notes=tuple(notes))]
+    if lost_rows:
+        names = ("point", "lost of an update", *LOSSES.values(), "mostly")
+        grids.append(
+            Grid(
+                title="Measured: where the time beyond the ideal goes, shares of an update",
+                columns=names,
+                rows=tuple(lost_rows),
+            )
+        )
+    return grids
+
+
+def _measured_curves(points: Sequence[Measured], baseline: int | None) -> list[Curve]:
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    ones: list[tuple[float, float, float, float]] = []
+    for point in points:
+        base = baseline_of(points, point, baseline)
+        times = point.setting.ranks / base.setting.ranks
+        speeds = [each * times for each in efficiencies(point, base)]
+        place = (point.setting.ranks, statistics.median(speeds), min(speeds), max(speeds))
+        if point.setting.mode is None:
+            ones.append(place)
+            continue
+        label = replace(point.setting, ranks=1, accumulation=1).name.removeprefix("1 rank, ")
+        curves.setdefault(f"measured: {label}" + (", oversubscribed" if point.oversubscribed else ""), []).append(place)
+    if not curves:
+        return [Curve(name="measured", points=tuple(ones))]
+    return [Curve(name=name, points=(*ones, *places)) for name, places in curves.items()]
+
+
+# --- the model
+
+
+def _model(model: Fit, work: Workload, asked: Question, reference: float | None) -> tuple[list[Grid], list[Curve]]:
+    """`reference`: micro-batches a second of one rank at the baseline; None without one."""
+    grids = [_parameter_grid(model), _residual_grid(model)]
+    places: dict[str, list[tuple[float, float, float, float]]] = {}
+    rows, notes, rests = [], [], []
+    for name, network, kind, rings, ranks in _questions(asked):
+        found = _predict(model, work, network, kind, rings, ranks)
+        label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
+        ideal = None if reference is None else work.accumulation / reference
+        shares = [ideal / seconds for seconds in (found.step_s, found.high_s, found.low_s)] if ideal else None
+        band = f"{found.step_s * 1e3:,.1f} ({found.low_s * 1e3:,.1f} to {found.high_s * 1e3:,.1f})"
+        efficiency = f"{shares[0]:.1%} ({shares[1]:.1%} to {min(shares[2], 99.99):.1%})" if shares else "no baseline"
+        parts = [f"{value * 1e3:,.1f}" for value in (found.work_s, found.imbalance_s, found.exposed_s)]
+        rows.append((label, str(ranks), band, efficiency, *parts))
+        notes += [f"Band: {found.band}.", *(f"Assumed: {each}." for each in found.assumed)]
+        if shares:
+            places.setdefault(label, []).append((ranks, ranks * shares[0], ranks * shares[1], ranks * shares[2]))
+        if network is not None and kind == "none" and ranks > 1:
+            rests += [
+                (f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(each))
+                for small in SMALLER
+                for each in [break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)]  # type: ignore[arg-type]
+            ]
+    if rows:
+        title = (
+            f"PREDICTED, not measured: {work.accumulation} micro-batches a rank and update, computed as on the measured device"
+        )
+        names: tuple[str, ...] = ("predicted, not measured", "ranks", "update, ms (band)", "efficiency (band)")
+        names += ("own work, ms", "imbalance, ms", "exposed, ms")
+        grids.append(Grid(title=title, columns=names, rows=tuple(rows), predicted=True, notes=tuple(dict.fromkeys(notes))))
+    if rests:
+        title = f"PREDICTED: where compression saves over {WORTH:.0%} of an update"
+        names = ("predicted, not measured", "pays up to micro-batches an update", "pays below bandwidth, GB/s", "")
+        grids.append(Grid(title=title, columns=names, rows=tuple(rests), predicted=True))
+    return grids, [Curve(name=name, points=tuple(found), predicted=True) for name, found in places.items()]
+
+
+def _questions(asked: Question) -> list[tuple[str, Network | None, Kind, int, int]]:
+    return [
+        (name, network, kind, rings, ranks)  # type: ignore[misc]
+        for name, network in asked.networks
+        for kind in asked.compression
+        for rings in asked.rings
+        for ranks in asked.ranks
+    ]
+
+
+def _nodes(network: Network, ranks: int) -> int:
+    return -(-ranks // network.ranks_per_node)
+
+
+def _predict(model: Fit, work: Workload, network: Network | None, kind: Kind, rings: int, ranks: int) -> Prediction:
+    several = [point for point in model.points if point.ranks > 1]
+    if network is not None:
+        nodes = _nodes(network, ranks)
+    else:
+        here = max((point.ranks // point.nodes for point in several), default=1)
+        nodes = -(-ranks // here)
+    local = -(-ranks // nodes)
+    assumed = []
+    measured = {point.ranks // point.nodes: point.slowdown for point in model.points}
+    slowdown = measured.get(local)
+    if slowdown is None:
+        nearest = max((count for count in measured if count <= local), default=max(measured))
+        slowdown = measured[nearest]
+        if local > 1:
+            assumed.append(f"{local} ranks on a machine compute as {nearest} do on this one ({slowdown:.3f} times one's time)")
+    point = work.point(ranks, nodes, rings=rings, kind=kind, slowdown=slowdown)
+    link = next((each.link_bytes_per_s for each in several if each.link_bytes_per_s and each.rings == rings), None)
+    if network is None:
+        assumed.append("more ranks are connected as the measured ones are")
+        point = replace(point, link_bytes_per_s=link)
+    return predict(model, point, network, assumed)
+
+
+def _parameter_grid(model: Fit) -> Grid:
+    rows = []
+    for parameter in model.parameters:
+        if parameter.value is None:
+            value = f"cannot be determined ({parameter.low:.3g} to {parameter.high:.3g} fit as well)"
+            rows.append((parameter.meaning, value, "", f"measure {parameter.remedy}"))
+        else:
+            sd = "" if parameter.sd is None else f"{parameter.sd:.2g}"
+            weak = parameter.sd is not None and parameter.value < 2 * parameter.sd
+            rows.append((parameter.meaning, f"{parameter.value:.4g}", sd, "not told from 0" if weak else ""))
+    singular = ", ".join(f"{value:.2g}" for value in model.singular_values)
+    notes = [f"Jacobian: rank {model.rank} of {len(model.names)} parameters; singular values {singular}."]
+    if model.undetermined:
+        open_ones = "; ".join(parameter.meaning for parameter in model.undetermined)
+        notes.append(
+            f"These points cannot determine: {open_ones}. Predictions take all values that fit as well into their band."
+        )
+    if model.residual is None:
+        notes.append("As many numbers fitted as measured: there is no residual to judge by.")
+    return Grid(
+        title="The cost model, calibrated on the measured points",
+        columns=("parameter", "value", "± s.e.", ""),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def _residual_grid(model: Fit) -> Grid:
+    rows = []
+    for point, fitted in zip(model.points, model.predicted_s, strict=True):
+        measured = statistics.median(sample.step_s for sample in point.samples)
+        rows.append((point.name, f"{measured * 1e3:,.1f}", f"{fitted * 1e3:,.1f}", f"{fitted / measured - 1:+.1%}"))
+    spread = (
+        ""
+        if model.residual is None
+        else f"; residual {model.residual:.2%} of an update a number, {model.freedom} degrees of freedom"
+    )
+    return Grid(title=f"Its fit{spread}", columns=("point", "measured, ms", "fitted, ms", "residual"), rows=tuple(rows))
+
+
+def _break_even_cells(found: BreakEven) -> tuple[str, str, str]:
+    most, widest = found.most_accumulation, found.most_bytes_per_s
+    up_to = "never" if most is None else "any number" if most == FOREVER else f"{most:,}"
+    below = "never" if widest is None else "any" if widest == FASTEST else f"{widest / 1e9:.3g}"
+    note = "at most: no point measured what compressing costs" if found.free else ""
+    return up_to, below, note
+
+
+def _model_json(model: Fit, work: Workload, asked: Question) -> dict[str, Any]:
+    """Predictions are marked as such."""
+    parameters = [
+        {**asdict(each), "meaning": each.meaning, "determined": each.value is not None, "unit": "s"}
+        for each in model.parameters
+    ]
+    predicted = [
+        {
+            "predicted": True,
+            "network_name": name,
+            "compression": kind,
+            **asdict(_predict(model, work, network, kind, rings, ranks)),
+        }
+        for name, network, kind, rings, ranks in _questions(asked)
+    ]
+    found = {"parameters": parameters, "rank": model.rank, "singular_values": model.singular_values}
+    found |= {"residual": model.residual, "freedom": model.freedom, "fitted_s": model.predicted_s}
+    return {"model": found, "predictions": predicted}

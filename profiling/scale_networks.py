@@ -1,0 +1,79 @@
+"""Networks as YAML files: bandwidths and latencies, each with its source; profiling/networks/ has some by name."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from fastdistil.errors import UserError, translated
+
+NETWORKS = Path(__file__).parent / "networks"
+Side = Literal["low", "value", "high"]
+
+
+class Constant(BaseModel):
+    """`low` and `high` bound what was seen; without them the value is taken as certain."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    value: PositiveFloat
+    low: PositiveFloat | None = None
+    high: PositiveFloat | None = None
+    source: str
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Constant":
+        if not (self.low or self.value) <= self.value <= (self.high or self.value):
+            raise ValueError(f"wanted low <= value <= high, got {self.low}, {self.value}, {self.high}")
+        return self
+
+    def at(self, side: Side) -> float:
+        return getattr(self, side) or self.value
+
+
+class Network(BaseModel):
+    """A YAML file: what is known of a network, each constant with its source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    title: str
+    ranks_per_node: PositiveInt
+    link_bytes_per_s: Constant
+    """Between two nodes, all rings together."""
+    flow_bytes_per_s: Constant | None = None
+    """Of one ring, where that is less than the link."""
+    latency_s: Constant
+    """Of a ring's step between nodes."""
+    local_bytes_per_s: Constant | None = None
+    """Within a node; None: not what limits."""
+    local_latency_s: Constant | None = None
+    """None: as between nodes."""
+
+    def bandwidth(self, rings: int, nodes: int, side: Side = "value") -> float:
+        """Bytes a second of `rings` rings together."""
+        local = self.local_bytes_per_s.at(side) if self.local_bytes_per_s else math.inf
+        if nodes == 1:
+            return local if local < math.inf else self.link_bytes_per_s.at(side)
+        flows = rings * self.flow_bytes_per_s.at(side) if self.flow_bytes_per_s else math.inf
+        return min(flows, self.link_bytes_per_s.at(side), local)
+
+
+def named_networks() -> list[str]:
+    return sorted(path.stem for path in NETWORKS.glob("*.yaml"))
+
+
+def load_network(name_or_path: str) -> Network:
+    """By name or path. Raises UserError."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = NETWORKS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise UserError(f"no network {name_or_path!r}; known names: {', '.join(named_networks())}; or give a .yaml file")
+    try:
+        with translated("reading a network", path):
+            return Network.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
+        raise UserError(f"{path} is no network: {told}; wanted constants as {{value: 1.0e9, source: where from}}") from error

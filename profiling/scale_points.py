@@ -1,0 +1,269 @@
+"""Measured points of a scaling study: short runs read back, efficiency against the linear ideal, and where the rest went.
+
+Efficiency at N ranks is tokens/s over N times the tokens/s a rank of the baseline: at equal work T_1/T_N (weak) and T_1/(N T_N)
+(strong). The seconds that an update takes beyond the ideal ones are split, each update by itself and then by medians:
+
+    exposed     what even the slowest rank waited in the exchange of gradients
+    control     what it waited elsewhere: words between ranks before gradients leave, log lines
+    imbalance   the slowest rank's own work less the mean
+    compression where the run recorded it
+    shared      what unconnected runs side by side lose too: caches, memory and clock (the ceiling)
+    compute     the rest
+
+Without the ranks' own work (rank_worked_s) exposed is rank 0's wait, whoever it waited for, and control and imbalance are not
+recorded.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastdistil.errors import UserError
+from fastdistil.profiling.history import History
+from fastdistil.profiling.scaling import Point, Sample
+
+Mode = Literal["weak", "strong"]
+LOSSES = {
+    "exposed": "exposed communication",
+    "control": "control messages",
+    "imbalance": "imbalance",
+    "compression": "compression",
+    "shared": "sharing the machine",
+    "compute": "slower compute",
+}
+MODELLED = ("none", "fp16", "bf16", "int8")
+"""Compressors of which cost.py knows what they send and touch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a point runs with. `mode`: None with one rank, which is the same in both."""
+
+    ranks: int
+    rings: int = 1
+    compression: str = "none"
+    sync: str = "delayed"
+    accumulation: int = 1
+    """Of each rank."""
+    mode: Mode | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.ranks} rank{'s' if self.ranks > 1 else ''}", self.mode or ""]
+        parts.append(f"{self.rings} rings" if self.rings > 1 else "")
+        parts += [self.compression if self.compression != "none" else "", self.sync if self.sync != "delayed" else ""]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Seconds of one measured update; None: not recorded."""
+
+    step_s: float
+    tokens: int
+    """Of all ranks."""
+    exposed_s: float
+    compression_s: float | None = None
+    worked_s: tuple[float, ...] | None = None
+    """By rank."""
+
+    @property
+    def parts(self) -> dict[str, float | None]:
+        """Of LOSSES, those that an update tells by itself, and `worked`, the mean of the ranks'."""
+        told: dict[str, float | None] = {"compression": self.compression_s}
+        if self.worked_s is None:
+            return told | {"exposed": self.exposed_s, "control": None, "imbalance": None, "worked": None}
+        slowest, mean = max(self.worked_s), statistics.fmean(self.worked_s)
+        waited = max(0.0, self.step_s - slowest)
+        exposed = min(self.exposed_s, waited)
+        return told | {"exposed": exposed, "control": waited - exposed, "imbalance": slowest - mean, "worked": mean}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One run of a point."""
+
+    updates: tuple[Update, ...]
+    start: Mapping[str, Any]
+    """The run's start event."""
+    facts: Mapping[str, Any]
+    """Of its last log line: buckets, gradient bytes and collectives an update."""
+    startup_s: float | None
+    """From the launch to the first update."""
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(update.step_s for update in self.updates)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return statistics.median(update.tokens / update.step_s for update in self.updates)
+
+    def part(self, name: str) -> float | None:
+        values = [update.parts[name] for update in self.updates]
+        return None if None in values else statistics.median(value for value in values if value is not None)
+
+
+def read_round(history: History, warmup: int, launched_s: float | None = None) -> Round:
+    """A finished run, its first `warmup` updates left out. Raises UserError if it does not tell single updates.
+
+    `launched_s`: unix seconds.
+    """
+    if history.outcome != "done":
+        raise UserError(f"{history.directory} did not finish; it cannot be measured")
+    updates: list[Update] = []
+    for line in history.lines:
+        if line["updates"] != 1:
+            raise UserError(f"{history.directory} has {line['updates']} updates in a log line; wanted logging.every=1")
+        updates.append(_update(line))
+    if len(updates) <= warmup:
+        raise UserError(f"{history.directory} has {len(updates)} updates, {warmup} of them warm-up; raise --steps")
+    started = history.start.get("time")
+    return Round(
+        updates=tuple(updates[warmup:]),
+        start=history.start,
+        facts=history.lines[-1],
+        startup_s=started - launched_s if launched_s is not None and started is not None else None,
+    )
+
+
+def _update(line: Mapping[str, Any]) -> Update:
+    phases = line.get("phases") or {}
+    steps = line.get("step_s")
+    worked = line.get("rank_worked_s")
+    compression, exposed = phases.get("compression"), phases.get("exposed")
+    return Update(
+        step_s=steps[0] if steps else line["tokens"] / line["tokens_per_s"],  # the same clock, by the line
+        tokens=line["tokens"],
+        exposed_s=exposed[0] if exposed else line.get("exchange_wait_s", 0.0),
+        compression_s=compression[0] if compression else None,
+        worked_s=tuple(worked) if worked else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A point and its rounds, in order: round r of every point ran beside the others' round r."""
+
+    setting: Setting
+    nodes: int
+    rounds: tuple[Round, ...]
+    ceiling: tuple[tuple[Round, ...], ...] = ()
+    """By round: as many unconnected runs side by side, each with one rank's work."""
+    oversubscribed: bool = False
+    link_bytes_per_s: float | None = None
+
+    @property
+    def tokens_per_s(self) -> list[float]:
+        return [each.tokens_per_s for each in self.rounds]
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the point takes part in the fit."""
+        return not self.oversubscribed and self.setting.compression in MODELLED
+
+
+def efficiencies(point: Measured, baseline: Measured) -> list[float]:
+    """By round."""
+    times = point.setting.ranks / baseline.setting.ranks
+    return [own / (times * base) for own, base in zip(point.tokens_per_s, baseline.tokens_per_s, strict=True)]
+
+
+def ceilings(point: Measured, baseline: Measured) -> list[float]:
+    """Efficiency of unconnected runs side by side, by round; empty if there were none."""
+    times = point.setting.ranks / baseline.setting.ranks
+    return [
+        sum(run.tokens_per_s for run in runs) / (times * base)
+        for runs, base in zip(point.ceiling, baseline.tokens_per_s, strict=bool(point.ceiling))
+    ]
+
+
+def slowdown(point: Measured, baseline: Measured) -> float:
+    """Of computing, by sharing the machine; 1 where it was not measured."""
+    found = ceilings(point, baseline)
+    return 1 / statistics.median(found) if found else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Seconds of an update beyond the ideal, medians over rounds; None: not recorded."""
+
+    step_s: float
+    ideal_s: float
+    seconds: Mapping[str, float | None]
+    """By LOSSES; they sum to step_s - ideal_s."""
+
+    @property
+    def cause(self) -> str | None:
+        """The largest loss; None if there is none."""
+        known = {name: value for name, value in self.seconds.items() if value is not None}
+        largest = max(known, key=lambda name: known[name])
+        return largest if known[largest] > 0 else None
+
+
+def losses(point: Measured, baseline: Measured) -> Losses:
+    each = [_losses(point, baseline, number) for number in range(len(point.rounds))]
+    step = statistics.median(losses.step_s for losses in each)
+    ideal = statistics.median(losses.ideal_s for losses in each)
+    seconds: dict[str, float | None] = {}
+    for name in LOSSES:
+        values = [losses.seconds[name] for losses in each]
+        seconds[name] = None if None in values else statistics.median(value for value in values if value is not None)
+    seconds["compute"] = step - ideal - sum(value or 0.0 for name, value in seconds.items() if name != "compute")
+    return Losses(step_s=step, ideal_s=ideal, seconds=seconds)
+
+
+def _losses(point: Measured, baseline: Measured, number: int) -> Losses:
+    own, base = point.rounds[number], baseline.rounds[number]
+    tokens = statistics.median(update.tokens for update in own.updates)
+    ideal = tokens / (base.tokens_per_s / baseline.setting.ranks * point.setting.ranks)
+    seconds: dict[str, float | None] = dict.fromkeys(LOSSES, 0.0)
+    if point.setting.ranks > 1:
+        seconds |= {name: own.part(name) for name in ("exposed", "control", "imbalance", "compression")}
+    if point.setting.compression == "none":
+        seconds["compression"] = 0.0
+    if point.setting.ranks > baseline.setting.ranks:
+        shared = ceilings(point, baseline)
+        seconds["shared"] = ideal / shared[number] - ideal if shared else None
+    seconds["compute"] = own.step_s - ideal - sum(value or 0.0 for name, value in seconds.items() if name != "compute")
+    return Losses(step_s=own.step_s, ideal_s=ideal, seconds=seconds)
+
+
+def model_point(point: Measured, baseline: Measured, touched_bytes: float) -> Point:
+    """What the cost model sees of it. `touched_bytes`: by compressing an exchange."""
+    setting, facts = point.setting, point.rounds[0].facts
+    several = setting.ranks > 1
+    exchanges = setting.accumulation if setting.sync == "every-micro-batch" and several else 1
+    buckets = facts["buckets"] if several else 0
+    on_cpu = str(point.rounds[0].start.get("device", "cpu")).startswith("cpu")
+    samples = []
+    for each in point.rounds:
+        # On a GPU the host's own time is no rank's work.
+        worked, imbalance = (each.part("worked"), each.part("imbalance")) if on_cpu and several else (None, None)
+        waited = None if worked is None or imbalance is None else max(0.0, each.step_s - worked - imbalance)
+        samples.append(Sample(step_s=each.step_s, worked_s=worked, imbalance_s=imbalance, waited_s=waited))
+    return Point(
+        ranks=setting.ranks,
+        nodes=point.nodes,
+        rings=setting.rings,
+        accumulation=setting.accumulation,
+        exchanges=exchanges,
+        sent_bytes=facts["gradient_bytes"] / exchanges if several else 0.0,
+        collectives=round(facts["gradient_collectives"] / exchanges) if several else 0,
+        hops=buckets * 2 * (setting.ranks - 1),
+        touched_bytes=touched_bytes if several else 0.0,
+        slowdown=slowdown(point, baseline),
+        link_bytes_per_s=point.link_bytes_per_s if point.nodes > 1 else None,
+        name=setting.name,
+        samples=tuple(samples),
+    )
+
+
+def choose_baseline(points: Sequence[Measured], ranks: int | None) -> Measured:
+    """The point that the ideal line starts from: the fewest ranks, or those asked for. Raises UserError."""
+    plain = [point for point in points if point.setting.compression == "none" and point.setting.sync == "delayed"]
+    chosen = [point for point in plain or points if ranks is None or point.setting.ranks == ranks]
+    if not chosen:
+        raise UserError(f"--baseline {ranks}: no point has so many ranks; measured {sorted({p.setting.ranks for p in points})}")
+    return min(chosen, key=lambda point: (point.setting.ranks, point.setting.rings))

@@ -1,0 +1,218 @@
+"""Somebody's table of GPUs and minutes: its efficiency, and the bandwidth that would explain it.
+
+    minutes(N) = base (N_0 / N) (1 + rho),    rho A s = 2 (N-1)/N S/B    =>    B = 2 (N-1)/N S / (rho A s)
+
+with A micro-batches of s seconds an update, S bytes of gradients, B bytes a second of a rank's allreduce that nothing hides,
+and an exchange that costs nothing at the base. Minutes were rounded: every number has the band of what they may have been.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from fastdistil.cost import allreduce_s
+from fastdistil.errors import UserError, translated
+from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.profiling.scaling import OPEN
+
+TABLES = Path(__file__).parent / "tables"
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    gpus: PositiveInt
+    minutes: PositiveFloat
+    rings: int | str = 1
+    what: str = ""
+
+
+class Table(BaseModel):
+    """A YAML file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    title: str = "a table"
+    rows: tuple[Row, ...] = Field(min_length=2)
+    rounding: PositiveFloat = 0.5
+    """Minutes that a number may be off by."""
+    accumulation: PositiveInt | None = None
+    gradient_bytes: PositiveInt | None = None
+    micro_batch_s: tuple[PositiveFloat, ...] = ()
+    """Readings of the time of a micro-batch; without it, and the two before, no bandwidth is worked out."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if len({row.gpus for row in self.rows}) < 2:
+            raise ValueError("all rows have the same number of GPUs; wanted at least two numbers")
+        return self
+
+
+def load_table(name_or_path: str) -> Table:
+    """By name or path. Raises UserError."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = TABLES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in TABLES.glob("*.yaml")))
+        raise UserError(f"no table {name_or_path!r}; known names: {known}; or give a .yaml file")
+    try:
+        with translated("reading a table", path):
+            return Table.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
+        raise UserError(f"{path} is no table: {told}; wanted rows: [{{gpus: 8, minutes: 204}}, ...]") from error
+
+
+@dataclass(frozen=True)
+class Band:
+    value: float
+    low: float
+    high: float
+
+    def text(self, form: str = ".1f", times: float = 1.0) -> str:
+        ends = (self.low * times, self.high * times)
+        return f"{self.value * times:{form}} ({min(ends):{form}} to {max(ends):{form}})"
+
+
+def efficiency(table: Table, row: Row, base: Row) -> Band:
+    """T_base N_base / (T N)."""
+    ideal, off = base.gpus / row.gpus, table.rounding
+    if row is base:
+        return Band(1.0, 1.0, 1.0)
+    return Band(
+        ideal * base.minutes / row.minutes,
+        ideal * (base.minutes - off) / (row.minutes + off),
+        ideal * (base.minutes + off) / (row.minutes - off),
+    )
+
+
+def explaining_bandwidth(table: Table, row: Row, base: Row, micro_batch_s: float) -> Band | None:
+    """Bytes a second; None where there is no overhead to explain. `high` may be infinite: the row may have none."""
+    assert table.accumulation is not None and table.gradient_bytes is not None
+    # All bytes at one byte a second, no latency: what an exchange takes times the bandwidth.
+    sent = allreduce_s(row.gpus, row.gpus, table.gradient_bytes, 1.0, 0.0)
+    found = efficiency(table, row, base)
+
+    def bandwidth(share: float) -> float:
+        overhead = 1 / share - 1
+        return sent / (overhead * table.accumulation * micro_batch_s) if overhead > 0 else float("inf")  # type: ignore[operator]
+
+    return Band(*(bandwidth(share) for share in (found.value, found.low, found.high))) if found.value < 1 else None
+
+
+def determined(table: Table, base: Row, micro_batch_s: float) -> int:
+    """Rank of the Jacobian of log(overhead) by log(micro-batch time) and log(bandwidth), over all rows: of 2 unknowns."""
+    bandwidth = 1e9
+
+    def log_overhead(row: Row, values: tuple[float, float]) -> float:
+        seconds, per_s = np.exp(values[0]), np.exp(values[1])
+        exchange = allreduce_s(row.gpus, row.gpus, float(table.gradient_bytes or 1), per_s, 0.0)
+        return float(np.log(exchange / ((table.accumulation or 1) * seconds)))
+
+    at = (float(np.log(micro_batch_s)), float(np.log(bandwidth)))
+    step = 1e-4
+    rows = [row for row in table.rows if row.gpus > base.gpus]
+    slopes = [
+        [
+            (log_overhead(row, (at[0] + step, at[1])) - log_overhead(row, at)) / step,
+            (log_overhead(row, (at[0], at[1] + step)) - log_overhead(row, at)) / step,
+        ]
+        for row in rows
+    ]
+    return int(np.linalg.matrix_rank(np.array(slopes), tol=OPEN * 10))
+
+
+def default_base(table: Table) -> Row:
+    """The fastest of those with the fewest GPUs: the same software as the rows above it."""
+    fewest = min(row.gpus for row in table.rows)
+    return min((row for row in table.rows if row.gpus == fewest), key=lambda row: row.minutes)
+
+
+def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[str, object]]:
+    """(tables, SVG, values) of a given table. `ideal_from`: number of the row, from 1, that the plot's line starts at."""
+    base = default_base(table)
+    if ideal_from is not None and not 1 <= ideal_from <= len(table.rows):
+        raise UserError(f"--baseline {ideal_from}: the table has rows 1 to {len(table.rows)}")
+    start = table.rows[ideal_from - 1] if ideal_from is not None else base
+    number = {id(row): index for index, row in enumerate(table.rows, 1)}
+    bases = list({id(row): row for row in (start, base)}.values())
+    readings = table.micro_batch_s if table.accumulation and table.gradient_bytes else ()
+    columns = ["row", "GPUs", "minutes", "rings"]
+    columns += [f"% of linear from row {number[id(each)]}" for each in bases]
+    columns += ["overhead over ideal", *(f"GB/s if a micro-batch takes {s * 1e3:g} ms" for s in readings)]
+    rows, values = [], []
+    for row in table.rows:
+        above = row.gpus > base.gpus
+        found = efficiency(table, row, base)
+        cells = [f"{number[id(row)]}", f"{row.gpus}", f"{row.minutes:g}", f"{row.rings}"]
+        cells += [efficiency(table, row, each).text(times=100) if row.gpus > each.gpus or row is each else "" for each in bases]
+        cells.append(f"{1 / found.value - 1:.3f}" if above else "")
+        bands = [explaining_bandwidth(table, row, base, s) if above else None for s in readings]
+        cells += [band.text(".2f", 1e-9) if band else "" for band in bands]
+        rows.append(tuple(cells))
+        values.append(
+            {
+                **row.model_dump(),
+                "efficiency": {number[id(each)]: efficiency(table, row, each).__dict__ for each in bases},
+                "explaining_bytes_per_s": {s: band.__dict__ for s, band in zip(readings, bands, strict=True) if band},
+            }
+        )
+    grid = Grid(title=table.title, columns=tuple(columns), rows=tuple(rows), notes=tuple(_notes(table, base, bases, readings)))
+    by_rings: dict[str, list[Row]] = {}
+    for row in table.rows:
+        if row.gpus > base.gpus:
+            by_rings.setdefault(str(row.rings), []).append(row)
+    curves = [
+        Curve(name=f"the table, rings: {rings}", points=tuple(_speed(row, start) for row in (base, *found)))
+        for rings, found in by_rings.items()
+    ]
+    ideals = [
+        Ideal(name=f"linear from row {number[id(each)]}", ranks=each.gpus, speed=start.minutes / each.minutes) for each in bases
+    ]
+    svg = figure(curves, ideals, "GPUs", f"speed over row {number[id(start)]}")
+    return [grid], svg, {"table": table.title, "rounding_minutes": table.rounding, "rows": values}
+
+
+def _speed(row: Row, start: Row) -> tuple[float, float, float, float]:
+    return (row.gpus, start.minutes / row.minutes, start.minutes / (row.minutes + 0.5), start.minutes / (row.minutes - 0.5))
+
+
+def _notes(table: Table, base: Row, bases: list[Row], readings: tuple[float, ...]) -> list[str]:
+    off = table.rounding
+    told = [f"In brackets: what minutes rounded by up to {off:g} leave open. Nothing here was measured by fastdistil."]
+    number = {id(row): index for index, row in enumerate(table.rows, 1)}
+    for each in bases:
+        best = max(table.rows, key=lambda row: (row.gpus, -row.minutes))
+        share = efficiency(table, best, each).value
+        if share > 1:
+            told.append(
+                f"From row {number[id(each)]} the {best.gpus} GPUs reach {share:.0%} of linear: more than linear is another "
+                f"program, not a better network; row {number[id(base)]} is the same program on {base.gpus} GPUs."
+            )
+    if readings:
+        rank = determined(table, base, readings[0])
+        if rank < 2:
+            told.append(
+                f"Micro-batch time and bandwidth are not both identifiable: the Jacobian of the overheads has rank {rank} of "
+                "2, as only their product enters. Each bandwidth holds for its own reading of the micro-batch; a measured step "
+                "time would decide."
+            )
+    for rings in dict.fromkeys(str(row.rings) for row in table.rows):
+        mine = sorted((row for row in table.rows if str(row.rings) == rings and row.gpus > base.gpus), key=lambda row: row.gpus)
+        for few, many in pairwise(mine):
+            if many.gpus > few.gpus and efficiency(table, many, base).low > efficiency(table, few, base).high:
+                told.append(
+                    f"Rings {rings}: the overhead falls from {few.gpus} to {many.gpus} GPUs by more than rounding, which no "
+                    "latency or bandwidth explains: noise, placement or costs that an update does not have are in it."
+                )
+    return told
+
+
+def write_page(table: Table, grids: list[Grid], svg: str) -> str:
+    return page(f"Scaling of {table.title}", svg, grids)
