@@ -30,6 +30,7 @@ _TOP, _BOTTOM, _RIGHT = 22.0, 32.0, 12.0
 _PREFIXES: dict[str, list[tuple[float, float, str]]] = {
     "s": [(7200, 1 / 3600, "h"), (120, 1 / 60, "min"), (1, 1, "s"), (1e-3, 1e3, "ms"), (0, 1e6, "µs")],
     "share": [(0, 100, "%")],
+    "tokens/s": [(1e6, 1e-6, "M tokens/s"), (1e4, 1e-3, "k tokens/s"), (0, 1, "tokens/s")],
     "J": [(1e6, 1e-6, "MJ"), (1e4, 1e-3, "kJ"), (0, 1, "J")],
     **{
         unit: [(2**30, 2**-30, f"GiB{per}"), (2**20, 2**-20, f"MiB{per}"), (2**10, 2**-10, f"KiB{per}"), (0, 1, f"B{per}")]
@@ -48,25 +49,24 @@ def readable(unit: str, largest: float) -> tuple[float, str]:
 
 
 def quantity(value: float, unit: str = "") -> str:
-    """A number with its unit, to four digits: '12.3 ms', '412,300 tokens/s', '41.2%'."""
+    """A number with its unit, to four digits: '12.30 ms', '1.041 M tokens/s', '41.2%'. Counts are whole: '1,200'."""
     if not math.isfinite(value):
         return "not finite"
     factor, name = readable(unit, value)
     scaled = value * factor
     if name == "%":
         return f"{scaled:.1f}%"
-    return f"{number(scaled)}{f' {name}' if name else ''}"
+    whole = scaled == int(scaled) and (scaled == 0 or (factor == 1 and unit != "s"))
+    return f"{f'{int(scaled):,}' if whole else number(scaled)}{f' {name}' if name else ''}"
 
 
 def number(value: float) -> str:
-    """Four significant digits, with thousands; counts whole."""
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
+    """Four significant digits, zeros at the end included."""
     size = abs(value)
-    if size >= 1000:
+    if size >= 999.95:
         return f"{value:,.0f}"
     if size >= 1e-3:
-        return f"{value:.4g}"
+        return f"{value:#.4g}".removesuffix(".")
     mantissa, _, exponent = f"{value:.3e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
@@ -88,17 +88,20 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten over few decades, powers of ten over more; the first and last enclose [low, high] > 0."""
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"wanted finite 0 < low <= high, got {low} and {high}")
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high)) + (low == high)
-    stride = max(1, math.ceil((last - first) / 6))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [factor * 10.0**power for power in range(first, last + stride, stride) for factor in factors]
-    start = max(index for index, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
-    end = min(index for index, tick in enumerate(ticks) if tick >= high * (1 - 1e-9))
-    return ticks[start : max(end, start + 1) + 1]
+def log_ticks(low: float, high: float, count: int = 7) -> list[float]:
+    """1, 2, 5 times powers of ten within [low, high], ascending; only the powers, or some of them, where that is too many.
+
+    Raises ValueError unless 0 < low < high < infinity.
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"wanted finite 0 < low < high, got {low} and {high}")
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors, stride in (((1, 2, 5), 1), *(((1,), stride) for stride in range(1, len(powers) + 1))):
+        ticks = [factor * 10.0**power for power in powers[::stride] for factor in factors]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= count:
+            break
+    return ticks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +196,7 @@ def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str, width:
         parts.append(_line(one, plot, left, right, y.unit))
     parts.append(_readings(drawn, plot, left, right, x, y))
     named = ", ".join(_told(one, y.unit) for one in drawn)
-    return _svg(width, height, f"{title}. {x.label} from {number(left)} to {number(right)}. {named}", parts)
+    return _svg(width, height, f"{title}. {x.label} from {quantity(left, x.unit)} to {quantity(right, x.unit)}. {named}", parts)
 
 
 def _drawable(one: Series, log: bool) -> Series:
@@ -225,16 +228,20 @@ def _frame(
     """The area, its hairlines and their labels. `whole`: the x axis ends at the data, and has no room for it beyond."""
     factor, unit = readable(y.unit, max(abs(y_low), abs(y_high), y.top or 0.0))
     if y.log:
-        ticks = log_ticks(y_low * factor, y_high * factor)
+        bounds = y_low / 1.08, y_high * 1.08
+        ticks = log_ticks(bounds[0] * factor, bounds[1] * factor)
     else:
         low = min(0.0, y_low) if y.zero else y_low
         ticks = nice_ticks(low * factor, max(y_high, -math.inf if y.top is None else y.top) * factor)
+        bounds = ticks[0] / factor, ticks[-1] / factor
     names = [tick_text(tick, ticks) for tick in ticks]
     left = 12 + _CHARACTER * max(len(name) for name in names)
     right, bottom = width - _RIGHT, height - _BOTTOM
-    y_of = _scale(ticks[0] / factor, ticks[-1] / factor, bottom, _TOP, y.log)
+    y_of = _scale(*bounds, bottom, _TOP, y.log)
     if x_low == x_high and not whole:
         x_low, x_high = x_low - 1, x_high + 1
+    elif 0 < x_low < 0.1 * x_high and not whole:
+        x_low = 0.0
     x_of = _scale(x_low, x_high, left, right, log=False)
     x_factor, x_unit = readable(x.unit, x_high)
     room = max(2, int((right - left) / 64))
@@ -399,12 +406,7 @@ def stacked_chart(
     x: Floats, layers: Sequence[Layer], *, x_axis: Axis, y_axis: Axis, title: str, width: float = 360, height: float = 210
 ) -> str:
     """Parts of a whole over x [n], the first layer at the bottom, as columns: many points are averaged per column."""
-    count = max(1, int((width - 60) / COLUMN_WIDTH))
-    first, last = float(x[0]), float(x[-1])
-    gathered = [gather(x, layer.values, first, last, count) if len(x) > count else None for layer in layers]
-    places = x if gathered[0] is None else gathered[0].x
-    values = [layer.values if one is None else one.mean for layer, one in zip(layers, gathered, strict=True)]
-    heights = np.nan_to_num(np.stack(values))
+    places, heights = _stack(x, [layer.values for layer in layers], width)
     tops = np.cumsum(heights, axis=0)
     middles = (places[:-1] + places[1:]) / 2
     half = (places[1] - places[0]) / 2 if len(places) > 1 else 0.5
@@ -418,7 +420,7 @@ def stacked_chart(
         outline = [*zip(at, upper, strict=True), *zip(at[::-1], lower[::-1], strict=True)]
         told = f"<title>{_text(f'{layer.name}: {quantity(float(np.nanmean(layer.values)), y_axis.unit)} in the mean')}</title>"
         path = "M" + "L".join(f"{_r(a)} {_r(b)}" for a, b in outline) + "Z"
-        parts.append(f'<path class="area p-{_class(layer.name)}" d="{path}">{told}</path>')
+        parts.append(f'<path class="layer p-{_class(layer.name)}" d="{path}">{told}</path>')
         bottoms = top
     for start in range(0, len(places), max(1, math.ceil(len(places) / 40))):
         end = min(start + max(1, math.ceil(len(places) / 40)), len(places))
@@ -435,6 +437,20 @@ def stacked_chart(
         parts.append(_hover(float(ends[0]), float(ends[1]), plot, lines))
     means = ", ".join(f"{layer.name} {quantity(float(np.nanmean(layer.values)), y_axis.unit)}" for layer in layers)
     return _svg(width, height, f"{title}. Means: {means}", parts)
+
+
+def _stack(x: Floats, values: Sequence[Floats], width: float) -> tuple[Floats, Floats]:
+    """(x [k], heights [layers, k]) as a chart of this width draws them: k at most its columns."""
+    count = max(1, int((width - 60) / COLUMN_WIDTH))
+    if len(x) <= count:
+        return x, np.nan_to_num(np.stack(list(values)))
+    gathered = [gather(x, each, float(x[0]), float(x[-1]), count) for each in values]
+    return gathered[0].x, np.nan_to_num(np.stack([each.mean for each in gathered]))
+
+
+def stack_top(x: Floats, values: Sequence[Floats], width: float) -> float:
+    """How high the stack of a chart of this width is: for one axis over several charts."""
+    return float(_stack(x, values, width)[1].sum(axis=0).max())
 
 
 def histogram(
@@ -455,7 +471,7 @@ def histogram(
             span = f"{quantity(edges[index], x.unit)} to {quantity(edges[index + 1], x.unit)}"
             if index == bins - 1 and values.max() > high:
                 span = f"{quantity(edges[index], x.unit)} and more, up to {quantity(float(values.max()), x.unit)}"
-            told, wide = f"{span}: {number(int(count))} updates", max(at[index + 1] - at[index] - 0.8, 0.6)
+            told, wide = f"{span}: {count:,} updates", max(at[index + 1] - at[index] - 0.8, 0.6)
             parts.append(_rect(f"bar s{style % STYLES}", at[index] + 0.4, top[index], wide, plot.bottom - top[index], told))
     labels = []
     taken = -math.inf
@@ -471,7 +487,7 @@ def histogram(
             f"<title>{_text(f'{name}: {quantity(value, x.unit)}')}</title></text>"
         )
     told = ", ".join(f"{name} {quantity(value, x.unit)}" for name, value in marks)
-    return _svg(width, height, f"{title}. {number(len(values))} values, {told}", [*parts, *labels])
+    return _svg(width, height, f"{title}. {len(values):,} values, {told}", [*parts, *labels])
 
 
 @dataclass(frozen=True, kw_only=True)

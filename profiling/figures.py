@@ -1,0 +1,494 @@
+"""The figures of a report: one run's history -> groups of named numbers with unit, spread and count.
+
+The keys are stable: `fastdistil report --json` prints them. What a run did not record has value None; nothing is guessed. What
+no run of a report recorded is one line, "not recorded". A figure's numbers are of the updates behind the warm-up, as
+summary.py measures them, unless `detail` says otherwise.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fastdistil.profiling.charts import quantity
+from fastdistil.profiling.history import Event, History
+from fastdistil.profiling.panels import PHASES, at, real
+
+Better = Literal["higher", "lower"]
+NOT_RECORDED = "not recorded"
+TIMES = "\N{MULTIPLICATION SIGN}"
+OUTCOMES = {
+    "done": "done",
+    "stopped": "stopped and saved",
+    "nonfinite": "stopped: a value was not finite",
+    "open": "open: running, or it died",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    key: str
+    label: str
+    value: float | str | None
+    """SI units; None: not recorded."""
+    unit: str = ""
+    """As charts.quantity knows it."""
+    spread: float | None = None
+    """Of one value, same unit; `spread_kind` says which."""
+    spread_kind: Literal["sd", "se"] = "sd"
+    n: int | None = None
+    """How many values it is of; `of` says which."""
+    of: str = "updates"
+    detail: str = ""
+    better: Better | None = None
+    """None: neither direction is."""
+
+    @property
+    def text(self) -> str:
+        if self.value is None:
+            return NOT_RECORDED
+        return self.value if isinstance(self.value, str) else quantity(self.value, self.unit)
+
+    @property
+    def spread_text(self) -> str:
+        return "" if self.spread is None else f"± {quantity(self.spread, self.unit)} {self.spread_kind}"
+
+    @property
+    def count_text(self) -> str:
+        return "" if self.n is None else f"{self.n:,} {self.of}"
+
+    def against(self, baseline: "Figure") -> float | None:
+        """Relative difference of two numbers; None where there is none."""
+        if isinstance(self.value, str) or isinstance(baseline.value, str) or not self.value or not baseline.value:
+            return None
+        return self.value / baseline.value - 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "value": self.value,
+            "unit": self.unit,
+            "spread": self.spread,
+            "spread_kind": self.spread_kind if self.spread is not None else None,
+            "n": self.n,
+            "of": self.of if self.n is not None else None,
+            "detail": self.detail,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    key: str
+    title: str
+    figures: Sequence[Figure]
+
+
+def groups(history: History, summary: Mapping[str, Any]) -> list[Group]:
+    """`summary`: summarise(history)."""
+    return [
+        Group(key="run", title="Run", figures=_run(history, summary)),
+        Group(key="learning", title="Learning", figures=_learning(history)),
+        Group(key="speed", title="Speed", figures=_speed(history, summary)),
+        Group(key="step", title="Where a step goes", figures=_step(summary)),
+        Group(key="memory", title="Memory", figures=_memory(summary)),
+        Group(key="device", title="Device", figures=_device(summary)),
+        Group(key="communication", title="Communication and ranks", figures=_communication(history, summary)),
+        Group(key="environment", title="Environment", figures=_environment(history)),
+    ]
+
+
+def setting(summary: Mapping[str, Any]) -> str:
+    """On what the numbers were measured: device, dtype, ranks, shape."""
+    ranks, known = summary["ranks"], summary
+    parts = [str(known["device"] or "device not recorded"), str(known["dtype"] or "dtype not recorded")]
+    if ranks is not None:
+        parts.append(f"{ranks} rank{'s' * (ranks != 1)}")
+    if known["micro_batch_tokens"] is not None and known["accumulation"] is not None:
+        parts.append(f"{known['micro_batch_tokens']:,} tokens {TIMES} {known['accumulation']} micro-batches an update and rank")
+    if known["student_parameters"]:
+        parts.append(f"student of {parameters(known['student_parameters'])}")
+    if known["teacher_parameters"]:
+        parts.append(f"teacher of {parameters(known['teacher_parameters'])}")
+    return ", ".join(parts)
+
+
+def parameters(count: float) -> str:
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.4g}{name} parameters"
+    return f"{count:,} parameters"
+
+
+def duration(seconds: float) -> str:
+    """'2 h 03 min', '4 min 05 s', '12.3 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{minutes} min {whole:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def wall_s(history: History) -> float | None:
+    """From each start to the last event before the next; what lies between two attempts is left out."""
+    begun = [real(start.get("time")) for start in history.starts]
+    events = [*history.lines, *history.evaluations, *history.notes, *history.checkpoints]
+    times = np.array([*(real(event.get("time")) for event in events), *begun])
+    ends = [*begun[1:], math.inf]
+    spans = [times[(times >= first) & (times < end)].max() - first for first, end in zip(begun, ends, strict=True)]
+    return float(sum(spans)) if spans and math.isfinite(sum(spans)) else None
+
+
+def _text(key: str, label: str, value: object, detail: str = "") -> Figure:
+    return Figure(key, label, None if value is None else str(value), detail=detail)
+
+
+def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
+    start, recipe = history.start, history.recipe
+    done = history.lines[-1]["update"] if history.lines else start.get("update", 0)
+    planned = start.get("updates")
+    wall = wall_s(history)
+    tokens = sum(line.get("tokens", 0) for line in history.lines)
+    student = at(recipe, "student", "path") or at(recipe, "student", "architecture")
+    counted = "lines that hold warm-up left out"
+    return [
+        _text("run.outcome", "outcome", OUTCOMES[history.outcome]),
+        Figure("run.updates", "updates", done, detail=f"of {planned:,} planned" if planned else ""),
+        Figure("run.tokens", "tokens", tokens, detail="all ranks and log lines, padding left out"),
+        Figure(
+            "run.wall_s",
+            "wall clock",
+            wall,
+            "s",
+            better="lower",
+            detail="first to last event; evaluations and checkpoints included, interruptions left out",
+        ),
+        _text("run.teacher", "teacher", at(recipe, "teacher", "path")),
+        _text("run.student", "student", student),
+        Figure("run.teacher_parameters", "teacher parameters", summary["teacher_parameters"]),
+        Figure("run.student_parameters", "student parameters", summary["student_parameters"]),
+        _text("run.device", "device", summary["device"]),
+        _text("run.dtype", "precision", summary["dtype"]),
+        *(_text(f"run.{name}", name, summary[name]) for name in ("ranks", "nodes", "engine", "rings", "sync", "compression")),
+        *(_text(f"run.{name}", name, summary[name]) for name in ("threads", "kernels")),
+        Figure("run.micro_batch_tokens", "tokens of a micro-batch", summary["micro_batch_tokens"], detail="at most"),
+        Figure("run.accumulation", "micro-batches an update", summary["accumulation"], detail="of each rank"),
+        Figure("run.tokens_per_update", "tokens an update", summary["tokens_per_update"], detail=f"all ranks; {counted}"),
+    ]
+
+
+def _learning(history: History) -> list[Figure]:
+    last = history.lines[-1] if history.lines else {}
+    where = f"mean of the last log line, update {last['update']:,}" if last else ""
+    found = [
+        Figure(
+            f"learning.{name}",
+            f"{label} loss",
+            _value(last.get(name)),
+            "nats" if name in ("soft", "hard") else "",
+            n=last.get("updates"),
+            detail=where,
+            better="lower",
+        )
+        for name, label in (("total", "total"), ("soft", "soft"), ("hard", "hard"), ("cosine", "cosine"), ("mse", "mse"))
+        if name == "total" or name in last
+    ]
+    skipped = [real(line["skipped"]) for line in history.lines if "skipped" in line]
+    found.append(Figure("learning.skipped", "skipped updates", sum(skipped) if skipped else None, detail="not finite"))
+    final = history.evaluations[-1] if history.evaluations else {}
+    best = min(history.evaluations, key=lambda event: real(event.get("loss")), default={})
+    for name, event in (("final", final), ("best", best)):
+        at_update = f"{name}, update {event['update']:,}" if event else ""
+        found += [
+            Figure(
+                f"learning.{name}_heldout_loss",
+                f"held-out loss, {name}",
+                _value(event.get("loss")),
+                "nats",
+                spread=_value(event.get("loss_se")),
+                spread_kind="se",
+                n=event.get("labels"),
+                of="labels",
+                detail=at_update,
+                better="lower",
+            ),
+            Figure(
+                f"learning.{name}_perplexity",
+                f"held-out perplexity, {name}",
+                _value(event.get("perplexity")),
+                spread=_perplexity_se(event),
+                spread_kind="se",
+                n=event.get("labels"),
+                of="labels",
+                detail=at_update,
+                better="lower",
+            ),
+        ]
+    if "kl" in final:
+        found.append(
+            Figure(
+                "learning.final_kl",
+                "held-out KL to the teacher, final",
+                _value(final["kl"]),
+                "nats",
+                spread=_value(final.get("kl_se")),
+                spread_kind="se",
+                n=final.get("kl_tokens"),
+                of="tokens",
+                detail=f"final, update {final['update']:,}",
+                better="lower",
+            )
+        )
+    return found
+
+
+def _perplexity_se(event: Event) -> float | None:
+    """To first order: the standard error of e^loss is e^loss times that of the loss."""
+    perplexity, error = _value(event.get("perplexity")), _value(event.get("loss_se"))
+    return None if perplexity is None or error is None else perplexity * error
+
+
+def _value(value: object) -> float | None:
+    found = real(value)
+    return found if value is not None and not math.isnan(found) else None
+
+
+def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
+    rates = [
+        real(line["tokens_per_s"]) for line in history.comparable_lines if "tokens_per_s" in line and not line.get("warmup")
+    ]
+    rates = [rate for rate in rates if math.isfinite(rate)]
+    step, mfu = summary["step_s"] or {}, summary["mfu"] or {}
+    n, warm = step.get("n"), f"{summary['warmup']} warm-up updates left out; rank 0"
+    peak = f"of {quantity(mfu['peak_flops'], 'flop/s')} ({mfu['peak_source']})" if mfu.get("peak_flops") else ""
+    refused = "; ".join(mfu.get("refused") or [])
+    bottleneck = summary["bottleneck"]
+    return [
+        Figure(
+            "speed.tokens_per_s",
+            "throughput",
+            summary["tokens_per_s"],
+            "tokens/s",
+            spread=float(np.std(rates, ddof=1)) if len(rates) > 1 else None,
+            n=len(rates) or None,
+            of="log lines",
+            detail="all ranks; all tokens over all time",
+            better="higher",
+        ),
+        *(
+            Figure(f"speed.step_{name}_s", f"step, {name}", step.get(name), "s", n=n, detail=warm, better="lower")
+            for name in ("p50", "p95", "p99")
+        ),
+        Figure(
+            "speed.step_mean_s", "step, mean", step.get("mean"), "s", spread=step.get("sd"), n=n, detail=warm, better="lower"
+        ),
+        *(
+            Figure(f"speed.mfu_{name}", label, mfu.get(name), "share", detail=refused or peak, better=better)
+            for name, label, better in (
+                ("student", "MFU, student", "higher"),
+                ("with_teacher", "MFU, with the teacher", "higher"),
+                ("hfu", "hardware FLOP utilisation", None),
+            )
+        ),
+        Figure("speed.data_wait_share", "waiting for data", summary["data_wait_share"], "share", better="lower"),
+        _text("speed.bottleneck", "bottleneck", bottleneck.get("name"), str(bottleneck.get("why", ""))),
+    ]
+
+
+def _step(summary: Mapping[str, Any]) -> list[Figure]:
+    phases = summary["phases"] or {}
+    found = []
+    for name in sorted(phases, key=PHASES.index):
+        phase = phases[name]
+        percentiles = ", ".join(f"{mark} {quantity(phase[mark], 's')}" for mark in ("p50", "p95", "p99"))
+        found += [
+            Figure(
+                f"step.{name}_s", name, phase["mean"], "s", spread=phase["sd"], n=phase["n"], detail=percentiles, better="lower"
+            ),
+            Figure(f"step.{name}_share", f"{name}, of the step", phase["share"], "share", n=phase["n"]),
+        ]
+    return found or [Figure("step.phases", "phases", None)]
+
+
+def _memory(summary: Mapping[str, Any]) -> list[Figure]:
+    memory = summary["memory"] or {}
+    names = {
+        "peak_allocated_bytes": ("peak allocated", "torch's allocator, rank 0"),
+        "peak_reserved_bytes": ("peak reserved", "torch's allocator, rank 0"),
+        "fragmented_bytes": ("reserved, not allocated", "last log line"),
+        "used_bytes": ("used on the device", "by all processes, last log line"),
+        "outside_bytes": ("used outside torch's allocator", "last log line"),
+        "peak_rss_bytes": ("host, peak resident", "rank 0"),
+    }
+    found = [
+        Figure(f"memory.{name}", label, _value(memory.get(name)), "bytes", detail=detail, better="lower")
+        for name, (label, detail) in names.items()
+    ]
+    found += [
+        Figure(f"memory.{name}", label, _value(memory.get(name)), better="lower")
+        for name, label in (("retries", "allocations retried"), ("ooms", "out of memory"))
+    ]
+    parts, estimate = memory.get("parts") or {}, memory.get("estimate") or {}
+    for name in parts:
+        value, before = _value(parts[name]), _value(estimate.get(name))
+        told = f"estimated before: {quantity(before, 'bytes')}" if before is not None else "no estimate recorded"
+        found.append(Figure(f"memory.parts.{name}", f"part: {name.replace('_', ' ')}", value, "bytes", detail=told))
+    whole = _value(memory.get("peak_bytes"))
+    if parts or whole is not None:
+        predicted = sum(real(value) for value in estimate.values()) if estimate else math.nan
+        told = f"estimated before: {quantity(predicted, 'bytes')}" if math.isfinite(predicted) else "no estimate recorded"
+        if whole and math.isfinite(predicted):
+            told += f" ({predicted / whole - 1:+.1%})"
+        found.append(Figure("memory.peak_bytes", "peak after the first updates", whole, "bytes", detail=told))
+    return found
+
+
+def _device(summary: Mapping[str, Any]) -> list[Figure]:
+    readings, energy = summary["readings"] or {}, summary["energy"]
+    n = readings.get("samples")
+    names: list[tuple[str, str, str, str]] = [
+        ("utilisation", "utilisation", "share", "mean"),
+        ("sm_clock_mhz", "SM clock", "MHz", "median"),
+        ("sm_clock_min_mhz", "SM clock, lowest", "MHz", "lowest of the lines"),
+        ("memory_clock_mhz", "memory clock", "MHz", "median"),
+        ("clock_mhz", "processor clock", "MHz", "median"),
+        ("power_w", "power", "W", "mean"),
+        ("temperature_c", "temperature", "°C", "highest"),
+    ]
+    found = [
+        Figure(
+            f"device.{name}",
+            label,
+            _value(readings.get(name)),
+            unit,
+            n=n,
+            of="samples",
+            detail=f"{how}; rank 0",
+        )
+        for name, label, unit, how in names
+        if name in readings or name in ("utilisation", "power_w", "temperature_c")
+    ]
+    why = energy.get("why") or f"rank 0's device, over {quantity(energy['seconds'], 's')}; the sensor's error is some per cent"
+    per_token = energy["j_per_million_tokens"]
+    found += [
+        Figure("device.j_per_update", "energy an update", energy["j_per_update"], "J", detail=why, better="lower"),
+        Figure("device.j_per_million_tokens", "energy per million tokens", per_token, "J", detail=why, better="lower"),
+    ]
+    throttled = readings.get("throttled")
+    if throttled is None:
+        return [*found, Figure("device.throttled", "throttled", None)]
+    if not throttled:
+        return [*found, _text("device.throttled", "throttled", "never", f"{n:,} samples" if n else "")]
+    return found + [
+        Figure(
+            f"device.throttled.{reason}",
+            f"throttled: {reason.replace('_', ' ')}",
+            share,
+            "share",
+            n=n,
+            of="samples",
+            better="lower",
+        )
+        for reason, share in throttled.items()
+    ]
+
+
+def _communication(history: History, summary: Mapping[str, Any]) -> list[Figure]:
+    if summary["ranks"] == 1:
+        return [_text("communication.none", "communication", "none: one rank")]
+    lines = [line for line in history.comparable_lines if not line.get("warmup")]
+    hidden, straggler = summary["communication"] or {}, summary["straggler"] or {}
+    rings = max((len(line.get("ring_bytes") or ()) for line in lines), default=0)
+    worked = ""
+    if straggler:
+        worked = f"rank {straggler['rank']}, the slowest in {straggler['slowest_in']} of {straggler['lines']} log lines"
+    return [
+        _per_update(lines, "communication.gradient_bytes", "gradient bytes an update", "gradient_bytes", "bytes/update"),
+        *(
+            _per_update(
+                lines, f"communication.ring_{ring}_bytes", f"gradient bytes, ring {ring}", "ring_bytes", "bytes/update", ring
+            )
+            for ring in range(rings)
+        ),
+        _per_update(lines, "communication.control_bytes", "control bytes an update", "control_bytes", "bytes/update"),
+        _per_update(lines, "communication.control_messages", "control messages an update", "control_messages", ""),
+        _per_update(lines, "communication.gradient_collectives", "gradient collectives an update", "gradient_collectives", ""),
+        _per_update(lines, "communication.wait_s", "waiting for communication an update", "exchange_wait_s", "s"),
+        Figure(
+            "communication.seconds",
+            "first departure to last arrival",
+            hidden.get("mean"),
+            "s",
+            spread=hidden.get("sd"),
+            n=hidden.get("n"),
+            detail="overlaps backward; rank 0",
+            better="lower",
+        ),
+        Figure(
+            "communication.hidden_share",
+            "of it, hidden",
+            hidden.get("hidden_share"),
+            "share",
+            detail="not waited for",
+            better="higher",
+        ),
+        _line_mean(lines, "communication.imbalance_time", "imbalance of own work", "imbalance_time"),
+        _line_mean(lines, "communication.imbalance_tokens", "imbalance of tokens", "imbalance_tokens"),
+        Figure(
+            "communication.straggler_share",
+            "straggler's own work over the mean",
+            straggler.get("share"),
+            "share",
+            detail=worked,
+            better="lower",
+        ),
+    ]
+
+
+def _per_update(lines: Iterable[Event], key: str, label: str, name: str, unit: str, ring: int | None = None) -> Figure:
+    """All of it over all updates."""
+    total, updates = 0.0, 0
+    for line in lines:
+        value = line.get(name)
+        if ring is not None:
+            value = value[ring] if value is not None and ring < len(value) else None
+        if value is not None and line.get("updates"):
+            total, updates = total + real(value), updates + line["updates"]
+    mean = total / updates if updates else None
+    return Figure(key, label, mean, unit, n=updates or None, detail="rank 0", better="lower")
+
+
+def _line_mean(lines: Iterable[Event], key: str, label: str, name: str) -> Figure:
+    values = [real(line[name]) for line in lines if name in line]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    mean = float(np.mean(values)) if values else None
+    detail = "largest rank over the mean, less 1"
+    return Figure(
+        key, label, mean, "share", spread=spread, n=len(values) or None, of="log lines", detail=detail, better="lower"
+    )
+
+
+def _environment(history: History) -> list[Figure]:
+    """Versions and devices, nothing else of what surrounds a run: no variables, no addresses, no names of machines or users."""
+    found, versions = history.environment, dict(history.environment.get("versions") or {})
+    if "torch" in history.start:
+        versions.setdefault("torch", history.start["torch"])
+    devices: dict[str, list[Mapping[str, Any]]] = {}
+    for device in found.get("devices") or []:
+        devices.setdefault(str(device.get("name")), []).append(device)
+    figures = [
+        _text("environment.processor", "processor", found.get("processor")),
+        _text("environment.cores", "cores", found.get("cores")),
+        Figure("environment.memory_bytes", "host memory", _value(found.get("memory_bytes")), "bytes"),
+    ]
+    for index, (name, same) in enumerate(devices.items()):
+        memory = _value(same[0].get("memory_bytes"))
+        told = quantity(memory, "bytes") if memory is not None else "memory not recorded"
+        figures.append(_text(f"environment.device_{index}", "device", f"{len(same)} {TIMES} {name}", told))
+    for kind, unit in (("flops", "flop/s"), ("bytes", "bytes/s")):
+        for source, value in (at(found, "peaks", kind) or {}).items():
+            label = "peak arithmetic" if kind == "flops" else "peak memory bandwidth"
+            figures.append(Figure(f"environment.peak_{kind}.{source}", label, _value(value), unit, detail=str(source)))
+    if not versions:
+        figures.append(Figure("environment.versions", "versions", None))
+    return [*figures, *(_text(f"environment.versions.{name}", str(name), value) for name, value in versions.items())]

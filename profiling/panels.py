@@ -1,0 +1,546 @@
+"""Which charts a report has: run histories -> sections of panels.
+
+One run: a panel has a line for each of its measures. Several: a panel for each measure with a line for each run, always in the
+same colour and dash. A measure that no run recorded has no panel; its title goes into the section's `missing`.
+
+Curves show every effective update; those of ranks only the lines that ran as the last start says.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastdistil.profiling import charts
+from fastdistil.profiling.charts import Axis, Floats, Layer, Series
+from fastdistil.profiling.history import Event, History
+from fastdistil.profiling.summary import DISJOINT
+
+Get = Callable[[Event], object]
+PHASES = (*DISJOINT, "other")
+WIDE, NARROW = 740.0, 360.0
+UPDATE = Axis(label="update")
+LOG_FROM = 20.0
+"""Largest over smallest value from which an axis is logarithmic, where all values are positive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    title: str
+    svg: str
+    narrow: str = ""
+    """The same for a small screen, where `svg` is wide."""
+    tall: bool = False
+    """As high as two others."""
+    legend: Sequence[tuple[str, str]] = ()
+    """(swatch, name)."""
+    caption: str = ""
+
+
+@dataclass(kw_only=True)
+class Section:
+    key: str
+    title: str
+    panels: list[Panel] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Titles of what no run recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """x, y: [n]; low, high: [n], ends of error bars."""
+
+    x: Floats
+    y: Floats
+    low: Floats | None = None
+    high: Floats | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    name: str
+    get: Callable[[History], Points]
+
+
+def sections(histories: Sequence[History]) -> list[Section]:
+    return [
+        _learning(histories),
+        _speed(histories),
+        _step(histories),
+        _memory(histories),
+        _device(histories),
+        _communication(histories),
+    ]
+
+
+def real(value: object) -> float:
+    """Also of "nan" and "inf", as the log writes them; nan for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def at(values: object, *path: str) -> Any:
+    """What lies at a path of keys; None where it ends."""
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def of_lines(*path: str, per_update: bool = False, get: Get | None = None) -> Callable[[History], Points]:
+    """A field of the log lines, or what `get` takes from one; lines without it are left out, so that curves have no holes."""
+
+    def points(history: History) -> Points:
+        found = [(line["update"], get(line) if get else at(line, *path), line.get("updates")) for line in history.lines]
+        found = [(update, value, count) for update, value, count in found if value is not None]
+        y = np.array([real(value) / (real(count) if per_update else 1.0) for _, value, count in found], dtype=np.float64)
+        return Points(x=np.array([update for update, _, _ in found], dtype=np.float64), y=y)
+
+    return points
+
+
+def _field(name: str, *path: str, per_update: bool = False) -> Measure:
+    return Measure(name=name, get=of_lines(*path, per_update=per_update))
+
+
+def add(
+    section: Section, title: str, histories: Sequence[History], measures: Sequence[Measure], y: Axis,
+    *, wide: bool = False, tall: bool = False, log: bool = False, caption: str = "",
+) -> None:  # fmt: skip
+    """Draw the measures into panels of `section`, the first as `wide` and `tall` say. `log`: logarithmic if the values ask for it."""
+    found = [(measure.name, [measure.get(history) for history in histories]) for measure in measures]
+    found = [(name, points) for name, points in found if any(np.isfinite(each.y).any() for each in points)]
+    if not found:
+        section.missing.append(title)
+    elif len(histories) == 1:
+        lines = [(name, points[0]) for name, points in found]
+        section.panels.append(_line_panel(title, lines, y, wide, tall, log, [caption]))
+    else:
+        for name, points in found:
+            own = title if len(measures) == 1 else f"{title}: {name}"
+            lines = [(history.name, each) for history, each in zip(histories, points, strict=True)]
+            first = name == found[0][0]
+            absent = [run for run, each in lines if not np.isfinite(each.y).any()]
+            told = f"Not recorded in {', '.join(absent)}." if absent else ""
+            section.panels.append(_line_panel(own, lines, y, wide and first, tall and first, log, [caption, told]))
+
+
+def _line_panel(
+    title: str, lines: list[tuple[str, Points]], y: Axis, wide: bool, tall: bool, log: bool, told: list[str]
+) -> Panel:
+    series = [
+        Series(name=name, x=each.x, y=each.y, style=style, low=each.low, high=each.high)
+        for style, (name, each) in enumerate(lines)
+        if np.isfinite(each.y).any()
+    ]
+    values = np.concatenate([one.y[np.isfinite(one.y)] for one in series])
+    if log and values.min() > 0 and values.max() >= LOG_FROM * values.min():
+        y = Axis(label=y.label, unit=y.unit, log=True)
+        told.append("Logarithmic axis.")
+    most, columns = max(len(one.x) for one in series), int(((WIDE if wide else NARROW) - 60) / charts.COLUMN_WIDTH)
+    if most > columns:
+        told.append(
+            f"{most:,} values in some {columns} columns: the line is a column's mean, the band its smallest to its largest."
+        )
+    gaps = sum(int((~np.isfinite(one.y)).sum()) for one in series)
+    if gaps:
+        told.append(f"Values that are not finite or not recorded: {gaps:,}, left blank.")
+
+    def draw(width: float, height: float) -> str:
+        return charts.line_chart(series, x=UPDATE, y=y, title=title, width=width, height=height)
+
+    return Panel(
+        title=title,
+        svg=draw(WIDE, 505 if tall else 228) if wide else draw(NARROW, 210),
+        narrow=draw(NARROW, 230) if wide else "",
+        tall=tall,
+        legend=[(charts.swatch(one.style), one.name) for one in series] if len(lines) > 1 else [],
+        caption=" ".join(part for part in told if part),
+    )
+
+
+def _learning(histories: Sequence[History]) -> Section:
+    section = Section(key="learning", title="Learning")
+    terms = [_field(name, name) for name in ("total", "soft", "hard", "cosine", "mse")]
+    caption = "Means of a log line's updates; total is the weighted sum."
+    add(section, "Loss", histories, terms, Axis(label="loss"), wide=True, tall=True, log=True, caption=caption)
+    norms = [_field("mean", "grad_norm"), _field("largest", "grad_norm_max")]
+    add(section, "Gradient norm", histories, norms, Axis(label="norm"), log=True, caption="Before clipping.")
+    add(section, "Learning rate", histories, [_field("rate", "lr")], Axis(label="rate", zero=True))
+    bars = "Bars: one standard error."
+    add(
+        section,
+        "Held-out loss",
+        histories,
+        [Measure(name="loss", get=_evaluated("loss"))],
+        Axis(label="loss, nats"),
+        caption=bars,
+    )
+    perplexity = [Measure(name="perplexity", get=_perplexity)]
+    caption = "Bars: e to the loss ± one standard error."
+    add(section, "Held-out perplexity", histories, perplexity, Axis(label="perplexity"), log=True, caption=caption)
+    kl = [Measure(name="KL", get=_evaluated("kl"))]
+    add(section, "Held-out KL to the teacher", histories, kl, Axis(label="KL, nats", zero=True), caption=bars)
+    return section
+
+
+def _evaluated(name: str) -> Callable[[History], Points]:
+    def points(history: History) -> Points:
+        found = [event for event in history.evaluations if event.get(name) is not None]
+        x = np.array([event["update"] for event in found], dtype=np.float64)
+        y = np.array([real(event[name]) for event in found], dtype=np.float64)
+        error = np.array([real(event.get(f"{name}_se")) for event in found], dtype=np.float64)
+        return Points(x=x, y=y, low=y - error, high=y + error)
+
+    return points
+
+
+def _perplexity(history: History) -> Points:
+    loss, own = _evaluated("loss")(history), _evaluated("perplexity")(history)
+    if loss.low is None or loss.high is None or len(loss.x) != len(own.x):
+        return own
+    with np.errstate(over="ignore"):
+        return Points(x=own.x, y=own.y, low=np.exp(loss.low), high=np.exp(loss.high))
+
+
+def _speed(histories: Sequence[History]) -> Section:
+    section = Section(key="speed", title="Speed")
+    rate = [_field("tokens/s", "tokens_per_s")]
+    caption = "All ranks together; evaluations and checkpoints left out."
+    add(
+        section, "Throughput", histories, rate, Axis(label="throughput", unit="tokens/s", zero=True), wide=True, caption=caption
+    )
+    step = [Measure(name="step", get=_steps)]
+    caption = "Every update of rank 0 behind the warm-up."
+    add(section, "Step time", histories, step, Axis(label="step", unit="s", zero=True), caption=caption)
+    steps = [_steps(history).y for history in histories]
+    recorded = [each for each in steps if each.size]
+    if recorded:
+        # To the slowest run's 99th percentile and a quarter more: one stall must not squeeze all others into a line.
+        high = max(min(float(each.max()), 1.25 * float(np.percentile(each, 99))) for each in recorded)
+        domain = (min(float(each.min()) for each in recorded), high)
+        for style, (history, each) in enumerate(zip(histories, steps, strict=True)):
+            if each.size:
+                section.panels.append(_distribution(history, each, domain, style, several=len(histories) > 1))
+    else:
+        section.missing.append("Step-time distribution")
+    caption = "Share of the peak's FLOP/s that the models' own FLOP take."
+    if any(real(at(line, "mfu", name)) > 1 for history in histories for line in history.lines for name in _MFU):
+        caption += " Values above 100% are refused: the peak they are taken of is too low."
+    sources = sorted(
+        {str(at(line, "mfu", "peak_source")) for each in histories for line in each.lines if at(line, "mfu", "peak_source")}
+    )
+    caption += f" Peak: {'; '.join(sources)}." if sources else ""
+    utilisation = [Measure(name=label, get=of_lines(get=_possible(name))) for name, label in _MFU.items()]
+    add(section, "MFU", histories, utilisation, Axis(label="of peak", unit="share", zero=True), caption=caption)
+    return section
+
+
+_MFU = {"student": "student", "with_teacher": "with the teacher", "hfu": "hardware (recomputation included)"}
+
+
+def _possible(name: str) -> Get:
+    def get(line: Event) -> object:
+        value = at(line, "mfu", name)
+        return None if value is None or real(value) > 1 else value
+
+    return get
+
+
+def _steps(history: History) -> Points:
+    """Seconds of every update behind the warm-up."""
+    known = [line for line in history.lines if line.get("step_s")]
+    if not known:
+        return Points(x=np.empty(0), y=np.empty(0))
+    return Points(
+        x=np.concatenate([_updates_of(line) for line in known]),
+        y=np.concatenate([_measured(line, line["step_s"]) for line in known]),
+    )
+
+
+def _distribution(history: History, steps: Floats, domain: tuple[float, float], style: int, several: bool) -> Panel:
+    title = f"Step-time distribution: {history.name}" if several else "Step-time distribution"
+    marks = [(f"p{percent}", float(np.percentile(steps, percent))) for percent in (50, 95, 99)]
+    told = ", ".join(f"{name} {charts.quantity(value, 's')}" for name, value in marks)
+    caption = f"{len(steps):,} updates; {told}."
+    beyond = int((steps > domain[1]).sum())
+    if beyond:
+        caption += f" In the last bar: {beyond:,} beyond the axis, up to {charts.quantity(float(steps.max()), 's')}."
+    axis = Axis(label="step", unit="s")
+    return Panel(
+        title=title, svg=charts.histogram(steps, x=axis, marks=marks, style=style, domain=domain, title=title), caption=caption
+    )
+
+
+def _step(histories: Sequence[History]) -> Section:
+    section = Section(key="step", title="Where a step goes")
+    found = [(history, phase_columns(history.lines)) for history in histories]
+    wide = len(histories) == 1
+    tops = [charts.stack_top(x, list(each.values()), WIDE if wide else NARROW) for _, (x, each) in found if x.size]
+    for history, (x, phases) in found:
+        if not x.size:
+            continue
+        title = "Phases of a step" if wide else f"Phases of a step: {history.name}"
+        section.panels.append(_phase_panel(title, x, phases, max(tops), wide))
+    if not tops:
+        section.missing.append("Phases of a step")
+    spans = [Measure(name=label, get=_span(name)) for name, label in _SPANS.items()]
+    if not all(history.start.get("ranks") == 1 for history in histories):
+        caption = "What is not exposed, backward hides. Rank 0."
+        add(section, "Communication in a step", histories, spans, Axis(label="seconds", unit="s", zero=True), caption=caption)
+    return section
+
+
+_SPANS = {"communication": "first departure to last arrival", "exposed": "exposed"}
+
+
+def _span(name: str) -> Callable[[History], Points]:
+    def points(history: History) -> Points:
+        known = [line for line in history.lines if line.get("step_s") and name in (line.get("phases") or {})]
+        if not known:
+            return Points(x=np.empty(0), y=np.empty(0))
+        return Points(
+            x=np.concatenate([_updates_of(line) for line in known]),
+            y=np.concatenate([_measured(line, line["phases"][name]) for line in known]),
+        )
+
+    return points
+
+
+def _phase_panel(title: str, x: Floats, phases: dict[str, Floats], top: float, wide: bool) -> Panel:
+    layers = [Layer(name=name, values=values) for name, values in phases.items() if values.any()]
+    axis = Axis(label="step", unit="s", top=top)
+
+    def draw(width: float, height: float) -> str:
+        return charts.stacked_chart(x, layers, x_axis=UPDATE, y_axis=axis, title=title, width=width, height=height)
+
+    columns = int(((WIDE if wide else NARROW) - 60) / charts.COLUMN_WIDTH)
+    means = f" {len(x):,} updates as the means of some {columns} columns." if len(x) > columns else f" {len(x):,} updates."
+    return Panel(
+        title=title,
+        svg=draw(WIDE, 290) if wide else draw(NARROW, 230),
+        narrow=draw(NARROW, 230) if wide else "",
+        legend=[(charts.patch(layer.name), layer.name) for layer in reversed(layers)],
+        caption="Seconds of rank 0 in each phase; exposed: communication that the step waited for." + means,
+    )
+
+
+def phase_columns(lines: Iterable[Event]) -> tuple[Floats, dict[str, Floats]]:
+    """(update [n], {phase: seconds [n]}) of the updates behind the warm-up whose line recorded phases, `other` last."""
+    known = [line for line in lines if line.get("phases") and line.get("step_s")]
+    if not known:
+        return np.empty(0), {}
+    x = np.concatenate([_updates_of(line) for line in known])
+    steps = np.concatenate([_measured(line, line["step_s"]) for line in known])
+    # A phase that a line does not name was never entered: it took no time.
+    found = {
+        name: np.concatenate([_measured(line, line["phases"].get(name, [0.0] * len(line["step_s"]))) for line in known])
+        for name in DISJOINT
+    }
+    other = steps - np.sum(list(found.values()), axis=0)
+    return x, {**found, "other": np.maximum(other, 0.0)}
+
+
+def _measured(line: Event, values: Sequence[object]) -> Floats:
+    """Those behind the warm-up; "nan" and "inf" are read, as the log writes them."""
+    return np.array(values, dtype=np.float64)[int(line.get("warmup", 0)) :]
+
+
+def _updates_of(line: Event) -> Floats:
+    """Which updates a line's measured steps are."""
+    return np.arange(
+        line["update"] - len(line["step_s"]) + 1 + int(line.get("warmup", 0)), line["update"] + 1, dtype=np.float64
+    )
+
+
+_HELD = {
+    "peak_allocated_bytes": "peak allocated",
+    "allocated_bytes": "allocated",
+    "reserved_bytes": "reserved",
+    "used_bytes": "used on the device, by all",
+    "rss_bytes": "host, resident",
+}
+
+
+def _memory(histories: Sequence[History]) -> Section:
+    section = Section(key="memory", title="Memory")
+    held = [_field(label, "memory", name) for name, label in _HELD.items()]
+    if not any(line.get("memory") for history in histories for line in history.lines):
+        held = [_field("device peak", "device_peak_bytes"), _field("host peak", "host_peak_bytes")]
+    add(
+        section,
+        "Memory over time",
+        histories,
+        held,
+        Axis(label="held", unit="bytes", zero=True),
+        wide=True,
+        caption="Of rank 0.",
+    )
+    split = [history for history in histories if history.memory and history.memory.get("parts")]
+    section.panels.extend(_parts_panel(history, several=len(histories) > 1) for history in split)
+    if not split:
+        section.missing.append("Parts of the peak")
+    for history in histories:
+        peaks = _phase_peaks(history)
+        if peaks:
+            title = "Peak within each phase" + (f": {history.name}" if len(histories) > 1 else "")
+            bars = [charts.Bar(name=name, parts=[(name, value)]) for name, value in peaks.items()]
+            svg = charts.bar_chart(bars, x=Axis(label="allocated at most", unit="bytes"), title=title)
+            section.panels.append(Panel(title=title, svg=svg, caption="Largest of all log lines; rank 0."))
+    if not any(_phase_peaks(history) for history in histories):
+        section.missing.append("Peak within each phase")
+    return section
+
+
+def _parts_panel(history: History, several: bool) -> Panel:
+    assert history.memory is not None
+    title = "Parts of the peak" + (f": {history.name}" if several else "")
+    parts = {name: real(value) for name, value in history.memory["parts"].items()}
+    estimate = {name: real(value) for name, value in (history.memory.get("estimate") or {}).items()}
+    bars = [charts.Bar(name="measured", parts=_finite(parts))]
+    if estimate:
+        bars.append(charts.Bar(name="estimated before (--dry-run)", parts=_finite(estimate)))
+    peak = real(history.memory.get("peak_bytes"))
+    marks = [("peak", peak)] if math.isfinite(peak) else []
+    names = [name for name in parts if parts[name] > 0 or estimate.get(name, 0.0) > 0]
+    return Panel(
+        title=title,
+        svg=charts.bar_chart(bars, x=Axis(label="bytes", unit="bytes"), title=title, marks=marks),
+        legend=[(charts.patch(name), name.replace("_", " ")) for name in names],
+        caption="After the first updates of rank 0. The estimate is a prediction.",
+    )
+
+
+def _finite(parts: Mapping[str, float]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in parts.items() if math.isfinite(value)]
+
+
+def _phase_peaks(history: History) -> dict[str, float]:
+    peaks: dict[str, float] = {}
+    for line in history.lines:
+        for name, value in (at(line, "memory", "phase_peaks") or {}).items():
+            if math.isfinite(real(value)):
+                peaks[name] = max(peaks.get(name, 0.0), real(value))
+    return {name: peaks[name] for name in sorted(peaks, key=lambda name: PHASES.index(name) if name in PHASES else 99)}
+
+
+def _device(histories: Sequence[History]) -> Section:
+    section = Section(key="device", title="Device")
+    add(section, "Utilisation", histories, [_field("utilisation", "device", "utilisation")],
+        Axis(label="busy", unit="share", zero=True, top=1.0),
+        caption="GPU: time in which any kernel ran, which says nothing of how well. CPU: of the process's cores.")  # fmt: skip
+    clocks = [
+        _field("SM, median", "device", "sm_clock_mhz"),
+        _field("SM, lowest", "device", "sm_clock_min_mhz"),
+        _field("processor", "device", "clock_mhz"),
+    ]
+    add(section, "Clocks", histories, clocks, Axis(label="clock", unit="MHz"))
+    add(section, "Power", histories, [_field("power", "device", "power_w")], Axis(label="power", unit="W", zero=True))
+    add(
+        section,
+        "Temperature",
+        histories,
+        [_field("temperature", "device", "temperature_c")],
+        Axis(label="temperature", unit="°C"),
+    )
+    reasons = Counter(
+        reason for history in histories for line in history.lines for reason in (at(line, "device", "throttled") or {})
+    )
+    watched = any(at(line, "device", "throttled") is not None for history in histories for line in history.lines)
+    if reasons or not watched:
+        throttled = [
+            Measure(name=reason.replace("_", " "), get=of_lines(get=_throttled(reason))) for reason, _ in reasons.most_common()
+        ]
+        add(section, "Throttling", histories, throttled, Axis(label="of samples", unit="share", zero=True, top=1.0),
+            caption="A software power cap is normal on power-limited parts; a hardware slow-down is an alarm.")  # fmt: skip
+    names = (("tx", "sent"), ("rx", "received"))
+    traffic = [
+        _field(f"{bus}, {said}", "device", f"{bus.lower()}_{way}_bytes_per_s")
+        for bus in ("PCIe", "NVLink")
+        for way, said in names
+    ]
+    add(section, "Bus traffic", histories, traffic, Axis(label="traffic", unit="bytes/s", zero=True))
+    return section
+
+
+def _throttled(reason: str) -> Get:
+    def get(line: Event) -> object:
+        shares = at(line, "device", "throttled")
+        return None if shares is None else shares.get(reason, 0.0)
+
+    return get
+
+
+def _communication(histories: Sequence[History]) -> Section:
+    section = Section(key="communication", title="Communication and ranks")
+    if all(history.start.get("ranks") == 1 for history in histories):
+        return section
+    sent = [_field("gradients", "gradient_bytes", per_update=True), _field("control", "control_bytes", per_update=True)]
+    axis = Axis(label="sent", unit="bytes/update", zero=True)
+    add(
+        section,
+        "Bytes per update",
+        histories,
+        sent,
+        axis,
+        log=True,
+        caption="Of one rank, as handed to the engine: after compression.",
+    )
+    rings = max((len(line.get("ring_bytes") or ()) for history in histories for line in history.lines), default=0)
+    each = [Measure(name=f"ring {ring}", get=_ring(ring)) for ring in range(rings)]
+    add(section, "Gradient bytes per ring", histories, each, axis)
+    wait = [_field("wait", "exchange_wait_s", per_update=True)]
+    add(
+        section,
+        "Waiting for communication",
+        histories,
+        wait,
+        Axis(label="wait per update", unit="s", zero=True),
+        caption="Rank 0.",
+    )
+    imbalance = [_field("own work", "imbalance_time"), _field("tokens", "imbalance_tokens")]
+    add(section, "Imbalance", histories, imbalance, Axis(label="over the mean", unit="share", zero=True),
+        caption="The largest rank over the mean of all, less 1.")  # fmt: skip
+    several = len(histories) > 1
+    drawn = [
+        _rank_panel(history, style if several else 0, several)
+        for style, history in enumerate(histories)
+        if worked_by_rank(history).size > 1
+    ]
+    section.panels.extend(drawn)
+    if not drawn:
+        section.missing.append("Own work of each rank")
+    return section
+
+
+def _ring(ring: int) -> Callable[[History], Points]:
+    def get(line: Event) -> object:
+        rings = line.get("ring_bytes") or ()
+        return real(rings[ring]) / real(line.get("updates")) if ring < len(rings) else None
+
+    return of_lines(get=get)
+
+
+def worked_by_rank(history: History) -> Floats:
+    """[ranks] seconds of own work an update, lines with warm-up left out; empty if not recorded."""
+    lines = [line for line in history.comparable_lines if line.get("rank_worked_s") and not line.get("warmup")]
+    if not lines:
+        return np.empty(0)
+    total = np.array([[real(value) for value in line["rank_worked_s"]] for line in lines], dtype=np.float64).sum(axis=0)
+    return np.asarray(total / sum(real(line["updates"]) for line in lines), dtype=np.float64)
+
+
+def _rank_panel(history: History, style: int, several: bool) -> Panel:
+    title = "Own work of each rank" + (f": {history.name}" if several else "")
+    worked = worked_by_rank(history)
+    slowest = int(worked.argmax())
+    over = worked[slowest] / worked.mean() - 1
+    svg = charts.rank_chart(worked, y=Axis(label="per update", unit="s", zero=True), style=style, mark=slowest, title=title)
+    caption = f"Waits for others left out. Slowest: rank {slowest}, {over:.1%} over the mean of {len(worked)} ranks."
+    return Panel(title=title, svg=svg, caption=caption)

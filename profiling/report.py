@@ -1,0 +1,425 @@
+"""`fastdistil report`: what one run or several recorded, as one HTML file, as Markdown or as JSON.
+
+The file needs nothing else: no script, no request, no font of its own. It follows the reader's light or dark setting, and
+prints. The first run is the baseline of the differences. Equal runs give equal bytes.
+
+Of what surrounds a run only versions and devices are shown. Values of a recipe whose key names a secret, and credentials inside
+URLs, are replaced by [redacted].
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from fastdistil import __version__
+from fastdistil.errors import UserError, translated
+from fastdistil.profiling import charts
+from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting, wall_s
+from fastdistil.profiling.history import History, load_history
+from fastdistil.profiling.panels import PHASES, Section, at, real, sections
+from fastdistil.profiling.summary import summarise
+
+REDACTED = "[redacted]"
+NOTES_SHOWN = 100
+_SECRET = frozenset(
+    {"token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "auth", "apikey", "key"}
+)
+_IN_VALUES = re.compile(r"(?<=://)[^/\s@]+(?=@)|\b(?:hf|ghp|gho|github_pat|sk|xox[abp])[_-][A-Za-z0-9_-]{16,}")
+TILES = {
+    "speed.tokens_per_s": "throughput",
+    "speed.step_p50_s": "step, median",
+    "speed.mfu_student": "MFU, student",
+    "memory.peak_allocated_bytes": "peak memory",
+    "learning.final_perplexity": "held-out perplexity",
+    "device.j_per_million_tokens": "energy a million tokens",
+}
+"""Figures at the head of the page of one run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """A run and its figures."""
+
+    history: History
+    summary: Mapping[str, Any]
+    groups: Sequence[Group]
+
+    @property
+    def name(self) -> str:
+        return self.history.name
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        return {figure.key: figure for group in self.groups for figure in group.figures}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of every run; differences against the first, None where there is none."""
+
+    figures: Sequence[Figure]
+    differences: Sequence[float | None]
+
+    @property
+    def label(self) -> str:
+        return self.figures[0].label
+
+    @property
+    def detail(self) -> str:
+        details = dict.fromkeys(figure.detail for figure in self.figures if figure.value is not None and figure.detail)
+        return next(iter(details)) if len(details) == 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    key: str
+    title: str
+    rows: Sequence[Row]
+    missing: Sequence[str]
+    """Labels of what no run recorded."""
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write the HTML file. Raises UserError for what is no run, CorruptData for a bad line, DiskFull."""
+    write_text(as_html(read_runs(runs)), out)
+
+
+def write_text(text: str, out: Path) -> None:
+    with translated("writing the report", out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text, encoding="utf-8")
+        except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}; name a file with --out") from error
+
+
+def read_runs(runs: Sequence[Path]) -> list[Reported]:
+    """Raises UserError without a run, for one given twice, and for what is none."""
+    if not runs:
+        raise UserError("no run to report; give the directory of one, e.g. runs/NAME")
+    twice = [path for path, count in Counter(Path(run).resolve() for run in runs).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; give each run once")
+    histories = [load_history(run) for run in runs]
+    same = {name for name, count in Counter(history.name for history in histories).items() if count > 1}
+    if same:  # runs/a/student and runs/b/student: as they were given
+        histories = [
+            replace(each, name=str(path)) if each.name in same else each for each, path in zip(histories, runs, strict=True)
+        ]
+    found = []
+    for history in histories:
+        history = replace(history, name=charts.printable(history.name))
+        summary = summarise(history)
+        found.append(Reported(history=history, summary=summary, groups=groups(history, summary)))
+    return found
+
+
+def tables(runs: Sequence[Reported]) -> list[Table]:
+    found = []
+    for index, first in enumerate(runs[0].groups):
+        by_run = [{figure.key: figure for figure in run.groups[index].figures} for run in runs]
+        known = {key: figure for figures in reversed(by_run) for key, figure in figures.items()}
+        order = list(dict.fromkeys(key for figures in by_run for key in figures))
+        rows = []
+        for key in order:
+            # What one run's events do not even name: as little recorded as what they name without a value.
+            own = [figures.get(key, replace(known[key], value=None, spread=None, n=None, detail="")) for figures in by_run]
+            if any(figure.value is not None for figure in own):
+                rows.append(Row(figures=own, differences=[figure.against(own[0]) for figure in own]))
+        missing = [known[key].label for key in order if all(figures.get(key, known[key]).value is None for figures in by_run)]
+        found.append(Table(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
+    return found
+
+
+def as_json(runs: Sequence[Reported]) -> dict[str, Any]:
+    """Keys stay as they are from version to version of `format`; values are in SI units."""
+    return {
+        "format": 1,
+        "fastdistil": __version__,
+        "runs": [
+            {
+                "name": run.name,
+                "outcome": run.history.outcome,
+                "setting": setting(run.summary),
+                "figures": {key: figure.as_json() for key, figure in run.figures.items()},
+                "cautions": cautions(run),
+                "recipe": redacted(run.history.recipe),
+            }
+            for run in runs
+        ],
+        "differences": [
+            {
+                "run": run.name,
+                "baseline": runs[0].name,
+                "relative": {
+                    key: difference
+                    for key, figure in run.figures.items()
+                    if key in runs[0].figures and (difference := figure.against(runs[0].figures[key])) is not None
+                },
+            }
+            for run in runs[1:]
+        ],
+    }
+
+
+def as_markdown(runs: Sequence[Reported]) -> str:
+    parts = [f"# {_cell(' against '.join(run.name for run in runs))}"]
+    parts += [f"- {_cell(run.name)}: {_cell(setting(run.summary))}" for run in runs]
+    parts += [f"- {_cell(run.name)}: {_cell(caution)}" for run in runs for caution in cautions(run)]
+    if len(runs) > 1:
+        parts += [f"- {_cell(caution)}" for caution in uneven(runs)]
+    for table in tables(runs):
+        parts += ["", f"## {table.title}", ""]
+        if table.rows and len(runs) == 1:
+            parts += ["| figure | value | spread | of | how |", "|---|---:|---:|---:|---|"]
+            for row in table.rows:
+                figure = row.figures[0]
+                cells = (figure.label, figure.text, figure.spread_text, figure.count_text, figure.detail)
+                parts.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+        elif table.rows:
+            heads = [f"{_cell(run.name)} | " + "change" * (index > 0) for index, run in enumerate(runs)]
+            heads[0] = _cell(runs[0].name)
+            parts += [f"| figure | {' | '.join(heads)} |", f"|---|---:{'|---:|---:' * (len(runs) - 1)}|"]
+            for row in table.rows:
+                cells = [f"{figure.text} {figure.spread_text}".strip() for figure in row.figures]
+                changes = [change_text(difference) for difference in row.differences]
+                pairs = [cells[0], *(part for pair in zip(cells[1:], changes[1:], strict=True) for part in pair)]
+                parts.append(f"| {' | '.join(_cell(cell) for cell in (row.label, *pairs))} |")
+        if table.missing:
+            parts += ["", f"Not recorded: {_cell(', '.join(table.missing))}."]
+    return "\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """One line that Markdown takes as it is, HTML and links included."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def change_text(difference: float | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference:+.1%}" if abs(difference) < 10 else f"{difference + 1:,.3g}-fold"
+
+
+def cautions(run: Reported) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    history, summary, found = run.history, run.summary, []
+    if history.outcome != "done":
+        found.append(f"The run did not end: {OUTCOMES[history.outcome]}.")
+    if len(history.starts) > 1:
+        found.append(f"{len(history.starts)} attempts: the run was continued {len(history.starts) - 1} times.")
+    left_out = len(history.lines) - len(history.comparable_lines)
+    if left_out:
+        found.append(
+            f"{left_out} of {len(history.lines)} log lines ran otherwise (ranks, device, ...): in the curves, in no figure."
+        )
+    found += [f"MFU is refused: {reason}." for reason in (summary["mfu"] or {}).get("refused", [])]
+    skipped = sum(real(line["skipped"]) for line in history.lines if "skipped" in line)
+    if skipped:
+        found.append(f"{skipped:,.0f} updates were skipped: a value was not finite.")
+    memory = summary["memory"] or {}
+    if memory.get("retries"):
+        found.append(f"The allocator freed its cache and tried again {memory['retries']} times: memory was nearly full.")
+    for reason, share in ((summary["readings"] or {}).get("throttled") or {}).items():
+        if share > 0:
+            found.append(f"The device was throttled in {share:.1%} of the samples ({reason.replace('_', ' ')}).")
+    return [charts.printable(text) for text in found]
+
+
+def uneven(runs: Sequence[Reported]) -> list[str]:
+    """What makes a comparison of the runs unfair."""
+    names = ("device", "dtype", "ranks", "micro_batch_tokens", "accumulation", "student_parameters", "teacher_parameters")
+    found = []
+    for name in names:
+        values = list(dict.fromkeys(run.summary[name] for run in runs))
+        if len(values) > 1:
+            told = ", ".join(
+                NOT_RECORDED if value is None else f"{value:,}" if isinstance(value, int) else str(value) for value in values
+            )
+            found.append(f"The runs differ in {name.replace('_', ' ')}: {told}.")
+    return [charts.printable(text) for text in found]
+
+
+def redacted(recipe: Any, key: str = "") -> Any:
+    """A recipe without its secrets; `key`: under which it lies."""
+    words = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
+    match recipe:
+        case Mapping():
+            return {str(name): redacted(value, str(name)) for name, value in recipe.items()}
+        case list() | tuple():
+            return [redacted(value, key) for value in recipe]
+        # Numbers are settings: no secret is one, and `micro_batch_tokens` is none.
+        case str() if words & _SECRET or ("tokens" in words):
+            return REDACTED
+        case str():
+            return _IN_VALUES.sub(REDACTED, recipe)
+        case _:
+            return recipe
+
+
+def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping) and values:
+        for name, value in values.items():
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, values
+
+
+def recipe_differences(runs: Sequence[Reported]) -> list[tuple[str, list[str]]]:
+    """(key, value in each run) of the recipes' fields that differ."""
+    flat = [dict(_leaves(redacted(run.history.recipe))) for run in runs]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    rows = [(key, [charts.printable(str(each[key])) if key in each else "" for each in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def notes(history: History) -> tuple[list[tuple[str, str]], int]:
+    """([(where, message)], how many more there were); equal messages are one."""
+    by_message: dict[str, list[int | None]] = {}
+    for note in history.notes:
+        by_message.setdefault(str(note.get("message", "")), []).append(note.get("update"))
+    found = []
+    for message, updates in by_message.items():
+        known = [update for update in updates if update is not None]
+        where = f"update {known[0]:,}" if known else ""
+        where += f", and {len(updates) - 1:,} more" if len(updates) > 1 else ""
+        found.append((where, charts.printable(_IN_VALUES.sub(REDACTED, message))))
+    return found[:NOTES_SHOWN], max(0, len(found) - NOTES_SHOWN)
+
+
+def as_html(runs: Sequence[Reported]) -> str:
+    histories = [run.history for run in runs]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": Markup, "change": change_text, "judged": _judged}
+    by_key = {table.key: table for table in tables(runs)}
+    drawn = [(section, by_key[section.key]) for section in sections(histories)]
+    return environment.get_template("report.html.j2").render(
+        version=__version__,
+        runs=[_head(index, run) for index, run in enumerate(runs)],
+        several=len(runs) > 1,
+        uneven=uneven(runs) if len(runs) > 1 else [],
+        tiles=_tiles(runs[0]) if len(runs) == 1 else [],
+        bottleneck=runs[0].summary["bottleneck"] if len(runs) == 1 else None,
+        head_rows=_head_rows(by_key) if len(runs) > 1 else [],
+        sections=[_shown(section, table) for section, table in drawn],
+        phases=_phase_rows(runs[0]) if len(runs) == 1 else [],
+        facts=[by_key["run"], by_key["environment"]],
+        recipe_differences=recipe_differences(runs) if len(runs) > 1 else [],
+        not_recorded=NOT_RECORDED,
+    )
+
+
+def _shown(section: Section, table: Table) -> dict[str, Any]:
+    return {
+        "key": section.key,
+        "title": section.title,
+        "panels": section.panels,
+        "table": table,
+        "empty": not section.panels and not table.rows,
+        "missing": list(dict.fromkeys([*section.missing, *(label[0].upper() + label[1:] for label in table.missing)])),
+    }
+
+
+def _head(index: int, run: Reported) -> dict[str, Any]:
+    history, wall = run.history, wall_s(run.history)
+    begun = history.starts[0].get("time") if history.starts else None
+    found, more = notes(history)
+    done = history.lines[-1]["update"] if history.lines else history.start.get("update", 0)
+    planned = history.start.get("updates")
+    recipe = yaml.safe_dump(redacted(history.recipe), sort_keys=False, allow_unicode=True)
+    return {
+        "name": run.name,
+        "swatch": charts.swatch(index),
+        "outcome": history.outcome,
+        "outcome_text": OUTCOMES[history.outcome],
+        "setting": charts.printable(setting(run.summary)),
+        "teacher": at(history.recipe, "teacher", "path"),
+        "student": at(history.recipe, "student", "path") or at(history.recipe, "student", "architecture"),
+        "done": f"{done:,}",
+        "planned": f"{planned:,}" if planned else None,
+        "wall": duration(wall) if wall is not None else None,
+        "begun": f"{datetime.fromtimestamp(begun, UTC):%Y-%m-%d %H:%M} UTC" if isinstance(begun, int | float) else None,
+        "measured": run.summary["updates"],
+        "warmup": run.summary["warmup"],
+        "cautions": cautions(run),
+        "notes": found,
+        "more_notes": more,
+        "recipe": charts.printable(recipe),
+    }
+
+
+def _tiles(run: Reported) -> list[dict[str, str]]:
+    found = []
+    for key, label in TILES.items():
+        figure = run.figures[key]
+        if key == "memory.peak_allocated_bytes" and figure.value is None:
+            figure = run.figures["memory.peak_rss_bytes"]
+        text, unit = figure.text, ""
+        if figure.value is not None and " " in text:
+            text, _, unit = text.partition(" ")
+        below = ", ".join(part for part in (figure.spread_text, figure.count_text) if part) or figure.detail
+        found.append({"label": label, "text": text, "unit": unit, "below": below})
+    return found
+
+
+def _head_rows(by_key: Mapping[str, Table]) -> list[Row]:
+    keys = (*TILES, "speed.bottleneck", "memory.peak_rss_bytes", "run.wall_s")
+    rows = [row for table in by_key.values() for row in table.rows if row.figures[0].key in keys]
+    return sorted(rows, key=lambda row: keys.index(row.figures[0].key))
+
+
+def _judged(row: Row, index: int) -> str:
+    """'better' or 'worse' than the baseline, where that is known and more than a rounding."""
+    difference, better = row.differences[index], row.figures[index].better
+    if difference is None or better is None or abs(difference) < 0.0005:
+        return ""
+    return "better" if (difference > 0) == (better == "higher") else "worse"
+
+
+def _phase_rows(run: Reported) -> list[dict[str, Any]]:
+    phases = run.summary["phases"] or {}
+    widest = max((phase["share"] for phase in phases.values()), default=1.0)
+    return [
+        {
+            "name": name,
+            "patch": charts.patch(name),
+            "share": charts.quantity(phases[name]["share"], "share"),
+            "width": f"{max(0.0, 100 * phases[name]['share'] / widest):.1f}",
+            **{key: charts.quantity(phases[name][key], "s") for key in ("mean", "p50", "p95", "p99")},
+            "sd": charts.quantity(phases[name]["sd"], "s") if phases[name]["sd"] is not None else "",
+        }
+        for name in sorted(phases, key=PHASES.index)
+    ]
+
+
+def json_text(runs: Sequence[Reported]) -> str:
+    return json.dumps(_finite(as_json(runs)), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that are not finite become null, which JSON has."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case _:
+            return value
