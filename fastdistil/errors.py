@@ -82,13 +82,19 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
             place = error.filename or path
             raise UserError(f"no permission while {doing}: {place}; choose a directory you can write to") from error
         raise
-    except MemoryError as error:
-        raise OutOfMemory(out_of_memory_text(doing)) from error
-    except RuntimeError as error:
-        # torch.OutOfMemoryError is a RuntimeError; torch's CPU allocator has no exception class of its own.
-        if "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise OutOfMemory(out_of_memory_text(doing)) from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    # torch.OutOfMemoryError is a RuntimeError; torch's CPU allocator has no exception class of its own.
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text.lower())
+    )
 
 
 def out_of_memory_text(doing: str) -> str:

@@ -1,5 +1,7 @@
 """What a recipe would need, without running it: parameters, memory, disk, updates. `fastdistil train --dry-run` prints it."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,41 @@ from fastdistil.inputs import (
     open_corpus,
 )
 from fastdistil.kernels.linear_distill import workspace_bytes
-from fastdistil.profiling.memory import Shape, estimate_disk, estimate_training_memory, whole_logits_bytes
+from fastdistil.profiling.memory import (
+    DiskEstimate,
+    MemoryEstimate,
+    Shape,
+    estimate_disk,
+    estimate_training_memory,
+    whole_logits_bytes,
+)
 from fastdistil.recipe import Recipe
 
 
-def show_plan(
-    recipe: Recipe, directory: Path, console: rich.console.Console, *, teacher_config: Any = None, vocabulary: int | None = None
-) -> None:
-    """Print a resolved recipe and the estimates for it; `directory`: where the run would live. Raises UserError.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe with what it would need."""
+
+    recipe: Recipe
+    student: Shape
+    teacher: Shape | None
+    """None: there is none, or its cache stands in for it."""
+    memory: MemoryEstimate
+    disk: DiskEstimate
+    tokens: int | None
+    """Of the corpus, as `sequences`; None where there is no corpus yet."""
+    sequences: int | None
+    updates: int | None
+    """None: not known without a corpus."""
+
+
+def make_plan(
+    recipe: Recipe, note: Callable[[str], None], *, teacher_config: Any = None, vocabulary: int | None = None
+) -> Plan:
+    """What a resolved recipe needs, from configurations and the corpus's size alone. Raises UserError.
 
     `vocabulary` stands in for a corpus, `teacher_config` for a teacher, that do not exist yet.
     """
-    console.print(recipe.to_yaml(), markup=False, end="", soft_wrap=True)
     check_cached(recipe, own_models=False)
     cached = recipe.teacher is not None and recipe.teacher.cache is not None
     corpus = open_corpus(recipe.data.train, "size", "data.train") if vocabulary is None else None
@@ -40,7 +65,7 @@ def show_plan(
     if teacher_config is None and recipe.teacher is not None:
         teacher_config = models.load_config(recipe.teacher.path)
         if corpus is not None:
-            check_tokenizer(recipe.teacher.path, corpus, "the teacher", console.print)
+            check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
     if recipe.data.heldout is not None and corpus is not None:
         open_corpus(recipe.data.heldout, "size", "data.heldout")
     student_config = students.student_config(
@@ -53,44 +78,77 @@ def show_plan(
         students.set_dropout(student_model.module, recipe.student.dropout)
     student = transformer_shape(student_model)
     teacher = transformer_shape(teacher_model) if teacher_model is not None and not cached else None
+    updates = recipe.loop.updates
+    if corpus is not None and facts is not None:
+        batches = make_batches(recipe, corpus, facts, student_model.causal)
+        if cached:
+            open_cache(recipe, corpus, student_model, epochs_of(recipe, batches))
+        updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
+    longest = int(corpus.lengths.max()) if corpus is not None else 512
+    return Plan(
+        recipe=recipe,
+        student=student,
+        teacher=teacher,
+        memory=estimate_memory(recipe, student, teacher, causal=student_model.causal, longest=longest),
+        disk=estimate_disk(student, keep=recipe.checkpoint.keep),
+        tokens=corpus.manifest.tokens if corpus is not None else None,
+        sequences=len(corpus) if corpus is not None else None,
+        updates=updates,
+    )
+
+
+def show_plan(
+    recipe: Recipe, directory: Path, console: rich.console.Console, *, teacher_config: Any = None, vocabulary: int | None = None
+) -> None:
+    """Print a resolved recipe and `make_plan`'s estimates for it; `directory`: where the run would live. Raises UserError."""
+    console.print(recipe.to_yaml(), markup=False, end="", soft_wrap=True)
+    plan = make_plan(recipe, console.print, teacher_config=teacher_config, vocabulary=vocabulary)
+    table = rich.table.Table(
+        "estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False
+    )
+    if plan.tokens is not None:
+        table.add_row("corpus", f"{plan.tokens:,} tokens in {plan.sequences:,} sequences")
+    if plan.updates is not None:
+        cut = f"{recipe.loop.accumulation} micro-batches of up to {recipe.data.micro_batch_tokens:,} tokens"
+        table.add_row("updates", f"{plan.updates:,} of {cut}")
+    table.add_row("student parameters", f"{plan.student.parameters:,}")
+    cached = recipe.teacher is not None and recipe.teacher.cache is not None
+    told = "cached" if cached else "none"
+    table.add_row("teacher parameters", f"{plan.teacher.parameters:,}" if plan.teacher is not None else told)
+    for name, size in vars(plan.memory).items():
+        table.add_row(f"memory: {name.replace('_', ' ')}", size_text(size))
+    table.add_row("memory: total", size_text(plan.memory.total))
+    table.add_row("disk: one checkpoint", size_text(plan.disk.checkpoint))
+    table.add_row("disk: run at its fullest", size_text(plan.disk.total))
+    console.print(table)
+
+
+def estimate_memory(recipe: Recipe, student: Shape, teacher: Shape | None, *, causal: bool, longest: int) -> MemoryEstimate:
+    """Bytes that a resolved recipe needs with these models; `teacher`: None where it does not run; `longest`: tokens of the
+    longest sequence."""
     rows = recipe.data.micro_batch_tokens
     only_labels = not recipe.objective.a_ce or recipe.objective.soft_rows == "masked"
-    causal = models.family_of(student_config).causal
-    memory = estimate_training_memory(
+    logit_rows = int(rows * recipe.mask.probability) if only_labels and not causal else rows
+    return estimate_training_memory(
         student=student,
         teacher=teacher,
         rows=rows,
         compute_dtype=models.DTYPES[recipe.loop.precision],
         teacher_dtype=models.DTYPES[recipe.teacher.dtype] if recipe.teacher is not None else torch.float32,
         on_gpu=recipe.device == "cuda",
-        sequence_length=int(corpus.lengths.max()) if corpus is not None else 512,
-        logits=_logits_bytes(
-            recipe, int(rows * recipe.mask.probability) if only_labels and not causal else rows, student, teacher
-        ),
+        sequence_length=longest,
+        logits=_logits_bytes(recipe, logit_rows, student, teacher),
+        residuals=_residual_bytes(recipe, student.parameters),
     )
-    disk = estimate_disk(student, keep=recipe.checkpoint.keep)
-    table = rich.table.Table(
-        "estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False
-    )
-    if corpus is not None and facts is not None:
-        batches = make_batches(recipe, corpus, facts, causal)
-        if cached:
-            open_cache(recipe, corpus, student_model, epochs_of(recipe, batches))
-        updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
-        table.add_row("corpus", f"{corpus.manifest.tokens:,} tokens in {len(corpus):,} sequences")
-        table.add_row("updates", f"{updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens")
-    elif recipe.loop.updates is not None:
-        table.add_row(
-            "updates", f"{recipe.loop.updates:,} of {recipe.loop.accumulation} micro-batches of up to {rows:,} tokens"
-        )
-    table.add_row("student parameters", f"{student.parameters:,}")
-    table.add_row("teacher parameters", f"{teacher.parameters:,}" if teacher is not None else "cached" if cached else "none")
-    for name, size in vars(memory).items():
-        table.add_row(f"memory: {name.replace('_', ' ')}", _size(size))
-    table.add_row("memory: total", _size(memory.total))
-    table.add_row("disk: one checkpoint", _size(disk.checkpoint))
-    table.add_row("disk: run at its fullest", _size(disk.total))
-    console.print(table)
+
+
+def _residual_bytes(recipe: Recipe, parameters: int) -> int:
+    """Of each rank's compressor; `auto` has not chosen one yet."""
+    config, ranks = recipe.compression, recipe.world.ranks or 1
+    if config.kind in ("none", "auto") or not config.error_feedback or ranks == 1:
+        return 0
+    # Those that reduce in two phases keep what the second leaves out of their own part, too.
+    return 4 * parameters + (4 * parameters // ranks if config.kind in ("int8", "sign") else 0)
 
 
 def _logits_bytes(recipe: Recipe, rows: int, student: Shape, teacher: Shape | None) -> int:
@@ -126,5 +184,5 @@ def transformer_shape(model: models.LanguageModel) -> Shape:
     )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

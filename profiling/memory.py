@@ -26,11 +26,17 @@ torch.autograd.graph.saved_tensors_hooks by a test.
 
 import resource
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import psutil
 import torch
+from torch import Tensor, nn
+
+from fastdistil.profiling.nvml import Gpu
 
 EAGER_LOGIT_TENSORS = 7
 """[rows, vocabulary] tensors in compute width that are alive at the worst instant of an eager distillation loss: student and
@@ -109,10 +115,27 @@ class MemoryEstimate:
     teacher_activations: int
     logits: int
     """What the losses hold: logits (of a chunk of rows, where they are fused) and the head's gradient while it is made."""
+    residuals: int = 0
+    """What a compressor of gradients has not sent yet."""
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes under the names that a measurement has: PARTS."""
+        return {
+            "student_weights": self.student_weights,
+            "teacher_weights": self.teacher_weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "residuals": self.residuals,
+            "logits": self.logits,
+            "activations": self.student_casts + self.student_activations + self.teacher_activations,
+        }
+
+
+PARTS = ("student_weights", "teacher_weights", "gradients", "optimizer", "residuals", "logits", "activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +166,10 @@ def estimate_training_memory(
     on_gpu: bool,
     sequence_length: int,
     logits: int,
+    residuals: int = 0,
 ) -> MemoryEstimate:
     """For one micro-batch of `rows` tokens; fp32 master weights, AdamW. `logits`: bytes, of whole_logits_bytes or of the
-    fused losses.
+    fused losses; `residuals`: bytes, of a compressor.
 
     `sequence_length` (the longest) matters only for attention dropout on a CPU.
     """
@@ -161,6 +185,7 @@ def estimate_training_memory(
         student_activations=rows * student_activation_bytes(student, compute_dtype, on_gpu, sequence_length),
         teacher_activations=rows * _forward_only_bytes(teacher, teacher_width) if teacher else 0,
         logits=logits,
+        residuals=residuals,
     )
 
 
@@ -191,3 +216,146 @@ def estimate_disk(student: Shape, *, keep: int, best: bool = True) -> DiskEstima
     """`keep` checkpoints, the best one besides, and one more while it is written; the exported student, twice likewise."""
     checkpoint = 12 * student.parameters  # fp32 weights and AdamW's two moments
     return DiskEstimate(checkpoint=checkpoint, checkpoints=(keep + best + 1) * checkpoint, student=2 * 4 * student.parameters)
+
+
+class MemoryMeter:
+    """Memory of this process and of `device`, for a log line; nothing here waits for the device.
+
+    On a GPU `phase` finds the peak of each part of an update. For that it resets torch's peak counters, so that whoever else
+    reads them sees the peak of a phase; the meter keeps the whole run's, and does so only while `watching` (the first updates
+    behind the warm-up are enough). A processor's allocator has no such counters. gpu: NVML's view, for what others hold.
+    """
+
+    def __init__(self, device: torch.device, *, gpu: Gpu | None = None) -> None:
+        self.device = device
+        self.watching = False
+        self.phase_peaks: dict[str, int] = {}
+        """Bytes allocated at the worst instant of each phase."""
+        self.parts: dict[str, int | None] = {}
+        """What `memory_parts` found last, for the text of an error."""
+        self._gpu = gpu
+        self._peak_allocated = self._peak_reserved = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a phase of an update. Phases do not nest."""
+        if self.device.type != "cuda" or not self.watching:
+            yield
+            return
+        self._keep_peaks()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            yield
+        finally:
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.phase_peaks[name] = max(self.phase_peaks.get(name, 0), peak)
+            self._keep_peaks()
+
+    def read(self) -> dict[str, Any]:
+        """A log line's `memory`, in bytes: rss_bytes and peak_rss_bytes of the process; on a GPU allocated_bytes,
+        reserved_bytes and their peaks since the start, fragmented_bytes (reserved and not allocated), retries and ooms of the
+        allocator (numbers), phase_peaks, used_bytes (of all processes, by NVML; None if not known) and outside_bytes (of it
+        what this allocator has not reserved: contexts, communication buffers, other processes)."""
+        host = host_memory()
+        found: dict[str, Any] = {"rss_bytes": host.rss_bytes, "peak_rss_bytes": host.peak_rss_bytes}
+        if self.device.type != "cuda":
+            return found
+        stats = torch.cuda.memory_stats(self.device)
+        self._keep_peaks()
+        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        used = self._gpu.read("memory_used_bytes") if self._gpu is not None else None
+        return found | {
+            "allocated_bytes": allocated,
+            "reserved_bytes": reserved,
+            "peak_allocated_bytes": self._peak_allocated,
+            "peak_reserved_bytes": self._peak_reserved,
+            "fragmented_bytes": reserved - allocated,
+            "used_bytes": used,
+            "outside_bytes": None if used is None else used - reserved,
+            "retries": int(stats.get("num_alloc_retries", 0)),
+            "ooms": int(stats.get("num_ooms", 0)),
+            "phase_peaks": dict(self.phase_peaks),
+        }
+
+    def peak_bytes(self) -> int:
+        """The most that was allocated on a GPU, or resident of the process, so far."""
+        if self.device.type != "cuda":
+            return host_memory().peak_rss_bytes
+        self._keep_peaks()
+        return self._peak_allocated
+
+    def _keep_peaks(self) -> None:
+        self._peak_allocated = max(self._peak_allocated, torch.cuda.max_memory_allocated(self.device))
+        self._peak_reserved = max(self._peak_reserved, torch.cuda.max_memory_reserved(self.device))
+
+
+def memory_parts(
+    *,
+    students: Iterable[nn.Module],
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    residuals: Iterable[Tensor] = (),
+    logits: int,
+    peak: int | None = None,
+    activations: int | None = None,
+) -> dict[str, int | None]:
+    """Bytes that training holds, under the names PARTS: exact where tensors hold them, after an optimizer's step.
+
+    students: student and projection; residuals: of the exchange; logits: of a micro-batch, as the estimate has them. What
+    autograd keeps is `activations` where it was counted (Kept), else what is left of `peak` (a GPU's peak_bytes); None where
+    neither is known, or where the parts are more than the peak, which was then reached without some of them.
+    """
+    modules = list(students)
+    trained = [parameter for module in modules for parameter in module.parameters()]
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    found: dict[str, int | None] = {
+        "student_weights": held_bytes(tensor for module in modules for tensor in _tensors(module)),
+        "teacher_weights": held_bytes(_tensors(teacher)) if teacher is not None else 0,
+        "gradients": held_bytes(parameter.grad for parameter in trained if parameter.grad is not None),
+        "optimizer": held_bytes(state),
+        "residuals": held_bytes(residuals),
+        "logits": logits,
+    }
+    if activations is None and peak is not None:
+        rest = peak - sum(size or 0 for size in found.values())
+        activations = rest if rest >= 0 else None
+    return found | {"activations": activations}
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages behind tensors, each once: a view holds the whole."""
+    storages = [tensor.untyped_storage() for tensor in tensors]  # all at once, so that no address is given out again
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+class Kept:
+    """While entered: `bytes` that autograd keeps for backward, without the tensors of `modules`. Around one forward; it costs
+    a call for each tensor kept, and is for code that is not compiled."""
+
+    def __init__(self, *modules: nn.Module | None) -> None:
+        self.bytes = 0
+        own = (tensor for module in modules if module is not None for tensor in _tensors(module))
+        self._seen = {tensor.untyped_storage()._cdata for tensor in own}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._held: list[torch.UntypedStorage] = []  # so that no address is given out again meanwhile
+
+    def __enter__(self) -> Self:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+        self._held.clear()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._held.append(storage)
+            self.bytes += storage.nbytes()
+        return tensor

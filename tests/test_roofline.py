@@ -161,7 +161,7 @@ def test_windows_of_real_models() -> None:
     assert Coefficients.of(model_of("llama")).windows == ((None, 3),)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "modernbert"])
+@pytest.mark.parametrize("kind", ["gpt2", "modernbert", "qwen2"])
 def test_what_each_attention_computes(kind: str) -> None:
     """Pairs of all layers, counted one by one for a student without dropout on each kind of device."""
     student, aims = model_of(kind), weights_of(kind, a_ce=0.0)
@@ -171,6 +171,11 @@ def test_what_each_attention_computes(kind: str) -> None:
     if kind == "gpt2":
         visible = DEPTH * sum(length * (length + 1) // 2 for length in LENGTHS)
         grouped = visible
+    elif kind == "qwen2":
+        near = sum(1 for length in LENGTHS for i in range(length) for j in range(i + 1) if i - j < 6)
+        visible = 2 * sum(length * (length + 1) // 2 for length in LENGTHS) + near
+        masked = sum(length * length if length > 6 else length * (length + 1) // 2 for length in LENGTHS)
+        grouped = 2 * sum(length * (length + 1) // 2 for length in LENGTHS) + masked
     else:
         near = sum(1 for length in LENGTHS for i in range(length) for j in range(length) if abs(i - j) < 5)
         visible = sum(length * length for length in LENGTHS) + 2 * near

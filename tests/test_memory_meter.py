@@ -1,0 +1,356 @@
+"""What a meter reads against tensors and allocators of our own, and errors of memory that really ran out."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich.console
+import torch
+import transformers
+from torch import nn
+
+from fastdistil.batches import assemble
+from fastdistil.compression import make_compressor
+from fastdistil.compressor import Layout
+from fastdistil.errors import OutOfMemory, is_out_of_memory
+from fastdistil.estimate import estimate_memory, make_plan, show_plan, size_text, transformer_shape
+from fastdistil.inputs import load_inputs, open_corpus, resolve
+from fastdistil.models import LanguageModel, fresh_model
+from fastdistil.out_of_memory import Sizes, out_of_memory
+from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts, student_activation_bytes
+from fastdistil.recipe import Recipe
+from tests.small_run import small
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+V, LENGTH = 101, 32
+
+
+def bert(width: int = 64, dropout: float = 0.0) -> LanguageModel:
+    config = transformers.BertConfig(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=3, vocab_size=V,
+        max_position_embeddings=LENGTH, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return LanguageModel(fresh_model(config))
+
+
+def a_batch(sequences: int) -> Any:
+    lengths = torch.full((sequences,), LENGTH).numpy()
+    ids = torch.randint(0, V, (sequences * LENGTH,)).numpy()
+    targets = torch.arange(0, len(ids), 7).numpy()
+    return assemble(ids, lengths, targets, ids[targets])
+
+
+# ---- parts ----
+
+
+def test_parts_are_those_of_the_tensors() -> None:
+    student, teacher, projection = bert(), bert(width=32).bfloat16(), nn.Linear(64, 32, bias=False)
+    optimizer = torch.optim.AdamW([*student.parameters(), *projection.parameters()])
+    for parameter in [*student.parameters(), *projection.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    elements = sum(parameter.numel() for parameter in student.parameters()) + 64 * 32
+    buffers = sum(buffer.nbytes for buffer in student.buffers())
+    flat = torch.zeros(1000)
+    found = memory_parts(
+        students=[student, projection], teacher=teacher, optimizer=optimizer, residuals=[flat[:300], flat[300:]], logits=123,
+        peak=100_000_000,
+    )  # fmt: skip
+    tensors = len(list(student.parameters())) + 1
+    assert found["student_weights"] == 4 * elements + buffers
+    assert found["gradients"] == 4 * elements
+    assert found["optimizer"] == 8 * elements + 4 * tensors  # and the number of steps of each
+    teacher_buffers = sum(buffer.nbytes for buffer in teacher.buffers())
+    assert found["teacher_weights"] == 2 * sum(parameter.numel() for parameter in teacher.parameters()) + teacher_buffers
+    assert found["residuals"] == 4000, "views of one buffer hold it once"
+    assert sum(size or 0 for size in found.values()) == 100_000_000
+    assert tuple(found) == PARTS
+    assert memory_parts(students=[student], teacher=None, optimizer=optimizer, logits=0, peak=10)["activations"] is None
+    assert memory_parts(students=[student], teacher=None, optimizer=optimizer, logits=0, activations=7)["activations"] == 7
+
+
+def test_estimates_have_the_names_of_measurements() -> None:
+    student = bert()
+    shape = transformer_shape(student)
+    recipe = small_recipe()
+    found = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH)
+    assert tuple(found.parts()) == PARTS
+    assert sum(found.parts().values()) == found.total
+    assert found.parts()["student_weights"] == 4 * sum(parameter.numel() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_kept_is_what_autograd_keeps(dropout: float) -> None:
+    """Against the estimate, which another test holds against autograd."""
+    student = bert(dropout=dropout).train()
+    batch = a_batch(8)
+    with Kept(student) as kept:
+        features = student.transform(student.hidden(batch))
+        loss = features @ torch.ones(64, 1, requires_grad=True)
+    grouped = 3 * 64 * 4  # of each layer: attention by groups keeps one more width
+    expected = 8 * LENGTH * (student_activation_bytes(transformer_shape(student), torch.float32, False, LENGTH) + grouped)
+    assert kept.bytes == pytest.approx(expected, rel=0.05)
+    loss.sum().backward()
+    assert student.weight.grad is not None
+    outside = kept.bytes
+    student.hidden(batch)
+    assert kept.bytes == outside, "nothing is counted after the block"
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "sign", "top-k", "random-k", "powersgd"])
+def test_residuals_are_estimated(kind: str) -> None:
+    shape = transformer_shape(bert())
+    frozen = {"frozen_variance_after": 9} if kind == "sign" else {}
+    recipe = small_recipe(compression={"kind": kind, "block": 32, **frozen}, world={"ranks": 4})
+    elements = shape.parameters // 128 * 128
+    layout = Layout(elements, ((0, (elements // 128, 128)),), 0)
+    compressor = make_compressor(recipe.compression, ranks=4, rank=0, engine="torch", seed=0)
+    own = {name: tensor for name, tensor in compressor.start(layout, torch.zeros(1)).items() if name in ("residual", "server")}
+    found = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH).residuals
+    assert found == pytest.approx(held_bytes(own.values()), rel=0.02)
+    alone = small_recipe(compression={"kind": kind, **frozen}, world={"ranks": 1})
+    assert estimate_memory(alone, shape, None, causal=False, longest=LENGTH).residuals == 0
+    bare = small_recipe(compression={"kind": kind, "error_feedback": False, **frozen}, world={"ranks": 4})
+    assert estimate_memory(bare, shape, None, causal=False, longest=LENGTH).residuals == 0
+
+
+# ---- the meter ----
+
+
+class Allocator:
+    """Of a GPU, as torch.cuda reports it."""
+
+    def __init__(self) -> None:
+        self.allocated = self.peak = self.reserved = self.peak_reserved = 0
+        self.resets = 0
+
+    def hold(self, allocated: int, reserved: int | None = None) -> None:
+        self.allocated = allocated
+        self.reserved = max(self.reserved, allocated) if reserved is None else reserved
+        self.peak, self.peak_reserved = max(self.peak, self.allocated), max(self.peak_reserved, self.reserved)
+
+    def reset(self, device: torch.device) -> None:
+        self.peak, self.peak_reserved = self.allocated, self.reserved
+        self.resets += 1
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    own = Allocator()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: own.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: own.peak)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own.reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: own.peak_reserved)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3, "num_ooms": 1})
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", own.reset)
+    return own
+
+
+class Nvml:
+    def read(self, name: str) -> float | None:
+        return {"memory_used_bytes": 9000}[name]
+
+
+def test_peaks_of_phases(allocator: Allocator) -> None:
+    meter = MemoryMeter(GPU)
+    allocator.hold(900)
+    allocator.hold(100)
+    with meter.phase("student"):
+        allocator.hold(500)
+    assert allocator.resets == 0, "others' counters are left alone but for the first updates"
+    assert meter.phase_peaks == {}
+    meter.watching = True
+    for most in (700, 600):
+        with meter.phase("student"):
+            allocator.hold(most)
+            allocator.hold(300)
+        with pytest.raises(RuntimeError), meter.phase("backward"):  # noqa: PT012
+            allocator.hold(400)
+            raise RuntimeError
+        allocator.hold(100)
+    assert meter.phase_peaks == {"student": 700, "backward": 400}
+    meter.watching = False
+    found = meter.read()
+    assert found["peak_allocated_bytes"] == 900 == meter.peak_bytes(), "of the run, whatever was reset"
+    assert found["peak_reserved_bytes"] == 900
+    assert found["phase_peaks"] == meter.phase_peaks
+
+
+def test_a_gpu_is_read(allocator: Allocator) -> None:
+    allocator.hold(3000, reserved=5000)
+    found = MemoryMeter(GPU, gpu=Nvml()).read()  # type: ignore[arg-type]
+    assert {name: found[name] for name in found if "rss" not in name} == {
+        "allocated_bytes": 3000, "reserved_bytes": 5000, "peak_allocated_bytes": 3000, "peak_reserved_bytes": 5000,
+        "fragmented_bytes": 2000, "used_bytes": 9000, "outside_bytes": 4000, "retries": 3, "ooms": 1, "phase_peaks": {},
+    }  # fmt: skip
+    unknown = MemoryMeter(GPU).read()
+    assert unknown["used_bytes"] is unknown["outside_bytes"] is None
+
+
+def test_a_processor_has_its_resident_memory() -> None:
+    meter = MemoryMeter(CPU)
+    meter.watching = True
+    with meter.phase("student"):
+        block = torch.ones(16 << 20)
+    found = meter.read()
+    assert set(found) == {"rss_bytes", "peak_rss_bytes"}
+    assert found["peak_rss_bytes"] >= found["rss_bytes"] > block.nbytes
+    assert meter.phase_peaks == {}
+    assert meter.peak_bytes() >= found["rss_bytes"]
+
+
+# ---- when it runs out ----
+
+
+def small_recipe(**sections: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "device": "cpu",
+        "kernels": "torch",
+        "teacher": {"path": "teacher", "dtype": "fp32"},
+        "student": {"config": {"model_type": "bert"}},
+        "data": {"micro_batch_tokens": 4096},
+        "loop": {"updates": 1, "precision": "fp32", "accumulation": 2},
+    }
+    return Recipe(**{**values, **sections})
+
+
+def sizes_of(width: int = 64, teacher: bool = True) -> Sizes:
+    shape = transformer_shape(bert(width))
+    return Sizes(student=shape, teacher=shape if teacher else None, causal=False, longest=LENGTH)
+
+
+OUT = RuntimeError("[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                   "1610612736 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
+
+
+def advice(phase: str, recipe: Recipe, sizes: Sizes | None, meter: MemoryMeter | None = None) -> str:
+    told = out_of_memory(OUT, phase, meter or MemoryMeter(CPU), recipe, sizes)
+    assert isinstance(told, OutOfMemory)
+    assert told.exit_code == 11
+    return str(told)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (MemoryError("Unable to allocate 1.00 GiB for an array"), True),
+        (OUT, True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError("out of memory"), False),
+    ],
+)
+def test_which_errors_they_are(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_activations_that_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: True)
+    recipe, sizes = small_recipe(), sizes_of()
+    told = advice("backward", recipe, sizes)
+    assert told.startswith("out of memory in backward, for 1.50 GiB more")
+    assert "data.micro_batch_tokens=2048 with loop.accumulation=4" in told
+    assert "loop.precision=bf16" in told
+    assert "kernels" not in told
+    assert "cache" not in told, "the default objective has a hidden-state term, for which no cache can stand in"
+    halved = recipe.with_(data={"micro_batch_tokens": 2048}, loop={"accumulation": 4})
+    less = sizes.estimate(recipe).total - sizes.estimate(halved).total
+    assert f"loop.accumulation=4 (about {size_text(less)} less)" in told
+    estimated = max(sizes.estimate(recipe).parts().values())
+    assert f"by the estimate: activations {size_text(estimated)}" in told
+
+
+def test_advice_that_would_not_help_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    assert "bf16" not in advice("backward", small_recipe(), sizes_of()), "it would be emulated"
+    whole = small_recipe(data={"micro_batch_tokens": LENGTH})
+    assert "micro_batch_tokens" not in advice("backward", whole, sizes_of()), "a sequence must fit"
+    assert "micro_batch_tokens" not in advice("optimizer", small_recipe(), sizes_of())
+    assert "no key of the recipe" in advice("optimizer", small_recipe(), sizes_of(teacher=False))
+    cacheable = small_recipe(objective={"a_cos": 0.0}, data={"micro_batch_tokens": 32})
+    assert "cache-teacher" in advice("loading", cacheable, sizes_of())
+    assert "cache-teacher" not in advice("loading", cacheable, sizes_of(teacher=False))
+    assert "kernels=auto" in advice("losses", small_recipe(kernels="reference"), sizes_of())
+    feedback = small_recipe(compression={"kind": "sign", "frozen_variance_after": 5}, world={"ranks": 2})
+    assert "compression=none" in advice("optimizer", feedback, sizes_of())
+    assert "evaluation.batch_tokens=4096" in advice("evaluation", small_recipe(), sizes_of())
+    assert "a lower data.micro_batch_tokens" in advice("backward", small_recipe(), None)
+
+
+def test_measured_parts_stand_beside_the_estimate(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    allocator.hold(60 << 30, reserved=70 << 30)
+
+    class Crowded:
+        def read(self, name: str) -> float:
+            return 79 << 30
+
+    meter = MemoryMeter(GPU, gpu=Crowded())  # type: ignore[arg-type]
+    meter.parts = {"activations": 50 << 30, "student_weights": 10 << 30, "logits": None, "residuals": 0}
+    told = advice("backward", small_recipe(), sizes_of(), meter)
+    assert "60.00 GiB: activations 50.00 GiB (estimate" in told
+    assert "expandable_segments:True" in told
+    assert "9.00 GiB are held by other processes" in told
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert "expandable_segments" not in advice("backward", small_recipe(), sizes_of(), meter)
+
+
+CHILD = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from tests.test_memory_meter import *
+torch.set_num_threads(1)
+student = bert(128)
+shape = transformer_shape(student)
+sizes = Sizes(student=shape, teacher=None, causal=False, longest=LENGTH)
+batch = a_batch(2048)
+student.hidden(a_batch(1)).sum().backward()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20), resource.RLIM_INFINITY))
+meter = MemoryMeter(CPU)
+try:
+    student.hidden(batch).sum().backward()
+except Exception as error:
+    assert is_out_of_memory(error), error
+    told = out_of_memory(error, "student", meter, small_recipe(data={{"micro_batch_tokens": 2048 * LENGTH}}), sizes)
+    print(told)
+    sys.exit(told.exit_code)
+"""
+
+
+def test_memory_that_really_ran_out() -> None:
+    child = CHILD.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 11, done.stderr
+    assert re.match(r"out of memory in student, for [0-9.]+ [GM]iB more\. the most in use so far was", done.stdout)
+    assert "data.micro_batch_tokens=32768" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_is_data(material: Path, tmp_path: Path) -> None:
+    """What --dry-run prints, as data: the same as of the models that a run would load."""
+    recipe = resolve(small(material, tmp_path))
+    told: list[str] = []
+    plan = make_plan(recipe, told.append)
+    inputs = load_inputs(recipe, note=told.append)
+    assert isinstance(inputs.student, LanguageModel)
+    assert isinstance(inputs.teacher, LanguageModel)
+    assert plan.student == transformer_shape(inputs.student)
+    assert plan.teacher == transformer_shape(inputs.teacher)
+    assert plan.updates == inputs.updates
+    corpus = open_corpus(recipe.data.train, "size", "data.train")
+    assert (plan.tokens, plan.sequences) == (int(corpus.lengths.sum()), len(corpus))
+    longest = int(corpus.lengths.max())
+    assert plan.memory == estimate_memory(recipe, plan.student, plan.teacher, causal=False, longest=longest)
+    printed = io.StringIO()
+    show_plan(recipe, tmp_path, rich.console.Console(file=printed, width=200))
+    assert size_text(plan.memory.total) in printed.getvalue()
+    assert f"{plan.tokens:,} tokens in {plan.sequences:,} sequences" in printed.getvalue()
