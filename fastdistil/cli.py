@@ -516,5 +516,35 @@ def scale(
     )
 
 
+@app.command(epilog="Example: fastdistil profile distilbert data.train=corpus/ --steps 50")
+def profile(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured updates, after a few of warm-up.")] = 30,
+    np: Ranks = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run some real updates, say where their time goes, and name the bottleneck and the recipe key that addresses it."""
+    from fastdistil.profiling.profile import run_profile
+
+    run_profile(recipe, overrides or (), steps=steps, np=np, as_json=json, console=rich.console.Console())
+
+
+@app.command(epilog="Example: fastdistil compare runs/distilbert-profile-1 runs/distilbert-profile-2 --fail-above 5%")
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run, a profile.json, or a file of pytest --benchmark-json.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Likewise; compared with A.")],
+    fail_above: Annotated[
+        str | None, typer.Option(metavar="5%", help="Exit with 3 if B is slower than A by more than this, for certain.")
+    ] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Compare measurements of different work too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two measurements, with 95% intervals."""
+    from fastdistil.profiling.compare import run_compare
+
+    run_compare(a, b, fail_above=fail_above, anyway=anyway, as_json=json, console=rich.console.Console())
+
+
 if __name__ == "__main__":
     main()

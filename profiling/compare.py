@@ -1,0 +1,360 @@
+"""Two measurements side by side, and a verdict: is B slower than A by more than a limit, for certain?
+
+    what                a run's directory, the profile.json of `fastdistil profile`, or what pytest --benchmark-json wrote
+    ratio               B's median step over A's, with a 95% interval (intervals.py says how it is made)
+    slower by a limit   the lower bound of that interval is above 1 + limit: the whole interval says so, not the one number
+
+Measurements of different work are refused (device, precision, ranks, micro-batch, accumulation, models; of benchmarks the
+machine and its threads) unless asked for; other differences are listed. A GPU that slowed itself down (heat, power brake) in
+either measurement says nothing about the code: there is a warning, and no verdict.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdistil.errors import FellShort, UserError, translated
+from fastdistil.profiling.history import load_history
+from fastdistil.profiling.intervals import MIN_SAMPLES, Ratio, ratio_of
+from fastdistil.profiling.summary import summarise
+
+SAME_WORK = (
+    "device",
+    "dtype",
+    "ranks",
+    "micro_batch_tokens",
+    "accumulation",
+    "student_parameters",
+    "teacher_parameters",
+)
+"""Fields of a summary that must agree."""
+SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
+"""Of benchmarks' machine_info."""
+THROTTLED = 0.01
+"""Share of the samples in which a GPU's clocks were held down from which its times are not judged."""
+_FREE = ("name", "runs_dir", "loop.updates", "loop.epochs", "logging.", "checkpoint.", "evaluation.", "data.heldout")
+"""Recipe keys that do not change what a step does."""
+_MISSING = "not recorded"
+
+
+class Measurement(NamedTuple):
+    path: str
+    kind: str
+    """run or benchmarks."""
+    content: dict[str, Any]
+
+
+def compare(a: Path, b: Path, *, fail_above: float | None = None, anyway: bool = False) -> dict[str, Any]:
+    """Both sides, differences, warnings, rows and the verdict, as JSON. Raises UserError.
+
+    `fail_above`: a fraction, 0.05 for 5%. A row's ratio is B over A, of medians; of tokens_per_s, of means.
+    """
+    first, second = load_measurement(a), load_measurement(b)
+    if first.kind != second.kind:
+        raise UserError(f"{a} holds a {first.kind}, {b} {second.kind}; give two of one kind")
+    if first.kind == "run":
+        refused, differences, warnings = _run_differences(first.content, second.content)
+        rows = list(_run_rows(first.content, second.content))
+        judged = [row for row in rows if row["name"] == "step"]
+        more = {"losses": _losses(first.content, second.content)}
+    else:
+        refused, differences, warnings = _machine_differences(first.content, second.content)
+        rows = list(_benchmark_rows(first, second))
+        judged, more = rows, {"only_in": _only_in(first.content, second.content)}
+    if refused and not anyway:
+        told = "; ".join(f"{each['key']}: {each['a']} against {each['b']}" for each in refused)
+        raise UserError(f"{a} and {b} did not measure the same work: {told}; --anyway compares them all the same")
+    throttled = [text for name, side in (("A", first), ("B", second)) for text in _throttled(name, side)]
+    return {
+        "kind": first.kind,
+        "a": _about(first),
+        "b": _about(second),
+        "differences": refused + differences,
+        "warnings": warnings + throttled,
+        "rows": rows,
+        **more,
+        "verdict": None if fail_above is None else _verdict(judged, fail_above, throttled),
+    }
+
+
+def parse_limit(text: str) -> float:
+    """`5%` as 0.05. Raises UserError."""
+    try:
+        limit = float(text.removesuffix("%")) / 100
+    except ValueError:
+        limit = math.nan
+    if not text.endswith("%") or not 0 <= limit < math.inf:
+        raise UserError(f"--fail-above {text!r}: wanted a percentage, e.g. 5%")
+    return limit
+
+
+def load_measurement(path: Path) -> Measurement:
+    """Raises UserError, CorruptData."""
+    if path.is_dir():
+        return Measurement(str(path), "run", summarise(load_history(path)))
+    if not path.is_file():
+        raise UserError(f"nothing at {path}; give a run's directory, a profile.json or a file of pytest --benchmark-json")
+    try:
+        with translated("reading", path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise UserError(
+            f"{path} is not JSON ({error}); give a run's directory, a profile.json or a pytest-benchmark file"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("benchmarks"), list) and "machine_info" in content:
+        return Measurement(str(path), "benchmarks", content)
+    if isinstance(content, dict) and "fastdistil" in content and "step_s" in content:
+        return Measurement(str(path), "run", content)
+    raise UserError(f"{path} is neither a profile.json of `fastdistil profile` nor a file of pytest --benchmark-json")
+
+
+def _about(side: Measurement) -> dict[str, Any]:
+    content = side.content
+    if side.kind == "benchmarks":
+        return {"path": side.path, "datetime": content.get("datetime"), "machine": _machine(content)}
+    return {"path": side.path, **{name: content.get(name) for name in ("name", *SAME_WORK, "updates", "warmup")}}
+
+
+def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
+    """(what makes the work another, other differences, warnings)."""
+    refused, differences, warnings = [], [], []
+    for name in (*SAME_WORK, "engine", "compression", "sync", "rings", "threads", "kernels"):
+        one, other = a.get(name), b.get(name)
+        if one == other:
+            continue
+        if name in SAME_WORK and one is not None and other is not None:
+            refused.append(_difference(name, one, other))
+        else:
+            differences.append(_difference(name, one, other))
+    if any(a.get(name) is None or b.get(name) is None for name in SAME_WORK):
+        missing = [name for name in SAME_WORK if a.get(name) is None or b.get(name) is None]
+        warnings.append(f"whether both did the same work cannot be told by {', '.join(missing)}: {_MISSING}")
+    recipes, versions = ((_flat(a.get(name)), _flat(b.get(name))) for name in ("recipe", "environment"))
+    known = {each["key"] for each in refused}
+    for key in sorted(recipes[0].keys() | recipes[1].keys()):
+        one, other = (side.get(key) for side in recipes)
+        if one != other and not key.startswith(_FREE) and key.rsplit(".", 1)[-1] not in known:
+            differences.append(_difference(key, one, other))
+    for key in sorted(versions[0].keys() | versions[1].keys()):
+        one, other = (side.get(key) for side in versions)
+        if key.startswith("versions.") and one != other:
+            differences.append(_difference(key, one, other))
+    return refused, differences, warnings
+
+
+def _difference(key: str, a: Any, b: Any) -> dict[str, Any]:
+    return {"key": key, "a": _MISSING if a is None else a, "b": _MISSING if b is None else b}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        return {prefix[:-1]: values} if prefix else {}
+    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _run_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Seconds, tokens/s and bytes."""
+    steps = [_samples(side.get("step_s")) for side in (a, b)]
+    yield _row("step", "s", *steps)
+    phases = [side.get("phases") or {} for side in (a, b)]
+    for name in dict.fromkeys([*phases[0], *phases[1]]):
+        yield _row(name, "s", *(_samples(side.get(name)) for side in phases))
+    rates = a.get("tokens_per_s"), b.get("tokens_per_s")
+    means = ratio_of(steps[1], steps[0], "mean")  # a step twice as long is half the rate
+    yield {"name": "tokens/s", "unit": "tokens/s", "a": rates[0], "b": rates[1], **_scaled(means, *rates)}
+    for name in ("peak_rss_bytes", "peak_allocated_bytes", "peak_reserved_bytes"):
+        sizes = [(side.get("memory") or {}).get(name) for side in (a, b)]
+        if any(size is not None for size in sizes):
+            yield {
+                "name": name.removesuffix("_bytes").replace("_", " "),
+                "unit": "bytes",
+                "a": sizes[0],
+                "b": sizes[1],
+                **_plain(*sizes),
+            }
+
+
+def _samples(statistics: Mapping[str, Any] | None) -> list[float]:
+    return list((statistics or {}).get("samples") or ())
+
+
+def _row(name: str, unit: str, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    ratio = ratio_of(a, b)
+    medians = [sorted(side)[len(side) // 2] if len(side) % 2 else _middle(side) for side in (a, b)]
+    return {
+        "name": name,
+        "unit": unit,
+        "a": medians[0],
+        "b": medians[1],
+        "ratio": None if ratio is None else ratio.value,
+        "interval": _interval(ratio),
+        "n": [len(a), len(b)],
+    }
+
+
+def _middle(samples: Sequence[float]) -> float | None:
+    half = len(samples) // 2
+    return sum(sorted(samples)[half - 1 : half + 1]) / 2 if samples else None
+
+
+def _interval(ratio: Ratio | None) -> list[float] | None:
+    return None if ratio is None or ratio.low is None or ratio.high is None else [ratio.low, ratio.high]
+
+
+def _plain(a: float | None, b: float | None) -> dict[str, Any]:
+    return {"ratio": b / a if a and b is not None else None, "interval": None}
+
+
+def _scaled(steps: Ratio | None, a: float | None, b: float | None) -> dict[str, Any]:
+    """The ratio of rates with the relative width that the steps' means have."""
+    found, interval = _plain(a, b), _interval(steps)
+    if found["ratio"] is not None and steps is not None and interval is not None:
+        found["interval"] = [found["ratio"] * bound / steps.value for bound in interval]
+    return found
+
+
+def _losses(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Each side's at the last update that both logged."""
+    sides = [{line["update"]: line for line in side.get("losses") or ()} for side in (a, b)]
+    common = sides[0].keys() & sides[1].keys()
+    return {"update": max(common), "a": sides[0][max(common)], "b": sides[1][max(common)]} if common else None
+
+
+def _machine(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of machine_info must agree; without fastdistil's own entry, the processor's name and count."""
+    info = content["machine_info"]
+    cpu, own = info.get("cpu") or {}, info.get("fastdistil")
+    if own is None:
+        return {"processor": cpu.get("brand_raw"), "usable_cores": cpu.get("count")}
+    return {name: [gpu.get("name") for gpu in own["gpus"]] if name == "gpus" else own.get(name) for name in SAME_MACHINE}
+
+
+def _machine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
+    one, other = _machine(a), _machine(b)
+    refused = [_difference(k, one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other]) if one.get(k) != other.get(k)]
+    flat = [
+        _flat({k: v for k, v in (s["machine_info"].get("fastdistil") or {}).items() if k in ("versions", "malloc")})
+        for s in (a, b)
+    ]
+    flat = [{**side, "python": s["machine_info"].get("python_version")} for side, s in zip(flat, (a, b), strict=True)]
+    keys = sorted(flat[0].keys() | flat[1].keys())
+    return refused, [_difference(k, flat[0].get(k), flat[1].get(k)) for k in keys if flat[0].get(k) != flat[1].get(k)], []
+
+
+def _benchmark_rows(a: Measurement, b: Measurement) -> Iterator[dict[str, Any]]:
+    sides = [{each["fullname"]: each["stats"] for each in side.content["benchmarks"]} for side in (a, b)]
+    common = [name for name in sides[0] if name in sides[1]]
+    if not common:
+        raise UserError(f"{a.path} and {b.path} have no benchmark in common; compare two results of the same files")
+    for side, measurement in zip(sides, (a, b), strict=True):
+        if any("data" not in side[name] for name in common):
+            raise UserError(
+                f"{measurement.path} has no single timings; make it with --benchmark-json, or --benchmark-save-data beside "
+                "--benchmark-save"
+            )
+    for name in common:
+        yield _row(name, "s", sides[0][name]["data"], sides[1][name]["data"])
+
+
+def _only_in(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
+    one, other = ([each["fullname"] for each in side["benchmarks"]] for side in (a, b))
+    return {"a": [name for name in one if name not in other], "b": [name for name in other if name not in one]}
+
+
+def _throttled(name: str, side: Measurement) -> list[str]:
+    reasons = ((side.content.get("readings") or {}).get("throttled") or {}) if side.kind == "run" else {}
+    return [
+        f"{name} ran on a GPU that slowed itself down ({reason}, {share:.0%} of the samples): its times are not the code's"
+        for reason, share in reasons.items()
+        if share > THROTTLED and ("slowdown" in reason.lower() or "thermal" in reason.lower())
+    ]
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], limit: float, throttled: Sequence[str]) -> dict[str, Any]:
+    """Raises UserError where there is nothing to judge by: a gate must not open because nothing was measured."""
+    if throttled:
+        return {"limit": limit, "slower": [], "unjudged": [row["name"] for row in rows], "why": throttled[0]}
+    if all(row["interval"] is None for row in rows):
+        counts = " and ".join(str(n) for n in rows[0]["n"])
+        raise UserError(
+            f"nothing to judge by: {counts} measured samples, wanted {MIN_SAMPLES} each behind the warm-up; profile more steps "
+            "(a run of an older fastdistil recorded no step times)"
+        )
+    slower = [row["name"] for row in rows if row["interval"] is not None and row["interval"][0] > 1 + limit]
+    unjudged = [row["name"] for row in rows if row["interval"] is None]
+    why = f"fewer than {MIN_SAMPLES} samples" if unjudged else ""
+    return {"limit": limit, "slower": slower, "unjudged": unjudged, "why": why}
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    for name in ("a", "b"):
+        side = found[name]
+        facts = ", ".join(f"{key} {value}" for key, value in side.items() if key != "path" and value is not None)
+        console.print(f"{name.upper()}: {side['path']}: {facts}", markup=False, highlight=False, soft_wrap=True)
+    for text in [f"{each['key']}: {each['a']} against {each['b']}" for each in found["differences"]]:
+        console.print(f"differs: {text}", markup=False, highlight=False, soft_wrap=True)
+    for text in found["warnings"]:
+        console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+    table = Table(title="B over A; medians with 95% intervals", title_justify="left")
+    for column in ("", "A", "B", "B - A", "95% interval", "samples"):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    for row in found["rows"]:
+        interval = row["interval"]
+        table.add_row(
+            row["name"],
+            *(quantity(row[side], row["unit"]) for side in ("a", "b")),
+            _MISSING if row["ratio"] is None else f"{row['ratio'] - 1:+.1%}",
+            "" if interval is None else f"{interval[0] - 1:+.1%} to {interval[1] - 1:+.1%}",
+            " and ".join(str(n) for n in row.get("n", ())),
+        )
+    console.print(table)
+    if losses := found.get("losses"):
+        terms = [name for name in losses["a"] if name != "update" and name in losses["b"]]
+        text = ", ".join(f"{name} {float(losses['a'][name]):.5g} and {float(losses['b'][name]):.5g}" for name in terms)
+        console.print(f"losses of A and B at update {losses['update']}: {text}", markup=False, highlight=False, soft_wrap=True)
+    for side, names in (found.get("only_in") or {}).items():
+        if names:
+            console.print(f"only in {side.upper()}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """With a unit that suits it."""
+    if value is None:
+        return _MISSING
+    if unit == "bytes":
+        return f"{value / 2**20:,.0f} MiB"
+    if unit == "tokens/s":
+        return f"{value:,.0f}"
+    for scale, name in ((1.0, "s"), (1e-3, "ms")):
+        if value >= scale:
+            return f"{value / scale:.3f} {name}"
+    return f"{value / 1e-6:.3g} us"
+
+
+def run_compare(a: Path, b: Path, *, fail_above: str | None, anyway: bool, as_json: bool, console: Console) -> None:
+    """The command. Raises UserError, and FellShort where B is slower than allowed."""
+    found = compare(a, b, fail_above=None if fail_above is None else parse_limit(fail_above), anyway=anyway)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found, console)
+    verdict = found["verdict"]
+    if verdict is None:
+        return
+    if verdict["slower"]:
+        rows = {row["name"]: row for row in found["rows"]}
+        told = ", ".join(f"{name} by {rows[name]['ratio'] - 1:.1%}" for name in verdict["slower"])
+        raise FellShort(f"B is slower than A by more than {verdict['limit']:.1%}, for certain: {told}")
+    if as_json:
+        return
+    limit = f"{verdict['limit']:.1%}"
+    if verdict["unjudged"]:
+        told = f"not judged against {limit}: {', '.join(verdict['unjudged'])} ({verdict['why']})"
+    else:
+        told = f"B is not shown to be slower than A by more than {limit}"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""How sure a ratio of two series of timings is: a bootstrap that respects that neighbouring steps resemble each other.
+
+Step times drift (clocks, neighbours, caches), so resampling single steps would claim too much. Blocks are resampled instead:
+the circular block bootstrap of Politis and Romano (1992), with the block length of Politis and White (2004) as corrected by
+Patton, Politis and White (2009), 1 for steps that do not depend on each other. For a median it is chosen on the
+ranks, which outliers do not move; for a mean on the series itself.
+
+The interval is the percentile interval of 10,000 resamples, from a fixed seed: the same samples give the same answer. It is to
+hold the truth 95 times in 100. Made-up series whose steps correlate by 0, 0.5 and 0.8 with the step before gave 96, 88 and 72
+of 100 with 30 steps, and 97, 93 and 88 with 100: profile more steps where they drift.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+MIN_SAMPLES = 6
+"""Below this not even the whole range holds a median with 95%: the smallest and largest of n samples enclose it with
+probability 1 - 2^(1 - n), 93.75% of 5 and 96.9% of 6."""
+MAX_SAMPLES = 2000
+"""Of longer series the last ones are used."""
+RESAMPLES = 10_000
+_CHUNK = 1_000
+
+Statistic = Literal["median", "mean"]
+Series = NDArray[np.float64]
+
+
+class Ratio(NamedTuple):
+    value: float
+    low: float | None
+    """Of the interval; None: too few samples to tell."""
+    high: float | None
+
+
+def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "median", seed: int = 0) -> Ratio | None:
+    """Statistic of b over that of a, with its 95% interval; None if that of a is 0 or there are no samples."""
+    if not len(a) or not len(b):
+        return None
+    first, second = (np.asarray(each, dtype=np.float64)[-MAX_SAMPLES:] for each in (a, b))
+    estimate = np.median if statistic == "median" else np.mean
+    below = float(estimate(first))
+    if below == 0:
+        return None
+    value = float(estimate(second)) / below
+    if min(len(first), len(second)) < MIN_SAMPLES:
+        return Ratio(value, None, None)
+    random = np.random.default_rng(seed)
+    below_R, above_R = (_resampled(each, statistic, random) for each in (first, second))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = np.nanquantile(above_R / below_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return Ratio(value, low, high)
+
+
+def _resampled(series: Series, statistic: Statistic, random: np.random.Generator) -> Series:
+    """The statistic of RESAMPLES resamples."""
+    n = len(series)
+    length = block_length(series.argsort().argsort().astype(np.float64) if statistic == "median" else series)
+    blocks = -(-n // length)
+    estimate = np.median if statistic == "median" else np.mean
+    found = []
+    for _ in range(RESAMPLES // _CHUNK):
+        starts = random.integers(n, size=(_CHUNK, blocks, 1))
+        places = (starts + np.arange(length)) % n
+        found.append(estimate(series[places.reshape(_CHUNK, -1)[:, :n]], axis=1))
+    return np.concatenate(found)
+
+
+def block_length(series: Series) -> int:
+    """Of the circular block bootstrap, for the mean of `series`; 1 for a constant or uncorrelated one."""
+    n = len(series)
+    centred = series - series.mean()
+    longest = math.ceil(min(3 * math.sqrt(n), n / 3))
+    lags = min(n - 1, math.ceil(math.sqrt(n)) + max(5, math.ceil(math.sqrt(math.log10(n)))))
+    covariance = np.array([centred[: n - lag] @ centred[lag:] for lag in range(lags + 1)]) / n
+    if covariance[0] <= 1e-24 * float(series @ series) / n:
+        return 1
+    bandwidth = _bandwidth(covariance / covariance[0], n)
+    if bandwidth == 0:
+        return 1
+    lag = np.arange(1, min(bandwidth, lags) + 1)
+    # Flat-top window: 1 up to half the bandwidth, then falling to 0.
+    window = np.clip(2 * (1 - lag / bandwidth), 0, 1)
+    weighted = window * covariance[lag]
+    spectrum = covariance[0] + 2 * weighted.sum()
+    slope = 2 * (weighted * lag).sum()
+    if spectrum <= 0:  # negatively correlated steps: blocks would only widen what is narrow
+        return 1
+    return max(1, min(longest, round(float((2 * slope**2 / (4 / 3 * spectrum**2) * n) ** (1 / 3)))))
+
+
+def _bandwidth(correlation: Series, n: int) -> int:
+    """Twice the last lag before `run` of them in a row are indistinguishable from 0."""
+    run, threshold = max(5, math.ceil(math.sqrt(math.log10(n)))), 2 * math.sqrt(math.log10(n) / n)
+    small = np.abs(correlation[1:]) < threshold
+    for last in range(len(small)):
+        if small[last : last + run].all():
+            return 2 * last
+    return 2 * len(small)

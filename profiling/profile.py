@@ -1,0 +1,161 @@
+"""`fastdistil profile`: some real updates of a recipe, and where their time goes.
+
+The updates are those of `train`, in a run directory of their own, without evaluation and checkpoints; what the run saved at
+its end is removed. Compression starts within the warm-up, since a long run is compressed nearly always. A log line, which waits
+for the device, comes every WARMUP updates, or as often as the recipe says if that is more often.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdistil import metrics
+from fastdistil.errors import UserError, translated
+from fastdistil.launch import launch_function
+from fastdistil.profiling.compare import quantity
+from fastdistil.profiling.history import load_history
+from fastdistil.profiling.report import write_report
+from fastdistil.profiling.summary import summarise
+from fastdistil.ranks import find_place
+from fastdistil.recipe import Recipe, load_recipe
+from fastdistil.runs import choose_run
+from fastdistil.train import train
+
+WARMUP = 5
+"""Updates that are not measured: allocators, autotuning and caches settle in them."""
+_MISSING = "not recorded"
+
+
+def profiled(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe of a short run that does each update as the long one would."""
+    compression = recipe.compression
+    frozen_after = compression.frozen_variance_after
+    return recipe.with_(
+        loop={"epochs": None, "updates": WARMUP + steps},
+        data={"heldout": None},
+        evaluation={"every": None},
+        checkpoint={"every": None},
+        logging={"every": min(recipe.logging.every, WARMUP), "tensorboard": False},
+        compression={
+            "warmup_updates": min(compression.warmup_updates, WARMUP),
+            "frozen_variance_after": None if frozen_after is None else min(frozen_after, WARMUP),
+        },
+    )
+
+
+def run_profile(name: str, overrides: Sequence[str], *, steps: int, np: int | None, as_json: bool, console: Console) -> None:
+    """The command; of several ranks that somebody else started, rank 0's alone prints. Raises FastdistilError."""
+    if name == "demo":
+        raise UserError("the demo prepares data of its own; give a recipe on prepared data, e.g. distilbert data.train=corpus/")
+    recipe = profiled(load_recipe(name, overrides), steps)
+    recipe_name = f"{Path(name).stem if name.endswith(('.yaml', '.yml')) else name}-profile"
+    if np in (None, 1):
+        place = find_place(os.environ)
+        directory = _train(recipe, recipe_name)
+        if place is not None and place.rank > 0:
+            return
+    else:
+        choose_run(recipe, recipe_name, None)  # refuses before ranks are started
+        arguments = {"recipe": recipe, "recipe_name": recipe_name}
+        directory = launch_function(_train, arguments, np=np, hosts=None, timeout_s=recipe.world.timeout_s)
+    for saved in ("checkpoints", "student"):
+        shutil.rmtree(directory / saved, ignore_errors=True)
+    summary = summarise(load_history(directory))
+    with translated("writing the profile", directory):
+        (directory / "profile.json").write_text(json.dumps(summary), encoding="utf-8")
+    write_report([directory], directory / "report.html")
+    if as_json:
+        print(json.dumps(summary))
+        return
+    show(summary, console)
+    for file in ("profile.json", "report.html"):
+        console.print(f"{directory / file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _train(recipe: Recipe, recipe_name: str) -> Path:
+    """In one rank; progress goes to standard error, so that standard output has the result alone."""
+    place = find_place(os.environ)
+    told = metrics.Console(quiet=place is not None and place.rank > 0, file=sys.stderr)
+    return train(recipe, recipe_name=recipe_name, console=told, place=place).run_dir
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """One table, the figures below it, and the bottleneck."""
+    console.print(_title(summary), markup=False, highlight=False, soft_wrap=True)
+    table = Table()
+    for column in ("phase", "p50", "p95", "share of the step"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name, found, share in _rows(summary):
+        times = (quantity(found[key], "s") if found else _MISSING for key in ("p50", "p95"))
+        table.add_row(name, *times, "" if share is None else f"{share:.1%}")
+    console.print(table)
+    for text in _figures(summary):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    bottleneck = summary["bottleneck"]
+    key = f" -> {bottleneck['key']}" if bottleneck["key"] else ""
+    console.print(f"bottleneck: {bottleneck['name']}{key}: {bottleneck['why']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    ranks = summary["ranks"] or 1
+    where = (
+        f"{summary['name']}: {summary['device'] or _MISSING}, {summary['dtype'] or _MISSING}, {ranks} rank{'s' * (ranks > 1)}"
+    )
+    if ranks > 1:
+        where += f" ({summary['engine']}, compression {summary['compression']}, {summary['sync']})"
+    shape = f"{summary['accumulation']} x {summary['micro_batch_tokens']:,} tokens at most an update and rank"
+    models = f"student {summary['student_parameters'] or 0:,}, teacher {summary['teacher_parameters'] or 0:,} parameters"
+    return f"{where}; {shape}; {models}; {summary['updates']} measured updates after {summary['warmup']} of warm-up"
+
+
+def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] | None, float | None]]:
+    yield "step", summary["step_s"], None if summary["step_s"] is None else 1.0
+    if summary["phases"] is None:
+        yield "phases", None, None
+        return
+    for name, found in summary["phases"].items():
+        yield name, found, found["share"]
+    if (found := summary["communication"]) is not None:
+        yield f"communication ({found['hidden_share']:.0%} of it behind the backward)", found, None
+
+
+def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
+    rate = summary["tokens_per_s"]
+    yield f"tokens/s: {_MISSING if rate is None else f'{rate:,.0f}'}" + (", all ranks" if (summary["ranks"] or 1) > 1 else "")
+    yield f"MFU: {_mfu(summary['mfu'])}"
+    memory = summary["memory"] or {}
+    peaks = {"host": "peak_rss_bytes", "allocated on the GPU": "peak_allocated_bytes", "reserved": "peak_reserved_bytes"}
+    told = [f"{quantity(memory[key], 'bytes')} {what}" for what, key in peaks.items() if memory.get(key) is not None]
+    yield f"memory at its peak: {', '.join(told) or _MISSING}"
+    energy = summary["energy"]
+    if energy["j_per_update"] is None:
+        yield f"energy: {energy['why']}"
+    else:
+        yield (
+            f"energy of rank 0's device: {energy['j_per_update']:,.3g} J an update, {energy['j_per_million_tokens']:,.4g} J a "
+            f"million tokens, over {energy['seconds']:.0f} s"
+        )
+    if (straggler := summary["straggler"]) is not None:
+        yield (
+            f"slowest rank: {straggler['rank']}, {straggler['share']:.1%} above the mean, in {straggler['slowest_in']} of "
+            f"{straggler['lines']} log lines"
+        )
+
+
+def _mfu(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return _MISSING
+    if found["refused"]:
+        return "; ".join(found["refused"])
+    names = {"student": "student", "with_teacher": "with the teacher", "hfu": "recomputation counted"}
+    told = [f"{found[name]:.1%} {what}" for name, what in names.items() if found[name] is not None]
+    if not told:
+        return "no peak of this device is known"
+    return f"{', '.join(told)}, of {found['peak_flops'] / 1e12:,.4g} TFLOP/s ({found['peak_source']})"
