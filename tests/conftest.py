@@ -54,7 +54,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def need() -> Callable[[str, str], Never]:
     """`need("horovod", reason)` skips the test with the reason; where FASTDISTIL_REQUIRE lists the name, it fails instead.
 
-    FASTDISTIL_REQUIRE: names separated by commas (horovod, mpi, root-network), set where a skip would hide a broken machine.
+    FASTDISTIL_REQUIRE: names separated by commas (horovod, mpi, chromium, root-network), set where a skip would hide a
+    broken machine.
     """
     required = {name.strip() for name in os.environ.get("FASTDISTIL_REQUIRE", "").split(",")}
 

@@ -55,6 +55,7 @@ def expected_members() -> set[str]:
     expected = {"fastdistil/py.typed"}
     expected |= {f"fastdistil/{path.name}" for path in (ROOT / "fastdistil").glob("*.py")}
     expected |= {f"fastdistil/recipes/{path.name}" for path in (ROOT / "fastdistil" / "recipes").glob("*.yaml")}
+    expected |= {f"fastdistil/profiling/static/{path.name}" for path in (ROOT / "profiling" / "static").iterdir()}
     for folder in ("kernels", "profiling"):
         expected |= {f"fastdistil/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     return expected

@@ -429,8 +429,8 @@ def test_a_run_that_appears_later_and_one_that_is_made_anew(tmp_path: Path) -> N
 
 
 @contextmanager
-def serving(directory: Path, host: str = "127.0.0.1") -> Iterator[Watch]:
-    with Watch(directory, host) as server:
+def serving(directory: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Watch]:
+    with Watch(directory, host, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

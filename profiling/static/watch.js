@@ -299,7 +299,7 @@ function showPhases() {
   const { phases } = state;
   if (!phases) { $("phases").replaceChildren(make("p", { className: "muted" }, "not recorded")); return; }
   const names = [...PHASES.filter((name) => name in phases.seconds), ...Object.keys(phases.seconds).filter((name) => !PHASES.includes(name) && name !== "other"), "other"];
-  const colour = (name) => (PHASES.includes(name) ? `var(--p${PHASES.indexOf(name)})` : "var(--rest)");
+  const colour = (name) => `var(--${PHASES.includes(name) ? name : "other"})`;
   const stack = make("div", { className: "stack" });
   stack.setAttribute("aria-hidden", "true");
   const legend = make("ul", { className: "legend" });
