@@ -546,5 +546,21 @@ def compare(
     run_compare(a, b, fail_above=fail_above, anyway=anyway, as_json=json, console=rich.console.Console())
 
 
+@app.command(epilog="Example: fastdistil report runs/distilbert-1 runs/distilbert-2 --out comparison.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; of several the first is the baseline.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Default: report.html in the run, of several here; of --markdown, --json: printed."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The figures as Markdown tables.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+) -> None:
+    """Write what runs recorded into one HTML file that needs nothing else: charts, figures, differences."""
+    from fastdistil.profiling.report import run_report
+
+    run_report(runs, out, "markdown" if markdown else "json" if json else "html")
+
+
 if __name__ == "__main__":
     main()

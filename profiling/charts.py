@@ -48,8 +48,8 @@ def readable(unit: str, largest: float) -> tuple[float, str]:
     )
 
 
-def quantity(value: float, unit: str = "") -> str:
-    """A number with its unit, to four digits: '12.30 ms', '1.041 M tokens/s', '41.2%'. Counts are whole: '1,200'."""
+def quantity(value: float, unit: str = "", digits: int = 4) -> str:
+    """A number with its unit, to so many significant digits: '12.30 ms', '1.041 M tokens/s', '41.2%'; counts whole: '1,200'."""
     if not math.isfinite(value):
         return "not finite"
     factor, name = readable(unit, value)
@@ -57,16 +57,16 @@ def quantity(value: float, unit: str = "") -> str:
     if name == "%":
         return f"{scaled:.1f}%"
     whole = scaled == int(scaled) and (scaled == 0 or (factor == 1 and unit != "s"))
-    return f"{f'{int(scaled):,}' if whole else number(scaled)}{f' {name}' if name else ''}"
+    return f"{f'{int(scaled):,}' if whole else number(scaled, digits)}{f' {name}' if name else ''}"
 
 
-def number(value: float) -> str:
-    """Four significant digits, zeros at the end included."""
+def number(value: float, digits: int = 4) -> str:
+    """So many significant digits, zeros at the end included."""
     size = abs(value)
     if size >= 999.95:
         return f"{value:,.0f}"
     if size >= 1e-3:
-        return f"{value:#.4g}".removesuffix(".")
+        return f"{value:#.{max(digits, len(str(int(size))))}g}".removesuffix(".")
     mantissa, _, exponent = f"{value:.3e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
@@ -229,7 +229,7 @@ def _frame(
     factor, unit = readable(y.unit, max(abs(y_low), abs(y_high), y.top or 0.0))
     if y.log:
         bounds = y_low / 1.08, y_high * 1.08
-        ticks = log_ticks(bounds[0] * factor, bounds[1] * factor)
+        ticks = log_ticks(bounds[0] * factor, bounds[1] * factor, count=int((height - _TOP - _BOTTOM) / 24))
     else:
         low = min(0.0, y_low) if y.zero else y_low
         ticks = nice_ticks(low * factor, max(y_high, -math.inf if y.top is None else y.top) * factor)
@@ -240,7 +240,7 @@ def _frame(
     y_of = _scale(*bounds, bottom, _TOP, y.log)
     if x_low == x_high and not whole:
         x_low, x_high = x_low - 1, x_high + 1
-    elif 0 < x_low < 0.1 * x_high and not whole:
+    elif 0 < x_low < 0.3 * x_high and not whole:
         x_low = 0.0
     x_of = _scale(x_low, x_high, left, right, log=False)
     x_factor, x_unit = readable(x.unit, x_high)

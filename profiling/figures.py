@@ -53,11 +53,18 @@ class Figure:
 
     @property
     def spread_text(self) -> str:
-        return "" if self.spread is None else f"± {quantity(self.spread, self.unit)} {self.spread_kind}"
+        return "" if self.spread is None else f"± {quantity(self.spread, self.unit, digits=2)} {self.spread_kind}"
 
     @property
     def count_text(self) -> str:
         return "" if self.n is None else f"{self.n:,} {self.of}"
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the value, where the spread is known; values are taken as independent."""
+        if self.spread is None or self.spread_kind == "se":
+            return self.spread
+        return self.spread / math.sqrt(self.n) if self.n else None
 
     def against(self, baseline: "Figure") -> float | None:
         """Relative difference of two numbers; None where there is none."""

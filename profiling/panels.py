@@ -113,7 +113,7 @@ def add(
     section: Section, title: str, histories: Sequence[History], measures: Sequence[Measure], y: Axis,
     *, wide: bool = False, tall: bool = False, log: bool = False, caption: str = "",
 ) -> None:  # fmt: skip
-    """Draw the measures into panels of `section`, the first as `wide` and `tall` say. `log`: logarithmic if the values ask for it."""
+    """Draw the measures into panels of `section`, the first as `wide` and `tall` say. `log`: if the values ask for it."""
     found = [(measure.name, [measure.get(history) for history in histories]) for measure in measures]
     found = [(name, points) for name, points in found if any(np.isfinite(each.y).any() for each in points)]
     if not found:
@@ -272,10 +272,13 @@ def _distribution(history: History, steps: Floats, domain: tuple[float, float], 
     beyond = int((steps > domain[1]).sum())
     if beyond:
         caption += f" In the last bar: {beyond:,} beyond the axis, up to {charts.quantity(float(steps.max()), 's')}."
-    axis = Axis(label="step", unit="s")
-    return Panel(
-        title=title, svg=charts.histogram(steps, x=axis, marks=marks, style=style, domain=domain, title=title), caption=caption
-    )
+
+    def draw(width: float) -> str:
+        axis = Axis(label="step", unit="s")
+        return charts.histogram(steps, x=axis, marks=marks, style=style, domain=domain, title=title, width=width)
+
+    wide = not several
+    return Panel(title=title, svg=draw(WIDE if wide else NARROW), narrow=draw(NARROW) if wide else "", caption=caption)
 
 
 def _step(histories: Sequence[History]) -> Section:
@@ -324,7 +327,7 @@ def _phase_panel(title: str, x: Floats, phases: dict[str, Floats], top: float, w
     means = f" {len(x):,} updates as the means of some {columns} columns." if len(x) > columns else f" {len(x):,} updates."
     return Panel(
         title=title,
-        svg=draw(WIDE, 290) if wide else draw(NARROW, 230),
+        svg=draw(WIDE, 255) if wide else draw(NARROW, 230),
         narrow=draw(NARROW, 230) if wide else "",
         legend=[(charts.patch(layer.name), layer.name) for layer in reversed(layers)],
         caption="Seconds of rank 0 in each phase; exposed: communication that the step waited for." + means,
@@ -373,15 +376,9 @@ def _memory(histories: Sequence[History]) -> Section:
     held = [_field(label, "memory", name) for name, label in _HELD.items()]
     if not any(line.get("memory") for history in histories for line in history.lines):
         held = [_field("device peak", "device_peak_bytes"), _field("host peak", "host_peak_bytes")]
-    add(
-        section,
-        "Memory over time",
-        histories,
-        held,
-        Axis(label="held", unit="bytes", zero=True),
-        wide=True,
-        caption="Of rank 0.",
-    )
+    tall = any(_phase_peaks(history) for history in histories)  # two panels or more stand beside it
+    axis = Axis(label="held", unit="bytes", zero=True)
+    add(section, "Memory over time", histories, held, axis, wide=True, tall=tall, caption="Of rank 0.")
     split = [history for history in histories if history.memory and history.memory.get("parts")]
     section.panels.extend(_parts_panel(history, several=len(histories) > 1) for history in split)
     if not split:

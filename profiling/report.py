@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import yaml
@@ -92,6 +92,21 @@ class Table:
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Write the HTML file. Raises UserError for what is no run, CorruptData for a bad line, DiskFull."""
     write_text(as_html(read_runs(runs)), out)
+
+
+def run_report(runs: Sequence[Path], out: Path | None, form: Literal["html", "markdown", "json"]) -> None:
+    """The command: write to `out`, to its default, or to standard output."""
+    found = read_runs(runs)
+    if form == "html":
+        out = out or (Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html"))
+        write_text(as_html(found), out)
+    else:
+        text = as_markdown(found) if form == "markdown" else json_text(found)
+        if out is None:
+            print(text, end="")
+            return
+        write_text(text, out)
+    print(f"{out}: {' against '.join(run.name for run in found)}")
 
 
 def write_text(text: str, out: Path) -> None:
@@ -230,9 +245,11 @@ def cautions(run: Reported) -> list[str]:
     memory = summary["memory"] or {}
     if memory.get("retries"):
         found.append(f"The allocator freed its cache and tried again {memory['retries']} times: memory was nearly full.")
-    for reason, share in ((summary["readings"] or {}).get("throttled") or {}).items():
-        if share > 0:
-            found.append(f"The device was throttled in {share:.1%} of the samples ({reason.replace('_', ' ')}).")
+    throttled = (summary["readings"] or {}).get("throttled") or {}
+    if told := [
+        f"{reason.replace('_', ' ')} in {share:.1%} of the samples" for reason, share in throttled.items() if share > 0
+    ]:
+        found.append(f"The device was throttled: {', '.join(told)}.")
     return [charts.printable(text) for text in found]
 
 
@@ -355,7 +372,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "planned": f"{planned:,}" if planned else None,
         "wall": duration(wall) if wall is not None else None,
         "begun": f"{datetime.fromtimestamp(begun, UTC):%Y-%m-%d %H:%M} UTC" if isinstance(begun, int | float) else None,
-        "measured": run.summary["updates"],
+        "measured": f"{run.summary['updates']:,}",
         "warmup": run.summary["warmup"],
         "cautions": cautions(run),
         "notes": found,
@@ -385,11 +402,14 @@ def _head_rows(by_key: Mapping[str, Table]) -> list[Row]:
 
 
 def _judged(row: Row, index: int) -> str:
-    """'better' or 'worse' than the baseline, where that is known and more than a rounding."""
-    difference, better = row.differences[index], row.figures[index].better
-    if difference is None or better is None or abs(difference) < 0.0005:
+    """'better' or 'worse' than the baseline, where either is known; 'within noise' below two standard errors."""
+    difference, one, other = row.differences[index], row.figures[index], row.figures[0]
+    if difference is None or one.better is None or abs(difference) < 0.0005:
         return ""
-    return "better" if (difference > 0) == (better == "higher") else "worse"
+    noise = [figure.standard_error for figure in (one, other)]
+    if None not in noise and abs(float(one.value or 0) - float(other.value or 0)) < 2 * math.hypot(*filter(None, noise)):
+        return "within noise"
+    return "better" if (difference > 0) == (one.better == "higher") else "worse"
 
 
 def _phase_rows(run: Reported) -> list[dict[str, Any]]:
