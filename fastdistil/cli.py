@@ -548,7 +548,7 @@ def compare(
 
 @app.command(epilog="Example: fastdistil report runs/distilbert-1 runs/distilbert-2 --out comparison.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; of several the first is the baseline.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; the first is the baseline.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Default: report.html in the run, of several here; of --markdown, --json: printed."),
@@ -559,7 +559,7 @@ def report(
     """Write what runs recorded into one HTML file that needs nothing else: charts, figures, differences."""
     from fastdistil.profiling.report import run_report
 
-    run_report(runs, out, "markdown" if markdown else "json" if json else "html")
+    run_report(runs, out, markdown=markdown, as_json=json)
 
 
 if __name__ == "__main__":

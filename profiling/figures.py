@@ -265,10 +265,8 @@ def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
         real(line["tokens_per_s"]) for line in history.comparable_lines if "tokens_per_s" in line and not line.get("warmup")
     ]
     rates = [rate for rate in rates if math.isfinite(rate)]
-    step, mfu = summary["step_s"] or {}, summary["mfu"] or {}
+    step = summary["step_s"] or {}
     n, warm = step.get("n"), f"{summary['warmup']} warm-up updates left out; rank 0"
-    peak = f"of {quantity(mfu['peak_flops'], 'flop/s')} ({mfu['peak_source']})" if mfu.get("peak_flops") else ""
-    refused = "; ".join(mfu.get("refused") or [])
     bottleneck = summary["bottleneck"]
     return [
         Figure(
@@ -289,17 +287,21 @@ def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "speed.step_mean_s", "step, mean", step.get("mean"), "s", spread=step.get("sd"), n=n, detail=warm, better="lower"
         ),
-        *(
-            Figure(f"speed.mfu_{name}", label, mfu.get(name), "share", detail=refused or peak, better=better)
-            for name, label, better in (
-                ("student", "MFU, student", "higher"),
-                ("with_teacher", "MFU, with the teacher", "higher"),
-                ("hfu", "hardware FLOP utilisation", None),
-            )
-        ),
+        _mfu(summary, "student", "MFU, student", "higher"),
+        _mfu(summary, "with_teacher", "MFU, with the teacher", "higher"),
+        _mfu(summary, "hfu", "hardware FLOP utilisation"),
         Figure("speed.data_wait_share", "waiting for data", summary["data_wait_share"], "share", better="lower"),
         _text("speed.bottleneck", "bottleneck", bottleneck.get("name"), str(bottleneck.get("why", ""))),
     ]
+
+
+def _mfu(summary: Mapping[str, Any], name: str, label: str, better: Better | None = None) -> Figure:
+    mfu, key = summary["mfu"] or {}, f"speed.mfu_{name}"
+    for reason in mfu.get("refused", []):
+        if reason.startswith(f"{name} "):
+            return _text(key, label, "refused", reason)
+    peak = f"of {quantity(mfu['peak_flops'], 'flop/s')} ({mfu['peak_source']})" if mfu.get("peak_flops") else ""
+    return Figure(key, label, mfu.get(name), "share", detail=peak, better=better)
 
 
 def _step(summary: Mapping[str, Any]) -> list[Figure]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import yaml
@@ -94,14 +94,16 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     write_text(as_html(read_runs(runs)), out)
 
 
-def run_report(runs: Sequence[Path], out: Path | None, form: Literal["html", "markdown", "json"]) -> None:
+def run_report(runs: Sequence[Path], out: Path | None, *, markdown: bool, as_json: bool) -> None:
     """The command: write to `out`, to its default, or to standard output."""
+    if markdown and as_json:
+        raise UserError("--markdown and --json are two reports; give one of them")
     found = read_runs(runs)
-    if form == "html":
+    if not markdown and not as_json:
         out = out or (Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html"))
         write_text(as_html(found), out)
     else:
-        text = as_markdown(found) if form == "markdown" else json_text(found)
+        text = as_markdown(found) if markdown else json_text(found)
         if out is None:
             print(text, end="")
             return
@@ -156,7 +158,7 @@ def tables(runs: Sequence[Reported]) -> list[Table]:
     return found
 
 
-def as_json(runs: Sequence[Reported]) -> dict[str, Any]:
+def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
     """Keys stay as they are from version to version of `format`; values are in SI units."""
     return {
         "format": 1,
@@ -199,8 +201,8 @@ def as_markdown(runs: Sequence[Reported]) -> str:
             parts += ["| figure | value | spread | of | how |", "|---|---:|---:|---:|---|"]
             for row in table.rows:
                 figure = row.figures[0]
-                cells = (figure.label, figure.text, figure.spread_text, figure.count_text, figure.detail)
-                parts.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+                line = (figure.label, figure.text, figure.spread_text, figure.count_text, figure.detail)
+                parts.append(f"| {' | '.join(_cell(cell) for cell in line)} |")
         elif table.rows:
             heads = [f"{_cell(run.name)} | " + "change" * (index > 0) for index, run in enumerate(runs)]
             heads[0] = _cell(runs[0].name)
@@ -429,7 +431,7 @@ def _phase_rows(run: Reported) -> list[dict[str, Any]]:
 
 
 def json_text(runs: Sequence[Reported]) -> str:
-    return json.dumps(_finite(as_json(runs)), indent=1, allow_nan=False) + "\n"
+    return json.dumps(_finite(figures_json(runs)), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
