@@ -1,0 +1,401 @@
+"""Two measurements: what the interval is worth, what is refused, what the verdict says and how the command ends."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fastdistil import cli
+from fastdistil.errors import FellShort, UserError
+from fastdistil.profiling.compare import compare, load_measurement, parse_limit, run_compare, show
+from fastdistil.profiling.history import load_history
+from fastdistil.profiling.intervals import block_length, ratio_of
+from fastdistil.profiling.summary import summarise
+
+RECIPE = {"data": {"micro_batch_tokens": 256}, "loop": {"accumulation": 2}, "teacher": {"path": "a"}}
+START = {
+    "event": "start",
+    "update": 0,
+    "ranks": 1,
+    "engine": "alone",
+    "device": "cpu",
+    "precision": "fp32",
+    "student_parameters": 100,
+    "teacher_parameters": 200,
+}
+Samples = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def noisy(n: int, seed: int, median: float = 0.1, noise: float = 0.02, correlation: float = 0.0) -> Samples:
+    """Log-normal steps, each resembling the one before."""
+    random = np.random.default_rng(seed)
+    kicks = random.normal(size=n + 100)
+    walk = np.zeros(n + 100)
+    for i in range(1, n + 100):
+        walk[i] = correlation * walk[i - 1] + kicks[i]
+    found: Samples = median * np.exp(noise * walk[100:] * np.sqrt(1 - correlation**2))
+    return found
+
+
+def run(directory: Path, steps: Samples | list[float], recipe: Any = RECIPE, readings: Any = None, **start: Any) -> Path:
+    """A run directory with one log line an update."""
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    lines = [{**START, **start}]
+    for number, seconds in enumerate(map(float, steps), 1):
+        phases = {"student": [0.4 * seconds], "backward": [0.5 * seconds]}
+        line = {"event": "train", "update": number, "updates": 1, "tokens": 100, "tokens_per_s": 100 / seconds}
+        more = {"step_s": [seconds], "warmup": 0, "phases": phases, "total": 10 / number}
+        lines.append({**line, **more, **({"device": readings} if readings else {})})
+    (directory / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return directory
+
+
+def row(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(each for each in found["rows"] if each["name"] == name)
+
+
+# The interval.
+
+
+@pytest.mark.parametrize(("n", "correlation", "least"), [(30, 0.0, 0.90), (100, 0.0, 0.90), (100, 0.5, 0.86)])
+def test_interval_holds_the_truth_as_often_as_it_says(
+    n: int, correlation: float, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """95 in 100; where steps resemble each other a little less, as intervals.py says."""
+    monkeypatch.setattr("fastdistil.profiling.intervals.RESAMPLES", 2000)  # quicker, and sharp enough
+    held = 0
+    for seed in range(100):
+        a, b = (noisy(n, 2 * seed + side, median, correlation=correlation) for side, median in ((0, 0.1), (1, 0.11)))
+        found = ratio_of(a, b)
+        assert found is not None and found.low is not None and found.high is not None
+        held += found.low <= 1.1 <= found.high
+    assert least <= held / 100 <= 0.995
+
+
+def test_single_steps_would_claim_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same correlated steps without blocks: the interval is narrower by far."""
+    a, b = noisy(300, 0, correlation=0.8), noisy(300, 1, correlation=0.8)
+    blocks = ratio_of(a, b)
+    monkeypatch.setattr("fastdistil.profiling.intervals.block_length", lambda _: 1)
+    single = ratio_of(a, b)
+    assert blocks is not None and single is not None
+    assert blocks.high - blocks.low > 1.5 * (single.high - single.low)  # type: ignore[operator]
+
+
+def test_block_length() -> None:
+    """Against the formula with the true covariances of an AR(1) series: rho^k, all lags."""
+    rho, n = 0.7, 4000
+    lags = np.arange(1, 200)
+    spectrum, slope = 1 + 2 * (rho**lags).sum(), 2 * (lags * rho**lags).sum()
+    ideal = (2 * slope**2 / (4 / 3 * spectrum**2) * n) ** (1 / 3)
+    found = np.median([block_length(noisy(n, seed, noise=1e-3, correlation=rho)) for seed in range(20)])
+    assert 0.7 * ideal < found < 1.4 * ideal
+    assert np.median([block_length(noisy(n, seed)) for seed in range(20)]) == 1
+    assert block_length(np.ones(50)) == 1
+    assert block_length(np.tile([1.0, 2.0], 50)) >= 1
+
+
+def test_ratio_of_few_samples_has_no_interval() -> None:
+    found = ratio_of([1.0] * 5, [2.0] * 50)
+    assert found is not None and (found.value, found.low, found.high) == (2.0, None, None)
+    assert ratio_of([], [1.0]) is None and ratio_of([0.0] * 9, [1.0] * 9) is None
+
+
+def test_the_same_samples_give_the_same_answer() -> None:
+    assert ratio_of(noisy(40, 0), noisy(40, 1)) == ratio_of(noisy(40, 0), noisy(40, 1))
+
+
+# Runs.
+
+
+def test_a_run_against_itself(tmp_path: Path) -> None:
+    found = compare(run(tmp_path / "a", noisy(40, 0)), tmp_path / "a", fail_above=0.0)
+    step = row(found, "step")
+    assert step["ratio"] == 1 and step["interval"][0] < 1 < step["interval"][1] and step["n"] == [40, 40]
+    assert step["a"] == pytest.approx(float(np.median(noisy(40, 0))))
+    assert row(found, "tokens/s")["ratio"] == 1
+    assert found["verdict"]["slower"] == [] and found["differences"] == found["warnings"] == []
+
+
+def test_a_shift_is_detected(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", noisy(40, 0)), run(tmp_path / "b", noisy(40, 1, 0.11))
+    found = compare(a, b, fail_above=0.05)
+    assert found["verdict"]["slower"] == ["step"]
+    assert row(found, "step")["interval"][0] > 1.05
+    assert row(found, "student")["ratio"] == pytest.approx(row(found, "step")["ratio"])
+    low, high = row(found, "tokens/s")["interval"]
+    assert low < 1 / 1.1 < high < 1
+    assert compare(a, b, fail_above=0.2)["verdict"]["slower"] == []
+    assert compare(b, a, fail_above=0.05)["verdict"]["slower"] == []  # faster
+
+
+def test_a_shift_within_the_noise_is_no_verdict(tmp_path: Path) -> None:
+    """The one number says 8%, the interval from less than 5%: not certain."""
+    a, b = run(tmp_path / "a", noisy(12, 0, noise=0.1)), run(tmp_path / "b", noisy(12, 1, 0.11, noise=0.1))
+    found = compare(a, b, fail_above=0.05)
+    assert row(found, "step")["ratio"] > 1.05 > row(found, "step")["interval"][0]
+    assert found["verdict"]["slower"] == []
+
+
+def test_losses_at_the_last_update_of_both(tmp_path: Path) -> None:
+    found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(8, 1)))
+    assert found["losses"] == {"update": 8, "a": {"update": 8, "total": 1.25}, "b": {"update": 8, "total": 1.25}}
+    assert found["verdict"] is None
+
+
+@pytest.mark.parametrize(
+    ("start", "recipe", "complaint"),
+    [
+        ({"device": "cuda:0"}, RECIPE, "device: cpu against cuda:0"),
+        ({"precision": "bf16"}, RECIPE, "dtype: fp32 against bf16"),
+        ({"ranks": 2}, RECIPE, "ranks: 1 against 2"),
+        ({"student_parameters": 101}, RECIPE, "student_parameters: 100 against 101"),
+        ({}, {**RECIPE, "data": {"micro_batch_tokens": 512}}, "micro_batch_tokens: 256 against 512"),
+        ({}, {**RECIPE, "loop": {"accumulation": 4}}, "accumulation: 2 against 4"),
+    ],
+)
+def test_other_work_is_refused(tmp_path: Path, start: Any, recipe: Any, complaint: str) -> None:
+    a, b = run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), recipe, **start)
+    with pytest.raises(UserError, match=complaint):
+        compare(a, b)
+    found = compare(a, b, anyway=True)
+    assert complaint.partition(":")[0] in [each["key"] for each in found["differences"]]
+
+
+def test_other_differences_are_listed(tmp_path: Path) -> None:
+    other = {**RECIPE, "teacher": {"path": "b"}, "name": "x", "loop": {"accumulation": 2, "updates": 7}, "optim": {"lr": 1.0}}
+    found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), other, engine="torch"))
+    assert found["differences"] == [
+        {"key": "engine", "a": "alone", "b": "torch"},
+        {"key": "optim.lr", "a": "not recorded", "b": 1.0},
+        {"key": "teacher.path", "a": "a", "b": "b"},
+    ]
+
+
+def test_what_cannot_be_told_apart_is_a_warning(tmp_path: Path) -> None:
+    found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), precision=None))
+    assert found["warnings"] == ["whether both did the same work cannot be told by dtype: not recorded"]
+
+
+def test_too_few_steps_are_no_gate(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", noisy(5, 0)), run(tmp_path / "b", noisy(50, 1))
+    assert row(compare(a, b), "step")["interval"] is None
+    with pytest.raises(UserError, match="5 and 50 measured samples, wanted 6 each"):
+        compare(a, b, fail_above=0.05)
+
+
+def held_down(**reasons: float) -> dict[str, Any]:
+    return {"samples": 10, "seconds": 1.0, "throttled": reasons}
+
+
+@pytest.mark.parametrize(
+    ("reasons", "slower"),
+    [
+        ({"hw_slowdown": 0.5}, []),
+        ({"sw_thermal_slowdown": 0.5}, []),
+        ({"HwThermalSlowdown": 0.5}, []),
+        ({"sw_power_cap": 1.0}, ["step"]),  # a GPU at work runs into its power limit
+        ({"hw_slowdown": 0.001}, ["step"]),
+    ],
+)
+def test_a_gpu_that_slowed_itself_down_is_not_judged(tmp_path: Path, reasons: dict[str, float], slower: list[str]) -> None:
+    b = run(tmp_path / "b", noisy(40, 1, 0.2), readings=held_down(**reasons))
+    found = compare(run(tmp_path / "a", noisy(40, 0)), b, fail_above=0.05)
+    assert found["verdict"]["slower"] == slower
+    assert bool(found["warnings"]) != bool(slower)
+    if not slower:
+        assert "B ran on a GPU that slowed itself down" in found["warnings"][0] and found["verdict"]["unjudged"]
+
+
+def test_a_profile_file_is_as_good_as_its_run(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", noisy(20, 0)), run(tmp_path / "b", noisy(20, 1, 0.11))
+    (tmp_path / "b.json").write_text(json.dumps(summarise(load_history(b))), encoding="utf-8")
+    from_file, from_run = compare(a, tmp_path / "b.json"), compare(a, b)
+    assert from_file["rows"] == from_run["rows"] and from_file["losses"] == from_run["losses"]
+
+
+def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
+    for name, text, complaint in (
+        ("none.json", None, "nothing at"),
+        ("torn.json", "{", "is not JSON"),
+        ("bytes.json", "\xff", "is not JSON"),
+        ("other.json", "{}", "neither a profile.json"),
+        ("list.json", "[]", "neither a profile.json"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=complaint):
+            load_measurement(tmp_path / name)
+    with pytest.raises(UserError, match="is no run"):
+        load_measurement(tmp_path)
+
+
+def test_limits() -> None:
+    assert parse_limit("5%") == 0.05 and parse_limit("0.5%") == 0.005
+    for text in ("5", "0.05", "%", "-1%", "nan%", "a lot"):
+        with pytest.raises(UserError, match=r"wanted a percentage, e\.g\. 5%"):
+            parse_limit(text)
+
+
+# Benchmarks.
+
+BENCHMARKS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_work(benchmark, n):
+    benchmark.pedantic(sum, args=(range(2000 * n),), rounds=15)
+
+def test_{extra}(benchmark):
+    benchmark.pedantic(sum, args=(range(10),), rounds=5)
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two real files of pytest-benchmark: two benchmarks are in both, one only in each."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    files = []
+    for extra in ("old", "new"):
+        (folder / "test_bench.py").write_text(BENCHMARKS.replace("{extra}", extra), encoding="utf-8")
+        out = folder / f"{extra}.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_bench.py", f"--benchmark-json={out}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        files.append(out)
+    return files[0], files[1]
+
+
+def slowed(path: Path, out: Path, factor: float, name: str = "test_work[2]") -> Path:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for each in content["benchmarks"]:
+        if each["name"] == name:
+            each["stats"]["data"] = [factor * seconds for seconds in each["stats"]["data"]]
+    out.write_text(json.dumps(content), encoding="utf-8")
+    return out
+
+
+def test_benchmarks_by_full_name(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    old, new = measured
+    found = compare(old, new)
+    assert [each["name"] for each in found["rows"]] == ["test_bench.py::test_work[1]", "test_bench.py::test_work[2]"]
+    assert found["rows"][0]["n"] == [15, 15]
+    assert found["only_in"] == {"a": ["test_bench.py::test_old"], "b": ["test_bench.py::test_new"]}
+    twice = compare(old, slowed(old, tmp_path / "slow.json", 2.0), fail_above=0.05)
+    ratios = {each["name"]: each["ratio"] for each in twice["rows"]}
+    assert ratios["test_bench.py::test_work[1]"] == 1 and ratios["test_bench.py::test_work[2]"] == pytest.approx(2)
+    assert twice["verdict"]["slower"] == ["test_bench.py::test_work[2]"]
+    assert twice["verdict"]["unjudged"] == ["test_bench.py::test_old"]  # 5 rounds
+
+
+def test_benchmarks_of_another_machine_are_refused(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    content = json.loads(measured[0].read_text(encoding="utf-8"))
+    content["machine_info"]["cpu"]["brand_raw"] = "Another processor"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"processor: .* against Another processor"):
+        compare(measured[0], other)
+    assert compare(measured[0], other, anyway=True)["differences"][0]["key"] == "processor"
+
+
+def test_our_own_machine_info_is_what_must_agree(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    files = []
+    for threads in (1, 2):
+        content = json.loads(measured[0].read_text(encoding="utf-8"))
+        gpus = [{"name": "A GPU", "sm_clock_mhz": 1000 + threads}]
+        own = {
+            "processor": "P",
+            "usable_cores": 2,
+            "torch_threads": threads,
+            "gpus": gpus,
+            "versions": {"torch": f"2.{threads}"},
+        }
+        content["machine_info"]["fastdistil"] = own
+        files.append(tmp_path / f"{threads}.json")
+        files[-1].write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="same work: torch_threads: 1 against 2; --anyway"):
+        compare(*files)
+    keys = [each["key"] for each in compare(*files, anyway=True)["differences"]]
+    assert keys == ["torch_threads", "versions.torch"]  # clocks differ from moment to moment
+
+
+def test_benchmarks_that_cannot_be_compared(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    content = json.loads(measured[0].read_text(encoding="utf-8"))
+    bare, none = tmp_path / "bare.json", tmp_path / "none.json"
+    none.write_text(json.dumps({**content, "benchmarks": content["benchmarks"][2:]}), encoding="utf-8")
+    for each in content["benchmarks"]:
+        del each["stats"]["data"]
+    bare.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"bare\.json has no single timings; make it with --benchmark-json"):
+        compare(measured[0], bare)
+    with pytest.raises(UserError, match="no benchmark in common"):
+        compare(none, measured[1])
+    with pytest.raises(UserError, match="holds a run"):
+        compare(run(tmp_path / "a", noisy(10, 0)), measured[1])
+
+
+# The command.
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdistil", "compare", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def test_exit_codes(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", noisy(40, 0)), run(tmp_path / "b", noisy(40, 1, 0.11))
+    code, out, err = command(a, a, "--fail-above", "5%")
+    assert code == 0 and "not shown to be slower than A by more than 5.0%" in out and not err
+    code, out, err = command(a, b, "--fail-above", "5%")
+    assert code == 3 and err.startswith("fastdistil: B is slower than A by more than 5.0%, for certain: step by 9")
+    assert err.count("\n") == 1 and "95% interval" in out  # the table is there all the same
+    assert command(a, b, "--fail-above", "20%")[0] == 0
+    assert command(a, b)[0] == 0
+    other = run(tmp_path / "c", noisy(40, 1), precision="bf16")
+    code, _, err = command(a, other)
+    assert code == 2 and "did not measure the same work: dtype: fp32 against bf16; --anyway" in err
+    assert command(a, other, "--anyway")[0] == 0
+    assert command(a, b, "--fail-above", "5")[0] == 2
+
+
+def test_json_alone_on_standard_output(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", noisy(40, 0)), run(tmp_path / "b", noisy(40, 1, 0.11))
+    code, out, _ = command(a, b, "--fail-above", "5%", "--json")
+    assert code == 3 and json.loads(out) == compare(a, b, fail_above=0.05)
+
+
+def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = run(tmp_path / "a", [0.1] * 20), run(tmp_path / "b", [0.1005] * 20, engine="torch")
+    show(compare(a, b), Console(width=200))
+    out = capsys.readouterr().out
+    assert f"A: {a}: name a, device cpu, dtype fp32, ranks 1" in out
+    assert "differs: engine: alone against torch" in out
+    assert "losses of A and B at update 20: total 0.5 and 0.5" in out
+    step = next(line for line in out.splitlines() if "step" in line)
+    assert [cell.strip() for cell in step.split("│")[1:-1]] == [
+        "step",
+        "100.000 ms",
+        "100.500 ms",
+        "+0.5%",
+        "+0.5% to +0.5%",
+        "20 and 20",
+    ]
+    with pytest.raises(FellShort, match=r"more than 0\.1%"):
+        run_compare(a, b, fail_above="0.1%", anyway=False, as_json=False, console=Console(width=200))
