@@ -346,15 +346,18 @@ class MeasuredPeaks:
     """Size of the buffer that was copied."""
     dtype: torch.dtype
     rounds: int
+    copies: int
 
 
-_ROUNDS = 5
-_COPY_BYTES = 256 * 2**20  # larger than any cache
+_ROUNDS, _FEWEST_ROUNDS = 5, 3
+_ENOUGH_S = 0.1
+"""A processor's rounds that took this long together, and are _FEWEST_ROUNDS at least, are enough."""
+_COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # larger than a cache
 _SIZES = (512, 1024, 2048, 4096, 8192)
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
-    """A matrix product in `dtype` and a copy, timed here; under a second, and 0.6 GiB of the device's memory at most.
+    """A matrix product in `dtype` and a copy, timed here: under a second on an idle device, and 0.6 GiB of its memory at most.
 
     With as many threads, and in float32 with the precision (TF32 or not), as torch is set to. The device should have nothing
     else to do. A lower bound of what it can, not a limit.
@@ -362,23 +365,24 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
     with torch.no_grad():
         size, times = _time_product(device, dtype)
         rates = sorted(2 * size**3 / seconds for seconds in times)
-        source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+        source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
         copy = torch.empty_like(source)
-        speeds = sorted(2 * _COPY_BYTES / seconds for seconds in _timed(lambda: copy.copy_(source), device, warmup=1))
+        speeds = sorted(2 * source.nbytes / seconds for seconds in _timed(lambda: copy.copy_(source), device, warmup=1))
     return MeasuredPeaks(
         flops=median(rates),
         flops_range=(rates[0], rates[-1]),
         bytes=median(speeds),
         bytes_range=(speeds[0], speeds[-1]),
         size=size,
-        copied_bytes=_COPY_BYTES,
+        copied_bytes=source.nbytes,
         dtype=dtype,
-        rounds=_ROUNDS,
+        rounds=len(rates),
+        copies=len(speeds),
     )
 
 
 def _time_product(device: torch.device, dtype: torch.dtype) -> tuple[int, list[float]]:
-    """The largest size whose rounds fit into 0.4 s, and their seconds by the faster of torch's libraries."""
+    """The largest size whose rounds fit into 0.2 s, and their seconds by the faster of torch's libraries."""
     size, times = 0, [0.0]
     for size in _SIZES:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -408,6 +412,8 @@ def _timed(work: Callable[[], object], device: torch.device, warmup: int) -> lis
             begun = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - begun)
+            if len(seconds) >= _FEWEST_ROUNDS and sum(seconds) > _ENOUGH_S:
+                break
         return seconds
     with torch.cuda.device(device):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]  # type: ignore[no-untyped-call]
@@ -429,11 +435,10 @@ def arithmetic(precision: str, device: torch.device) -> str:
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def peaks(device: torch.device, precision: str) -> dict[str, dict[str, float]]:
+def peaks(device: torch.device, precision: str, *, measure: bool = True) -> dict[str, dict[str, float]]:
     """{"flops": {source: operations/s}, "bytes": {source: bytes/s}}, the datasheet first where there is one; for a recipe's
-    loop.precision (where the teacher's dtype is faster, for that). Measures, for under a second."""
+    loop.precision (where the teacher's dtype is faster, for that). Measuring takes under a second."""
     kind = arithmetic(precision, device)
-    measured = measure_peaks(device, _DTYPES[kind])
     flops, moved = {}, {}
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -442,9 +447,12 @@ def peaks(device: torch.device, precision: str) -> dict[str, dict[str, float]]:
             moved[sheet.source] = sheet.bytes
             if kind in sheet.flops:
                 flops[f"{sheet.source}, dense {kind}"] = sheet.flops[kind]
+    if not measure:
+        return {"flops": flops, "bytes": moved}
+    measured = measure_peaks(device, _DTYPES[kind])
     size = measured.size
     flops[f"measured here, {kind} product of {size} x {size}, median of {measured.rounds}"] = measured.flops
-    moved[f"measured here, copy of {measured.copied_bytes >> 20} MiB, median of {measured.rounds}"] = measured.bytes
+    moved[f"measured here, copy of {measured.copied_bytes >> 20} MiB, median of {measured.copies}"] = measured.bytes
     return {"flops": flops, "bytes": moved}
 
 

@@ -290,7 +290,7 @@ def test_the_table_is_plausible() -> None:
 
 def test_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against times of our own: sizes are multiplied and copied as they are said to be."""
-    monkeypatch.setattr(roofline, "_COPY_BYTES", 2**20)
+    monkeypatch.setitem(roofline._COPY_BYTES, "cpu", 2**20)
     found = measure_peaks(CPU, torch.float32)
     assert found.flops_range[0] <= found.flops <= found.flops_range[1]
     assert found.bytes_range[0] <= found.bytes <= found.bytes_range[1]
@@ -307,10 +307,21 @@ def test_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.bytes == pytest.approx(2 * 2**20 / 3)
 
 
+def test_a_slow_processor_is_not_kept_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    assert roofline._timed(lambda: work(7.0), CPU, warmup=1) == [7.0] * 3
+    assert len(roofline._timed(lambda: work(0.001), CPU, warmup=1)) == 5
+
+
 def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = roofline.MeasuredPeaks(
         flops=1e14, flops_range=(1e14, 1e14), bytes=1e12, bytes_range=(1e12, 1e12), size=4096, copied_bytes=2**28,
-        dtype=torch.bfloat16, rounds=5,
+        dtype=torch.bfloat16, rounds=5, copies=5,
     )  # fmt: skip
     monkeypatch.setattr(roofline, "measure_peaks", lambda device, dtype: measured)
     name = "NVIDIA Something New"
@@ -327,6 +338,7 @@ def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.Monkey
     assert list(found["flops"].values()) == [1e14]
     assert "measured here" in next(iter(found["flops"]))
     name = "NVIDIA H100 PCIe"
+    assert list(peaks(torch.device("cuda"), "bf16", measure=False)["flops"].values()) == [756.5e12]
     found = peaks(torch.device("cuda"), "bf16")
     assert list(found["flops"].values()) == [756.5e12, 1e14]
     assert list(found["bytes"].values()) == [2039e9, 1e12]
