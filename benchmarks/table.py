@@ -3,12 +3,16 @@
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def tables(benchmarks: list[dict[str, Any]]) -> str:
-    """One table a group; ratios are to its side named eager (or the one that starts with it), larger is faster."""
+    """One table a group; ratios are to its side named eager (or the one that starts with it), larger is faster.
+
+    Benchmarks that are whole comparisons have no side: of them, what they found.
+    """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for each in benchmarks:
         if "side" in each["extra_info"]:
@@ -31,7 +35,26 @@ def tables(benchmarks: list[dict[str, Any]]) -> str:
                 f"| {side['side']} | {side['median_s'] * 1000:.1f} | {backward} | {ratio:.2f}x | {ceiling} | {memory} |"
             )
         lines.append("")
+    for each in benchmarks:
+        if "side" not in each["extra_info"] and (found := dict(facts(each["extra_info"]))):
+            lines += [f"**{each['group']}: {each['name']}**", "", "| | |", "|---|---|"]
+            lines += [f"| {name} | {value} |" for name, value in found.items()]
+            lines.append("")
     return "\n".join(lines)
+
+
+def facts(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Texts, numbers and pairs of numbers, those in mappings under "mapping key"; series are left to the file."""
+    for name, value in values.items():
+        match value:
+            case str() | int():
+                yield prefix + name, str(value)
+            case float():
+                yield prefix + name, f"{value:.4g}"
+            case [int() | float() as first, int() | float() as second]:
+                yield prefix + name, f"{first:.4g}, {second:.4g}"
+            case dict():
+                yield from facts(value, f"{prefix}{name} ")
 
 
 CEILINGS = {"share_of_copy": "copy bandwidth", "share_of_products": "matrix rate"}
