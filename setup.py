@@ -10,5 +10,8 @@ from setuptools import setup
 setup(
     packages=["fastdistil", "fastdistil.kernels", "fastdistil.profiling"],
     package_dir={"fastdistil.kernels": "kernels", "fastdistil.profiling": "profiling"},
-    package_data={"fastdistil": ["py.typed", "recipes/*.yaml"], "fastdistil.profiling": ["static/*", "templates/*.j2"]},
+    package_data={
+        "fastdistil": ["py.typed", "recipes/*.yaml"],
+        "fastdistil.profiling": ["networks/*.yaml", "static/*", "tables/*.yaml", "templates/*.j2"],
+    },
 )

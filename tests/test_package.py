@@ -56,6 +56,8 @@ def expected_members() -> set[str]:
     expected |= {f"fastdistil/{path.name}" for path in (ROOT / "fastdistil").glob("*.py")}
     expected |= {f"fastdistil/recipes/{path.name}" for path in (ROOT / "fastdistil" / "recipes").glob("*.yaml")}
     expected |= {f"fastdistil/profiling/static/{path.name}" for path in (ROOT / "profiling" / "static").iterdir()}
+    for folder in ("networks", "tables"):
+        expected |= {f"fastdistil/profiling/{folder}/{path.name}" for path in (ROOT / "profiling" / folder).glob("*.yaml")}
     expected |= {f"fastdistil/profiling/templates/{path.name}" for path in (ROOT / "profiling" / "templates").glob("*.j2")}
     for folder in ("kernels", "profiling"):
         expected |= {f"fastdistil/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
