@@ -97,6 +97,7 @@ def _median_step(event: Event) -> float:
     return statistics.median(steps) * 1e3 if steps else math.nan
 
 
+PER_RANK = ("rank_worked_s", "rank_tokens", "rank_data_wait_s")
 LOSSES = {"soft": ("a_ce",), "hard": ("a_mlm", "a_clm"), "cosine": ("a_cos",), "mse": ("a_mse",)}
 """Term -> the recipe's weights of it."""
 CURVES = (
@@ -131,6 +132,8 @@ class Line(NamedTuple):
     steps: list[float]
     phases: dict[str, tuple[float, int]]
     """Name -> (sum of seconds, updates measured)."""
+    per_rank: dict[str, Any]
+    """Name of a field -> float64 [ranks]; without those that are not recorded or not finite."""
     event: Event
 
 
@@ -142,6 +145,12 @@ def _line(event: Event) -> Line:
         measured = _measured(event, values)
         if measured:
             phases[str(name)] = (math.fsum(measured), len(measured))
+    per_rank = {}
+    for name in PER_RANK:
+        if isinstance(given := event.get(name), list):
+            values = np.array([number(value) for value in given])
+            if np.isfinite(values).all():
+                per_rank[name] = values
     updates = event.get("updates")
     return Line(
         time=number(event.get("time")),
@@ -150,6 +159,7 @@ def _line(event: Event) -> Line:
         seconds=tokens / rate if rate > 0 else math.nan,
         steps=measured_steps(event),
         phases=phases,
+        per_rank=per_rank,
         event=event,
     )
 
@@ -162,6 +172,7 @@ class Live:
     ) -> None:
         self.directory = directory
         self._clock, self._elapsed = clock, elapsed
+        self._name = directory.resolve().name
         self._seen: tuple[int, ...] = ()
         self._recipe: Event = {}
         self._recipe_seen: tuple[int, ...] = ()
@@ -386,7 +397,7 @@ class Live:
 
     def _poll_s(self) -> float:
         intervals = self._intervals()
-        return min(10.0, max(2.0, statistics.median(intervals) / 2)) if intervals else 2.0
+        return min(10.0, max(3.0, statistics.median(intervals))) if intervals else 2.0
 
     def _status(self) -> Event:
         """kind: waiting, reading, unreadable, starting, running, silent, died, done, stopped, nonfinite."""
@@ -425,7 +436,7 @@ class Live:
         devices = self._environment.get("devices")
         first = devices[0] if isinstance(devices, list) and devices and isinstance(devices[0], dict) else {}
         return {
-            "name": self.directory.resolve().name,
+            "name": self._name,
             "directory": str(self.directory),
             **{name: _plain(self._start.get(name)) for name in (*names, *counts)},
             "device_name": _plain(first.get("name")),
@@ -498,10 +509,10 @@ class Live:
         ranks = self._start.get("ranks")
         if not isinstance(ranks, int) or ranks < 2 or not self._recent:
             return None
-        worked, tokens, waited = (self._per_rank(name, ranks) for name in ("rank_worked_s", "rank_tokens", "rank_data_wait_s"))
+        worked, tokens, waited = (self._per_rank(name, ranks) for name in PER_RANK)
         middle = statistics.median(worked) if worked else math.nan
         slowest = [line.event.get("slowest_rank") for line in self._recent]
-        all_tokens = math.fsum(tokens) if tokens else math.nan
+        all_tokens = math.fsum(tokens) if tokens else 0.0
         return [
             {
                 "rank": rank,
@@ -517,11 +528,12 @@ class Live:
 
     def _per_rank(self, name: str, ranks: int) -> list[float] | None:
         """Per update, of each rank; None if not recorded."""
-        lines = [(line.event[name], line.updates) for line in self._recent if _numbers(line.event.get(name), ranks)]
-        updates = sum(count for _, count in lines)
+        lines = [line for line in self._recent if len(line.per_rank.get(name, ())) == ranks]
+        updates = sum(line.updates for line in lines)
         if not updates:
             return None
-        return [math.fsum(values[rank] for values, _ in lines) / updates for rank in range(ranks)]
+        summed: list[float] = (np.sum([line.per_rank[name] for line in lines], axis=0) / updates).tolist()
+        return summed
 
     def _memory(self) -> Event:
         event = self._recent[-1].event if self._recent else {}
@@ -591,10 +603,6 @@ def _or_none(value: float) -> float | None:
 def _or_zero(value: object) -> float:
     found = number(value)
     return found if math.isfinite(found) else 0.0
-
-
-def _numbers(values: object, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(math.isfinite(number(value)) for value in values)
 
 
 def _later(event: Event, update: int) -> bool:

@@ -55,7 +55,7 @@ def watch(directory: Path, host: str, port: int) -> None:
             print("whoever has this URL can read the run, and so can whoever listens on the network: nothing is encrypted")
         print("Ctrl-C ends this page, not the run", flush=True)
         try:
-            server.serve_forever()
+            server.serve_forever(poll_interval=60.0)  # how often it wakes for nothing; a signal wakes it too
         except KeyboardInterrupt:
             print("no longer watching", file=sys.stderr)
 
