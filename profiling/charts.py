@@ -43,20 +43,20 @@ _PREFIXES: dict[str, list[tuple[float, float, str]]] = {
 def readable(unit: str, largest: float) -> tuple[float, str]:
     """(factor, unit to print) for numbers up to `largest`: 0.012 s are 12 ms."""
     return next(
-        ((factor, name) for start, factor, name in _PREFIXES.get(unit, []) if abs(largest) >= start),
+        ((factor, name) for start, factor, name in _PREFIXES.get(unit, []) if (abs(largest) or 1.0) >= start),
         (1.0, unit),
     )
 
 
 def quantity(value: float, unit: str = "", digits: int = 4) -> str:
-    """A number with its unit, to so many significant digits: '12.30 ms', '1.041 M tokens/s', '41.2%'; counts whole: '1,200'."""
+    """A number with its unit, to so many significant digits: '12.30 ms', '1.041 M tokens/s', '41.2%'; an int whole: '1,200'."""
     if not math.isfinite(value):
         return "not finite"
     factor, name = readable(unit, value)
     scaled = value * factor
     if name == "%":
         return f"{scaled:.1f}%"
-    whole = scaled == int(scaled) and (scaled == 0 or (factor == 1 and unit != "s"))
+    whole = scaled == 0 or (isinstance(value, int) and factor == 1)
     return f"{f'{int(scaled):,}' if whole else number(scaled, digits)}{f' {name}' if name else ''}"
 
 
@@ -196,7 +196,7 @@ def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str, width:
         parts.append(_line(one, plot, left, right, y.unit))
     parts.append(_readings(drawn, plot, left, right, x, y))
     named = ", ".join(_told(one, y.unit) for one in drawn)
-    return _svg(width, height, f"{title}. {x.label} from {quantity(left, x.unit)} to {quantity(right, x.unit)}. {named}", parts)
+    return _svg(width, height, f"{title}. {x.label} from {_place(left, x)} to {_place(right, x)}. {named}", parts)
 
 
 def _drawable(one: Series, log: bool) -> Series:
@@ -376,11 +376,16 @@ def _readings(series: Sequence[Series], plot: Plot, left: float, right: float, x
                     shown += f" (± one standard error: {bar[0]} to {bar[1]})"
                 lines.append(f"{one.name}: {shown}")
         if lines:
-            where = quantity(min(places), x.unit)
+            where = _place(min(places), x)
             if max(places) > min(places):
-                where += f" to {quantity(max(places), x.unit)}"
+                where += f" to {_place(max(places), x)}"
             parts.append(_hover(bounds[column], bounds[column + 1], plot, [f"{x.label} {where}", *lines]))
     return "".join(parts)
+
+
+def _place(value: float, x: Axis) -> str:
+    """Where on the x axis: of updates the number, else a quantity."""
+    return quantity(value, x.unit) if x.unit else f"{round(value):,}"
 
 
 def _hover(start: float, end: float, plot: Plot, lines: Sequence[str]) -> str:
@@ -425,8 +430,8 @@ def stacked_chart(
     for start in range(0, len(places), max(1, math.ceil(len(places) / 40))):
         end = min(start + max(1, math.ceil(len(places) / 40)), len(places))
         lines = [
-            f"{x_axis.label} {number(round(places[start]))}"
-            + (f" to {number(round(places[end - 1]))}" if end - start > 1 else "")
+            f"{x_axis.label} {_place(places[start], x_axis)}"
+            + (f" to {_place(places[end - 1], x_axis)}" if end - start > 1 else "")
         ]
         lines += [
             f"{layer.name}: {quantity(float(part[start:end].mean()), y_axis.unit)}"

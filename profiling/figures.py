@@ -141,7 +141,7 @@ def wall_s(history: History) -> float | None:
     begun = [real(start.get("time")) for start in history.starts]
     events = [*history.lines, *history.evaluations, *history.notes, *history.checkpoints]
     times = np.array([*(real(event.get("time")) for event in events), *begun])
-    ends = [*begun[1:], math.inf]
+    ends = [*begun[1:], math.inf][: len(begun)]
     spans = [times[(times >= first) & (times < end)].max() - first for first, end in zip(begun, ends, strict=True)]
     return float(sum(spans)) if spans and math.isfinite(sum(spans)) else None
 
@@ -256,7 +256,8 @@ def _perplexity_se(event: Event) -> float | None:
 
 
 def _value(value: object) -> float | None:
-    found = real(value)
+    """An int stays one: it is a count, and shown whole."""
+    found = value if isinstance(value, int) else real(value)
     return found if value is not None and not math.isnan(found) else None
 
 
