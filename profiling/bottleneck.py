@@ -12,8 +12,9 @@ takes a tenth of the step or more:
     memory-bound          the larger of two: the optimizer, since AdamW moves 28 bytes a parameter for some 12 FLOP; and, where
                           both peaks are known and the step's FLOP a byte of weights are below their ratio (the ridge of
                           Williams, Waterman and Patterson 2009), the time that reading the weights takes at the peak
-    compute-bound         none of these, and the models' own work (teacher, student, losses, backward) is 4/5 of the step
-    unknown               none of these: the time is in `other`, or no phases were recorded
+    compute-bound         none of these, and the models' own work (teacher, student, losses, backward) is 4/5 of the step, at a
+                          fifth of the device's peak or more where that is known
+    unknown               none of these: the time is in `other`, in work far below the peak, or no phases were recorded
 
 `key` is the recipe key that addresses it, or None where none does.
 """
@@ -26,6 +27,7 @@ WORTH = 0.10
 PERSISTENT = 2 / 3
 """Share of the log lines in which one rank must be the slowest: else the ranks take turns, and none is the straggler."""
 COMPUTE = 0.80
+LOW_MFU = 0.20
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW_BYTES = 28
 """A parameter, in fp32: weight, gradient and two moments read, weight and moments written."""
@@ -58,8 +60,14 @@ def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
         return {"name": "unknown", "why": why, "key": None}
     mfu = (summary.get("mfu") or {}).get("with_teacher")
     rate = "" if mfu is None else f" at {mfu:.0%} of the device's peak"
-    why = f"{models:.0%} of the step is the models' own work ({parts}){rate}: nothing to gain by waiting less"
-    return {"name": "compute-bound", "why": why, "key": None}
+    why = f"{models:.0%} of the step is the models' own work ({parts}){rate}"
+    if mfu is not None and mfu < LOW_MFU:
+        return {
+            "name": "unknown",
+            "why": f"{why}: small operations? try larger micro-batches",
+            "key": "data.micro_batch_tokens",
+        }
+    return {"name": "compute-bound", "why": f"{why}: nothing to gain by waiting less", "key": None}
 
 
 def _share(summary: Summary, *names: str) -> float:

@@ -37,7 +37,17 @@ SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
 """Of benchmarks' machine_info."""
 THROTTLED = 0.01
 """Share of the samples in which a GPU's clocks were held down from which its times are not judged."""
-_FREE = ("name", "runs_dir", "loop.updates", "loop.epochs", "logging.", "checkpoint.", "evaluation.", "data.heldout")
+_FREE = (
+    "name",
+    "runs_dir",
+    "loop.updates",
+    "loop.epochs",
+    "logging.",
+    "profile.",
+    "checkpoint.",
+    "evaluation.",
+    "data.heldout",
+)
 """Recipe keys that do not change what a step does."""
 _MISSING = "not recorded"
 

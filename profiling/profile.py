@@ -42,7 +42,8 @@ def profiled(recipe: Recipe, steps: int) -> Recipe:
         data={"heldout": None},
         evaluation={"every": None},
         checkpoint={"every": None},
-        logging={"every": min(recipe.logging.every, WARMUP), "tensorboard": False},
+        logging={"every": min(recipe.logging.every, WARMUP), "tensorboard": False, "histograms": None},
+        profile={"warmup": WARMUP, "measure_peaks": True},
         compression={
             "warmup_updates": min(compression.warmup_updates, WARMUP),
             "frozen_variance_after": None if frozen_after is None else min(frozen_after, WARMUP),

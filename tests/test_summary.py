@@ -221,6 +221,13 @@ def test_compute_bound_has_nothing_to_gain(tmp_path: Path) -> None:
     assert "90% of the step is the models' own work" in found["why"] and "nothing to gain" in found["why"]
 
 
+def test_work_far_below_the_peak_is_not_compute_bound(tmp_path: Path) -> None:
+    found = bottleneck(tmp_path, steps(BALANCED, mfu={**mfu(0.01), "with_teacher": 0.02}))
+    assert (found["name"], found["key"]) == ("unknown", "data.micro_batch_tokens")
+    assert "at 2% of the device's peak" in found["why"]
+    assert bottleneck(tmp_path, steps(BALANCED, mfu={**mfu(0.3), "with_teacher": 0.4}))["name"] == "compute-bound"
+
+
 def test_unknown_where_time_is_in_no_phase(tmp_path: Path) -> None:
     found = bottleneck(tmp_path, steps({**BALANCED, "backward": 0.1}))
     assert found["name"] == "unknown" and "other is the largest" in found["why"]

@@ -1,0 +1,186 @@
+"""`fastdistil profile` on real runs, and planted causes in real runs."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastdistil import cli, distil
+from fastdistil.profiling.history import load_history
+from fastdistil.profiling.profile import WARMUP, profiled, show
+from fastdistil.profiling.summary import summarise
+from tests.small_run import small
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Calls the entry point; (exit code, standard output, standard error), those of its ranks too."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdistil", "profile", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def recipe(material: Path, tmp_path: Path) -> Path:
+    """A file; its run evaluates, saves and logs at every update."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(small(material, tmp_path / "runs", "name=null", "loop.epochs=2", "loop.updates=null").to_yaml())
+    return path
+
+
+def test_a_profile_of_real_updates(command: Command, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = command(recipe, "--steps", 7, "loop.accumulation=3")
+    assert code == 0, err
+    run = tmp_path / "runs" / "tiny-profile-1"
+    assert sorted(path.name for path in run.iterdir()) == ["events.jsonl", "profile.json", "recipe.yaml", "report.html"]
+    history = load_history(run)
+    assert history.lines[-1]["update"] == WARMUP + 7 and history.outcome == "done"
+    assert history.recipe["loop"]["accumulation"] == 3 and not history.evaluations
+    summary = json.loads((run / "profile.json").read_text(encoding="utf-8"))
+    assert summary == json.loads(json.dumps(summarise(history)))
+    assert "tiny-profile-1: " in out and ", fp32, 1 rank; 3 x 256 tokens at most an update and rank" in out
+    assert (summary["updates"], summary["warmup"]) == (7, WARMUP)
+    assert {"data", "teacher", "student", "backward", "optimizer", "other"} <= summary["phases"].keys()
+    assert f"; 7 measured updates after {WARMUP} of warm-up" in out
+    assert f"tokens/s: {summary['tokens_per_s']:,.0f}\n" in out
+    assert f"bottleneck: {summary['bottleneck']['name']}" in out
+    assert f"{Path('runs') / 'tiny-profile-1' / 'profile.json'}" in out and "report.html" in out
+    assert "update 12/12" in err and "update 12/12" not in out
+
+
+def test_json_alone_on_standard_output(command: Command, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = command(recipe, "--steps", 2, "--json", "name=mine")
+    assert code == 0, err
+    assert json.loads(out) == json.loads((tmp_path / "runs" / "mine" / "profile.json").read_text(encoding="utf-8"))
+
+
+def test_bad_input_is_one_line(command: Command, recipe: Path) -> None:
+    code, _, err = command("demo")
+    assert code == 2 and "the demo prepares data of its own" in err and err.count("\n") == 1
+    code, _, err = command(recipe, "loop.acumulation=2")
+    assert code == 2 and "did you mean 'loop.accumulation'" in err
+    assert command(recipe, "--steps", 0)[0] == 2
+
+
+def test_several_ranks(command: Command, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = command(recipe, "--steps", 6, "--np", 2, "world.engine=torch", "compression.kind=int8")
+    assert code == 0, err
+    run = tmp_path / "runs" / "tiny-profile-1"
+    assert (start := load_history(run).start)["ranks"] == 2 and start["engine"] == "torch"
+    assert "2 ranks (torch, compression int8, delayed)" in out and "all ranks" in out
+    assert "update 11/11" in err and "update 11/11" not in out
+    code, _, err = command(recipe, "--steps", 6, "--np", 2, "world.engine=torch", "name=tiny-profile-1")
+    assert code == 2 and "exists" in err
+
+
+def test_a_profile_does_each_update_as_the_long_run(material: Path, tmp_path: Path) -> None:
+    """Only what is between updates, and when compression begins, is another."""
+    long = small(
+        material, tmp_path, "compression.kind=sign", "compression.warmup_updates=50", "compression.frozen_variance_after=90"
+    )
+    before, after = long.model_dump(), profiled(long, 30).model_dump()
+    changed = {
+        f"{section}.{key}": after[section][key]
+        for section, values in before.items()
+        if isinstance(values, dict)
+        for key in values
+        if values[key] != after[section][key]
+    }
+    assert changed == {
+        "loop.updates": WARMUP + 30,
+        "data.heldout": None,
+        "evaluation.every": None,
+        "checkpoint.every": None,
+        "compression.warmup_updates": WARMUP,
+        "compression.frozen_variance_after": WARMUP,
+        "profile.warmup": WARMUP,
+        "profile.measure_peaks": True,
+    }
+    assert {key: value for key, value in before.items() if not isinstance(value, dict)} == {
+        key: value for key, value in after.items() if not isinstance(value, dict)
+    }
+    assert profiled(small(material, tmp_path, "logging.every=100"), 30).logging.every == WARMUP
+
+
+def test_what_is_shown_of_a_known_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = {"event": "start", "update": 0, "ranks": 2, "engine": "torch", "compression": "none", "sync": "delayed"}
+    facts = {"device": "cuda:0", "precision": "bf16", "student_parameters": 66_000_000, "teacher_parameters": 109_000_000}
+    environment = {"event": "environment", "devices": [{"rank": 0, "name": "A GPU"}]}
+    line = {
+        "event": "train",
+        "update": 4,
+        "updates": 4,
+        "warmup": 0,
+        "tokens": 4_000_000,
+        "tokens_per_s": 500_000.0,
+        "step_s": [2.0, 2.0, 2.0, 2.0],
+        "phases": {"data": [0.5] * 4, "student": [1.0] * 4, "communication": [0.5] * 4, "exposed": [0.1] * 4},
+        "mfu": {"student": 0.305, "with_teacher": 0.401, "hfu": None, "peak_flops": 989e12, "peak_source": "datasheet"},
+        "memory": {"peak_rss_bytes": 2**30, "peak_allocated_bytes": 2**31},
+        "device": {"samples": 8, "seconds": 8.0, "energy_j": 4000.0, "utilisation": 0.9},
+        "rank_worked_s": [7.0, 7.2],
+        "rank_tokens": [2_000_000, 2_000_000],
+    }
+    (tmp_path / "recipe.yaml").write_text("data: {micro_batch_tokens: 8192}\nloop: {accumulation: 4}\n")
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in ({**start, **facts}, environment, line)))
+    show(summarise(load_history(tmp_path)), Console(width=120))
+    out = capsys.readouterr().out
+    assert "A GPU, bf16, 2 ranks (torch, compression none, delayed); 4 x 8,192 tokens at most an update and rank; " in out
+    assert "student 66,000,000, teacher 109,000,000 parameters; 4 measured updates after 0 of warm-up" in out
+    rows = {cells[0]: cells[1:] for text in out.splitlines() if len(cells := [c.strip() for c in text.split("│")[1:-1]]) == 4}
+    assert rows == {
+        "step": ["2.000 s", "2.000 s", "100.0%"],
+        "data": ["500.000 ms", "500.000 ms", "25.0%"],
+        "student": ["1.000 s", "1.000 s", "50.0%"],
+        "exposed": ["100.000 ms", "100.000 ms", "5.0%"],
+        "other": ["400.000 ms", "400.000 ms", "20.0%"],
+        "communication (80% of it behind the backward)": ["500.000 ms", "500.000 ms", ""],
+    }
+    assert "tokens/s: 500,000, all ranks" in out
+    assert "MFU: 30.5% student, 40.1% with the teacher, of 989 TFLOP/s (datasheet)" in out
+    assert "memory at its peak: 1,024 MiB host, 2,048 MiB allocated on the GPU" in out
+    assert "energy of rank 0's device: 1e+03 J an update, 2,000 J a million tokens, over 8 s" in out
+    assert "slowest rank: 1, 1.4% above the mean, in 1 of 1 log lines" in out
+    assert "bottleneck: data-bound -> data.cache_dir: 25% of the step waits for data" in out
+
+
+class Batches:
+    """Micro-batches of random tokens; each keeps whoever asks for it waiting."""
+
+    def __init__(self, wait_s: float) -> None:
+        self.wait_s = wait_s
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        random = torch.Generator().manual_seed(0)
+        while True:
+            time.sleep(self.wait_s)
+            yield {"input_ids": torch.randint(5, 300, (4, 16), generator=random)}
+
+
+def test_a_slow_loader_is_named(material: Path, tmp_path: Path) -> None:
+    """A fifth of a second a micro-batch, beside updates of some milliseconds."""
+    distil(small(material, tmp_path, "data.heldout=null", "evaluation.every=null", "loop.updates=9"), corpus=Batches(0.2))
+    found = summarise(load_history(tmp_path / "run"))["bottleneck"]
+    assert (found["name"], found["key"]) == ("data-bound", "data.train")
+    assert "data p50 4" in found["why"]  # two micro-batches an update
+
+
+def test_a_quick_loader_is_not(material: Path, tmp_path: Path) -> None:
+    distil(small(material, tmp_path, "data.heldout=null", "evaluation.every=null", "loop.updates=9"), corpus=Batches(0.0))
+    assert summarise(load_history(tmp_path / "run"))["bottleneck"]["name"] != "data-bound"
