@@ -21,6 +21,7 @@ Legend: P parameters, R ranks.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.compression import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.profiling.spans import Name, Spans
 from fastdistil.world import Handle, World
 
 _ALIGNED = 64  # bytes: every parameter and bucket starts on a cache line
@@ -73,10 +75,11 @@ class Buckets:
         uncompressed: Compressor,
         starts_at: int = 0,
         options: BucketOptions = BucketOptions(),
+        spans: Spans | None = None,
     ) -> None:
         self.parameters = list(parameters)
         assert len(set(self.parameters)) == len(self.parameters)
-        self.world, self._options = world, options
+        self.world, self._options, self._spans = world, options, spans
         self.compressor, self._uncompressed, self.starts_at = compressor, uncompressed, starts_at
         self._ordered = False
         self._order = list(reversed(range(len(self.parameters))))
@@ -127,21 +130,30 @@ class Buckets:
         if extra and last:
             terms = self.world.sum_terms(torch.stack([term.detach().double() for term in extra.values()]), "fastdistil.terms")
         begun = time.perf_counter()
+        with self._span("exposed"):
+            self._await_all()
+            if self._spans is not None:
+                self._spans.arrived()
+            for flat, before in self._sums:
+                flat.add_(before)
+            self._sums.clear()
+            if used is not None:
+                self._drop_unused(self.world.wait(used).tolist())
+            found = dict(extra or {})
+            if terms is not None:
+                found = dict(zip(names, self.world.wait(terms).unbind(), strict=True))
+        self.wait_s += time.perf_counter() - begun
+        return found
+
+    def _span(self, name: Name) -> AbstractContextManager[Any]:
+        return self._spans(name) if self._spans is not None else nullcontext()
+
+    def _await_all(self) -> None:
         # A bucket's second collective is posted when its first is done, in the buckets' order: on every rank alike.
         while flying := [bucket for bucket in self.buckets if bucket.handle is not None]:
             for bucket in flying:
                 assert bucket.handle is not None
                 self._post(bucket, self.world.wait(bucket.handle))
-        for flat, before in self._sums:
-            flat.add_(before)
-        self._sums.clear()
-        if used is not None:
-            self._drop_unused(self.world.wait(used).tolist())
-        found = dict(extra or {})
-        if terms is not None:
-            found = dict(zip(names, self.world.wait(terms).unbind(), strict=True))
-        self.wait_s += time.perf_counter() - begun
-        return found
 
     def drop(self) -> None:
         """Instead of the rest of an update: what was exchanged in it is as if it had not been."""
@@ -284,7 +296,8 @@ class Buckets:
         """Run the exchange up to its next collective. False when it has ended: then `flat` holds the sum."""
         assert bucket.exchange is not None
         try:
-            request = bucket.exchange.send(answer)  # type: ignore[arg-type]
+            with self._span("compression") if self._compressing else nullcontext():
+                request = bucket.exchange.send(answer)  # type: ignore[arg-type]
         except StopIteration as ended:
             summed, state = ended.value
             if summed.data_ptr() != bucket.flat.data_ptr():
@@ -295,6 +308,8 @@ class Buckets:
                 bucket.state = self.compressor.observe(bucket.flat, bucket.state, bucket.layout)
             bucket.exchange = bucket.handle = None
             return False
+        if self._spans is not None:
+            self._spans.departed()
         start = getattr(self.world, request.kind)
         name = f"fastdistil.b{bucket.layout.index}.{bucket.step}"
         bucket.handle = start(request.tensor, name=name, ring=bucket.ring)

@@ -12,6 +12,7 @@ from fastdistil.buckets import MIB, BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
 from fastdistil.cost import Measured, choose
 from fastdistil.errors import UserError
+from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, Recipe
 from fastdistil.team import Team
 from fastdistil.world import Counters, World, sent_bytes
@@ -91,7 +92,7 @@ class OneRank:
 class Several(OneRank):
     """Buckets over the ranks of a world."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World, spans: Spans | None = None) -> None:
         super().__init__(optimizer, recipe)
         self._world = world
         self._kind = recipe.compression.kind
@@ -108,6 +109,7 @@ class Several(OneRank):
             uncompressed=uncompressed,
             starts_at=starts_at(self._chosen),
             options=BucketOptions(int(options.bucket_mib * MIB), int(options.first_bucket_mib * MIB), self._every),
+            spans=spans,
         )
         self._update = 0
         self._told = Counters(ring_bytes=[0] * world.rings)
@@ -226,7 +228,7 @@ class Several(OneRank):
 Exchange = OneRank
 
 
-def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer) -> Exchange:
+def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer, spans: Spans | None = None) -> Exchange:
     """Raises UserError for a compression that cannot be had here."""
     if recipe.loop.precision == "fp16" and recipe.compression.kind != "none":
         raise UserError(
@@ -235,7 +237,7 @@ def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer
         )
     if world.size == 1:
         return OneRank(optimizer, recipe)
-    return Several(optimizer, recipe, world)
+    return Several(optimizer, recipe, world, spans)
 
 
 class Load:
@@ -279,6 +281,7 @@ class Load:
             "slowest_rank": seconds.index(max(seconds)),
             "rank_tokens": [int(each) for each in tokens],
             "rank_data_wait_s": [each.data_wait_s for each in ranks],
+            "rank_worked_s": seconds,
         }
 
 

@@ -51,6 +51,11 @@ class CorpusSource:
         self.identity = identity
         self._batches, self._device = batches, device
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._batches.corpus.lengths.max())
+
     def updates(self, loop: Loop) -> int:
         """Exactly as many as `loop.epochs` has; a part of an epoch is rounded to whole updates, at least 1."""
         if loop.updates is not None:

@@ -1,6 +1,7 @@
 """What the loop holds from its first update to its last."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastdistil import metrics, models
 from fastdistil.batches import Counts
 from fastdistil.exchange import Exchange, Load
 from fastdistil.inputs import Inputs
+from fastdistil.instruments import Instruments
 from fastdistil.optim import LossScale
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE, pause_requested
@@ -38,6 +40,7 @@ class Run:
     board: metrics.TensorBoard | None
     signals: Signals
     load: Load
+    instruments: Instruments
     stopping: Decision | None = None
     update: int = 0
     best_update: int | None = None
@@ -49,6 +52,8 @@ class Run:
     logged_tokens: int = 0
     logged_s: float = 0.0
     saved_update: int | None = None
+    histograms_at: int = 0
+    """Update of TensorBoard's last histograms."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -80,6 +85,12 @@ class Run:
     def event(self, kind: str, /, **fields: Any) -> None:
         if self.events is not None:
             self.events.write(kind, **fields)
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Around an evaluation or a checkpoint: what is no part of updates and takes as long as it needs."""
+        with self.meter.excluded(), self.load.excluded(), self.team.unhurried(what), self.instruments.aside(what):
+            yield
 
     def autocast(self) -> AbstractContextManager[Any]:
         precision = self.recipe.loop.precision

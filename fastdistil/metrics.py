@@ -12,7 +12,7 @@ import numbers
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -327,6 +327,16 @@ class TensorBoard:
             for name, value in fields.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._writer.add_scalar(name, value, update)
+
+    def text(self, name: str, text: str) -> None:
+        """As it is, in a fixed width."""
+        with self._harmless():
+            self._writer.add_text(name, "    " + text.replace("\n", "\n    "))
+
+    def histograms(self, update: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        with self._harmless():
+            for name, tensor in tensors:
+                self._writer.add_histogram(name, tensor.detach().float().cpu(), update)
 
     def close(self) -> None:
         with self._harmless():

@@ -259,6 +259,29 @@ class Logging(Section):
     every: PositiveInt = 10
     """Updates between log lines; each costs one wait for the device."""
     tensorboard: bool = False
+    histograms: PositiveInt | None = None
+    """Updates between histograms of the student's weights and moments for TensorBoard; null: none."""
+
+    @model_validator(mode="after")
+    def _histograms_have_a_place(self) -> Self:
+        if self.histograms is not None and not self.tensorboard:
+            raise ValueError("histograms are TensorBoard's; set logging.tensorboard=true")
+        return self
+
+
+class Profile(Section):
+    warmup: NonNegativeInt = 3
+    """Updates after every start that statistics leave out."""
+    trace_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last update of which every rank writes a trace for Perfetto, e.g. [10, 13]."""
+    measure_peaks: bool = False
+    """Time a matrix product and a copy before training, as peaks beside the datasheet's; under a second."""
+
+    @model_validator(mode="after")
+    def _trace_has_an_order(self) -> Self:
+        if self.trace_steps is not None and self.trace_steps[0] > self.trace_steps[1]:
+            raise ValueError(f"trace_steps: the first update comes before the last, got {list(self.trace_steps)}")
+        return self
 
 
 class Recipe(Section):
@@ -285,6 +308,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    profile: Profile = Profile()
 
     @model_validator(mode="after")
     def _teacher_matches_objective(self) -> Self:

@@ -1,10 +1,13 @@
 """What a run tells of itself while it goes on: events.jsonl, the console, TensorBoard."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdistil import models
+from fastdistil.errors import translated
 from fastdistil.loop_state import Run
 from fastdistil.recipe import Objective
 from fastdistil.saving import count, rolling_back
@@ -30,6 +33,10 @@ def announce(run: Run) -> None:
         student_parameters=models.parameter_count(run.inputs.student),
         teacher_parameters=models.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
     )
+    if run.events is not None:
+        run.event("environment", **run.instruments.environment(run.console.note))
+    if run.board is not None:
+        run.board.text("recipe", run.recipe.to_yaml())
     run.console.start(run.inputs.updates, run.update)
     run.meter.restart()
     run.load.restart()
@@ -42,6 +49,10 @@ def log(run: Run) -> None:
     count(run)
     if not run.team.alone:
         fields |= run.exchange.fields() | run.load.read()
+    fields |= run.instruments.read()
+    parts = run.instruments.parts(run.optimizer, run.exchange.tensors())
+    if parts is not None:
+        run.event("memory", update=run.update, **parts)
     fields["lr"] = run.optimizer.param_groups[0]["lr"]
     run.logged_tokens += fields["tokens"]
     run.logged_s += fields["tokens"] / fields["tokens_per_s"]
@@ -49,6 +60,35 @@ def log(run: Run) -> None:
     run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:
         run.board.write(run.update, {f"train/{name}": value for name, value in fields.items()})
+        every = run.recipe.logging.histograms
+        if every is not None and run.update // every > run.histograms_at // every:
+            run.board.histograms(run.update, histograms(run))
+            run.histograms_at = run.update
+
+
+def histograms(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights, and the first moments of their gradients: what is left of them at a log line."""
+    for name, parameter in run.inputs.student.named_parameters():
+        yield f"weights/{name}", parameter
+        if "exp_avg" in (state := run.optimizer.state.get(parameter, {})):
+            yield f"moments/{name}", state["exp_avg"]
+
+
+def trace(run: Run) -> None:
+    """After every update: all ranks' traces, once the last traced update is done, in the run's directory."""
+    traced = run.instruments.tracer.after(run.update, last=run.update == run.inputs.updates)
+    if traced is None:
+        return
+    with run.aside("trace"):
+        data, kernels = traced
+        for rank, each in enumerate(run.team.collect_bytes(data, "trace")):
+            path = run.directory / "trace" / f"rank-{rank}.json.gz"
+            with translated("writing a trace", path):
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(each)
+    first, last = run.recipe.profile.trace_steps or (0, 0)
+    run.event("trace", update=run.update, first=first, last=min(last, run.update), kernels=kernels)
+    run.tell(f"traced updates {first} to {min(last, run.update)}: open {run.directory / 'trace'}/*.json.gz in ui.perfetto.dev")
 
 
 def _watched(objective: Objective) -> list[str]:

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "name",
     "runs_dir",
     "logging",
+    "profile",
     "checkpoint",
     "evaluation",
     "data.prefetch",

@@ -22,7 +22,7 @@ def save(run: Run) -> None:
     with rolling_back(run):
         skipped = run.guard.read()
     count(run)
-    with run.meter.excluded(), run.load.excluded(), run.team.unhurried("checkpoint"):
+    with run.aside("checkpoint"):
         _write_checkpoint(run, skipped)
 
 

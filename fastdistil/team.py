@@ -233,6 +233,17 @@ class Team:
                 fetched[name] = carried
             yield fetched if self.is_chief else {}
 
+    def collect_bytes(self, own: bytes, what: str) -> list[bytes]:
+        """On rank 0 every rank's, by rank; elsewhere nothing."""
+        sizes = [int(size) for (size,) in self.world.gather([len(own)], f"fastdistil.{what}.sizes")]
+        found = []
+        for rank, size in enumerate(sizes):
+            mine = own if rank == self.world.rank else bytes(size)
+            data = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)
+            self.world.move(data, f"fastdistil.{what}.{rank}", source=rank, target=0)
+            found.append(data.numpy().tobytes()[:size])
+        return found if self.is_chief else []
+
     def check_replicas(self, weights: Sequence[Tensor], update: int) -> None:
         """Raises CorruptData, naming the ranks whose weights are not, bit for bit, rank 0's. Waits for the device."""
         if self.alone:

@@ -31,13 +31,14 @@ from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
+from fastdistil.instruments import Instruments
 from fastdistil.loop_state import Run
 from fastdistil.masking import update_seed
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
 from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
-from fastdistil.reporting import announce, log
+from fastdistil.reporting import announce, log, trace
 from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, sole_user, stored_recipe
 from fastdistil.saving import restore, resume_command, rolling_back, save
 from fastdistil.state import learnt_tensors
@@ -101,7 +102,7 @@ def train(
         else:
             team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
         announce(run)
-        with translated("training", directory):
+        with translated("training", directory), run.instruments.naming_out_of_memory():
             _loop(run)
             return _finish(run)
 
@@ -126,13 +127,20 @@ def _loop(run: Run) -> None:
     every = run.recipe.evaluation.every, run.recipe.checkpoint.every, run.recipe.logging.every
     evaluate_every, save_every, log_every = every
     with run.inputs.source.windows(run.update, run.inputs.updates) as windows:
-        run.team.phase("data", run.update + 1)
-        asked = time.perf_counter()
-        for window, counts in windows:
-            waited_s = time.perf_counter() - asked
-            if not train_step(run, window, counts, waited_s):
+        while True:
+            run.team.phase("data", run.update + 1)
+            run.instruments.begin(run.update + 1)
+            asked = time.perf_counter()
+            with run.instruments.span("data"):
+                asked_for = next(windows, None)
+            if asked_for is None:
+                break
+            window, counts = asked_for
+            if not train_step(run, window, counts, time.perf_counter() - asked):
                 _stop(run)
+            run.instruments.end()
             last = run.update == run.inputs.updates
+            trace(run)
             if (check := run.recipe.world.check_replicas) and run.update % check == 0:
                 run.team.check_replicas(run.parameters, run.update)
             if run.update % log_every == 0 or last:
@@ -141,8 +149,6 @@ def _loop(run: Run) -> None:
                 _evaluate(run)
             if save_every and run.update % save_every == 0 and not last:
                 save(run)
-            run.team.phase("data", run.update + 1)
-            asked = time.perf_counter()
 
 
 def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float) -> bool:
@@ -177,7 +183,8 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
     run.team.phase("exchange", run.update + 1)
     sums = exchange.finish(sums)
     run.team.phase("optimizer", run.update + 1)
-    grad_norm, found_inf = _apply_gradients(run, sums)
+    with run.instruments.span("optimizer"):
+        grad_norm, found_inf = _apply_gradients(run, sums)
     run.update += 1
     for told in exchange.done(run.update, found_inf):
         run.tell(told)
@@ -188,14 +195,17 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
 
 
 def _forward_backward(run: Run, on_host: Batch, update_counts: Counts) -> LossTerms:
-    inputs, objective = run.inputs, run.recipe.objective
+    inputs, objective, span = run.inputs, run.recipe.objective, run.instruments.span
     run.team.phase("forward", run.update + 1)
-    batch = on_host.to(inputs.device, non_blocking=True)
+    with span("transfer"):
+        batch = on_host.to(inputs.device, non_blocking=True)
     per = denominators(objective, update_counts, batch.counts)
-    with run.autocast():
-        terms = loss_terms(objective, inputs.student, inputs.teacher, batch, per, inputs.projection, path=run.recipe.kernels)
+    models_used = inputs.student, inputs.teacher
+    with run.instruments.micro_batch(on_host), run.autocast():
+        terms = loss_terms(objective, *models_used, batch, per, inputs.projection, path=run.recipe.kernels, span=span)
     run.team.phase("backward", run.update + 1)
-    torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
+    with span("backward"):
+        torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
     return terms
 
 
@@ -249,12 +259,14 @@ def _assemble(
     loss_scale = LossScale(inputs.device) if recipe.loop.precision == "fp16" else None
     guard = FiniteGuard(recipe.loop.nonfinite, recipe.loop.nonfinite_limit, describe=inputs.source.describe)
     inputs.student.train()
+    instruments = Instruments(recipe, inputs, team.is_chief, console.note)
+    stack.callback(instruments.close)
     return Run(
         recipe=recipe,
         directory=directory,
         inputs=inputs,
         team=team,
-        exchange=make_exchange(recipe, team.world, optimizer),
+        exchange=make_exchange(recipe, team.world, optimizer, instruments.spans),
         optimizer=optimizer,
         loss_scale=loss_scale,
         guard=guard,
@@ -264,6 +276,7 @@ def _assemble(
         board=board,
         signals=signals,
         load=Load(team.world),
+        instruments=instruments,
     )
 
 
@@ -277,7 +290,7 @@ def _evaluate(run: Run) -> HeldOut | None:
         run.guard.read()
     heldout, facts = inputs.heldout, inputs.facts
     begun = time.perf_counter()
-    with run.meter.excluded(), run.load.excluded(), run.team.unhurried("evaluation"):
+    with run.aside("evaluation"):
         measured = run.team.chief_does(
             "evaluation",
             lambda: asdict(

@@ -54,6 +54,8 @@ class _Span:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is not None:
+            self._spans.failed = self._spans.failed or self._name
         self._spans._exit()
 
 
@@ -73,6 +75,8 @@ class Spans:
             ranges = torch.cuda.nvtx
         self.ranges = ranges
         """What hears of every span as well, by range_push(name) and range_pop(); None: nobody."""
+        self.failed: Name | None = None
+        """The innermost span of this update that an exception left."""
         self._spans: dict[str, _Span] = {name: _Span(self, name) for name in NAMES}
         self._warmup_left = warmup
         self._warmup = 0
@@ -87,7 +91,7 @@ class Spans:
 
     def begin(self) -> None:
         """An update begins; one that was begun and has not ended is forgotten (its window was dropped)."""
-        self._records, self._open, self._communication = [], [], []
+        self._records, self._open, self._communication, self.failed = [], [], [], None
         self._begun = self._mark()
 
     def departed(self) -> None:

@@ -50,9 +50,10 @@ class Tracer:
         self._before, self._spans.ranges = self._spans.ranges, _Ranges()
         self._profiler.start()
 
-    def after(self, update: int) -> tuple[bytes, list[dict[str, Any]]] | None:
-        """After the last traced update: (the trace, JSON, gzipped; what top_kernels says of it). Waits for the device."""
-        if self._profiler is None or update < self._last:
+    def after(self, update: int, last: bool = False) -> tuple[bytes, list[dict[str, Any]]] | None:
+        """After the last traced update, or the `last` of the run: (the trace, JSON, gzipped; what top_kernels says of it).
+        Waits for the device."""
+        if self._profiler is None or (update < self._last and not last):
             return None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -360,7 +360,8 @@ def test_running_out_of_memory_says_which_keys_help(material: Path, tmp_path: Pa
 def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor -> number conversions are counted: none in a step, one at a log line.
 
-    The kernels' path for the CPU looks at numbers, which is no wait there; test_distill.py sees to a GPU's.
+    The kernels' path for the CPU looks at numbers, which is no wait there; test_distill.py sees to a GPU's. The roofline reads
+    lengths from a batch that is still on the host.
     """
     counts = {"inside": 0, "all": 0}
     inside = False
@@ -369,7 +370,8 @@ def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: 
         original = getattr(Tensor, name)
 
         def counted(self: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            if Path(sys._getframe(1).f_code.co_filename).parent.name != "kernels":
+            caller = Path(sys._getframe(1).f_code.co_filename)
+            if caller.parent.name != "kernels" and caller.name != "roofline.py":
                 counts["all"] += 1
                 counts["inside"] += inside
             return original(self, *arguments, **keywords)

@@ -1,0 +1,219 @@
+"""What measures a run while it trains, always on: where the updates' time goes, memory, the device, and the arithmetic done.
+
+Spans are measured on every rank; the rest on rank 0, which writes the log: its device stands for the others'. Nothing here
+waits for the device; what is read at a log line was waited for by that.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+
+from fastdistil import __version__, models
+from fastdistil.errors import is_out_of_memory
+from fastdistil.estimate import transformer_shape
+from fastdistil.inputs import Inputs
+from fastdistil.out_of_memory import Sizes, out_of_memory
+from fastdistil.profiling import roofline
+from fastdistil.profiling.device import Sampler, device_facts, gpu_of
+from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
+from fastdistil.profiling.nvml import NvmlError
+from fastdistil.profiling.roofline import Work, WorkCounter
+from fastdistil.profiling.spans import Name, Spans
+from fastdistil.profiling.trace import Tracer
+from fastdistil.recipe import Recipe
+
+
+class Instruments:
+    """Of one rank; `tell` hears what cannot be measured. Close it."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, chief: bool, tell: Callable[[str], None]) -> None:
+        device = inputs.device
+        self._recipe, self._inputs, self._chief = with_teacher_dtype(recipe, inputs), inputs, chief
+        self.spans = Spans(device, warmup=recipe.profile.warmup)
+        self.tracer = Tracer(recipe.profile.trace_steps, device, self.spans)
+        gpu = None
+        if device.type == "cuda":
+            with suppress(NvmlError):  # the sampler tells it
+                gpu = gpu_of(device)
+        self.memory = MemoryMeter(device, gpu=gpu)
+        self._sampler = Sampler(device, tell=tell, gpu=gpu) if chief else None
+        self._count: Callable[[Any], Work] = lambda _: Work()
+        self._peak: tuple[float, str] | None = None
+        self._peaks: dict[str, dict[str, float]] = {}
+        if chief:
+            self._count_work(tell)
+            self._find_peaks()
+        self._work: list[Work] = []
+        """Of each update since the last line, warm-up included."""
+        self._warmup_left, self._kept = recipe.profile.warmup, 0
+        self._known = False
+        """Whether `parts` told the peak's parts."""
+        self._sizes = sizes_of(inputs, recipe)
+        self.where: str = "training"
+        """What is going on outside of spans, for errors."""
+
+    def _count_work(self, tell: Callable[[str], None]) -> None:
+        recipe, inputs = self._recipe, self._inputs
+        try:
+            self._count = WorkCounter(
+                recipe.objective,
+                inputs.student,
+                inputs.teacher,
+                inputs.projection,
+                device_type=inputs.device.type,
+                dtype=models.DTYPES[recipe.loop.precision],
+                teacher_dtype=None if inputs.teacher is None else next(inputs.teacher.parameters()).dtype,
+            )
+        except ValueError as error:
+            tell(str(error))
+
+    def _find_peaks(self) -> None:
+        recipe = self._recipe
+        self._peaks = roofline.peaks(self._inputs.device, recipe.loop.precision, measure=recipe.profile.measure_peaks)
+        for source, flops in self._peaks["flops"].items():
+            self._peak = self._peak or (flops, source)
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+
+    # Around updates
+
+    def begin(self, update: int) -> None:
+        """Before the window of update number `update` (from 1) is asked for."""
+        self.tracer.before(update)
+        self.memory.watching = self._warmup_left == 0 and not self._known
+        self.spans.begin()
+        self._work.append(Work())
+
+    def end(self) -> None:
+        self.spans.end()
+        self._warmup_left = max(0, self._warmup_left - 1)
+
+    def span(self, name: Name) -> AbstractContextManager[Any]:
+        span = self.spans(name)
+        if not self.memory.watching or name == "compression":  # which lies within others
+            return span
+        both = ExitStack()
+        both.enter_context(self.memory.phase(name))
+        both.enter_context(span)
+        return both
+
+    @contextmanager
+    def micro_batch(self, batch: Any) -> Iterator[None]:
+        """Around the forward of a micro-batch, on the host."""
+        if self._chief:
+            self._work[-1] += self._count(batch)
+        if not self.memory.watching or self._kept or self._inputs.device.type == "cuda":
+            yield
+            return
+        # A processor's allocator has no peaks: what autograd keeps is counted, once.
+        with Kept(self._inputs.student, self._inputs.teacher, self._inputs.projection) as kept:
+            yield
+        self._kept = kept.bytes
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Around what is no part of updates."""
+        before, self.where = self.where, what
+        yield
+        self.where = before  # not after an error: it tells where that happened
+
+    # For the log
+
+    def environment(self, tell: Callable[[str], None]) -> dict[str, Any]:
+        """The fields of the event `environment`."""
+        return {"devices": [{"rank": 0, **device_facts(self._inputs.device, tell)}], "peaks": self._peaks} | host_facts()
+
+    def parts(self, optimizer: torch.optim.Optimizer, residuals: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+        """The fields of the event `memory`, once, when an update behind the warm-up has been done; else None."""
+        if not self._chief or self._known or not self.memory.watching:
+            return None
+        self._known, self.memory.watching = True, False
+        inputs, estimate = self._inputs, None
+        if self._sizes is not None:
+            estimate = self._sizes.estimate(self._recipe).parts()
+        peak = self.memory.peak_bytes()
+        self.memory.parts = memory_parts(
+            students=[module for module in (inputs.student, inputs.projection) if module is not None],
+            teacher=inputs.teacher,
+            optimizer=optimizer,
+            residuals=residuals.values(),
+            logits=estimate["logits"] if estimate is not None else 0,
+            peak=peak if inputs.device.type == "cuda" else None,
+            activations=self._kept or None,
+        )
+        return {"parts": self.memory.parts, "estimate": estimate, "peak_bytes": peak}
+
+    def read(self) -> dict[str, Any]:
+        """The fields of a log line, since the last one."""
+        found = self.spans.read()
+        found["memory"] = self.memory.read()
+        if self._sampler is not None:
+            found["device"] = self._sampler.read()
+        steps, warmup = found["step_s"], found["warmup"]
+        work, self._work = self._work[: len(steps)], self._work[len(steps) :]
+        if self._chief and any(each.executed for each in work):
+            found["flops"] = sum(work, start=Work()).fields()
+            if self._peak is not None and len(steps) > warmup:
+                measured = sum(work[warmup:], start=Work())
+                found["mfu"] = roofline.utilisation(measured, sum(steps[warmup:]), *self._peak)
+        return found
+
+    @contextmanager
+    def naming_out_of_memory(self) -> Iterator[None]:
+        """Around the whole of training: what runs out of memory is told with the phase, what held it, and what helps."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            where = self.where if self.where != "training" else self.spans.failed or self.where
+            raise out_of_memory(error, where, self.memory, self._recipe, self._sizes) from error
+
+
+def with_teacher_dtype(recipe: Recipe, inputs: Inputs) -> Recipe:
+    """What a teacher given as a module has, where the recipe says `auto`."""
+    if recipe.teacher is None or inputs.teacher is None or recipe.teacher.dtype != "auto":
+        return recipe
+    dtype = next(inputs.teacher.parameters()).dtype
+    names = {each: name for name, each in models.DTYPES.items()}
+    return recipe.with_(teacher={"dtype": names.get(dtype, "fp32")})
+
+
+def sizes_of(inputs: Inputs, recipe: Recipe) -> Sizes | None:
+    """None for modules that the estimate does not know."""
+    if not isinstance(inputs.student, models.LanguageModel):
+        return None
+    if inputs.teacher is not None and not isinstance(inputs.teacher, models.LanguageModel):
+        return None
+    longest = getattr(inputs.source, "longest", None) or recipe.data.micro_batch_tokens
+    return Sizes(
+        student=transformer_shape(inputs.student),
+        teacher=transformer_shape(inputs.teacher) if inputs.teacher is not None else None,
+        causal=inputs.student.causal,
+        longest=longest,
+    )
+
+
+def host_facts() -> dict[str, Any]:
+    """Of this machine and the packages."""
+    import importlib.metadata
+    import platform
+    import socket
+
+    from fastdistil.profiling.device import cpuinfo, parse_cpu_model, usable_cores, usable_memory
+
+    versions: dict[str, str] = {"fastdistil": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "horovod", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "processor": parse_cpu_model(cpuinfo()),
+        "cores": usable_cores(),
+        "memory_bytes": usable_memory(),
+        "host": socket.gethostname(),
+        "versions": versions,
+    }
