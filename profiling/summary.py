@@ -211,16 +211,19 @@ def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
 def _energy(lines: Iterable[Event]) -> dict[str, Any]:
     """Of rank 0's device, and over its own tokens."""
     seconds = joules = 0.0
-    updates = tokens = 0
+    updates = tokens = mixed = 0
     for line in lines:
         device, steps_s = line.get("device") or {}, sum(_floats(line.get("step_s")))
-        if device.get("energy_j") is None or not device.get("seconds") or device["seconds"] > _STEPS_ALONE * steps_s:
+        if device.get("energy_j") is None or not device.get("seconds"):
+            continue
+        if device["seconds"] > _STEPS_ALONE * steps_s:
+            mixed += 1
             continue
         seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
         updates, tokens = updates + line["updates"], tokens + line.get("rank_tokens", [line["tokens"]])[0]
     nothing = {"j_per_update": None, "j_per_million_tokens": None, "seconds": seconds}
     if not seconds:
-        return {**nothing, "why": "not recorded"}
+        return {**nothing, "why": f"all {mixed} log lines held more than updates" if mixed else "not recorded"}
     if seconds < ENERGY_MIN_S:
         return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {ENERGY_MIN_S:.0f} s"}
     return {"j_per_update": joules / updates, "j_per_million_tokens": 1e6 * joules / tokens, "seconds": seconds}

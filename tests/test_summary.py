@@ -153,6 +153,7 @@ def test_energy_by_hand(tmp_path: Path) -> None:
     assert found["j_per_update"] == pytest.approx(1500 / 5)
     assert found["j_per_million_tokens"] == pytest.approx(1e6 * 1500 / 500)
     assert found["seconds"] == 10
+    assert summed_up(tmp_path, evaluated)["energy"]["why"] == "all 1 log lines held more than updates"
 
 
 def test_energy_of_several_ranks_is_over_rank_0s_tokens(tmp_path: Path) -> None:
