@@ -1,6 +1,7 @@
 """What `fastdistil scale` does with its options: measure or read, fit, predict; print, write scale.json and scale.html."""
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from fastdistil.runs import next_free
 
 SMALLER: tuple[Kind, ...] = ("fp16", "int8")
 """Compressors whose break-even points are worked out."""
+
+
+BUSY = 0.1
+"""Residual, as a share of an update, above which the fit is worth little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,23 +318,29 @@ def _model(model: Fit, work: Workload, asked: Question, reference: float | None)
     grids = [_parameter_grid(model), _residual_grid(model)]
     places: dict[str, list[tuple[float, float, float, float]]] = {}
     rows, notes, rests = [], [], []
+    sure = not any(each.name == "memory_byte_s" and each.vague for each in model.parameters)
     for name, network, kind, rings, ranks in _questions(asked):
         found = _predict(model, work, network, kind, rings, ranks)
         label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
         ideal = None if reference is None else work.accumulation / reference
-        shares = [ideal / seconds for seconds in (found.step_s, found.high_s, found.low_s)] if ideal else None
+        # The fast end of a wide band may be no time at all: then the efficiency has no upper end.
+        ends = (found.step_s, found.high_s, found.low_s)
+        shares = [ideal / seconds if seconds > 0 else math.inf for seconds in ends] if ideal else None
         band = f"{found.step_s * 1e3:,.1f} ({found.low_s * 1e3:,.1f} to {found.high_s * 1e3:,.1f})"
-        efficiency = f"{shares[0]:.1%} ({shares[1]:.1%} to {min(shares[2], 99.99):.1%})" if shares else "no baseline"
+        most = "no upper end" if shares is None or shares[2] == math.inf else f"{shares[2]:.1%}"
+        efficiency = f"{shares[0]:.1%} ({shares[1]:.1%} to {most})" if shares else "no baseline"
         parts = [f"{value * 1e3:,.1f}" for value in (found.work_s, found.imbalance_s, found.exposed_s)]
         rows.append((label, str(ranks), band, efficiency, *parts))
         notes += [f"Band: {found.band}.", *(f"Assumed: {each}." for each in found.assumed)]
         if shares:
-            places.setdefault(label, []).append((ranks, ranks * shares[0], ranks * shares[1], ranks * shares[2]))
+            places.setdefault(label, []).append(
+                (ranks, ranks * shares[0], ranks * shares[1], ranks * min(shares[2], 2 * shares[0]))
+            )
         if network is not None and kind == "none" and ranks > 1:
             rests += [
-                (f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(each))
+                (f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(each, sure))
                 for small in SMALLER
-                for each in [break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)]  # type: ignore[arg-type]
+                for each in [break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)]
             ]
     if rows:
         title = (
@@ -391,14 +402,17 @@ def _parameter_grid(model: Fit) -> Grid:
             rows.append((parameter.meaning, value, "", f"measure {parameter.remedy}"))
         else:
             sd = "" if parameter.sd is None else f"{parameter.sd:.2g}"
-            weak = parameter.sd is not None and parameter.value < 2 * parameter.sd
-            rows.append((parameter.meaning, f"{parameter.value:.4g}", sd, "not told from 0" if weak else ""))
+            rows.append((parameter.meaning, f"{parameter.value:.4g}", sd, "not told from 0" if parameter.vague else ""))
     singular = ", ".join(f"{value:.2g}" for value in model.singular_values)
     notes = [f"Jacobian: rank {model.rank} of {len(model.names)} parameters; singular values {singular}."]
     if model.undetermined:
         open_ones = "; ".join(parameter.meaning for parameter in model.undetermined)
         notes.append(
             f"These points cannot determine: {open_ones}. Predictions take all values that fit as well into their band."
+        )
+    if model.residual is not None and model.residual > BUSY:
+        notes.append(
+            f"A residual of {model.residual:.0%}: a busy machine, or costs that the model does not have; measure again."
         )
     if model.residual is None:
         notes.append("As many numbers fitted as measured: there is no residual to judge by.")
@@ -423,11 +437,17 @@ def _residual_grid(model: Fit) -> Grid:
     return Grid(title=f"Its fit{spread}", columns=("point", "measured, ms", "fitted, ms", "residual"), rows=tuple(rows))
 
 
-def _break_even_cells(found: BreakEven) -> tuple[str, str, str]:
+def _break_even_cells(found: BreakEven, sure: bool) -> tuple[str, str, str]:
     most, widest = found.most_accumulation, found.most_bytes_per_s
     up_to = "never" if most is None else "any number" if most == FOREVER else f"{most:,}"
     below = "never" if widest is None else "any" if widest == FASTEST else f"{widest / 1e9:.3g}"
-    note = "at most: no point measured what compressing costs" if found.free else ""
+    note = (
+        "at most: no point measured what compressing costs"
+        if found.free
+        else ""
+        if sure
+        else "what compressing costs is not told from 0"
+    )
     return up_to, below, note
 
 

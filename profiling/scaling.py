@@ -129,9 +129,10 @@ class Workload:
 @cache
 def expected_max(count: int) -> float:
     """Of `count` independent standard normals: 0 for one, 1.42 for 8."""
-    x = np.linspace(-12.0, 12.0, 24001)
-    phi = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
-    return float(np.trapezoid((x > 0) - phi**count, x)) if count > 1 else 0.0
+    x = np.linspace(0.0, 12.0, 12001)
+    below = np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in x])
+    # The mean is the integral of 1 - F over x > 0 less that of F over x < 0; F is the N-th power of the normal's.
+    return float(np.trapezoid(1 - (1 - below) ** count - below**count, x)) if count > 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,11 @@ class Parameter:
     low: float
     high: float
     """Ends of what fits equally well."""
+
+    @property
+    def vague(self) -> bool:
+        """Determined, and not told from 0."""
+        return self.value is not None and self.sd is not None and self.value < 2 * self.sd
 
     @property
     def meaning(self) -> str:
@@ -193,24 +199,51 @@ def fit(points: Sequence[Point], *, on_cpu: bool) -> Fit:
     assert all(point.samples for point in points)
     if not points:
         raise UserError("no points to calibrate the model on: all are marked oversubscribed, or none was measured")
+    names = _names(points)
     exposed = [True] * len(points)
     seen: list[tuple[float, list[bool]]] = []
-    while True:
+    while exposed not in [before for _, before in seen]:
         vertices, rss = _solve(*_system(points, exposed, on_cpu))
-        names = _names(points)
-        values = dict(zip(names, vertices.mean(axis=0), strict=True))
-        if exposed in [before for _, before in seen]:
-            break
         seen.append((rss, exposed))
-        exposed = [_is_exposed(point, values, on_cpu) for point in points]
-    exposed = min(seen, key=lambda each: each[0])[1]
+        values = dict(zip(names, _on_side(points, exposed, on_cpu, vertices).mean(axis=0), strict=True))
+        exposed = [bool(_is_exposed(point, values, on_cpu)) for point in points]
+    if exposed != seen[-1][1]:  # going round in circles: the best of them
+        exposed = min(seen, key=lambda each: each[0])[1]
     return _judged(points, exposed, on_cpu)
+
+
+def _on_side(points: Sequence[Point], exposed: Sequence[bool], on_cpu: bool, vertices: Floats) -> Floats:
+    """Those where every point is on its side of the max; the others as far as the sides allow. All, if none is."""
+    names = _names(points)
+
+    def holds(values: Floats) -> bool:
+        named = dict(zip(names, values, strict=True))
+        for point, side in zip(points, exposed, strict=True):
+            whole, tail = (_weighted(_terms(point, each, on_cpu)[2], named) for each in (True, False))
+            if (whole - tail if side else tail - whole) < -1e-9 * point.samples[0].step_s:
+                return False
+        return True
+
+    inside = [values for values in vertices if holds(values)]
+    if not inside or len(inside) == len(vertices):
+        return vertices
+    centre = np.mean(inside, axis=0)
+    cut = []
+    for values in vertices:
+        good, bad = 0.0, 1.0
+        for _ in range(0 if holds(values) else 40):
+            middle = (good + bad) / 2
+            good, bad = (middle, bad) if holds(centre + middle * (values - centre)) else (good, middle)
+        if bad < 1.0:
+            cut.append(centre + good * (values - centre))
+    return np.array([*inside, *cut])
 
 
 def _judged(points: Sequence[Point], exposed: list[bool], on_cpu: bool) -> Fit:
     names = _names(points)
     jacobian, observed = _system(points, exposed, on_cpu)
     vertices, rss = _solve(jacobian, observed)
+    vertices = _on_side(points, exposed, on_cpu, vertices)
     lengths = np.linalg.norm(jacobian, axis=0)
     assert (lengths > 0).all(), names
     _, singular, rows = np.linalg.svd(jacobian / lengths, full_matrices=True)

@@ -1,0 +1,280 @@
+"""Efficiency and where the rest goes, from event streams made by hand, against numbers worked out by hand; plot and page."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistil.errors import UserError
+from fastdistil.profiling.history import load_history
+from fastdistil.profiling.scale import Study, settings
+from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.profiling.scale_points import (
+    Measured,
+    Round,
+    Setting,
+    ceilings,
+    choose_baseline,
+    efficiencies,
+    losses,
+    model_point,
+    read_round,
+)
+from fastdistil.profiling.scale_table import (
+    default_base,
+    determined,
+    efficiency,
+    explaining_bandwidth,
+    load_table,
+    study,
+)
+
+
+def run(folder: Path, steps: list[float], tokens: int, **fields: Any) -> Round:
+    """A finished run with one log line an update; its first update is slow and left out."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("version: 1\n")
+    start = {"event": "start", "time": 105.5, "update": 0, "device": "cpu", "engine": "torch", "student_parameters": 1000}
+    lines: list[dict[str, Any]] = [start]
+    for number, step in enumerate([9.0, *steps], 1):
+        line = {"event": "train", "update": number, "updates": 1, "tokens": tokens, "tokens_per_s": tokens / step}
+        lines.append({**line, **fields})
+    lines.append({"event": "done", "update": len(steps) + 1})
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_round(load_history(folder), 1, launched_s=100.0)
+
+
+SEVERAL = {"buckets": 2, "gradient_collectives": 2, "gradient_bytes": 4000}
+ONE, TWO = Setting(ranks=1, accumulation=4), Setting(ranks=2, accumulation=4, mode="weak")
+
+
+def measured(setting: Setting, *rounds: Round, **fields: Any) -> Measured:
+    return Measured(setting=setting, nodes=1, rounds=rounds, **fields)
+
+
+def test_efficiency_and_losses_by_hand(tmp_path: Path) -> None:
+    one = measured(ONE, run(tmp_path / "1", [1.0, 1.0, 1.0], 1000))
+    # 2000 tokens in 1.6 s against 1000 in 1 s. Ranks worked 1.3 and 1.1 s: the slowest waited 0.3 s, 0.25 of it for gradients.
+    fields = {**SEVERAL, "exchange_wait_s": 0.25, "rank_worked_s": [1.3, 1.1]}
+    two = measured(TWO, run(tmp_path / "2", [1.6, 1.6, 1.6], 2000, **fields))
+    assert efficiencies(two, one) == pytest.approx([0.625])
+    lost = losses(two, one)
+    assert lost.step_s == pytest.approx(1.6)
+    assert lost.ideal_s == pytest.approx(1.0)
+    # 1.2 s of work on average, 0.2 more than the ideal; 0.1 s of them the slowest does beyond the mean.
+    wanted = {"exposed": 0.25, "control": 0.05, "imbalance": 0.1, "compression": 0.0, "compute": 0.2}
+    known = {name: value for name, value in lost.seconds.items() if value is not None}
+    assert known == pytest.approx(wanted)
+    assert lost.seconds["shared"] is None
+    assert lost.cause == "exposed"
+    assert two.rounds[0].startup_s == pytest.approx(5.5)
+
+
+def test_the_ceiling_takes_its_part_of_slower_compute(tmp_path: Path) -> None:
+    one = measured(ONE, run(tmp_path / "1", [1.0, 1.0], 1000))
+    beside = tuple(run(tmp_path / f"c{number}", [1.25, 1.25], 1000) for number in range(2))
+    fields = {**SEVERAL, "exchange_wait_s": 0.05, "rank_worked_s": [1.3, 1.3]}
+    two = measured(TWO, run(tmp_path / "2", [1.4, 1.4], 2000, **fields), ceiling=(beside,))
+    assert ceilings(two, one) == pytest.approx([0.8])
+    lost = losses(two, one)
+    assert lost.seconds["shared"] == pytest.approx(0.25)
+    assert lost.seconds["compute"] == pytest.approx(0.05)
+    assert lost.seconds["control"] == pytest.approx(0.05)
+    assert lost.cause == "shared"
+
+
+def test_what_was_not_recorded_is_said_to_be(tmp_path: Path) -> None:
+    one = measured(ONE, run(tmp_path / "1", [1.0, 1.0], 1000))
+    two = measured(TWO, run(tmp_path / "2", [1.5, 1.5], 2000, **SEVERAL, exchange_wait_s=0.4))
+    lost = losses(two, one)
+    assert lost.seconds["imbalance"] is None
+    assert lost.seconds["control"] is None
+    assert lost.seconds["exposed"] == pytest.approx(0.4)
+    assert lost.seconds["compute"] == pytest.approx(0.1)
+
+
+def test_recorded_phases_and_steps_go_before_what_is_derived(tmp_path: Path) -> None:
+    one = measured(ONE, run(tmp_path / "1", [1.0], 1000))
+    phases = {"exposed": [0.2], "compression": [0.1], "backward": [0.5]}
+    setting = Setting(ranks=2, accumulation=4, mode="weak", compression="int8")
+    fields = {**SEVERAL, "exchange_wait_s": 9.0, "step_s": [1.5], "phases": phases}
+    two = measured(setting, run(tmp_path / "2", [99.0], 2000, **fields))
+    lost = losses(two, one)
+    assert (lost.step_s, lost.seconds["exposed"], lost.seconds["compression"]) == pytest.approx((1.5, 0.2, 0.1))
+
+
+def test_strong_scaling_holds_the_whole_work(tmp_path: Path) -> None:
+    """4 micro-batches of one rank, 2 of each of two: T_1 = 1 s, T_2 = 0.625 s, S = 1.6, E = 0.8."""
+    one = measured(ONE, run(tmp_path / "1", [1.0], 1000))
+    strong = Setting(ranks=2, accumulation=2, mode="strong")
+    two = measured(strong, run(tmp_path / "2", [0.625], 1000, **SEVERAL, exchange_wait_s=0.1))
+    assert efficiencies(two, one) == pytest.approx([0.8])
+    assert losses(two, one).ideal_s == pytest.approx(0.5)
+
+
+def test_rounds_are_held_against_their_own_baseline(tmp_path: Path) -> None:
+    """A machine that slows down by half between rounds changes no efficiency."""
+    one = measured(ONE, run(tmp_path / "1a", [1.0], 1000), run(tmp_path / "1b", [2.0], 1000))
+    fields = {**SEVERAL, "exchange_wait_s": 0.1}
+    two = measured(TWO, run(tmp_path / "2a", [1.25], 2000, **fields), run(tmp_path / "2b", [2.5], 2000, **fields))
+    assert efficiencies(two, one) == pytest.approx([0.8, 0.8])
+
+
+def test_what_the_model_sees(tmp_path: Path) -> None:
+    one = measured(ONE, run(tmp_path / "1", [1.0], 1000))
+    every = Setting(ranks=2, accumulation=4, mode="weak", sync="every-micro-batch")
+    fields = {"buckets": 2, "gradient_collectives": 8, "gradient_bytes": 16000, "exchange_wait_s": 0.3}
+    two = measured(every, run(tmp_path / "2", [1.6], 2000, **fields, rank_worked_s=[1.3, 1.1]))
+    point = model_point(two, one, 0.0)
+    assert (point.exchanges, point.sent_bytes, point.collectives, point.hops) == (4, 4000, 2, 4)
+    (sample,) = point.samples
+    assert sample.recorded == pytest.approx((1.2, 0.1, 0.3))
+    oversubscribed = measured(TWO, two.rounds[0], oversubscribed=True)
+    assert not oversubscribed.modelled
+    assert not measured(Setting(ranks=2, compression="powersgd", mode="weak"), two.rounds[0]).modelled
+
+
+def test_a_run_that_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="raise --steps"):
+        run(tmp_path / "short", [], 1000)
+    events = tmp_path / "short" / "events.jsonl"
+    events.write_text(events.read_text().replace('"updates": 1', '"updates": 5'))
+    with pytest.raises(UserError, match=r"wanted logging\.every=1"):
+        read_round(load_history(tmp_path / "short"), 0)
+    events.write_text("".join(line for line in events.read_text().splitlines(keepends=True) if '"done"' not in line))
+    with pytest.raises(UserError, match="did not finish"):
+        read_round(load_history(tmp_path / "short"), 0)
+
+
+def test_the_baseline_is_the_fewest_ranks_or_what_was_asked_for(tmp_path: Path) -> None:
+    one = measured(ONE, run(tmp_path / "1", [1.0], 1000))
+    int8 = measured(Setting(ranks=2, compression="int8", mode="weak"), run(tmp_path / "2", [1.0], 2000))
+    two = measured(TWO, run(tmp_path / "3", [1.0], 2000))
+    assert choose_baseline([two, int8, one], None) is one
+    assert choose_baseline([two, int8, one], 2) is two
+    with pytest.raises(UserError, match=r"measured \[1, 2\]"):
+        choose_baseline([one, two], 3)
+
+
+def plan(**changes: Any) -> Study:
+    return Study(recipe="demo", out=Path("unused"), **{"ranks": (1, 2, 4), **changes})
+
+
+def test_points_of_a_study() -> None:
+    both = settings(plan(modes=("weak", "strong")), 8)
+    assert [(each.ranks, each.mode, each.accumulation) for each in both] == [
+        (1, None, 8),
+        (2, "weak", 8),
+        (2, "strong", 4),
+        (4, "weak", 8),
+        (4, "strong", 2),
+    ]
+    # One rank exchanges nothing: neither rings nor compression make another point of it.
+    many = settings(plan(ranks=(1, 2), rings=(1, 4), compression=("none", "int8"), sync=("delayed", "every-micro-batch")), 8)
+    assert [each.ranks for each in many] == [1, *[2] * 8]
+    with pytest.raises(UserError, match=r"loop\.accumulation=6 among 4"):
+        settings(plan(modes=("strong",)), 6)
+
+
+# --- the table of 2020
+
+
+def test_the_2020_table() -> None:
+    """Efficiencies from 204 minutes, overheads and bandwidths worked out by hand for 264 MB and 50 micro-batches."""
+    table = load_table("distilbert-2020")
+    base = default_base(table)
+    assert base.minutes == 204
+    wanted = {
+        70: (72.9, 72.2, 73.6, 0.55, 0.18),
+        66: (77.3, 76.5, 78.1, 0.70, 0.23),
+        37: (68.9, 67.8, 70.0, 0.46, 0.15),
+        32: (79.7, 78.3, 81.2, 0.82, 0.27),
+    }
+    for row in table.rows[3:]:
+        share, low, high, quick, slow = wanted[int(row.minutes)]
+        found = efficiency(table, row, base)
+        assert [round(100 * value, 1) for value in (found.value, found.low, found.high)] == [share, low, high]
+        for seconds, bandwidth in ((0.05, quick), (0.15, slow)):
+            told = explaining_bandwidth(table, row, base, seconds)
+            assert told is not None
+            assert round(told.value / 1e9, 2) == bandwidth
+            assert told.low < told.value < told.high
+    assert determined(table, base, 0.05) == 1
+
+
+def test_the_2020_table_from_both_rows() -> None:
+    table = load_table("distilbert-2020")
+    grids, svg, values = study(table, 2)
+    (grid,) = grids
+    text = "\n".join(grid.notes)
+    assert "157% of linear" in text
+    assert "not both identifiable" in text
+    assert "rank 1 of 2" in text
+    last = dict(zip(grid.columns, grid.rows[-1], strict=True))
+    assert last["% of linear from row 2"].startswith("157.0 (")
+    assert last["% of linear from row 3"] == "79.7 (78.3 to 81.2)"
+    assert "linear from row 2" in svg
+    assert "linear from row 3" in svg
+    rows = values["rows"]
+    assert isinstance(rows, list)
+    assert rows[-1]["efficiency"][3]["value"] == pytest.approx(0.797, abs=5e-4)
+    with pytest.raises(UserError, match="rows 1 to 7"):
+        study(table, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("rows: [{gpus: 8, minutes: 10}, {gpus: 8, minutes: 9}]", "same number of GPUs"),
+        ("rows: [{gpus: 8, minutes: 10}, {gpus: 0, minutes: 9}]", "rows.1.gpus"),
+        ("lines: []", "rows"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        load_table(str(tmp_path / "t.yaml"))
+
+
+# --- the plot
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_plot_marks_predictions_and_lies_where_the_numbers_are() -> None:
+    solid = Curve(name="measured: weak", points=((1, 1, 1, 1), (2, 1.8, 1.7, 1.9), (4, 3.0, 2.9, 3.1)))
+    hollow = Curve(name="predicted: p3dn", points=((64, 40, 30, 50),), predicted=True)
+    svg = figure([solid, hollow], [Ideal(name="linear", ranks=1, speed=1)], "ranks", "speed")
+    elements = _Elements()
+    elements.feed(svg)
+    groups = [values["class"] for tag, values in elements.found if tag == "g" and values.get("class")]
+    assert groups[:2] == ["s0", "s1 predicted"]
+    ideal = next(values for tag, values in elements.found if tag == "line" and values["class"] == "ideal")
+    dots = [values for tag, values in elements.found if tag == "circle" and values["class"] == "dot"]
+    # The first point is on the ideal line; a doubling of ranks is as wide everywhere, and 1.8 of it lies below.
+    assert (dots[0]["cx"], dots[0]["cy"]) == (ideal["x1"], ideal["y1"])
+    x = [float(dot["cx"] or 0) for dot in dots]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert x[3] - x[2] == pytest.approx(4 * (x[1] - x[0]), abs=0.4)
+    slope = (float(ideal["y2"] or 0) - float(ideal["y1"] or 0)) / (float(ideal["x2"] or 0) - float(ideal["x1"] or 0))
+    assert float(dots[1]["cy"] or 0) > float(ideal["y1"] or 0) + slope * (x[1] - x[0])
+
+
+def test_the_page_works_offline_in_light_and_dark() -> None:
+    grid = Grid(title="PREDICTED <b>", columns=("a", "b"), rows=(("1 < 2", "x"),), predicted=True)
+    text = page("Scaling of x & y", "<svg></svg>", [grid])
+    assert "http" not in text
+    assert "<script" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert '<table class="predicted">' in text
+    assert "1 &lt; 2" in text
+    assert "PREDICTED &lt;b&gt;" in text
