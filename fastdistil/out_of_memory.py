@@ -64,12 +64,11 @@ def out_of_memory(
     elif phase not in (*_STATIC, "evaluation"):
         advice.append("a lower data.micro_batch_tokens, with a higher loop.accumulation to keep the batch")
     if advice:
-        told.append("what helps: " + "; ".join(advice))
+        told.append("what helps: " + ", or ".join(advice))
     else:
-        told.append(
-            "no key of the recipe would save much here: take a smaller student or teacher, or a device with more memory"
-        )
-    return OutOfMemory(". ".join(told) + ". `--dry-run` estimates what a recipe needs")
+        none = "no key of the recipe would save much here: " if sizes is not None else ""
+        told.append(f"{none}take a smaller student or teacher, or a device with more memory")
+    return OutOfMemory("; ".join(told) + "; `--dry-run` estimates what a recipe needs")
 
 
 def _changes(recipe: Recipe, sizes: Sizes, phase: str) -> Iterator[tuple[str, int]]:
@@ -86,10 +85,11 @@ def _changes(recipe: Recipe, sizes: Sizes, phase: str) -> Iterator[tuple[str, in
         less = saved(data={"micro_batch_tokens": fewer}, loop={"accumulation": more})
         yield f"data.micro_batch_tokens={fewer} with loop.accumulation={more}", less
     half = has_fast_bf16(torch.device(recipe.device))
-    if recipe.loop.precision == "fp32" and half:
-        yield "loop.precision=bf16", saved(loop={"precision": "bf16"})
-    if recipe.kernels == "reference":
-        yield "kernels=auto", saved(kernels="auto")
+    if phase != "evaluation":  # of which the estimate knows only what is there all the time
+        if recipe.loop.precision == "fp32" and half:
+            yield "loop.precision=bf16", saved(loop={"precision": "bf16"})
+        if recipe.kernels == "reference":
+            yield "kernels=auto", saved(kernels="auto")
     if sizes.teacher is not None and recipe.teacher is not None:
         if recipe.teacher.dtype == "fp32" and half:
             yield "teacher.dtype=bf16", saved(teacher={"dtype": "bf16"})
@@ -133,7 +133,7 @@ def _parts(measured: Mapping[str, int | None], estimate: MemoryEstimate | None) 
         if shown[name] >= 0.01 * sum(shown.values()):
             beside = f" (estimate {size_text(estimated[name])})" if known and name in estimated else ""
             texts.append(f"{name.replace('_', ' ')} {size_text(shown[name])}{beside}")
-    return (": " if known else "; by the estimate: ") + ", ".join(texts)
+    return (": " if known else " (by the estimate: ") + ", ".join(texts) + ("" if known else ")")
 
 
 def _wanted(error: BaseException) -> str:

@@ -159,7 +159,7 @@ class Nvml:
 def test_peaks_of_phases(allocator: Allocator) -> None:
     meter = MemoryMeter(GPU)
     allocator.hold(900)
-    allocator.hold(100)
+    allocator.hold(100, reserved=800)
     with meter.phase("student"):
         allocator.hold(500)
     assert allocator.resets == 0, "others' counters are left alone but for the first updates"
@@ -279,7 +279,12 @@ def test_advice_that_would_not_help_is_not_given(monkeypatch: pytest.MonkeyPatch
     assert "kernels=auto" in advice("losses", small_recipe(kernels="reference"), sizes_of())
     feedback = small_recipe(compression={"kind": "sign", "frozen_variance_after": 5}, world={"ranks": 2})
     assert "compression=none" in advice("optimizer", feedback, sizes_of())
-    assert "evaluation.batch_tokens=4096" in advice("evaluation", small_recipe(), sizes_of())
+    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: True)
+    assert "bf16" not in advice("optimizer", small_recipe(), sizes_of(teacher=False)), "the weights stay fp32"
+    evaluating = advice("evaluation", small_recipe(), sizes_of(teacher=False))
+    assert "what helps: evaluation.batch_tokens=4096;" in evaluating, "and nothing else"
+    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    assert "; take a smaller student" in advice("loading", small_recipe(), None)
     assert "a lower data.micro_batch_tokens" in advice("backward", small_recipe(), None)
 
 
@@ -330,7 +335,7 @@ def test_memory_that_really_ran_out() -> None:
     child = CHILD.format(root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 11, done.stderr
-    assert re.match(r"out of memory in student, for [0-9.]+ [GM]iB more\. the most in use so far was", done.stdout)
+    assert re.match(r"out of memory in student, for [0-9.]+ [GM]iB more; the most in use so far was", done.stdout)
     assert "data.micro_batch_tokens=32768" in done.stdout
     assert "Traceback" not in done.stderr
 
