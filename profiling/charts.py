@@ -232,6 +232,7 @@ def _frame(
         ticks = log_ticks(bounds[0] * factor, bounds[1] * factor, count=int((height - _TOP - _BOTTOM) / 24))
     else:
         low = min(0.0, y_low) if y.zero else y_low
+        y_high = 1 / factor if y.zero and low == y_high == 0 else y_high  # nothing but zeros
         ticks = nice_ticks(low * factor, max(y_high, -math.inf if y.top is None else y.top) * factor)
         bounds = ticks[0] / factor, ticks[-1] / factor
     names = [tick_text(tick, ticks) for tick in ticks]
@@ -247,6 +248,8 @@ def _frame(
     room = max(2, int((right - left) / 64))
     enclosing = nice_ticks(x_low * x_factor, x_high * x_factor, room)
     x_ticks = [tick for tick in enclosing if x_low * x_factor - 1e-9 <= tick <= x_high * x_factor + 1e-9]
+    if not x.unit:  # updates, ranks: there is none between two
+        x_ticks = [float(round(tick)) for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
     parts = []
     for tick, name in zip(ticks, names, strict=True):
         at = float(y_of(np.array([tick / factor]))[0])

@@ -191,7 +191,7 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
 
 def as_markdown(runs: Sequence[Reported]) -> str:
     parts = [f"# {_cell(' against '.join(run.name for run in runs))}"]
-    parts += [f"- {_cell(run.name)}: {_cell(setting(run.summary))}" for run in runs]
+    parts += ["", *(f"- {_cell(run.name)}: {_cell(setting(run.summary))}" for run in runs)]
     parts += [f"- {_cell(run.name)}: {_cell(caution)}" for run in runs for caution in cautions(run)]
     if len(runs) > 1:
         parts += [f"- {_cell(caution)}" for caution in uneven(runs)]
@@ -225,6 +225,8 @@ def _cell(text: str) -> str:
 def change_text(difference: float | None) -> str:
     if difference is None:
         return ""
+    if abs(difference) < 0.0005:
+        return "same" if difference == 0 else "0.0%"
     return f"{difference:+.1%}" if abs(difference) < 10 else f"{difference + 1:,.3g}-fold"
 
 
@@ -240,6 +242,8 @@ def cautions(run: Reported) -> list[str]:
         found.append(
             f"{left_out} of {len(history.lines)} log lines ran otherwise (ranks, device, ...): in the curves, in no figure."
         )
+    if summary["warmup"] and not summary["updates"]:
+        found.append("All that was recorded is warm-up: there are curves, but no figures of speed.")
     found += [f"MFU is refused: {reason}." for reason in (summary["mfu"] or {}).get("refused", [])]
     skipped = sum(real(line["skipped"]) for line in history.lines if "skipped" in line)
     if skipped:
@@ -345,13 +349,15 @@ def as_html(runs: Sequence[Reported]) -> str:
 
 
 def _shown(section: Section, table: Table) -> dict[str, Any]:
+    # A figure may be missing where its curve is not: of warm-up there are no figures.
+    curves = {panel.title.lower() for panel in section.panels} | {title.lower() for title in section.missing}
     return {
         "key": section.key,
         "title": section.title,
         "panels": section.panels,
         "table": table,
         "empty": not section.panels and not table.rows,
-        "missing": list(dict.fromkeys([*section.missing, *(label[0].upper() + label[1:] for label in table.missing)])),
+        "missing": [*section.missing, *(label for label in table.missing if label not in curves)],
     }
 
 
@@ -392,7 +398,11 @@ def _tiles(run: Reported) -> list[dict[str, str]]:
         text, unit = figure.text, ""
         if figure.value is not None and " " in text:
             text, _, unit = text.partition(" ")
-        below = ", ".join(part for part in (figure.spread_text, figure.count_text) if part) or figure.detail
+        below = (
+            ""
+            if figure.value is None
+            else ", ".join(part for part in (figure.spread_text, figure.count_text) if part) or figure.detail
+        )
         found.append({"label": label, "text": text, "unit": unit, "below": below})
     return found
 

@@ -115,6 +115,15 @@ def test_tick_labels_are_the_values_of_their_places() -> None:
     assert "step, ms" in [text.text for text in of_class(root, "label")]
 
 
+def test_updates_have_no_ticks_between_them() -> None:
+    x = np.array([1.0, 2.0])
+    root = drawn(
+        charts.line_chart([Series(name="s", x=x, y=x)], x=Axis(label="update"), y=Axis(label="v"), title="t", width=740)
+    )
+    labels = [text.text for text in of_class(root, "tick") if text.get("text-anchor") != "end" or text.get("y") == "193"]
+    assert labels == ["1", "2"]
+
+
 def test_a_single_spike_among_many_is_drawn() -> None:
     y = np.full(200_000, 1.0)
     y[123_456] = 9.0

@@ -286,6 +286,15 @@ def test_without_recorded_data_a_section_is_one_line(runs: Mapping[str, Path]) -
     assert "Learning: not recorded." in empty.text
 
 
+def test_of_a_run_within_its_warm_up_there_are_curves_and_no_figures_of_speed(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", Stream(lines=1, every=3)))
+    assert "All that was recorded is warm-up" in page.text
+    assert [chart for chart in charts_of(page.section("speed")) if (chart.get("aria-label") or "").startswith("Throughput")]
+    missing = Page(page.section("speed")).text.rpartition("Step time")[2]
+    assert "step, p50" in missing
+    assert "throughput" not in missing
+
+
 def test_one_rank_has_no_communication(runs: Mapping[str, Path]) -> None:
     section = Page(page_of(runs["cpu"]).section("communication"))
     assert section.row("communication")[1] == "none: one rank"
@@ -434,7 +443,7 @@ def test_markdown_has_the_same_figures(known: Path, tmp_path: Path) -> None:
     assert "| throughput | 66.67 tokens/s | ± 35 tokens/s sd | 2 log lines | all ranks; all tokens over all time |" in text
     other = write_events(tmp_path / "other", known_events(), RECIPE)
     both = report.as_markdown(report.read_runs([known, other]))
-    assert "| step, p50 | 1.000 s | 1.000 s | +0.0% |" in both
+    assert "| step, p50 | 1.000 s | 1.000 s | same |" in both
     for document in (text, both):
         for table in re.findall(r"(?:^\|.*\n)+", document, re.MULTILINE):
             widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
