@@ -4,7 +4,7 @@ Each cause is the share of the step that would be saved if it went away. The one
 takes a tenth of the step or more:
 
     data-bound            the phases data and transfer (older runs: data_wait_share)
-    communication-bound   the phases exposed and compression, less rank 0's wait for the slowest rank's own work
+    communication-bound   the phases exposed and compression, less rank 0's waits for the slowest rank's own work
     straggler             the slowest rank's own work less the mean rank's, if it was the slowest in two thirds of the log lines
     launch-bound          the time in which no kernel ran on a GPU (1 - NVML's utilisation), less its waits for data and
                           communication
@@ -100,8 +100,8 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
     if found := summary.get("straggler"):
         worked, seconds, rank = found["worked_s"], found["seconds"], found["rank"]
         mean = sum(worked) / len(worked)
-        # Rank 0's exposed time holds its wait for the slowest rank, which a faster network would not shorten.
-        waited = (worked[rank] - worked[0]) / seconds if seconds else 0.0
+        # Rank 0's exposed time holds its waits for slower ranks, which a faster network would not shorten.
+        waited = found["rank_0_waited_s"] / seconds if seconds else 0.0
         share = (worked[rank] - mean) / seconds if seconds else 0.0
         if found["slowest_in"] >= PERSISTENT * found["lines"]:
             why = (
@@ -115,7 +115,7 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
     way, key = _less_traffic(summary, compression > exposed)
     why = f"{exposed:.0%} of the step waits for gradients, {compression:.0%} compresses them"
     if waited > 0.005:
-        why += f"; {waited:.0%} of it waits for rank {summary['straggler']['rank']} rather than for the network"
+        why += f"; {waited:.0%} of the step waits for slower ranks rather than for the network, and is left out"
     yield {"name": "communication-bound", "share": share, "why": f"{why}; {way}", "key": key}
 
 

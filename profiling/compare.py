@@ -318,8 +318,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         table.add_row(
             row["name"],
             *(quantity(row[side], row["unit"]) for side in ("a", "b")),
-            _MISSING if row["ratio"] is None else f"{row['ratio'] - 1:+.1%}",
-            "" if interval is None else f"{interval[0] - 1:+.1%} to {interval[1] - 1:+.1%}",
+            _MISSING if row["ratio"] is None else _change(row["ratio"]),
+            "" if interval is None else " to ".join(map(_change, interval)),
             " and ".join(str(n) for n in row.get("n", ())),
         )
     console.print(table)
@@ -330,6 +330,10 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for side, names in (found.get("only_in") or {}).items():
         if names:
             console.print(f"only in {side.upper()}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _change(ratio: float) -> str:
+    return f"{ratio - 1:+.1%}" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def quantity(value: float | None, unit: str) -> str:

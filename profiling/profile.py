@@ -124,13 +124,15 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] |
     for name, found in summary["phases"].items():
         yield name, found, found["share"]
     if (found := summary["communication"]) is not None:
-        yield f"communication ({found['hidden_share']:.0%} of it behind the backward)", found, None
+        yield "communication", found, None
 
 
 def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
     rate = summary["tokens_per_s"]
     yield f"tokens/s: {_MISSING if rate is None else f'{rate:,.0f}'}" + (", all ranks" if (summary["ranks"] or 1) > 1 else "")
     yield f"MFU: {_mfu(summary['mfu'])}"
+    if (communication := summary["communication"]) is not None:
+        yield f"communication: {communication['hidden_share']:.0%} of it hidden behind the rest of the step"
     memory = summary["memory"] or {}
     peaks = {"host": "peak_rss_bytes", "allocated on the GPU": "peak_allocated_bytes", "reserved": "peak_reserved_bytes"}
     told = [f"{quantity(memory[key], 'bytes')} {what}" for what, key in peaks.items() if memory.get(key) is not None]

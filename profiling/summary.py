@@ -94,8 +94,9 @@ def measured_updates(lines: Iterable[Event]) -> Updates:
         if not (phases := line.get("phases")):
             continue
         for name in phases.keys() | columns.keys():
-            column = columns.setdefault(name, [0.0] * len(phased))  # a phase that was never entered took no time
-            column += _floats(phases[name])[first:] if name in phases else [0.0] * len(seconds[first:])
+            if name not in columns:
+                columns[name] = [0.0] * len(phased)  # a phase that was never entered took no time
+            columns[name] += _floats(phases[name])[first:] if name in phases else [0.0] * len(seconds[first:])
         phased += seconds[first:]
     return Updates(steps, phased, columns, warmup)
 
@@ -260,7 +261,8 @@ def _readings(lines: Sequence[Event]) -> dict[str, Any] | None:
 
 
 def _straggler(lines: Iterable[Event]) -> dict[str, Any] | None:
-    """The rank with the most work of its own; `share`: by how much it is above the mean rank's."""
+    """The rank with the most work of its own; `share`: by how much it is above the mean rank's; rank_0_waited_s: for whoever
+    worked longest on a line's updates."""
     known = [line for line in lines if len(line.get("rank_worked_s") or ()) > 1]
     if not known:
         return None
@@ -277,6 +279,7 @@ def _straggler(lines: Iterable[Event]) -> dict[str, Any] | None:
         "slowest_in": int((worked.argmax(axis=1) == rank).sum()),
         "lines": len(known),
         "worked_s": of_rank.tolist(),
+        "rank_0_waited_s": float((worked.max(axis=1) - worked[:, 0]).sum()),
         "seconds": sum(_seconds(line) or 0.0 for line in known),
         "tokens": summed("rank_tokens"),
         "data_wait_s": summed("rank_data_wait_s"),
