@@ -131,7 +131,10 @@ from fastdistil.recipe import Compression, World as Options
 from fastdistil.world import join
 
 engine, every = sys.argv[1], sys.argv[2] == "every"
-world = join(find_place(os.environ), Options(engine=engine, timeout_s=60), torch.device("cpu"))
+rings = 2 if engine == "torch" else 1
+world = join(find_place(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
+if engine == "torch":
+    world._small = world._groups[0]  # as on a GPU: scalars posted between a rank's buckets would meet another's bucket
 rank = world.rank
 torch.manual_seed(0)
 
