@@ -330,10 +330,10 @@ def _memory(summary: Mapping[str, Any]) -> list[Figure]:
         "outside_bytes": ("used outside torch's allocator", "last log line"),
         "peak_rss_bytes": ("host, peak resident", "rank 0"),
     }
-    found = [
-        Figure(f"memory.{name}", label, _value(memory.get(name)), "bytes", detail=detail, better="lower")
-        for name, (label, detail) in names.items()
-    ]
+    found = []
+    for name, (label, detail) in names.items():
+        better: Better | None = "lower" if name.startswith("peak_") else None  # of one instant: no verdict
+        found.append(Figure(f"memory.{name}", label, _value(memory.get(name)), "bytes", detail=detail, better=better))
     found += [
         Figure(f"memory.{name}", label, _value(memory.get(name)), better="lower")
         for name, label in (("retries", "allocations retried"), ("ooms", "out of memory"))
