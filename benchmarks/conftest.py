@@ -8,6 +8,8 @@ import torch
 
 from fastdistil.profiling.device import cpuinfo, parse_cpu_flags, parse_cpu_model, usable_cores
 
+from .machine import add_percentiles, gpu, processor_clock
+
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
 
 
@@ -15,6 +17,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     flags = parse_cpu_flags(cpuinfo())
     machine_info["fastdistil"] = {
         "processor": parse_cpu_model(cpuinfo()),
+        **processor_clock(),
         "flags": [flag for flag in FLAGS if flag in flags],
         "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
@@ -25,30 +28,12 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     }
 
 
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    add_percentiles(output_json["benchmarks"], {each.fullname: each.stats.data for each in benchmarks if not each.has_error})
+
+
 def version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def gpu(index: int) -> dict[str, Any]:
-    facts = torch.cuda.get_device_properties(index)
-    return {
-        "name": facts.name,
-        "compute_capability": f"{facts.major}.{facts.minor}",
-        "memory_bytes": facts.total_memory,
-        "multiprocessors": facts.multi_processor_count,
-        "driver": driver(),
-        "cuda": torch.version.cuda,
-    }
-
-
-def driver() -> str | None:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
         return None
