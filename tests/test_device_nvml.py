@@ -158,6 +158,7 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     before = looks.look()
     samples = [
         looks.look(
+            1.5,
             nvmlDeviceGetTotalEnergyConsumption=5_349_000,
             nvmlDeviceGetClockInfo=lambda kind: {1: 1200, 2: 2619}[kind],
             nvmlDeviceGetUtilizationRates=SimpleNamespace(gpu=0),
@@ -182,8 +183,8 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory_used_bytes": 41 << 30,
         "pcie_tx_bytes_per_s": 2_000 * 1024,
         "pcie_rx_bytes_per_s": 30_000 * 1024,
-        "nvlink_tx_bytes_per_s": pytest.approx(512 * 1024),  # in one second
-        "nvlink_rx_bytes_per_s": pytest.approx(1024 * 1024),
+        "nvlink_tx_bytes_per_s": pytest.approx(256 * 1024),  # in two seconds
+        "nvlink_rx_bytes_per_s": pytest.approx(512 * 1024),
         "energy_j": pytest.approx(698.0),
         "energy_source": "counter",
         "throttled": {"sw_power_cap": 1.0, "sw_thermal_slowdown": 0.5},
@@ -235,6 +236,7 @@ def test_what_fails_on_the_way_is_told_once(monkeypatch: pytest.MonkeyPatch) -> 
     whole_again = looks.look(nvmlDeviceGetPowerUsage=300_000)
     found = looks.source.summary(first, [broken, whole_again])
     assert found["power_w"] is None
+    assert looks.source.summary(None, [first, broken])["power_w"] is None, "no mean of a part"
     assert looks.source.summary(whole_again, [looks.look()])["power_w"] is None, "not taken up again"
     assert found["sm_clock_mhz"] == 1755
     assert found["energy_j"] == 0.0, "the counter goes on"
