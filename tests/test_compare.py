@@ -89,6 +89,18 @@ def test_single_steps_would_claim_too_much(monkeypatch: pytest.MonkeyPatch) -> N
     assert blocks.high - blocks.low > 1.5 * (single.high - single.low)  # type: ignore[operator]
 
 
+def test_blocks_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps that do not depend on each other blocks of any length say the same; a step taken ten times over would not."""
+    a, b = noisy(300, 0), noisy(300, 1)
+    widths = []
+    for length in (1, 10):
+        monkeypatch.setattr("fastdistil.profiling.intervals.block_length", lambda _, length=length: length)
+        found = ratio_of(a, b)
+        assert found is not None and found.low is not None and found.high is not None
+        widths.append(found.high - found.low)
+    assert 0.7 < widths[1] / widths[0] < 1.5
+
+
 def test_block_length() -> None:
     """Against the formula with the true covariances of an AR(1) series: rho^k, all lags."""
     rho, n = 0.7, 4000
