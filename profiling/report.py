@@ -380,7 +380,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "planned": f"{planned:,}" if planned else None,
         "wall": duration(wall) if wall is not None else None,
         "begun": f"{datetime.fromtimestamp(begun, UTC):%Y-%m-%d %H:%M} UTC" if isinstance(begun, int | float) else None,
-        "measured": f"{run.summary['updates']:,}",
+        "measured": run.summary["updates"],
         "warmup": run.summary["warmup"],
         "cautions": cautions(run),
         "notes": found,

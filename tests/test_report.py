@@ -275,6 +275,7 @@ def test_without_recorded_data_a_section_is_one_line(runs: Mapping[str, Path]) -
     assert not charts_of(page.section("device"))
     assert "not recorded" in page.section("device")
     step = Page(page.section("step"))
+    assert "Step times: not recorded." in page.text
     assert step.text == "Where a step goes Where a step goes: not recorded."
     assert "<table" not in page.section("step")
     for title in ("Step time", "Step-time distribution", "MFU"):
