@@ -83,6 +83,9 @@ def test_noise_shows_in_residual_and_errors() -> None:
     model = fit(many(lambda number: noise[number % 4 :] + noise[: number % 4]), on_cpu=True)
     assert model.residual is not None
     assert 0.004 < model.residual < 0.012
+    work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=8, exchanges=1)
+    band = predict(model, work.point(4, 4))
+    assert band.high_s - band.step_s > 2 * model.residual * band.step_s < 2.5 * (band.step_s - band.low_s)
     found = next(parameter for parameter in model.parameters if parameter.name == "micro_batch_s")
     assert found.value is not None
     assert found.sd is not None
