@@ -49,7 +49,7 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
         try:
             world = join(place, options, torch.device(recipe.device), met)
             yield Team(world, monitor)
-        except errors.Stopped:
+        except (errors.Stopped, errors.NonFinite):  # on all ranks alike
             _leave(world, monitor)
             raise
         except RankLost:
