@@ -47,6 +47,11 @@ class Compressor(Protocol):
     """`exchange` may overwrite `gradient` and the tensors of `state`. Nothing in it waits for the device."""
 
     @property
+    def linear(self) -> bool:
+        """Whether payloads can be summed on the way: then they travel by allreduce, else by all-to-all and all-gather."""
+        return True
+
+    @property
     def whole_parameters(self) -> bool:
         """Whether a parameter must not be cut by the border of a bucket."""
         return False

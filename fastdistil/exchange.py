@@ -102,6 +102,11 @@ class Several(OneRank):
         none = Compression(kind="none")
         self._chosen = none if self._undecided else recipe.compression
         uncompressed = self._compressor(none)
+        if options.topology != "flat" and not self._compressor(self._chosen).linear:
+            raise UserError(
+                f"world.topology={options.topology} is of allreduce, and compression.kind={self._kind} does not travel by one; "
+                "set world.topology=flat, or compression.kind=fp16"
+            )
         self._buckets = Buckets(
             self._parameters,
             world,

@@ -31,6 +31,10 @@ class TopK(Feedback):
 
     density: float
 
+    @property
+    def linear(self) -> bool:
+        return False
+
     def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
         """(payload uint8: int32 indices [K], then values [K]; state)"""
         residual_N = state.get("residual")
@@ -62,6 +66,10 @@ class TwoPhase(Feedback):
 
     rank: int
     block: int
+
+    @property
+    def linear(self) -> bool:
+        return False
 
     @property
     def state_kinds(self) -> Mapping[str, Kind]:

@@ -502,6 +502,15 @@ def test_when_compression_starts() -> None:
     assert starts_at(Compression(kind="sign", warmup_updates=70, frozen_variance_after=50)) == 70
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_travels_by_allreduce_alone_is_what_is_declared_linear(kind: str) -> None:
+    made = compressors(kind, 2, density=0.01, block=64, rank=2)[0]
+    layout = LAYOUTS[0]
+    gradient = torch.randn(layout.numel)
+    exchange = made.exchange(gradient, made.start(layout, gradient), layout, 100)
+    assert (next(exchange).kind == "allreduce") is made.linear
+
+
 def test_what_compressors_declare() -> None:
     # Volume against float32 at 64 ranks, as comparisons of methods have it.
     layout = Layout(2**26, ((0, (2**13, 2**13)),), 0)

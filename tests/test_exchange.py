@@ -56,6 +56,14 @@ def test_buckets_are_of_25_mib_unless_the_recipe_says_otherwise() -> None:
     assert Options().first_bucket_mib * MIB == BucketOptions().first_bucket_bytes == 2**20
 
 
+def test_a_topology_of_allreduce_is_refused_for_what_does_not_travel_by_one() -> None:
+    overrides = ["data.train=x", "teacher.path=x", "loop.epochs=1", "world.topology=torus"]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(UserError, match=r"world\.topology=torus.*compression\.kind=int8.*compression\.kind=fp16"):
+        make_exchange(load_recipe("distilbert", [*overrides, "compression=int8"]), BesideSilence(), optimizer)
+    make_exchange(load_recipe("distilbert", [*overrides, "compression=fp16"]), BesideSilence(), optimizer)
+
+
 class BesideSilence(World):
     """Rank 0 of two; the other's gradients, and so its payloads, are all 0. Counts the buffers that it gave."""
 

@@ -1,0 +1,89 @@
+"""What the profiler costs: updates at the demo's sizes with it and without, taking turns in one process.
+
+Both sides run the trainer's own step and log line. With: everything that every run has on (spans, the sampler's thread,
+memory, counted arithmetic). Without: an object that measures nothing. They alternate in blocks of a log line each, in opposite
+order every other pair.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .ranks import run_program, train_command
+
+SIDES = """
+import json, sys, time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+import torch
+from fastdistil import metrics, reporting, train
+from fastdistil.inputs import load_inputs, resolve
+from fastdistil.instruments import Instruments
+from fastdistil.profiling.intervals import ratio_of
+from fastdistil.profiling.spans import unmeasured
+from fastdistil.recipe import load_recipe
+from fastdistil.team import joined
+from fastdistil.watchdog import Signals
+
+pairs, block, folder, *settings = sys.argv[1:]
+pairs, block = int(pairs), int(block)
+torch.set_num_threads(2)
+
+
+class Nothing:
+    def begin(self, update): pass
+    def end(self): pass
+    def read(self): return {}
+    def parts(self, *_): return None
+    def micro_batch(self, batch): return nullcontext()
+    span = staticmethod(unmeasured)
+
+
+recipe = resolve(load_recipe(settings[0], settings[1:]))
+times = {"with": [], "without": []}
+with ExitStack() as stack:
+    console = metrics.Console(quiet=True)
+    team = stack.enter_context(joined(None, recipe, console.note))
+    inputs = load_inputs(recipe, teacher=None, student=None, batches=None, note=console.note)
+    signals = stack.enter_context(Signals(console.note))
+    run = train._assemble(stack, recipe, Path(folder), inputs, team, console, signals)
+    windows = stack.enter_context(inputs.source.windows(0, (2 * pairs + 1) * block))
+
+    def measured(side):
+        if side == "with":
+            run.instruments = Instruments(recipe, inputs, True, console.note)
+        else:
+            run.instruments = Nothing()
+        begun = time.perf_counter()
+        for _ in range(block):
+            run.instruments.begin(run.update + 1)
+            with run.instruments.span("data"):
+                window, counts = next(windows)
+            train.train_step(run, window, counts, 0.0)
+            run.instruments.end()
+        reporting.log(run)
+        seconds = time.perf_counter() - begun
+        if side == "with":
+            run.instruments.close()
+        return seconds
+
+    run.instruments.close()
+    measured("without")
+    for number in range(pairs):
+        for side in ("with", "without") if number % 2 else ("without", "with"):
+            times[side].append(measured(side))
+ratios = [a / b for a, b in zip(times["with"], times["without"])]
+value, low, high = ratio_of([1.0] * len(ratios), ratios)
+print(json.dumps({"overhead": value - 1, "low": low - 1, "high": high - 1, "times": times}))
+"""
+
+
+def test_the_profilers_cost(benchmark: Any, demo_material: Path, tmp_path: Path) -> None:
+    benchmark.group = "a demo step with the profiler and without"
+    command = train_command(demo_material, tmp_path / "run", "loop.accumulation=2", "loop.updates=1000", "logging.every=4")
+    settings = command[command.index("train") + 1 :]
+    (found,) = benchmark.pedantic(lambda: run_program(SIDES, 1, 40, 4, tmp_path / "run", *settings), rounds=1)
+    benchmark.extra_info.update(unit="s, blocks of 4 updates of 2 micro-batches and a log line, 40 pairs", **found)
+    print(
+        f"\nthe profiler costs {found['overhead']:+.2%} of an update (median of 40 pairs; 95%: {found['low']:+.2%} to "
+        f"{found['high']:+.2%})"
+    )
