@@ -2,14 +2,19 @@
 
 import importlib.metadata
 import os
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fastdistil.profiling.device import cpuinfo, parse_cpu_flags, parse_cpu_model, usable_cores
 
 from .machine import add_percentiles, gpu, processor_clock
+from .ranks import RANK_THREADS, make_demo_material
 
+# What decides how fast something runs.
+DISTRIBUTIONS = ("fastdistil", "torch", "triton", "transformers", "numpy", "tokenizers", "pyarrow", "horovod")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
 
 
@@ -21,9 +26,10 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "flags": [flag for flag in FLAGS if flag in flags],
         "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
+        "threads_per_rank": RANK_THREADS,
         # What the C library was told about keeping freed memory: on a CPU it decides what eager code costs.
         "malloc": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))},
-        "versions": {name: version(name) for name in ("fastdistil", "torch", "triton", "transformers", "numpy")},
+        "versions": {name: version(name) for name in DISTRIBUTIONS},
         "gpus": [gpu(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -37,3 +43,8 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@pytest.fixture(scope="session")
+def demo_material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo_material(tmp_path_factory.mktemp("demo"))

@@ -1,4 +1,4 @@
-"""Ranks for benchmarks: programs and training runs on this machine, one torch thread each."""
+"""Ranks for benchmarks: programs and training runs on this machine, one torch thread each, runs at the demo's sizes."""
 
 import json
 import os
@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
+
+from fastdistil.demo import make_corpus
+from fastdistil.metrics import Console
+from fastdistil.recipe import RECIPES, load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
+RANK_THREADS = 1
 
 
 def free_port() -> int:
@@ -22,13 +29,13 @@ def free_port() -> int:
 def environment(rank: int, size: int, port: int, address: str = "127.0.0.1", **more: str) -> dict[str, str]:
     """As a launcher sets it for one rank of several."""
     names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
-    names |= {"GROUP_WORLD_SIZE": 1, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    names |= {"GROUP_WORLD_SIZE": 1, "MASTER_PORT": port, "OMP_NUM_THREADS": RANK_THREADS}
     given = {name: str(value) for name, value in names.items()}
     return {**os.environ, **given, "MASTER_ADDR": address, "FASTDISTIL_LAUNCHER": "fastdistil", "PYTHONPATH": str(ROOT), **more}
 
 
 def alone(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    return {**os.environ, "OMP_NUM_THREADS": str(RANK_THREADS), "PYTHONPATH": str(ROOT), **more}
 
 
 def together(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], timeout_s: float = 600) -> list[str]:
@@ -55,6 +62,35 @@ def run_program(program: str, ranks: int, *arguments: object) -> list[dict[str, 
     command = [sys.executable, "-c", program, *map(str, arguments)]
     outputs = together([(command, environment(rank, ranks, port)) for rank in range(ranks)])
     return [json.loads(out.splitlines()[-1]) for out in outputs]
+
+
+def make_demo_material(folder: Path) -> Path:
+    """Into the folder: the demo's text as train/, and a teacher of its sizes, untrained: what it says costs the same."""
+    train, _ = make_corpus(folder, Console(quiet=True))
+    assert train == folder / "train", train
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    sizes = load_recipe("demo-teacher").student.config or {}
+    config = transformers.BertConfig(**{key: sizes[key] for key in sizes if key != "model_type"}, vocab_size=len(tokenizer))
+    transformers.BertForMaskedLM(config).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    return folder
+
+
+def train_command(material: Path, run: Path, *settings: str) -> list[str]:
+    """`fastdistil train` of the demo's student in the directory `run`: nothing but updates, a log line each."""
+    common = [
+        f"teacher.path={material / 'teacher'}",
+        f"data.train={material / 'train'}",
+        "student.every=2",
+        "data.micro_batch_tokens=2048",
+        "loop.precision=fp32",
+        "data.heldout=null",
+        "checkpoint.every=null",
+        "logging.every=1",
+        f"runs_dir={run.parent}",
+        f"name={run.name}",
+    ]
+    return [sys.executable, "-m", "fastdistil", "train", str(RECIPES / "demo.yaml"), *common, *settings]
 
 
 def tokens_per_s(run: Path) -> float:

@@ -8,17 +8,13 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from fastdistil.recipe import RECIPES
-
 from .network import Network, missing
-from .ranks import environment, has_horovod, tokens_per_s
-from .test_scaling import corpus  # noqa: F401 -- a fixture
+from .ranks import environment, has_horovod, tokens_per_s, train_command
 
 LINK_MBIT = 1000.0
 ROUNDS, UPDATES, ACCUMULATION = 3, 4, 8
@@ -56,30 +52,15 @@ def train(command: list[str], run: Path) -> Seen:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(group="delayed synchronisation, demo sizes, accumulation 8, 1 Gbit/s")
-def test_delayed_against_every_micro_batch(benchmark: Any, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_delayed_against_every_micro_batch(benchmark: Any, demo_material: Path, tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
     engine = "horovod" if has_horovod() else "torch"
     sides = ("delayed", "every-micro-batch")
 
     def command(sync: str) -> list[str]:
-        settings = [
-            f"teacher.path={corpus / 'teacher'}",
-            f"data.train={corpus / 'train'}",
-            "student.every=2",
-            "data.micro_batch_tokens=2048",
-            f"loop.accumulation={ACCUMULATION}",
-            f"loop.updates={UPDATES}",
-            "loop.precision=fp32",
-            "data.heldout=null",
-            "checkpoint.every=null",
-            "logging.every=1",
-            f"world.engine={engine}",
-            f"world.sync={sync}",
-            f"runs_dir={tmp_path}",
-            f"name={sync}",
-        ]
-        return [sys.executable, "-m", "fastdistil", "train", str(RECIPES / "demo.yaml"), *settings]
+        lengths = [f"loop.accumulation={ACCUMULATION}", f"loop.updates={UPDATES}"]
+        return train_command(demo_material, tmp_path / sync, *lengths, f"world.engine={engine}", f"world.sync={sync}")
 
     seen: dict[str, list[Seen]] = {sync: [] for sync in sides}
 
