@@ -18,8 +18,10 @@ LEAVES = ("fastdistil.kernels", "fastdistil.profiling")
 # profiling/ also holds what reads run directories: above the trainer, for the command line alone.
 READERS = tuple(
     f"fastdistil.profiling.{name}"
-    for name in ("history", "summary", "compare", "profile", "figures", "panels", "report", "watch")
-    + ("scale", "scale_command", "scale_networks", "scale_plot", "scale_points", "scale_predict", "scale_table", "scaling")
+    for name in (
+        *("history", "summary", "compare", "profile", "figures", "panels", "report", "watch"),
+        *("scale", "scale_command", "scale_networks", "scale_plot", "scale_points", "scale_predict", "scale_table", "scaling"),
+    )
 )
 # These names belong to packages of others; ours are imported below fastdistil.
 FOREIGN = {"kernels", "profiling"}
