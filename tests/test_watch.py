@@ -156,6 +156,12 @@ def test_numbers_that_are_not_finite_are_gaps_and_said(tmp_path: Path) -> None:
     assert (found["status"]["kind"], found["status"]["message"]) == ("nonfinite", "the loss of update 2 is not finite")
 
 
+def test_what_json_has_no_word_for_is_told_as_text(tmp_path: Path) -> None:
+    append(tmp_path, start(), train(1, 1.0, total=float("nan"), mfu={"student": float("inf")}))  # Python writes NaN, Infinity
+    found = state(tmp_path, Clock())
+    assert (found["speed"]["latest"]["total"], found["speed"]["mfu"]) == ("nan", {"student": "inf"})
+
+
 # ---- how it goes on
 
 
