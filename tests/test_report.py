@@ -429,10 +429,14 @@ def test_a_run_that_was_continued_otherwise_says_so(tmp_path: Path) -> None:
 def test_values_that_were_not_finite_are_left_blank(tmp_path: Path) -> None:
     events = known_events()
     events[2] = {**events[2], "total": "nan", "grad_norm": "inf", "lr": "-inf"}
-    events[3] = {**events[3], "total": "nan"}
-    page = page_of(write_events(tmp_path / "run", events, RECIPE))
+    events[3] = {**events[3], "total": "nan", "soft": "inf"}
+    run = write_events(tmp_path / "run", events, RECIPE)
+    page = page_of(run)
     check_page(page)
-    assert "Values that are not finite or not recorded: 2, left blank." in page.text
+    assert page.row("soft loss")[1] == "not finite"
+    (figures,) = figures_of(run)
+    assert figures["learning.soft"]["value"] is None
+    assert "Values that are not finite or not recorded: 3, left blank." in page.text
 
 
 def test_equal_runs_give_equal_bytes(runs: Mapping[str, Path]) -> None:
