@@ -69,6 +69,14 @@ EDITS = (
         "\n\n  attr device_attr;\n  device_attr.iface = gloo_iface_;",
         "\n\n  attr device_attr;\n  device_attr.iface = global_context.gloo_iface_;",
     ),
+    # What the environment fixes outlives a shutdown, and the next start writes a default over it: with HOROVOD_FUSION_THRESHOLD
+    # and HOROVOD_CYCLE_TIME both fixed that is outside of an empty vector.
+    Edit(
+        "horovod/common/parameter_manager.cc",
+        "    ResetBayes();\n  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();",
+        "    ResetBayes();\n  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\n"
+        "    Eigen::VectorXd v = TunableParameter::BestValue();",
+    ),
 )
 # A CUDA compiler on PATH, or a CUDA build of torch, would make a build without GPU operations ask for all of CUDA.
 CPU_EDITS = (

@@ -182,6 +182,7 @@ class Monitor:
             self._linger()
         self._closed = True
         self._hurry.set()
+        self._courier.join(LINGER_S)  # an interpreter that ends while a thread is inside torch's store may abort
 
     # The verdict
 

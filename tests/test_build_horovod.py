@@ -56,6 +56,10 @@ SOURCES = {
         "void GlooContext::InitializeForProcessSet(const GlooContext& global_context,\n  }\n\n"
         "  attr device_attr;\n  device_attr.iface = gloo_iface_;\n  device_attr.ai_family = AF_UNSPEC;\n"
     ),
+    "horovod/common/parameter_manager.cc": (
+        "  if (fixed) {\n    fixed_values_[variable] = value;\n    ResetBayes();\n  } else {\n"
+        "    Eigen::VectorXd v = TunableParameter::BestValue();\n    v[index_[variable]] = value;\n  }\n"
+    ),
     "horovod/common/ops/cuda/CMakeLists.txt": "set(CMAKE_CUDA_STANDARD 11)\nset(CMAKE_CUDA_STANDARD_REQUIRED ON)\n",
 }
 CUDA = Cuda(Path("/usr/local/cuda"), "13.0", Path("/usr"))
@@ -86,6 +90,8 @@ def test_edits(cuda: Cuda | None, sources: Path) -> None:
     assert "cffi" not in edited["setup.py"]
     initial, process_set = edited["horovod/common/gloo/gloo_context.cc"].split("InitializeForProcessSet")
     assert "iface = gloo_iface_;" in initial and "iface = global_context.gloo_iface_;" in process_set
+    manager = edited["horovod/common/parameter_manager.cc"]
+    assert "} else if (fixed_values_.find(variable) == fixed_values_.end()) {\n    Eigen" in manager
     compile(edited["setup.py"], "setup.py", "exec")
     assert ("check_language(CUDA)" in top) == (cuda is not None)
     assert top.count("if(") == 2 * top.count("endif()"), "balanced: each endif() holds an if("

@@ -99,6 +99,28 @@ def test_collectives(engine: str, rings: int, ranks: int, run_ranks: Callable[..
     assert len({str(found["counters"]) for found in everyone}) == 1
 
 
+TWICE = """
+import os, sys
+import torch
+from fastdistil.ranks import find_place
+from fastdistil.recipe import World as Options
+from fastdistil.world import join
+
+for port in sys.argv[2:]:
+    os.environ["MASTER_PORT"] = port
+    world = join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
+    print(world.sum([world.rank + 1], "sum"), flush=True)
+    world.close()
+"""
+
+
+def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]]) -> None:
+    """As a notebook does that trains twice."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [each.getsockname()[1] for each in (one, other)]
+    assert run_ranks(TWICE, 2, engine, *ports) == ["[3]\n[3]\n"] * 2
+
+
 def test_bytes_that_a_rank_sends() -> None:
     """From the algorithms: a ring allreduce passes on N-1 of N parts twice, an all-to-all keeps one part of N."""
     assert sent_bytes("allreduce", 1200, 2) == 1200
