@@ -1,6 +1,7 @@
 """What a run tells of itself while it goes on: events.jsonl, the console, TensorBoard."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from statistics import mean
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def log(run: Run) -> None:
     if not run.team.alone:
         fields |= run.exchange.fields() | run.load.read()
     fields |= run.instruments.read()
+    if "peak_allocated_bytes" in fields.get("memory", {}):  # torch's own counter begins anew where phases are watched
+        fields["device_peak_bytes"] = fields["memory"]["peak_allocated_bytes"]
     parts = run.instruments.parts(run.optimizer, run.exchange.tensors())
     if parts is not None:
         run.event("memory", update=run.update, **parts)
@@ -59,11 +62,21 @@ def log(run: Run) -> None:
     run.event("train", update=run.update, **fields)
     run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:
-        run.board.write(run.update, {f"train/{name}": value for name, value in fields.items()})
+        run.board.write(run.update, dict(curves(fields)))
         every = run.recipe.logging.histograms
         if every is not None and run.update // every > run.histograms_at // every:
             run.board.histograms(run.update, histograms(run))
             run.histograms_at = run.update
+
+
+def curves(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A log line's numbers by TensorBoard's names: those of groups (phases, memory, device) below their group; of a number for
+    each update, the mean."""
+    for name, value in fields.items():
+        group, inner = (name, value) if isinstance(value, Mapping) else ("train", {name: value})
+        for key, each in inner.items():
+            numbers = isinstance(each, list) and each and all(isinstance(number, float) for number in each)
+            yield f"{group}/{key}", mean(each) if numbers else each
 
 
 def histograms(run: Run) -> Iterator[tuple[str, Tensor]]:
