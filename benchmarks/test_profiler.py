@@ -30,7 +30,7 @@ torch.set_num_threads(2)
 
 
 class Nothing:
-    def begin(self, update): pass
+    def begin(self): pass
     def end(self): pass
     def read(self): return {}
     def parts(self, *_): return None
@@ -55,7 +55,7 @@ with ExitStack() as stack:
             run.instruments = Nothing()
         begun = time.perf_counter()
         for _ in range(block):
-            run.instruments.begin(run.update + 1)
+            run.instruments.begin()
             with run.instruments.span("data"):
                 window, counts = next(windows)
             train.train_step(run, window, counts, 0.0)

@@ -215,7 +215,7 @@ class Buckets:
         """
         assert sorted(layout["order"]) == list(range(len(self.parameters))), "the order is of other parameters"
         self._ordered, self._order, self._cuts = True, list(layout["order"]), None
-        made_for = list(layout["made_for"])
+        made_for = list(layout.get("made_for") or [])
         fits = made_for == self._options_and_rings
         if fits or self.compressor.state_kinds:
             self._cuts = [list(cuts) for cuts in layout["cuts"]]

@@ -179,7 +179,11 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
         stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
         directory, _ = choose_run(recipe, stem, resume)
         pinned = [*overrides, f"name={json.dumps(directory.name)}", f"runs_dir={json.dumps(str(directory.parent))}"]
-        again = (*own, *pinned, "--resume", "auto")
+
+        def again() -> tuple[str, ...]:
+            # Once there is a run, a rank 0 that does not find it (on another host's own disk) must not begin anew.
+            return (*own, *pinned, "--resume", str(directory) if (directory / "recipe.yaml").is_file() else "auto")
+
         first = [*own, *pinned, *(["--resume", resume] if resume else [])]
         elastic = Elastic(
             min_ranks=min_ranks,

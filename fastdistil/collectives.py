@@ -188,7 +188,7 @@ class World:
 
         Contiguous, on the CPU, any dtype.
         """
-        if source == target:
+        if source == target or not tensor.numel():
             return
         for part in torch.split(tensor.view(-1).view(torch.uint8), _MOVED_BYTES):
             sent, received = part[: part.numel() * (self.rank == source)], part[: part.numel() * (self.rank == target)]

@@ -155,14 +155,15 @@ def _exchange_s(measured: Measured, kind: Kind) -> float:
     return seconds + measured.buckets * requests * measured.latency_s
 
 
-def candidates_for(engine: str) -> tuple[Kind, ...]:
+def candidates_for(engine: str, allreduce_only: bool = False) -> tuple[Kind, ...]:
     """bf16 costs what fp16 costs, and Horovod does not have it."""
-    return tuple(kind for kind in SIMPLEST_FIRST if kind != "bf16" or engine == "torch")
+    kinds = [kind for kind in SIMPLEST_FIRST if kind != "bf16" or engine == "torch"]
+    return tuple(kind for kind in kinds if not allreduce_only or kind != "int8")
 
 
-def choose(measured: Measured) -> Choice:
+def choose(measured: Measured, allreduce_only: bool = False) -> Choice:
     """The simplest of the candidates whose predicted update is within WORTH of the fastest, and why, in one sentence."""
-    table = [predict(measured, kind) for kind in candidates_for(measured.engine)]
+    table = [predict(measured, kind) for kind in candidates_for(measured.engine, allreduce_only)]
     fastest = min(table, key=lambda each: each.update_s)
     chosen = next(each for each in table if each.update_s <= (1 + WORTH) * fastest.update_s)
     plain = table[0]

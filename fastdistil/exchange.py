@@ -28,6 +28,14 @@ class OneRank:
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._owed: list[Tensor] = []
 
+    @property
+    def owes(self) -> bool:
+        """Whether memory alone holds what the next update is to bring."""
+        return bool(self._owed)
+
+    def excluded(self, seconds: float) -> None:
+        """So long something else than updates went on."""
+
     def begin(self, update: int) -> None:
         """Before an update's first micro-batch; `update` from 0."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -72,7 +80,7 @@ class OneRank:
     def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Team) -> list[str]:
         """After weights and moments. `state`: what `state()` was in a world of any size, None if there was none; on rank 0
         `read(r)` gives what its rank r's `tensors()` were. Returns what is to be told."""
-        if state is None or state["layout"] is None:
+        if state is None or state["layout"] is None or state["kind"] == "auto":
             return []
         # Ranks that compressed had not sent all yet: it joins the next update's gradient, and is lost if that is skipped.
         config = self._recipe.compression.model_copy(update={"kind": state["kind"]})
@@ -124,6 +132,10 @@ class Several(OneRank):
     def _compressor(self, config: Compression) -> Any:
         world = self._world
         return make_compressor(config, ranks=world.size, rank=world.rank, engine=world.engine, seed=self._recipe.seed)
+
+    def excluded(self, seconds: float) -> None:
+        if self._timed is not None:
+            self._timed = self._timed[0], self._timed[1] + seconds
 
     def begin(self, update: int) -> None:
         self._update = update
@@ -179,7 +191,8 @@ class Several(OneRank):
             device=self._world.device.type,
             compress_bytes_per_s=measure_copy(self._world.device),
         )
-        choice = choose(measured)
+        # A topology is of allreduce: where there is one, what travels by another collective would do without it.
+        choice = choose(measured, allreduce_only=self._recipe.world.topology != "flat")
         told = self._world.broadcast_bytes(f"{choice.kind}\n{choice.reason}".encode(), "fastdistil.auto").decode()
         kind, reason = told.split("\n", 1)
         self._settle(kind)

@@ -76,15 +76,15 @@ class Instruments:
             self._peak = self._peak or (flops, source)
 
     def close(self) -> None:
+        self.tracer.close()
         if self._sampler is not None:
             self._sampler.close()
 
     # Around updates
 
-    def begin(self, update: int) -> None:
-        """Before the window of update number `update` (from 1) is asked for."""
-        self.tracer.before(update)
-        self.memory.watching = self._warmup_left == 0 and not self._known
+    def begin(self) -> None:
+        """Before an update's window is asked for."""
+        self.memory.watching = self._chief and self._warmup_left == 0 and not self._known
         self.spans.begin()
         self._work.append(Work())
 

@@ -37,8 +37,8 @@ class Elastic:
     """How a run goes on without a lost rank."""
 
     min_ranks: int
-    again: tuple[str, ...]
-    """The ranks' command from the second start on: it continues the run."""
+    again: Callable[[], tuple[str, ...]]
+    """The ranks' command of a further start: it continues the run."""
     progress: Callable[[], object]
     """Something that changes when the run has a new checkpoint."""
     grow_after_s: float = 60.0
@@ -156,7 +156,7 @@ def _run_elastic(job: Job, voices: Voices, logs: Path, interrupts: Interrupts) -
             voices.say(f"given up after {idle} starts in a row without a new checkpoint; continue with --resume auto")
             return LOST, attempt
         voices.say(f"going on with {left} rank{'s' if left > 1 else ''} from the last checkpoint")
-        command = elastic.again
+        command = elastic.again()
 
 
 def worth_a_restart(attempt: Attempt, code: int) -> bool:

@@ -1,5 +1,6 @@
 """What the loop holds from its first update to its last."""
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -89,8 +90,10 @@ class Run:
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
         """Around an evaluation or a checkpoint: what is no part of updates and takes as long as it needs."""
+        begun = time.perf_counter()
         with self.meter.excluded(), self.load.excluded(), self.team.unhurried(what), self.instruments.aside(what):
             yield
+        self.exchange.excluded(time.perf_counter() - begun)
 
     def autocast(self) -> AbstractContextManager[Any]:
         precision = self.recipe.loop.precision

@@ -3,6 +3,7 @@
 It starts the engines, and carries the monitor's beats. Nothing here loads an engine.
 """
 
+import itertools
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ from fastdistil.ranks import Place
 T = TypeVar("T")
 Connect = Callable[[], Any]
 """Opens one more client connection to the store, a torch.distributed.Store."""
+_meetings = itertools.count()
 ANSWER_S = 5.0
 """Beyond the time that torch may take to connect: for an answer."""
 
@@ -34,9 +36,11 @@ def open_store(place: Place, timeout_s: float) -> Connect:
             f"{place.launcher} does not say where rank 0 is; set MASTER_ADDR and MASTER_PORT, or set world.engine=horovod"
         )
     address, port, timeout = place.address, place.port, timedelta(seconds=timeout_s)
+    # A launcher's own store outlives us: what was agreed in it before, in another attempt or earlier in this process, is over.
+    prefix = "" if place.serve_store else f"{place.attempt}/{next(_meetings)}"
     served = []
     if place.rank == 0 and place.serve_store:
-        served.append(_serve(address, port, timeout))
+        served.append(_serve(place, address, port, timeout))
 
     def connect() -> Any:
         kept = served  # the server lives as long as somebody may connect
@@ -47,7 +51,7 @@ def open_store(place: Place, timeout_s: float) -> Connect:
                 timeout_s + ANSWER_S,
                 lambda: TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False),
             )
-            return PrefixStore(place.attempt, store) if place.attempt else store
+            return PrefixStore(prefix, store) if prefix else store
         except TimeoutError as error:
             raise RankLost(
                 f"rank {place.rank}: what listens at {address}:{port} does not answer as rank 0 does: rank 0 stands still, or "
@@ -63,9 +67,20 @@ def open_store(place: Place, timeout_s: float) -> Connect:
     return connect
 
 
-def _serve(address: str, port: int, timeout: timedelta) -> Any:
+def own_address(name: str, nodes: int) -> str:
+    """Of this machine, by a name that the other nodes know it by. Raises UserError where that leads them nowhere."""
+    address = socket.gethostbyname(name)
+    if nodes > 1 and address.startswith("127.") and name != "localhost" and name != address:
+        raise UserError(
+            f"rank 0's name {name} is {address} on its own machine (/etc/hosts), where other nodes cannot reach it; set "
+            "MASTER_ADDR to the address by which they do"
+        )
+    return address
+
+
+def _serve(place: Place, address: str, port: int, timeout: timedelta) -> Any:
     try:
-        listening = socket.create_server((socket.gethostbyname(address), port), backlog=1024)
+        listening = socket.create_server((own_address(address, place.cross_size), port), backlog=1024)
     except OSError as error:
         raise UserError(
             f"rank 0 cannot serve at {address}:{port}: {error.strerror}; choose another port (MASTER_PORT), or start with "

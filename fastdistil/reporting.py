@@ -96,6 +96,8 @@ def trace(run: Run) -> None:
         data, kernels = traced
         for rank, each in enumerate(run.team.collect_bytes(data, "trace")):
             path = run.directory / "trace" / f"rank-{rank}.json.gz"
+            if not run.team.is_chief:
+                continue
             with translated("writing a trace", path):
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(each)

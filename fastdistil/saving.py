@@ -114,7 +114,8 @@ def rolling_back(run: Run) -> Iterator[None]:
             run.update = good
         count(run)
         if run.saved_update != run.update:  # else it is there, perhaps with what several ranks owed
-            _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
+            with run.aside("checkpoint"):
+                _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
         run.event("nonfinite", update=run.update, message=str(error))
         raise NonFinite(f"{error}; saved after update {run.update}, continue with {resume_command(run)}") from error
 

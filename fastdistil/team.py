@@ -5,6 +5,7 @@ Rank 0 alone reads and writes the run directory, so nodes need not share a disk 
 
 import json
 import signal as signals
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -35,6 +36,8 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
     """
     options, told = recipe.world, note if place is not None and place.rank == 0 else _nothing
     equal = {"recipe": recipe.to_yaml(), "fastdistil": __version__, "torch": torch.__version__}
+    if recipe.device == "cpu":  # sums over a whole gradient are cut by threads, and weights would drift apart by their rounding
+        equal["number of threads (OMP_NUM_THREADS)"] = str(torch.get_num_threads())
     monitor: Monitor | None = None
 
     def met(connect: Connect) -> Monitor:
@@ -49,6 +52,7 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
         try:
             world = join(place, options, torch.device(recipe.device), met)
             yield Team(world, monitor)
+            _leave(world, monitor)
         except (errors.Stopped, errors.NonFinite):  # on all ranks alike
             _leave(world, monitor)
             raise
@@ -58,17 +62,20 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
             if monitor is not None:
                 monitor.failed(error)
             raise
-        _leave(world, monitor)
     finally:
         if monitor is not None:
             monitor.close()
 
 
 def _leave(world: World, monitor: Monitor | None) -> None:
-    """With all others: after an error they are not there, and the engine would wait."""
-    world.close()
-    if monitor is not None:
-        monitor.finished()
+    """With all others: after an error they are not there, and the engine would wait. Not before rank 0 has written what it has
+    to: launchers take the first rank's end for everybody's, and kill the rest."""
+    if monitor is None:
+        return
+    with monitor.unhurried("leaving"):
+        world.barrier("fastdistil.leave")
+        world.close()
+    monitor.finished()
 
 
 def _nothing(_: str) -> None:
@@ -76,6 +83,9 @@ def _nothing(_: str) -> None:
 
 
 Groups = dict[str, dict[str, Tensor]]
+
+# Of a float's 64 bits so many that the sum over ranks fits again.
+_VALID = 2**48 - 59
 
 # A hash's weights of the columns: odd, so that no bit of a weight is lost.
 _COLUMNS = 1024
@@ -129,7 +139,8 @@ class Team:
         if self.alone:
             return Decision(signal is not None or pause, signal is None, signal or PAUSE)
         number = 0 if signal is None else signals.Signals[signal].value
-        known = [counts.batches, counts.tokens, counts.labels]
+        valid = int.from_bytes(struct.pack("<d", counts.valid), "little") % _VALID
+        known = [counts.batches, counts.tokens, counts.labels, valid]
         told = [int(number > 0), number, self.world.rank if number else 0, int(pause), *known]
         having, numbers, ranks, pauses, *sums = self.world.sum(told, "fastdistil.stop")
         if sums != [self.world.size * each for each in known]:
@@ -147,6 +158,7 @@ class Team:
         """What must be the same on all ranks. Raises UserError on every rank, naming those that differ, and in what."""
         if self.monitor is not None:
             assert self.world.connect is not None
+            self.world.barrier("fastdistil.ready")  # some load for longer, and have all the time that they need
             store = self.world.connect()
             agree_equal(store, self.world.rank, self.world.size, facts, self.monitor.timeout_s)
 
@@ -233,16 +245,16 @@ class Team:
                 fetched[name] = carried
             yield fetched if self.is_chief else {}
 
-    def collect_bytes(self, own: bytes, what: str) -> list[bytes]:
-        """On rank 0 every rank's, by rank; elsewhere nothing."""
+    def collect_bytes(self, own: bytes, what: str) -> Iterator[bytes]:
+        """On rank 0 every rank's, by rank, one after the other; elsewhere as many empty ones. All iterate to the end."""
         sizes = [int(size) for (size,) in self.world.gather([len(own)], f"fastdistil.{what}.sizes")]
-        found = []
         for rank, size in enumerate(sizes):
-            mine = own if rank == self.world.rank else bytes(size)
-            data = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)
+            if rank == self.world.rank:
+                data = torch.frombuffer(bytearray(own or b"\0"), dtype=torch.uint8)[:size]
+            else:
+                data = torch.empty(size, dtype=torch.uint8)
             self.world.move(data, f"fastdistil.{what}.{rank}", source=rank, target=0)
-            found.append(data.numpy().tobytes()[:size])
-        return found if self.is_chief else []
+            yield data.numpy().tobytes() if self.is_chief else b""
 
     def check_replicas(self, weights: Sequence[Tensor], update: int) -> None:
         """Raises CorruptData, naming the ranks whose weights are not, bit for bit, rank 0's. Waits for the device."""

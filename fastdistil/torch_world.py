@@ -92,4 +92,6 @@ def _nccl_options(ring_count: int, device: torch.device) -> Any:
         return None
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas = max(1, ring_count)
+    if ring_count > 1:  # together no more of the GPU than one communicator may take, which is 32
+        options.config.max_ctas = max(ring_count, 32 // ring_count)
     return options

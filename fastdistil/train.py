@@ -14,10 +14,12 @@ the run directory.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def train(
         chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size))
         directory, continued = Path(chosen["directory"]), chosen["continued"]
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
-        local = team.prepare_node(recipe, console.note)
+        local = team.prepare_node(recipe, console.note if team.is_chief else partial(_note_of_node, place))
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
@@ -98,13 +100,21 @@ def train(
         signals = stack.enter_context(Signals(console.note))
         run = _assemble(stack, recipe, directory, inputs, team, console, signals)
         if continued:
-            restore(run, None if resume == "auto" else Path(resume or directory))
+            with team.unhurried("restoring"):
+                restore(run, None if resume == "auto" else Path(resume or directory))
         else:
             team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
         announce(run)
         with translated("training", directory), run.instruments.naming_out_of_memory():
             _loop(run)
             return _finish(run)
+
+
+def _note_of_node(place: Place | None, text: str) -> None:
+    """From another node than rank 0's. Our own launcher puts the rank before what a rank says; others do not."""
+    assert place is not None
+    label = "" if place.launcher == "fastdistil" else f"[rank {place.rank}] "
+    print(f"{label}{text}", file=sys.stderr, flush=True)
 
 
 def _choose(recipe: Recipe, recipe_name: str, resume: str | Path | None, ranks: int) -> dict[str, Any]:
@@ -127,17 +137,24 @@ def _loop(run: Run) -> None:
     every = run.recipe.evaluation.every, run.recipe.checkpoint.every, run.recipe.logging.every
     evaluate_every, save_every, log_every = every
     with run.inputs.source.windows(run.update, run.inputs.updates) as windows:
+        first = True
         while True:
             run.team.phase("data", run.update + 1)
-            run.instruments.begin(run.update + 1)
+            run.instruments.begin()
             asked = time.perf_counter()
             with run.instruments.span("data"):
                 asked_for = next(windows, None)
             if asked_for is None:
                 break
             window, counts = asked_for
-            if not train_step(run, window, counts, time.perf_counter() - asked):
+            run.instruments.tracer.before(run.update + 1)
+            # The first one compiles what runs on a GPU, or everything, for as long as that takes.
+            compiles = first and (run.recipe.loop.compile or run.inputs.device.type == "cuda")
+            with run.team.unhurried("first update") if compiles else nullcontext():
+                happened = train_step(run, window, counts, time.perf_counter() - asked)
+            if not happened:
                 _stop(run)
+            first = False
             run.instruments.end()
             last = run.update == run.inputs.updates
             trace(run)
@@ -316,7 +333,8 @@ def _evaluate(run: Run) -> HeldOut | None:
         run.board.write(run.update, {f"evaluation/{name}": value for name, value in asdict(found).items()})
     if math.isfinite(found.loss) and (run.best_loss is None or found.loss < run.best_loss):
         run.best_loss, run.best_update = found.loss, run.update
-        run.saved_update = None
+        if not run.exchange.owes:  # what it owes lies in the checkpoint that it was continued from
+            run.saved_update = None
         save(run)
     return found
 

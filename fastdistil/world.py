@@ -31,7 +31,7 @@ from fastdistil import rings
 from fastdistil.build_horovod import HOW_TO_BUILD
 from fastdistil.collectives import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting
 from fastdistil.errors import UserError
-from fastdistil.meeting import Connect, choose_interface, open_store
+from fastdistil.meeting import Connect, choose_interface, open_store, own_address
 from fastdistil.monitor import GRACE_S
 from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
@@ -57,6 +57,9 @@ class HorovodWorld(World):
     ) -> None:
         super().__init__(place, device, options.rings, connect, watch)
         self._hvd, self._servers = hvd, servers
+        self._told = [] if place.launcher == "horovodrun" else list(_horovod_environment(place, 0))
+        if options.topology != "flat":
+            self._told += ["HOROVOD_TORUS_ALLREDUCE", "HOROVOD_HIERARCHICAL_ALLREDUCE"]
         self._processes: rings.RingProcesses | None = None
         if device.type == "cpu" and options.rings > 1:
             with starting(watch, self.rank):
@@ -106,6 +109,8 @@ class HorovodWorld(World):
         if self._processes is not None:
             self._processes.close()
         self._hvd.shutdown()
+        for name in self._told:  # else this process would next be taken for one of horovodrun's
+            os.environ.pop(name, None)
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -269,7 +274,7 @@ def _agree_on_address(hvd: Any, place: Place) -> Place:
     """Where rank 0 serves the control plane, when the launcher told nobody: over the engine that it started."""
     import dataclasses
 
-    host = "127.0.0.1" if place.cross_size == 1 else socket.gethostbyname(socket.gethostname())
+    host = "127.0.0.1" if place.cross_size == 1 else own_address(socket.gethostname(), place.cross_size)
     told = torch.zeros(6, dtype=torch.int64)
     if place.rank == 0:
         with socket.socket() as probe:

@@ -41,6 +41,12 @@ class Tracer:
         self._profiler: Any = None
         self._before: Any = None
 
+    def close(self) -> None:
+        """What is under way is dropped."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
     def before(self, update: int) -> None:
         """A run that begins within the traced updates traces what is left of them."""
         if self._profiler is not None or not self._first <= update <= self._last:

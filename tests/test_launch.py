@@ -506,7 +506,7 @@ def elastic(ranks: Ranks, np: int, low: int, hosts: str | None = None, **more: A
     slots, count = choose_slots(np, hosts)
     options = Elastic(
         min_ranks=low,
-        again=ranks.command("again"),
+        again=lambda: ranks.command("again"),
         progress=more.pop("progress", lambda: None),
         grow_after_s=more.pop("grow_after_s", 3600.0),
     )
