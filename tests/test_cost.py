@@ -137,3 +137,9 @@ def test_float16_over_gloo_is_slow() -> None:
 def test_candidates() -> None:
     assert candidates_for("horovod") == ("none", "fp16", "int8")
     assert candidates_for("torch") == ("none", "fp16", "bf16", "int8")
+
+
+def test_a_topology_of_allreduce_leaves_what_travels_by_one() -> None:
+    slow = measured(accumulation=1, bandwidth_bytes_per_s=5e7)
+    assert choose(slow).kind == "int8"
+    assert choose(slow, allreduce_only=True).kind == "fp16"

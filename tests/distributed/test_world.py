@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastdistil.errors import UserError
+from fastdistil.meeting import own_address
 from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
 from fastdistil.world import join, sent_bytes
@@ -72,6 +73,7 @@ found["sum"] = world.sum([rank, 2**40, -1], "sum")
 found["gather"] = world.gather([rank / 3, 5.0], "gather")
 found["text"] = world.broadcast_bytes("größer".encode() if rank == 0 else b"", "text").decode()
 found["empty"] = world.broadcast_bytes(b"", "nothing").decode()
+world.move(torch.empty(0), "nothing", source=1, target=0)
 world.barrier()
 found["control"] = [world.counters.control_messages, world.counters.control_bytes]
 print(json.dumps(found))
@@ -198,6 +200,7 @@ PLANT
 try:
     with team.joined(place, load_recipe("distilbert", settings), print) as joined:
         print("met", flush=True)
+AFTER
 except FastdistilError as error:
     print(error, flush=True)
     os._exit(error.exit_code)
@@ -205,10 +208,11 @@ except FastdistilError as error:
 
 
 def join_ranks(
-    start_ranks: Start, tmp_path: Path, plant: str, ranks: int, engine: str, port: int | None = None
+    start_ranks: Start, tmp_path: Path, plant: str, ranks: int, engine: str, port: int | None = None, after: str = ""
 ) -> list[Joined]:
     program = tmp_path / "program.py"
-    program.write_text(JOINED.replace("PLANT", plant))
+    inside = "".join(f"        {line}\n" for line in after.splitlines())
+    program.write_text(JOINED.replace("PLANT", plant).replace("AFTER\n", inside))
     processes = start_ranks([sys.executable, str(program), engine], ranks, port)
     ended = []
     for process in processes:
@@ -252,7 +256,7 @@ def stop(*given):
 world.open_store = stop
 """
     program = tmp_path / "program.py"
-    program.write_text(JOINED.replace("PLANT", plant))
+    program.write_text(JOINED.replace("PLANT", plant).replace("AFTER\n", ""))
     stopped, other = start_ranks([sys.executable, str(program), "torch"], 2)
     out, err = other.communicate(timeout=60)
     assert other.returncode == 12 and "rank 0" in out + err, out + err
@@ -266,3 +270,48 @@ def test_another_program_on_the_port_is_no_reason_to_wait_for_ever(start_ranks: 
         first, second = join_ranks(start_ranks, tmp_path, "meeting.ANSWER_S = 1", 2, "torch", port)
     assert first.code == 2 and f"127.0.0.1:{port}: Address already in use" in first.said
     assert second.code == 12 and f"127.0.0.1:{port} does not answer as rank 0 does" in second.said
+
+
+def test_ranks_leave_when_rank_0_has_saved(start_ranks: Start, tmp_path: Path) -> None:
+    """A launcher that sees one rank end kills the others. Rank 0's save takes longer than the timeout, too."""
+    saved = tmp_path / "saved"
+    after = f"""
+if place.rank == 0:
+    with joined.unhurried("checkpoint"):
+        time.sleep(8)
+        open({str(saved)!r}, "w").close()
+else:
+    import atexit
+    atexit.register(lambda: print("saved" if os.path.exists({str(saved)!r}) else "not yet", flush=True))
+from fastdistil.errors import Stopped
+raise Stopped("SIGTERM: saved")
+"""
+    plant = "leave, os._exit = os._exit, sys.exit"  # so that what is registered is heard
+    first, second = join_ranks(start_ranks, tmp_path, plant, 2, "torch", after=after)
+    assert (first.code, second.code) == (75, 75), (first.said, second.said)
+    assert second.said.splitlines()[-1] == "saved"
+
+
+def test_a_rank_may_load_for_longer_than_the_timeout(start_ranks: Start, tmp_path: Path) -> None:
+    after = """
+with joined.unhurried("loading"):
+    time.sleep(9 if place.rank == 1 else 0)
+joined.require_equal({"corpus": "the same"})
+print("equal", flush=True)
+"""
+    for ended in join_ranks(start_ranks, tmp_path, "", 2, "torch", after=after):
+        assert ended.code == 0 and "equal" in ended.said, ended.said
+
+
+def test_other_threads_on_another_rank_are_refused(start_ranks: Start, tmp_path: Path) -> None:
+    for ended in join_ranks(start_ranks, tmp_path, "torch.set_num_threads(1 + place.rank)", 2, "torch"):
+        assert ended.code == 2
+        assert "another number of threads (OMP_NUM_THREADS) on rank 1 than on rank 0" in ended.said, ended.said
+
+
+def test_a_name_that_leads_other_nodes_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", {"node7": "127.0.1.1", "127.0.0.1": "127.0.0.1"}.__getitem__)
+    with pytest.raises(UserError, match=r"node7 is 127\.0\.1\.1 on its own machine \(/etc/hosts\).*set MASTER_ADDR"):
+        own_address("node7", nodes=2)
+    assert own_address("node7", nodes=1) == "127.0.1.1"  # there are no others
+    assert own_address("127.0.0.1", nodes=2) == "127.0.0.1"  # somebody asked for it
