@@ -4,7 +4,7 @@ monitor.py carries the beats and acts on the verdicts. Times are seconds on the 
 another machine's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from types import CodeType
@@ -60,7 +60,11 @@ def judge(views: Mapping[int, View], now: float, timeout_s: float, quick_s: floa
     if any(beat.broken for beat in beats.values()):
         # Who does not get on is held up by that: only the one who caused it, and is gone, is to blame.
         return silent(views, now, quick_s)
-    return silent(views, now, timeout_s) or _stuck(beats, timeout_s) or _mismatch(beats, len(views), timeout_s)
+    # Those that wait may just have been let go by one that has finished, and not have said so yet.
+    finished = [
+        rank for rank, beat in beats.items() if beat.kind == "finished" and beat.idle_s + now - views[rank].seen >= timeout_s
+    ]
+    return silent(views, now, timeout_s) or _stuck(beats, timeout_s) or _mismatch(beats, finished, len(views), timeout_s)
 
 
 def silent(views: Mapping[int, View], now: float, limit_s: float) -> Verdict | None:
@@ -83,10 +87,9 @@ def _stuck(beats: Mapping[int, Beat], timeout_s: float) -> Verdict | None:
     return Verdict(rank, f"rank {rank} does not get on for {age:.0f} s; {beats[rank].where()}")
 
 
-def _mismatch(beats: Mapping[int, Beat], size: int, timeout_s: float) -> Verdict | None:
-    """All wait for each other, or for one that has finished: their collectives do not match."""
+def _mismatch(beats: Mapping[int, Beat], finished: Sequence[int], size: int, timeout_s: float) -> Verdict | None:
+    """All wait for each other, or for those that have finished long since: their collectives do not match."""
     waiting = {rank: beat for rank, beat in beats.items() if beat.kind == "waiting" and beat.idle_s >= timeout_s}
-    finished = [rank for rank, beat in beats.items() if beat.kind == "finished"]
     if not waiting or len(waiting) + len(finished) < size:
         return None
 

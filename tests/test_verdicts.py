@@ -72,7 +72,11 @@ def test_all_waiting_is_a_mismatch_that_names_what_each_waits_for() -> None:
 
 
 def test_waiting_for_a_rank_that_finished_is_a_mismatch_too() -> None:
-    found = verdict(ranks({"kind": "waiting", "idle_s": 12.0, "waits_for": "bucket 3"}, {"kind": "finished"}))
+    views = ranks({"kind": "waiting", "idle_s": 12.0, "waits_for": "bucket 3"}, {"kind": "finished"})
+    # It waited for one that was busy for long, and is being let go: its next sign of life will say so.
+    assert verdict(views) is None
+    views[1] = replace(views[1], seen=89.0)  # its last one
+    found = verdict(views)
     assert found is not None
     assert found.text.endswith("; rank 1 finished")
     assert verdict(ranks({"kind": "finished"}, {"kind": "finished"})) is None
