@@ -72,7 +72,7 @@ def read_events(path: Path, effective: bool = False) -> Iterator[dict[str, Any]]
     if not path.is_file():
         raise UserError(f"no event log at {path}; give the events.jsonl of a run")
     events = _parsed(path)
-    return iter(_effective(list(events))) if effective else events
+    return iter(effective_events(list(events))) if effective else events
 
 
 def _parsed(path: Path) -> Iterator[dict[str, Any]]:
@@ -89,7 +89,7 @@ def _parsed(path: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _effective(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = []
     resumed_from = math.inf
     for event in reversed(events):

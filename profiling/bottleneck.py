@@ -3,11 +3,13 @@
 Each cause is the share of the step that would be saved if it went away. The one that takes most is the bottleneck, if it
 takes a tenth of the step or more:
 
-    data-bound            the phases data and transfer (older runs: data_wait_share)
-    communication-bound   the phases exposed and compression, less rank 0's waits for the slowest rank's own work
+    data-bound            the phase data (older runs: data_wait_share)
+    transfer-bound        the phase transfer: batches on their way to the device
+    communication-bound   the phases exposed and compression, less rank 0's waits for the slowest rank's own work, which are
+                          within exposed
     straggler             the slowest rank's own work less the mean rank's, if it was the slowest in two thirds of the log lines
-    launch-bound          the time in which no kernel ran on a GPU (1 - NVML's utilisation), less its waits for data and
-                          communication
+    launch-bound          the time in which no kernel ran on a GPU (1 - NVML's utilisation), less its waits for data; the
+                          kernels of communication run while it is waited for
     teacher-bound         the teacher's forward, if it takes more than the student's forward, losses and backward together
     memory-bound          the larger of two: the optimizer, since AdamW moves 28 bytes a parameter for some 12 FLOP; and, where
                           both peaks are known and the step's FLOP a byte of weights are below their ratio (the ridge of
@@ -39,7 +41,7 @@ Cause = dict[str, Any]
 
 def causes_of(summary: Summary) -> list[Cause]:
     """{name, share (of the step, or an estimate of it), why, key}, the largest first."""
-    found = [*_data(summary), *_ranks(summary), *_launch(summary), *_teacher(summary), *_memory(summary)]
+    found = [*_data(summary), *_transfer(summary), *_ranks(summary), *_launch(summary), *_teacher(summary), *_memory(summary)]
     return sorted(found, key=lambda cause: -cause["share"])
 
 
@@ -76,7 +78,7 @@ def _share(summary: Summary, *names: str) -> float:
 
 
 def _data(summary: Summary) -> Iterator[Cause]:
-    share, spread = _share(summary, "data", "transfer"), ""
+    share, spread = _share(summary, "data"), ""
     bursts = False
     if summary.get("phases") is None:
         share = summary.get("data_wait_share") or 0.0
@@ -93,6 +95,19 @@ def _data(summary: Summary) -> Iterator[Cause]:
     else:
         key, way = "data.prefetch", "make more windows ahead, or give the process more cores"
     yield {"name": "data-bound", "share": share, "why": f"{share:.0%} of the step waits for data{spread}; {way}", "key": key}
+
+
+def _transfer(summary: Summary) -> Iterator[Cause]:
+    share = _share(summary, "transfer")
+    way, key = "look at the bus (its generation and width, other traffic)", None
+    if ((summary.get("recipe") or {}).get("teacher") or {}).get("cache") is not None:
+        way, key = "fewer of the cached teacher's tokens travel with them", "teacher.top_k"
+    yield {
+        "name": "transfer-bound",
+        "share": share,
+        "why": f"{share:.0%} of the step moves batches to the device; {way}",
+        "key": key,
+    }
 
 
 def _ranks(summary: Summary) -> Iterator[Cause]:
@@ -141,23 +156,29 @@ def _launch(summary: Summary) -> Iterator[Cause]:
     utilisation = (summary.get("readings") or {}).get("utilisation")
     if utilisation is None or not str(summary.get("device_type")).startswith("cuda"):
         return
-    waits = _share(summary, "data", "exposed")
+    waits = _share(summary, "data")
     share = max(0.0, 1 - utilisation - waits)
     compiled = ((summary.get("recipe") or {}).get("loop") or {}).get("compile")
     key = "data.micro_batch_tokens" if compiled else "loop.compile"
     way = "larger micro-batches have longer kernels" if compiled else "compiled, fewer kernels are started"
-    why = f"no kernel runs {1 - utilisation:.0%} of the time, {waits:.0%} of it in waits for data and communication; {way}"
+    why = f"no kernel runs {1 - utilisation:.0%} of the time, {waits:.0%} of it in waits for data; {way}"
     yield {"name": "launch-bound", "share": share, "why": why, "key": key}
+
+
+def cacheable(objective: Mapping[str, Any]) -> bool:
+    """Whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_cached)."""
+    hidden = objective.get("a_cos") or objective.get("a_mse")
+    return bool(objective.get("a_ce") and not hidden and objective.get("divergence") == "forward-kl")
 
 
 def _teacher(summary: Summary) -> Iterator[Cause]:
     teacher, student = _share(summary, "teacher"), _share(summary, "student", "losses", "backward")
     if teacher > student:
-        why = (
-            f"the teacher's forward is {teacher:.0%} of the step, the student's forward, losses and backward {student:.0%}; "
-            "a cached teacher does not run"
-        )
-        yield {"name": "teacher-bound", "share": teacher, "why": why, "key": "teacher.cache"}
+        why = f"the teacher's forward is {teacher:.0%} of the step, the student's forward, losses and backward {student:.0%}"
+        way, key = "no cache can stand in for it with this objective (a_cos, a_mse, divergence)", None
+        if cacheable((summary.get("recipe") or {}).get("objective") or {}):
+            way, key = "a cached teacher does not run", "teacher.cache"
+        yield {"name": "teacher-bound", "share": teacher, "why": f"{why}; {way}", "key": key}
 
 
 def _memory(summary: Summary) -> Iterator[Cause]:
@@ -170,7 +191,8 @@ def _memory(summary: Summary) -> Iterator[Cause]:
         "key": "loop.accumulation",
     }
     bandwidth = max(((summary.get("environment") or {}).get("peaks") or {}).get("bytes", {}).values(), default=None)
-    peak, flops = (summary.get("mfu") or {}).get("peak_flops"), sum((summary.get("flops") or {}).values())
+    mfu, flops = summary.get("mfu") or {}, sum((summary.get("flops") or {}).values())
+    peak = None if mfu.get("refused") else mfu.get("peak_flops")  # it was not this device's
     weights_bytes = _weights_bytes(summary)
     if not (bandwidth and peak and flops and weights_bytes and summary.get("step_s")):
         return

@@ -6,11 +6,12 @@
 
 Measurements of different work are refused (device, precision, ranks, micro-batch, accumulation, models; of benchmarks the
 machine and its threads) unless asked for; other differences are listed. A GPU that slowed itself down (heat, power brake) in
-either measurement says nothing about the code: there is a warning, and no verdict.
+either measurement says nothing about the code: there is a warning, and asking for a verdict is an error.
 """
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdistil.errors import FellShort, UserError, translated
+from fastdistil.profiling import charts
 from fastdistil.profiling.history import load_history
-from fastdistil.profiling.intervals import MIN_SAMPLES, Ratio, ratio_of
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.intervals import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
+from fastdistil.profiling.summary import slowed_down, summarise
 
 SAME_WORK = (
     "device",
@@ -35,8 +37,6 @@ SAME_WORK = (
 """Fields of a summary that must agree."""
 SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
 """Of benchmarks' machine_info."""
-THROTTLED = 0.01
-"""Share of the samples in which a GPU's clocks were held down from which its times are not judged."""
 _FREE = (
     "name",
     "runs_dir",
@@ -194,22 +194,17 @@ def _samples(statistics: Mapping[str, Any] | None) -> list[float]:
 
 
 def _row(name: str, unit: str, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    a, b = a[-MAX_SAMPLES:], b[-MAX_SAMPLES:]
     ratio = ratio_of(a, b)
-    medians = [sorted(side)[len(side) // 2] if len(side) % 2 else _middle(side) for side in (a, b)]
     return {
         "name": name,
         "unit": unit,
-        "a": medians[0],
-        "b": medians[1],
+        "a": statistics.median(a) if a else None,
+        "b": statistics.median(b) if b else None,
         "ratio": None if ratio is None else ratio.value,
         "interval": _interval(ratio),
         "n": [len(a), len(b)],
     }
-
-
-def _middle(samples: Sequence[float]) -> float | None:
-    half = len(samples) // 2
-    return sum(sorted(samples)[half - 1 : half + 1]) / 2 if samples else None
 
 
 def _interval(ratio: Ratio | None) -> list[float] | None:
@@ -277,18 +272,18 @@ def _only_in(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]
 
 
 def _throttled(name: str, side: Measurement) -> list[str]:
-    reasons = ((side.content.get("readings") or {}).get("throttled") or {}) if side.kind == "run" else {}
     return [
         f"{name} ran on a GPU that slowed itself down ({reason}, {share:.0%} of the samples): its times are not the code's"
-        for reason, share in reasons.items()
-        if share > THROTTLED and ("slowdown" in reason.lower() or "thermal" in reason.lower())
+        for reason, share in (slowed_down(side.content) if side.kind == "run" else {}).items()
     ]
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]], limit: float, throttled: Sequence[str]) -> dict[str, Any]:
     """Raises UserError where there is nothing to judge by: a gate must not open because nothing was measured."""
     if throttled:
-        return {"limit": limit, "slower": [], "unjudged": [row["name"] for row in rows], "why": throttled[0]}
+        raise UserError(
+            f"nothing to judge by: {throttled[0]}; measure again, cooler, or leave out --fail-above to see the numbers"
+        )
     if all(row["interval"] is None for row in rows):
         counts = " and ".join(str(n) for n in rows[0]["n"])
         raise UserError(
@@ -310,14 +305,15 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"differs: {text}", markup=False, highlight=False, soft_wrap=True)
     for text in found["warnings"]:
         console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title="B over A; medians with 95% intervals", title_justify="left")
+    title = f"B over A; medians with 95% intervals, of the last {MAX_SAMPLES:,} samples at most"
+    table = Table(title=title, title_justify="left")
     for column in ("", "A", "B", "B - A", "95% interval", "samples"):
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for row in found["rows"]:
         interval = row["interval"]
         table.add_row(
             row["name"],
-            *(quantity(row[side], row["unit"]) for side in ("a", "b")),
+            *(_MISSING if row[side] is None else charts.quantity(row[side], row["unit"]) for side in ("a", "b")),
             _MISSING if row["ratio"] is None else _change(row["ratio"]),
             "" if interval is None else " to ".join(map(_change, interval)),
             " and ".join(str(n) for n in row.get("n", ())),
@@ -334,20 +330,6 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 def _change(ratio: float) -> str:
     return f"{ratio - 1:+.1%}" if ratio < 10 else f"{ratio:,.0f} times"
-
-
-def quantity(value: float | None, unit: str) -> str:
-    """With a unit that suits it."""
-    if value is None:
-        return _MISSING
-    if unit == "bytes":
-        return f"{value / 2**20:,.0f} MiB"
-    if unit == "tokens/s":
-        return f"{value:,.0f}"
-    for scale, name in ((1.0, "s"), (1e-3, "ms")):
-        if value >= scale:
-            return f"{value / scale:.3f} {name}"
-    return f"{value / 1e-6:.3g} us"
 
 
 def run_compare(a: Path, b: Path, *, fail_above: str | None, anyway: bool, as_json: bool, console: Console) -> None:

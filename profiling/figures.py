@@ -14,7 +14,9 @@ import numpy as np
 
 from fastdistil.profiling.charts import quantity
 from fastdistil.profiling.history import Event, History
-from fastdistil.profiling.panels import PHASES, at, real
+from fastdistil.profiling.intervals import Statistic
+from fastdistil.profiling.summary import PHASES
+from fastdistil.profiling.values import at, real
 
 Better = Literal["higher", "lower"]
 NOT_RECORDED = "not recorded"
@@ -44,6 +46,9 @@ class Figure:
     detail: str = ""
     better: Better | None = None
     """None: neither direction is."""
+    samples: Sequence[float] = ()
+    """Of which the value is the `statistic`: what a difference is judged by."""
+    statistic: Statistic = "mean"
 
     @property
     def text(self) -> str:
@@ -58,13 +63,6 @@ class Figure:
     @property
     def count_text(self) -> str:
         return "" if self.n is None else f"{self.n:,} {self.of}"
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of the value, where the spread is known; values are taken as independent."""
-        if self.spread is None or self.spread_kind == "se":
-            return self.spread
-        return self.spread / math.sqrt(self.n) if self.n else None
 
     def against(self, baseline: "Figure") -> float | None:
         """Relative difference of two numbers; None where there is none."""
@@ -136,16 +134,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def wall_s(history: History) -> float | None:
-    """From each start to the last event before the next; what lies between two attempts is left out."""
-    begun = [real(start.get("time")) for start in history.starts]
-    events = [*history.lines, *history.evaluations, *history.notes, *history.checkpoints]
-    times = np.array([*(real(event.get("time")) for event in events), *begun])
-    ends = [*begun[1:], math.inf][: len(begun)]
-    spans = [times[(times >= first) & (times < end)].max() - first for first, end in zip(begun, ends, strict=True)]
-    return float(sum(spans)) if spans and math.isfinite(sum(spans)) else None
-
-
 def _text(key: str, label: str, value: object, detail: str = "") -> Figure:
     return Figure(key, label, None if value is None else str(value), detail=detail)
 
@@ -154,7 +142,6 @@ def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
     start, recipe = history.start, history.recipe
     done = history.lines[-1]["update"] if history.lines else start.get("update", 0)
     planned = start.get("updates")
-    wall = wall_s(history)
     tokens = sum(line.get("tokens", 0) for line in history.lines)
     student = at(recipe, "student", "path") or at(recipe, "student", "architecture")
     counted = "lines that hold warm-up left out"
@@ -165,11 +152,13 @@ def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "run.wall_s",
             "wall clock",
-            wall,
+            history.wall_s,
             "s",
             better="lower",
             detail="first to last event; evaluations and checkpoints included, interruptions left out",
         ),
+        _aside(summary, "evaluation"),
+        _aside(summary, "checkpoint"),
         _text("run.teacher", "teacher", at(recipe, "teacher", "path")),
         _text("run.student", "student", student),
         Figure("run.teacher_parameters", "teacher parameters", summary["teacher_parameters"]),
@@ -182,6 +171,16 @@ def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
         Figure("run.accumulation", "micro-batches an update", summary["accumulation"], detail="of each rank"),
         Figure("run.tokens_per_update", "tokens an update", summary["tokens_per_update"], detail=f"all ranks; {counted}"),
     ]
+
+
+def _aside(summary: Mapping[str, Any], name: str) -> Figure:
+    """Seconds beside the updates, in all."""
+    found = summary[name]
+    key, label = f"run.{name}_s", f"{name}s, in all"
+    if found is None:
+        return Figure(key, label, None, "s")
+    detail = f"p50 {quantity(found['p50'], 's')}, p95 {quantity(found['p95'], 's')}; in no step, rate or phase"
+    return Figure(key, label, math.fsum(found["samples"]), "s", n=found["n"], of=f"{name}s", detail=detail)
 
 
 def _learning(history: History) -> list[Figure]:
@@ -280,27 +279,53 @@ def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
             of="log lines",
             detail="all ranks; all tokens over all time",
             better="higher",
+            samples=rates,
+        ),
+        Figure(
+            "speed.step_p50_s",
+            "step, p50",
+            step.get("p50"),
+            "s",
+            n=n,
+            detail=warm,
+            better="lower",
+            samples=step.get("samples", ()),
+            statistic="median",
         ),
         *(
             Figure(f"speed.step_{name}_s", f"step, {name}", step.get(name), "s", n=n, detail=warm, better="lower")
-            for name in ("p50", "p95", "p99")
+            for name in ("p95", "p99")
         ),
         Figure(
-            "speed.step_mean_s", "step, mean", step.get("mean"), "s", spread=step.get("sd"), n=n, detail=warm, better="lower"
+            "speed.step_mean_s",
+            "step, mean",
+            step.get("mean"),
+            "s",
+            spread=step.get("sd"),
+            n=n,
+            detail=warm,
+            better="lower",
+            samples=step.get("samples", ()),
         ),
         _mfu(summary, "student", "MFU, student", "higher"),
         _mfu(summary, "with_teacher", "MFU, with the teacher", "higher"),
         _mfu(summary, "hfu", "hardware FLOP utilisation"),
+        *(
+            [_mfu(summary, "student", "MFU, student, of the measured peak", "higher", "measured")]
+            if (summary["mfu"] or {}).get("measured")
+            else []
+        ),
         Figure("speed.data_wait_share", "waiting for data", summary["data_wait_share"], "share", better="lower"),
         _text("speed.bottleneck", "bottleneck", bottleneck.get("name"), str(bottleneck.get("why", ""))),
     ]
 
 
-def _mfu(summary: Mapping[str, Any], name: str, label: str, better: Better | None = None) -> Figure:
+def _mfu(summary: Mapping[str, Any], name: str, label: str, better: Better | None = None, against: str | None = None) -> Figure:
     mfu, key = summary["mfu"] or {}, f"speed.mfu_{name}"
-    for reason in mfu.get("refused", []):
-        if reason.startswith(f"{name} "):
-            return _text(key, label, "refused", reason)
+    if against is not None:
+        mfu, key = mfu[against], f"{key}_of_{against}"
+    if mfu.get("refused"):
+        return _text(key, label, "refused", mfu["refused"][0])
     peak = f"of {quantity(mfu['peak_flops'], 'flop/s')} ({mfu['peak_source']})" if mfu.get("peak_flops") else ""
     return Figure(key, label, mfu.get(name), "share", detail=peak, better=better)
 
@@ -313,7 +338,15 @@ def _step(summary: Mapping[str, Any]) -> list[Figure]:
         percentiles = ", ".join(f"{mark} {quantity(phase[mark], 's')}" for mark in ("p50", "p95", "p99"))
         found += [
             Figure(
-                f"step.{name}_s", name, phase["mean"], "s", spread=phase["sd"], n=phase["n"], detail=percentiles, better="lower"
+                f"step.{name}_s",
+                name,
+                phase["mean"],
+                "s",
+                spread=phase["sd"],
+                n=phase["n"],
+                detail=percentiles,
+                better="lower",
+                samples=phase["samples"],
             ),
             Figure(f"step.{name}_share", f"{name}, of the step", phase["share"], "share", n=phase["n"]),
         ]
@@ -325,7 +358,7 @@ def _memory(summary: Mapping[str, Any]) -> list[Figure]:
     names = {
         "peak_allocated_bytes": ("peak allocated", "torch's allocator, rank 0"),
         "peak_reserved_bytes": ("peak reserved", "torch's allocator, rank 0"),
-        "fragmented_bytes": ("reserved, not allocated", "last log line"),
+        "fragmented_bytes": ("reserved beyond what was allocated", "of the peaks, last log line"),
         "used_bytes": ("used on the device", "by all processes, last log line"),
         "outside_bytes": ("used outside torch's allocator", "last log line"),
         "peak_rss_bytes": ("host, peak resident", "rank 0"),
@@ -341,6 +374,8 @@ def _memory(summary: Mapping[str, Any]) -> list[Figure]:
     parts, estimate = memory.get("parts") or {}, memory.get("estimate") or {}
     for name in parts:
         value, before = _value(parts[name]), _value(estimate.get(name))
+        if name == "activations_and_logits" and estimate:  # measured together
+            before = real(estimate.get("activations")) + real(estimate.get("logits"))
         told = f"estimated before: {quantity(before, 'bytes')}" if before is not None else "no estimate recorded"
         found.append(Figure(f"memory.parts.{name}", f"part: {name.replace('_', ' ')}", value, "bytes", detail=told))
     whole = _value(memory.get("peak_bytes"))
@@ -426,20 +461,21 @@ def _communication(history: History, summary: Mapping[str, Any]) -> list[Figure]
         _per_update(lines, "communication.wait_s", "waiting for communication an update", "exchange_wait_s", "s"),
         Figure(
             "communication.seconds",
-            "first departure to last arrival",
+            "communication, until it was waited for",
             hidden.get("mean"),
             "s",
             spread=hidden.get("sd"),
             n=hidden.get("n"),
-            detail="overlaps backward; rank 0",
+            detail="from the first departure; overlaps backward; rank 0",
             better="lower",
+            samples=hidden.get("samples", ()),
         ),
         Figure(
             "communication.hidden_share",
-            "of it, hidden",
+            "of it, hidden, at least",
             hidden.get("hidden_share"),
             "share",
-            detail="not waited for",
+            detail="behind the rest of the step",
             better="higher",
         ),
         _line_mean(lines, "communication.imbalance_time", "imbalance of own work", "imbalance_time"),
@@ -474,7 +510,16 @@ def _line_mean(lines: Iterable[Event], key: str, label: str, name: str) -> Figur
     mean = float(np.mean(values)) if values else None
     detail = "largest rank over the mean, less 1"
     return Figure(
-        key, label, mean, "share", spread=spread, n=len(values) or None, of="log lines", detail=detail, better="lower"
+        key,
+        label,
+        mean,
+        "share",
+        spread=spread,
+        n=len(values) or None,
+        of="log lines",
+        detail=detail,
+        better="lower",
+        samples=values,
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from fastdistil.errors import UserError, translated
-from fastdistil.metrics import read_events
+from fastdistil.metrics import effective_events, read_events
+from fastdistil.profiling.values import real
 
 Outcome = Literal["done", "stopped", "nonfinite", "open"]
 Event = dict[str, Any]
@@ -39,8 +40,18 @@ class History:
     notes: list[Event]
     checkpoints: list[Event]
     memory: Event | None
+    trace: Event | None
+    """The last trace's: which updates, and the kernels that took most of them."""
+    wall_s: float | None
+    """From each start to the last event before the next, superseded ones too; what lies between attempts is left out."""
     outcome: Outcome
     """Since the last start; open: it is running, or it died."""
+
+    @property
+    def device(self) -> str | None:
+        """The name of rank 0's GPU or processor, or what the recipe calls it."""
+        kind, devices = self.start.get("device"), self.environment.get("devices") or [{}]
+        return (devices[0].get("name") if str(kind).startswith("cuda") else self.environment.get("processor")) or kind
 
     @property
     def comparable_lines(self) -> list[Event]:
@@ -60,9 +71,10 @@ def load_history(path: str | Path) -> History:
     directory = Path(path)
     if not (directory / "recipe.yaml").is_file() or not (directory / "events.jsonl").is_file():
         raise UserError(f"{directory} is no run: wanted a directory with recipe.yaml and events.jsonl, e.g. runs/NAME")
-    events = list(read_events(directory / "events.jsonl", effective=True))
+    written = list(read_events(directory / "events.jsonl"))
+    events = effective_events(written)
     starts = _of(events, "start", "resume")
-    environments, memories = _of(events, "environment"), _of(events, "memory")
+    environments, memories, traces = _of(events, "environment"), _of(events, "memory"), _of(events, "trace")
     return History(
         directory=directory,
         name=directory.resolve().name,
@@ -75,12 +87,25 @@ def load_history(path: str | Path) -> History:
         notes=_of(events, "note"),
         checkpoints=_of(events, "checkpoint"),
         memory=memories[-1] if memories else None,
+        trace=traces[-1] if traces else None,
+        wall_s=_wall_s(written),
         outcome=_outcome(events),
     )
 
 
 def _of(events: Iterable[Event], *kinds: str) -> list[Event]:
     return [event for event in events if event.get("event") in kinds]
+
+
+def _wall_s(events: Iterable[Event]) -> float | None:
+    attempts: list[list[float]] = []
+    for event in events:
+        if event.get("event") in ("start", "resume"):
+            attempts.append([])
+        if attempts and math.isfinite(when := real(event.get("time"))):
+            attempts[-1].append(when)
+    spans = [max(times) - times[0] for times in attempts if times]
+    return math.fsum(spans) if spans else None
 
 
 def _outcome(events: Iterable[Event]) -> Outcome:

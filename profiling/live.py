@@ -10,7 +10,7 @@ Rates are over the last `RECENT` log lines of the present attempt (since the las
     tokens/s              sum of tokens / sum of seconds
     time left             (updates - update) * (sum of seconds / sum of updates
                           + seconds of the attempt's evaluations and checkpoints / updates of the attempt)
-    a rank's own work     sum of rank_worked_s / sum of updates; slow: more than `SLOW` times the median of the ranks
+    a rank's own work     sum of rank_worked_s / sum of updates; slow: more than `SLOW` times the mean of the ranks
     silent                no event for 5 usual (median) intervals between log lines and twice the longest pause so far
 
 Nothing here waits, and nothing imports torch: following a run must not cost its machine anything.
@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+
+from fastdistil.profiling.values import real
 
 RECENT = 20
 """Log lines."""
@@ -57,16 +59,6 @@ class Curve(NamedTuple):
     """From a `train` event; nan where it was not recorded."""
 
 
-def number(value: object) -> float:
-    """Also of "nan" and "inf", as the log writes them; nan for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
-
 def _field(name: str, scale: float = 1.0) -> Callable[[Event], float]:
     """`name`: a field, or one within another: "device.power_w"."""
     outer, _, inner = name.partition(".")
@@ -75,7 +67,7 @@ def _field(name: str, scale: float = 1.0) -> Callable[[Event], float]:
         value = event.get(outer)
         if inner:
             value = value.get(inner) if isinstance(value, dict) else None
-        return number(value) * scale
+        return real(value) * scale
 
     return get
 
@@ -89,7 +81,7 @@ def _measured(event: Event, values: object) -> list[float]:
     warmup = event.get("warmup", 0)
     if not isinstance(values, list) or not isinstance(warmup, int):
         return []
-    return [seconds for value in values[max(warmup, 0) :] if math.isfinite(seconds := number(value))]
+    return [seconds for value in values[max(warmup, 0) :] if math.isfinite(seconds := real(value))]
 
 
 def _median_step(event: Event) -> float:
@@ -138,7 +130,7 @@ class Line(NamedTuple):
 
 
 def _line(event: Event) -> Line:
-    tokens, rate = number(event.get("tokens")), number(event.get("tokens_per_s"))
+    tokens, rate = real(event.get("tokens")), real(event.get("tokens_per_s"))
     recorded = event.get("phases")
     phases = {}
     for name, values in recorded.items() if isinstance(recorded, dict) else ():
@@ -148,12 +140,12 @@ def _line(event: Event) -> Line:
     per_rank = {}
     for name in PER_RANK:
         if isinstance(given := event.get(name), list):
-            values = np.array([number(value) for value in given])
+            values = np.array([real(value) for value in given])
             if np.isfinite(values).all():
                 per_rank[name] = values
     updates = event.get("updates")
     return Line(
-        time=number(event.get("time")),
+        time=real(event.get("time")),
         updates=updates if isinstance(updates, int) else 1,
         tokens=tokens,
         seconds=tokens / rate if rate > 0 else math.nan,
@@ -196,7 +188,6 @@ class Live:
         self._dropped = 0
         """Log entries that were left out at the front."""
         self._environment: Event = {}
-        self._parts: Event = {}
         self._heard = self._elapsed()
         self._last_time = math.nan
         self._begin({})
@@ -286,7 +277,7 @@ class Live:
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             self._note("unreadable", {}, f"line {self._events} of events.jsonl is not an event and was left out")
             return
-        at, update = number(event.get("time")), event.get("update")
+        at, update = real(event.get("time")), event.get("update")
         if self._start and math.isfinite(at - self._last_time):
             self._longest_s = max(self._longest_s, at - self._last_time)
         if math.isfinite(at):
@@ -317,8 +308,6 @@ class Live:
                 self._note("note", event, str(event.get("message", "")))
             case "environment":
                 self._environment = event
-            case "memory":
-                self._parts = event
             case "stopped" | "nonfinite" | "done" as kind:
                 self._outcome = event
                 if isinstance(update, int):
@@ -327,7 +316,7 @@ class Live:
                 self._note(kind, event, str(text))
 
     def _note(self, kind: str, event: Event, text: str) -> None:
-        at, update = number(event.get("time")), event.get("update")
+        at, update = real(event.get("time")), event.get("update")
         self._log.append(
             {
                 "kind": kind,
@@ -440,10 +429,10 @@ class Live:
             "directory": str(self.directory),
             **{name: _plain(self._start.get(name)) for name in (*names, *counts)},
             "device_name": _plain(first.get("name")),
-            "device_memory_bytes": _or_none(number(first.get("memory_bytes"))),
+            "device_memory_bytes": _or_none(real(first.get("memory_bytes"))),
             "processor": _plain(self._environment.get("processor")),
             "host": _plain(self._environment.get("host")),
-            "host_memory_bytes": _or_none(number(self._environment.get("memory_bytes"))),
+            "host_memory_bytes": _or_none(real(self._environment.get("memory_bytes"))),
         }
 
     def _seconds_per_update(self) -> float:
@@ -463,7 +452,7 @@ class Live:
             "updates": updates if known else None,
             "share": self._update / updates if known else None,
             "left_s": _or_none(left_s),
-            "elapsed_s": _or_none(self._last_time - number(self._start.get("time"))),
+            "elapsed_s": _or_none(self._last_time - real(self._start.get("time"))),
             "attempt_from": begun,
             "tokens": self._tokens[-1] if self._tokens else None,
         }
@@ -481,12 +470,9 @@ class Live:
             "step_p50_s": p50,
             "step_p95_s": p95,
             "steps": len(steps),
-            "data_wait_share": _or_none(number(last.get("data_wait_share"))),
+            "data_wait_share": _or_none(real(last.get("data_wait_share"))),
             "mfu": _plain(mfu) if isinstance(mfu, dict) else None,
-            "latest": {
-                name: _plain(last.get(name))
-                for name in ("total", "grad_norm", "lr", "skipped", "skipped_in_all", "exchange_wait_s", "imbalance_time")
-            },
+            "latest": {name: _plain(last.get(name)) for name in ("total", "grad_norm", "lr", "skipped", "skipped_in_all")},
         }
 
     def _phases(self) -> Event | None:
@@ -510,15 +496,15 @@ class Live:
         if not isinstance(ranks, int) or ranks < 2 or not self._recent:
             return None
         worked, tokens, waited = (self._per_rank(name, ranks) for name in PER_RANK)
-        middle = statistics.median(worked) if worked else math.nan
+        mean = statistics.fmean(worked) if worked else math.nan
         slowest = [line.event.get("slowest_rank") for line in self._recent]
         all_tokens = math.fsum(tokens) if tokens else 0.0
         return [
             {
                 "rank": rank,
                 "worked_s": worked[rank] if worked else None,
-                "of_median": worked[rank] / middle if worked and middle > 0 else None,
-                "slow": bool(worked and middle > 0 and worked[rank] > SLOW * middle),
+                "of_mean": worked[rank] / mean if worked and mean > 0 else None,
+                "slow": bool(worked and mean > 0 and worked[rank] > SLOW * mean),
                 "tokens_share": tokens[rank] / all_tokens if tokens and all_tokens > 0 else None,
                 "data_wait_s": waited[rank] if waited else None,
                 "slowest_share": slowest.count(rank) / len(slowest) if None not in slowest else None,
@@ -536,17 +522,14 @@ class Live:
         return summed
 
     def _memory(self) -> Event:
+        """Bytes, by name."""
         event = self._recent[-1].event if self._recent else {}
         old = {"device_allocated_bytes": "allocated_bytes", "device_peak_bytes": "peak_allocated_bytes"}
         old["host_peak_bytes"] = "peak_rss_bytes"
         values = {new: event[name] for name, new in old.items() if name in event}
         memory = event.get("memory")
         values |= memory if isinstance(memory, dict) else {}
-        parts = self._parts.get("parts")
-        return {
-            "bytes": {name: _or_none(number(value)) for name, value in values.items() if not isinstance(value, dict)},
-            "parts": _plain(parts) if isinstance(parts, dict) else None,
-        }
+        return {name: _or_none(real(value)) for name, value in values.items() if not isinstance(value, dict)}
 
     def _device(self) -> Event | None:
         device = self._recent[-1].event.get("device") if self._recent else None
@@ -581,7 +564,7 @@ class Live:
         """Terms of weight 0 are computed but no part of the objective."""
         if curve.name not in LOSSES or not isinstance(weights, dict):
             return True
-        return any(number(weights.get(key, math.nan)) != 0 for key in LOSSES[curve.name])
+        return any(real(weights.get(key, math.nan)) != 0 for key in LOSSES[curve.name])
 
 
 def _stride(lines: int) -> int:
@@ -601,7 +584,7 @@ def _or_none(value: float) -> float | None:
 
 
 def _or_zero(value: object) -> float:
-    found = number(value)
+    found = real(value)
     return found if math.isfinite(found) else 0.0
 
 
@@ -629,7 +612,7 @@ def _start_text(event: Event) -> str:
 
 
 def _evaluation_text(event: Event) -> str:
-    shown = [f"{name} {number(event[name]):.4g}" for name in ("loss", "perplexity", "kl") if name in event]
+    shown = [f"{name} {real(event[name]):.4g}" for name in ("loss", "perplexity", "kl") if name in event]
     return "held out: " + (", ".join(shown) or "nothing recorded")
 
 

@@ -10,17 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from fastdistil.profiling import charts
 from fastdistil.profiling.charts import Axis, Floats, Layer, Series
 from fastdistil.profiling.history import Event, History
-from fastdistil.profiling.summary import DISJOINT
+from fastdistil.profiling.spans import NAMES
+from fastdistil.profiling.summary import MFU, PHASES, measured_updates, phased_updates
+from fastdistil.profiling.values import at, real
 
 Get = Callable[[Event], object]
-PHASES = (*DISJOINT, "other")
 WIDE, NARROW = 740.0, 360.0
 UPDATE = Axis(label="update")
 LOG_FROM = 20.0
@@ -74,23 +74,6 @@ def sections(histories: Sequence[History]) -> list[Section]:
         _device(histories),
         _communication(histories),
     ]
-
-
-def real(value: object) -> float:
-    """Also of "nan" and "inf", as the log writes them; nan for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-
-
-def at(values: object, *path: str) -> Any:
-    """What lies at a path of keys; None where it ends."""
-    for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
 
 
 def of_lines(*path: str, per_update: bool = False, get: Get | None = None) -> Callable[[History], Points]:
@@ -231,37 +214,25 @@ def _speed(histories: Sequence[History]) -> Section:
     else:
         section.missing.append("Step-time distribution")
     caption = "Share of the peak's FLOP/s that the models' own FLOP take."
-    if any(real(at(line, "mfu", name)) > 1 for history in histories for line in history.lines for name in _MFU):
-        caption += " Values above 100% are refused: the peak they are taken of is too low."
+    refused = sum(at(line, "mfu", "refused") is not None for history in histories for line in history.lines)
+    if refused:
+        caption += f" Refused, as more than 100%: {refused:,} log lines."
     sources = sorted(
         {str(at(line, "mfu", "peak_source")) for each in histories for line in each.lines if at(line, "mfu", "peak_source")}
     )
     caption += f" Peak: {'; '.join(sources)}." if sources else ""
-    utilisation = [Measure(name=label, get=of_lines(get=_possible(name))) for name, label in _MFU.items()]
+    utilisation = [_field(label, "mfu", name) for name, label in zip(MFU, _MFU, strict=True)]
     add(section, "MFU", histories, utilisation, Axis(label="of peak", unit="share", zero=True), caption=caption)
     return section
 
 
-_MFU = {"student": "student", "with_teacher": "with the teacher", "hfu": "hardware (recomputation included)"}
-
-
-def _possible(name: str) -> Get:
-    def get(line: Event) -> object:
-        value = at(line, "mfu", name)
-        return None if value is None or real(value) > 1 else value
-
-    return get
+_MFU = ("student", "with the teacher", "hardware (recomputation included)")
 
 
 def _steps(history: History) -> Points:
     """Seconds of every update behind the warm-up."""
-    known = [line for line in history.lines if line.get("step_s")]
-    if not known:
-        return Points(x=np.empty(0), y=np.empty(0))
-    return Points(
-        x=np.concatenate([_updates_of(line) for line in known]),
-        y=np.concatenate([_measured(line, line["step_s"]) for line in known]),
-    )
+    updates = measured_updates(history.lines)
+    return Points(x=np.array(updates.numbers, dtype=np.float64), y=np.array(updates.step_s, dtype=np.float64))
 
 
 def _distribution(history: History, steps: Floats, domain: tuple[float, float], style: int, several: bool) -> Panel:
@@ -295,23 +266,19 @@ def _step(histories: Sequence[History]) -> Section:
         section.missing.append("Phases of a step")
     spans = [Measure(name=label, get=_span(name)) for name, label in _SPANS.items()]
     if not all(history.start.get("ranks") == 1 for history in histories):
-        caption = "What is not exposed, backward hides. Rank 0."
+        caption = "Exposed: all that the step waited for other ranks; the rest of communication hides behind backward. Rank 0."
         add(section, "Communication in a step", histories, spans, Axis(label="seconds", unit="s", zero=True), caption=caption)
     return section
 
 
-_SPANS = {"communication": "first departure to last arrival", "exposed": "exposed"}
+_SPANS = {"communication": "first departure until waited for", "exposed": "exposed"}
 
 
 def _span(name: str) -> Callable[[History], Points]:
     def points(history: History) -> Points:
-        known = [line for line in history.lines if line.get("step_s") and name in (line.get("phases") or {})]
-        if not known:
-            return Points(x=np.empty(0), y=np.empty(0))
-        return Points(
-            x=np.concatenate([_updates_of(line) for line in known]),
-            y=np.concatenate([_measured(line, line["phases"][name]) for line in known]),
-        )
+        updates = phased_updates(line for line in history.lines if name in (line.get("phases") or {}))
+        x, y = updates.numbers, updates.phases.get(name, [])
+        return Points(x=np.array(x, dtype=np.float64), y=np.array(y, dtype=np.float64))
 
     return points
 
@@ -336,30 +303,13 @@ def _phase_panel(title: str, x: Floats, phases: dict[str, Floats], top: float, w
 
 def phase_columns(lines: Iterable[Event]) -> tuple[Floats, dict[str, Floats]]:
     """(update [n], {phase: seconds [n]}) of the updates behind the warm-up whose line recorded phases, `other` last."""
-    known = [line for line in lines if line.get("phases") and line.get("step_s")]
-    if not known:
-        return np.empty(0), {}
-    x = np.concatenate([_updates_of(line) for line in known])
-    steps = np.concatenate([_measured(line, line["step_s"]) for line in known])
-    # A phase that a line does not name was never entered: it took no time.
-    found = {
-        name: np.concatenate([_measured(line, line["phases"].get(name, [0.0] * len(line["step_s"]))) for line in known])
-        for name in DISJOINT
+    updates = phased_updates(lines)
+    steps = np.array(updates.step_s, dtype=np.float64)
+    found: dict[str, Floats] = {
+        name: np.array(updates.phases[name]) if name in updates.phases else np.zeros_like(steps) for name in NAMES
     }
-    other = steps - np.sum(list(found.values()), axis=0)
-    return x, {**found, "other": np.maximum(other, 0.0)}
-
-
-def _measured(line: Event, values: Sequence[object]) -> Floats:
-    """Those behind the warm-up; "nan" and "inf" are read, as the log writes them."""
-    return np.array(values, dtype=np.float64)[int(line.get("warmup", 0)) :]
-
-
-def _updates_of(line: Event) -> Floats:
-    """Which updates a line's measured steps are."""
-    return np.arange(
-        line["update"] - len(line["step_s"]) + 1 + int(line.get("warmup", 0)), line["update"] + 1, dtype=np.float64
-    )
+    other = np.maximum(steps - np.sum(list(found.values()), axis=0), 0.0)
+    return np.array(updates.numbers, dtype=np.float64), {**found, "other": other}
 
 
 _HELD = {
@@ -405,7 +355,7 @@ def _parts_panel(history: History, several: bool) -> Panel:
         bars.append(charts.Bar(name="estimated before (--dry-run)", parts=_finite(estimate)))
     peak = real(history.memory.get("peak_bytes"))
     marks = [("peak", peak)] if math.isfinite(peak) else []
-    names = [name for name in parts if parts[name] > 0 or estimate.get(name, 0.0) > 0]
+    names = [name for name in {**parts, **estimate} if parts.get(name, 0.0) > 0 or estimate.get(name, 0.0) > 0]
     return Panel(
         title=title,
         svg=charts.bar_chart(bars, x=Axis(label="bytes", unit="bytes"), title=title, marks=marks),

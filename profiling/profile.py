@@ -19,7 +19,7 @@ from rich.table import Table
 from fastdistil import metrics
 from fastdistil.errors import UserError, translated
 from fastdistil.launch import launch_function
-from fastdistil.profiling.compare import quantity
+from fastdistil.profiling.charts import quantity
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.report import write_report
 from fastdistil.profiling.summary import summarise
@@ -30,6 +30,8 @@ from fastdistil.train import train
 
 WARMUP = 5
 """Updates that are not measured: allocators, autotuning and caches settle in them."""
+_COMPRESSED = WARMUP - 2
+"""Updates before the first compressed one, or (compression=auto) the decision: each settles within the warm-up too."""
 _MISSING = "not recorded"
 
 
@@ -45,8 +47,8 @@ def profiled(recipe: Recipe, steps: int) -> Recipe:
         logging={"every": min(recipe.logging.every, WARMUP), "tensorboard": False, "histograms": None},
         profile={"warmup": WARMUP, "measure_peaks": True},
         compression={
-            "warmup_updates": min(compression.warmup_updates, WARMUP),
-            "frozen_variance_after": None if frozen_after is None else min(frozen_after, WARMUP),
+            "warmup_updates": min(compression.warmup_updates, _COMPRESSED),
+            "frozen_variance_after": None if frozen_after is None else min(frozen_after, _COMPRESSED),
         },
     )
 
@@ -91,11 +93,11 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     """One table, the figures below it, and the bottleneck."""
     console.print(_title(summary), markup=False, highlight=False, soft_wrap=True)
     table = Table()
-    for column in ("phase", "p50", "p95", "share of the step"):
+    for column in ("phase", "p50", "p95", "p99", "share of the step", "of"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, found, share in _rows(summary):
-        times = (quantity(found[key], "s") if found else _MISSING for key in ("p50", "p95"))
-        table.add_row(name, *times, "" if share is None else f"{share:.1%}")
+        times = (quantity(found[key], "s") if found else _MISSING for key in ("p50", "p95", "p99"))
+        table.add_row(name, *times, "" if share is None else f"{share:.1%}", str(found["n"]) if found else "")
     console.print(table)
     for text in _figures(summary):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -123,8 +125,9 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] |
         return
     for name, found in summary["phases"].items():
         yield name, found, found["share"]
-    if (found := summary["communication"]) is not None:
-        yield "communication", found, None
+    for name in ("communication", "evaluation", "checkpoint"):  # none of the step's own phases
+        if (found := summary[name]) is not None:
+            yield name, found, None
 
 
 def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -132,7 +135,7 @@ def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"tokens/s: {_MISSING if rate is None else f'{rate:,.0f}'}" + (", all ranks" if (summary["ranks"] or 1) > 1 else "")
     yield f"MFU: {_mfu(summary['mfu'])}"
     if (communication := summary["communication"]) is not None:
-        yield f"communication: {communication['hidden_share']:.0%} of it hidden behind the rest of the step"
+        yield f"communication: at least {communication['hidden_share']:.0%} of it hidden behind the rest of the step"
     memory = summary["memory"] or {}
     peaks = {"host": "peak_rss_bytes", "allocated on the GPU": "peak_allocated_bytes", "reserved": "peak_reserved_bytes"}
     told = [f"{quantity(memory[key], 'bytes')} {what}" for what, key in peaks.items() if memory.get(key) is not None]
@@ -155,10 +158,13 @@ def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
 def _mfu(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return _MISSING
+    beside = found.get("measured")
+    return _shares(found) + (f"; {_shares(beside)}" if beside is not None else "")
+
+
+def _shares(found: Mapping[str, Any]) -> str:
     if found["refused"]:
         return "; ".join(found["refused"])
     names = {"student": "student", "with_teacher": "with the teacher", "hfu": "recomputation counted"}
     told = [f"{found[name]:.1%} {what}" for name, what in names.items() if found[name] is not None]
-    if not told:
-        return "no peak of this device is known"
     return f"{', '.join(told)}, of {found['peak_flops'] / 1e12:,.4g} TFLOP/s ({found['peak_source']})"

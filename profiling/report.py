@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from markupsafe import Markup
 from fastdistil import __version__
 from fastdistil.errors import UserError, translated
 from fastdistil.profiling import charts
-from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting, wall_s
+from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
 from fastdistil.profiling.history import History, load_history
-from fastdistil.profiling.panels import PHASES, Section, at, real, sections
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.intervals import ratio_of
+from fastdistil.profiling.panels import Section, sections
+from fastdistil.profiling.summary import PHASES, slowed_down, summarise
+from fastdistil.profiling.values import at, real
 
 REDACTED = "[redacted]"
 NOTES_SHOWN = 100
@@ -78,6 +81,34 @@ class Row:
     def detail(self) -> str:
         details = dict.fromkeys(figure.detail for figure in self.figures if figure.value is not None and figure.detail)
         return next(iter(details)) if len(details) == 1 else ""
+
+    @cached_property
+    def verdicts(self) -> list[str]:
+        """Of each against the first: 'better' or 'worse' where a spread says so, 'within noise' where it says neither; else ''.
+
+        The spread is that of the samples (intervals.py), 95%, or two standard errors of the difference.
+        """
+        pairs = zip(self.figures, self.differences, strict=True)
+        return [_verdict(figure, self.figures[0], difference) for figure, difference in pairs]
+
+
+def _verdict(figure: Figure, baseline: Figure, difference: float | None) -> str:
+    if difference is None or figure.better is None or abs(difference) < 0.0005:
+        return ""
+    up = difference > 0
+    if figure.samples and baseline.samples:
+        ratio = ratio_of(baseline.samples, figure.samples, figure.statistic)
+        if ratio is None or ratio.low is None or ratio.high is None:
+            return ""
+        sure, up = not ratio.low <= 1 <= ratio.high, ratio.low > 1
+    elif figure.spread_kind == baseline.spread_kind == "se" and figure.spread is not None and baseline.spread is not None:
+        apart = abs(float(figure.value or 0) - float(baseline.value or 0))
+        sure = apart >= 2 * math.hypot(figure.spread, baseline.spread)
+    else:
+        return ""
+    if not sure:
+        return "within noise"
+    return "better" if up == (figure.better == "higher") else "worse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +201,7 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
                 "setting": setting(run.summary),
                 "figures": {key: figure.as_json() for key, figure in run.figures.items()},
                 "cautions": cautions(run),
+                "trace": run.summary["trace"],
                 "recipe": redacted(run.history.recipe),
             }
             for run in runs
@@ -214,6 +246,13 @@ def as_markdown(runs: Sequence[Reported]) -> str:
                 parts.append(f"| {' | '.join(_cell(cell) for cell in (row.label, *pairs))} |")
         if table.missing:
             parts += ["", f"Not recorded: {_cell(', '.join(table.missing))}."]
+    for run in runs:
+        if found := kernels(run):
+            parts += ["", f"## {traced(run)}" + f" ({_cell(run.name)})" * (len(runs) > 1), ""]
+            parts += ["| kernel or operator | calls | in all | share |", "|---|---:|---:|---:|"]
+            parts += [
+                f"| {_cell(name)} | {calls:,} | {charts.quantity(s, 's')} | {share:.1%} |" for name, calls, s, share in found
+            ]
     return "\n".join(parts) + "\n"
 
 
@@ -251,11 +290,9 @@ def cautions(run: Reported) -> list[str]:
     memory = summary["memory"] or {}
     if memory.get("retries"):
         found.append(f"The allocator freed its cache and tried again {memory['retries']} times: memory was nearly full.")
-    throttled = (summary["readings"] or {}).get("throttled") or {}
-    if told := [
-        f"{reason.replace('_', ' ')} in {share:.1%} of the samples" for reason, share in throttled.items() if share > 0
-    ]:
-        found.append(f"The device was throttled: {', '.join(told)}.")
+    slowed = slowed_down(summary)
+    if told := [f"{reason.replace('_', ' ')} in {share:.1%} of the samples" for reason, share in slowed.items()]:
+        found.append(f"The device slowed itself down: {', '.join(told)}.")
     return [charts.printable(text) for text in found]
 
 
@@ -271,6 +308,17 @@ def uneven(runs: Sequence[Reported]) -> list[str]:
             )
             found.append(f"The runs differ in {name.replace('_', ' ')}: {told}.")
     return [charts.printable(text) for text in found]
+
+
+def traced(run: Reported) -> str:
+    trace = run.summary["trace"] or {}
+    return f"What took the most time in updates {trace.get('first')} to {trace.get('last')}"
+
+
+def kernels(run: Reported) -> list[tuple[str, int, float, float]]:
+    """(name, calls, seconds in all, share of all kernels' time) of the trace, the longest first; empty without a trace."""
+    found = (run.summary["trace"] or {}).get("kernels") or ()
+    return [(charts.printable(str(each["name"])), each["calls"], each["ms"] / 1e3, each["share"]) for each in found]
 
 
 def redacted(recipe: Any, key: str = "") -> Any:
@@ -329,7 +377,7 @@ def as_html(runs: Sequence[Reported]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": Markup, "change": change_text, "judged": _judged}
+    environment.filters |= {"svg": Markup, "change": change_text}
     by_key = {table.key: table for table in tables(runs)}
     drawn = [(section, by_key[section.key]) for section in sections(histories)]
     return environment.get_template("report.html.j2").render(
@@ -342,6 +390,7 @@ def as_html(runs: Sequence[Reported]) -> str:
         head_rows=_head_rows(by_key) if len(runs) > 1 else [],
         sections=[_shown(section, table) for section, table in drawn],
         phases=_phase_rows(runs[0]) if len(runs) == 1 else [],
+        phase_names=PHASES,
         facts=[by_key["run"], by_key["environment"]],
         recipe_differences=recipe_differences(runs) if len(runs) > 1 else [],
         not_recorded=NOT_RECORDED,
@@ -362,7 +411,7 @@ def _shown(section: Section, table: Table) -> dict[str, Any]:
 
 
 def _head(index: int, run: Reported) -> dict[str, Any]:
-    history, wall = run.history, wall_s(run.history)
+    history, wall = run.history, run.history.wall_s
     begun = history.starts[0].get("time") if history.starts else None
     found, more = notes(history)
     done = history.lines[-1]["update"] if history.lines else history.start.get("update", 0)
@@ -385,6 +434,8 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "cautions": cautions(run),
         "notes": found,
         "more_notes": more,
+        "traced": traced(run),
+        "kernels": [(name, f"{calls:,}", charts.quantity(s, "s"), f"{share:.1%}") for name, calls, s, share in kernels(run)],
         "recipe": charts.printable(recipe),
     }
 
@@ -411,17 +462,6 @@ def _head_rows(by_key: Mapping[str, Table]) -> list[Row]:
     keys = (*TILES, "speed.bottleneck", "memory.peak_rss_bytes", "run.wall_s")
     rows = [row for table in by_key.values() for row in table.rows if row.figures[0].key in keys]
     return sorted(rows, key=lambda row: keys.index(row.figures[0].key))
-
-
-def _judged(row: Row, index: int) -> str:
-    """'better' or 'worse' than the baseline, where either is known; 'within noise' below two standard errors."""
-    difference, one, other = row.differences[index], row.figures[index], row.figures[0]
-    if difference is None or one.better is None or abs(difference) < 0.0005:
-        return ""
-    noise = [figure.standard_error for figure in (one, other)]
-    if None not in noise and abs(float(one.value or 0) - float(other.value or 0)) < 2 * math.hypot(*filter(None, noise)):
-        return "within noise"
-    return "better" if (difference > 0) == (one.better == "higher") else "worse"
 
 
 def _phase_rows(run: Reported) -> list[dict[str, Any]]:

@@ -17,10 +17,15 @@ import numpy as np
 from fastdistil import __version__
 from fastdistil.profiling.bottleneck import causes_of, name_bottleneck
 from fastdistil.profiling.history import Event, History
+from fastdistil.profiling.spans import NAMES
+from fastdistil.profiling.values import at
 
 PERCENTILES = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
-DISJOINT = ("data", "transfer", "teacher", "student", "losses", "backward", "compression", "exposed", "optimizer")
-"""Phases, in a step's order; what is left of it is `other`."""
+PHASES = (*NAMES, "other")
+"""In a step's order; `other` is what is left of it."""
+MFU = ("student", "with_teacher", "hfu")
+THROTTLED = 0.01
+"""Share of the samples in which a GPU slowed itself down from which its times are not the code's."""
 ENERGY_MIN_S = 5.0
 NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
 _STEPS_ALONE = 1.1
@@ -30,10 +35,10 @@ _STEPS_ALONE = 1.1
 class Updates(NamedTuple):
     """The measured updates; lists have an entry each."""
 
+    numbers: list[int]
     step_s: list[float]
-    phased_step_s: list[float]
-    """Of those whose line recorded phases."""
     phases: dict[str, list[float]]
+    """0 where the line does not name a phase: it was never entered."""
     warmup: int
     """Updates left out."""
 
@@ -43,33 +48,36 @@ def summarise(history: History) -> dict[str, Any]:
     start, recipe = history.start, history.recipe
     lines = history.comparable_lines
     settled = [line for line in lines if not line.get("warmup")]
-    updates = measured_updates(lines)
+    updates, phased = measured_updates(lines), phased_updates(lines)
     summary: dict[str, Any] = {
         "fastdistil": __version__,
         "name": history.name,
         "directory": str(history.directory),
         "outcome": history.outcome,
-        "device": _device(history),
+        "device": history.device,
         "device_type": start.get("device"),
         "dtype": start.get("precision"),
         **{
             name: start.get(name) for name in ("ranks", "nodes", "engine", "compression", "sync", "rings", "threads", "kernels")
         },
-        "micro_batch_tokens": _at(recipe, "data", "micro_batch_tokens"),
-        "accumulation": _at(recipe, "loop", "accumulation"),
+        "micro_batch_tokens": at(recipe, "data", "micro_batch_tokens"),
+        "accumulation": at(recipe, "loop", "accumulation"),
         "student_parameters": start.get("student_parameters"),
         "teacher_parameters": start.get("teacher_parameters"),
         "updates": len(updates.step_s),
         "warmup": updates.warmup,
         "percentiles": PERCENTILES,
         "step_s": statistics_of(updates.step_s),
-        "phases": _phases(updates),
-        "communication": _communication(updates),
+        "phases": _phases(phased),
+        "communication": _communication(phased),
+        "evaluation": statistics_of(_seconds_of(history.evaluations)),
+        "checkpoint": statistics_of(_seconds_of(history.checkpoints)),
+        "trace": history.trace and {name: history.trace.get(name) for name in ("first", "last", "kernels")},
         "tokens_per_update": _over(settled, "tokens", "updates"),
         "tokens_per_s": _tokens_per_s(settled),
         "data_wait_share": _mean(settled, _getter("data_wait_share")),
         "flops": _flops(settled),
-        "mfu": _mfu(settled),
+        "mfu": (mfu := _mfu(settled, "mfu")) and {**mfu, "measured": _mfu(settled, "mfu", "measured")},
         "memory": _memory(history, lines),
         "energy": _energy(settled),
         "readings": _readings(settled),
@@ -83,22 +91,25 @@ def summarise(history: History) -> dict[str, Any]:
 
 
 def measured_updates(lines: Iterable[Event]) -> Updates:
+    numbers: list[int] = []
     steps: list[float] = []
-    phased: list[float] = []
     columns: dict[str, list[float]] = {}
     warmup = 0
     for line in lines:
-        seconds, first = _floats(line.get("step_s")), int(line.get("warmup", 0))
+        seconds, first, before = _floats(line.get("step_s")), int(line.get("warmup", 0)), len(steps)
         warmup += min(first, len(seconds))
+        numbers += range(line["update"] - len(seconds) + 1 + first, line["update"] + 1)
         steps += seconds[first:]
-        if not (phases := line.get("phases")):
-            continue
+        phases = (line.get("phases") or {}) if seconds else {}
         for name in phases.keys() | columns.keys():
-            if name not in columns:
-                columns[name] = [0.0] * len(phased)  # a phase that was never entered took no time
-            columns[name] += _floats(phases[name])[first:] if name in phases else [0.0] * len(seconds[first:])
-        phased += seconds[first:]
-    return Updates(steps, phased, columns, warmup)
+            column = columns.setdefault(name, [0.0] * before)
+            column += _floats(phases[name])[first:] if name in phases else [0.0] * len(seconds[first:])
+    return Updates(numbers, steps, columns, warmup)
+
+
+def phased_updates(lines: Iterable[Event]) -> Updates:
+    """Of the lines that recorded phases."""
+    return measured_updates(line for line in lines if line.get("phases") and line.get("step_s"))
 
 
 def statistics_of(samples: Sequence[float]) -> dict[str, Any] | None:
@@ -112,16 +123,17 @@ def statistics_of(samples: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _phases(updates: Updates) -> dict[str, Any] | None:
-    if not updates.phased_step_s:
+    if not updates.step_s:
         return None
-    columns = {name: updates.phases[name] for name in DISJOINT if name in updates.phases}
-    columns["other"] = (np.asarray(updates.phased_step_s) - np.sum(list(columns.values()), axis=0)).tolist()
-    whole = sum(updates.phased_step_s)
+    columns: dict[str, list[float]] = {name: updates.phases[name] for name in NAMES if name in updates.phases}
+    columns["other"] = (np.asarray(updates.step_s) - np.sum(list(columns.values()), axis=0)).tolist()
+    whole = sum(updates.step_s)
     return {name: {**(statistics_of(column) or {}), "share": sum(column) / whole} for name, column in columns.items()}
 
 
 def _communication(updates: Updates) -> dict[str, Any] | None:
-    """First departure to last arrival; `hidden_share`: of it, what the step did not wait for."""
+    """First departure until the last was waited for; `hidden_share`: of it, what the step did not wait for, at least: what it
+    waited for slower ranks before gradients left is in `exposed` too."""
     if not sum(column := updates.phases.get("communication", [])):
         return None
     exposed = sum(updates.phases.get("exposed", []))
@@ -133,6 +145,10 @@ def _seconds(line: Event) -> float | None:
     if line.get("tokens") and line.get("tokens_per_s"):
         return float(line["tokens"]) / float(line["tokens_per_s"])
     return sum(_floats(line.get("step_s"))) or None
+
+
+def _seconds_of(events: Iterable[Event]) -> list[float]:
+    return [float(event["seconds"]) for event in events if "seconds" in event]
 
 
 def _tokens_per_s(lines: Iterable[Event]) -> float | None:
@@ -163,25 +179,19 @@ def _flops(lines: Iterable[Event]) -> dict[str, float] | None:
     )
 
 
-def _mfu(lines: Sequence[Event]) -> dict[str, Any] | None:
-    """Means over time: all FLOP over all time and the peak. More than the peak is refused, and `refused` says why."""
-    known = [line for line in lines if line.get("mfu")]
+def _mfu(lines: Sequence[Event], *path: str) -> dict[str, Any] | None:
+    """Means over time: all FLOP over all time and the peak. None of them once a line's was refused: `refused` says why."""
+    known = [line for line in lines if at(line, *path)]
     if not known:
         return None
-    last = known[-1]["mfu"]
-    same = [line for line in known if line["mfu"].get("peak_flops") == last.get("peak_flops")]
-    found = {name: _mean(same, _getter("mfu", name)) for name in ("student", "with_teacher", "hfu")}
-    over = {name: value for name, value in found.items() if value is not None and value > 1}
-    refused = [
-        f"{name} came out at {value:.0%} of {last['peak_flops']:.3g} FLOP/s ({last.get('peak_source')}); no device does more "
-        "than its peak: that peak is not this device's, or the FLOP are miscounted"
-        for name, value in over.items()
-    ]
+    last = at(known[-1], *path)
+    same = [line for line in known if at(line, *path, "peak_flops") == last.get("peak_flops")]
+    refused = [reason for line in known if (reason := at(line, *path, "refused"))]
     return {
-        **{name: None if name in over else value for name, value in found.items()},
+        **{name: None if refused else _mean(same, _getter(*path, name)) for name in MFU},
         "peak_flops": last.get("peak_flops"),
         "peak_source": last.get("peak_source"),
-        "refused": refused,
+        "refused": [f"in {len(refused)} of {len(known)} log lines: {refused[0]}"] if refused else [],
     }
 
 
@@ -260,6 +270,17 @@ def _readings(lines: Sequence[Event]) -> dict[str, Any] | None:
     return found
 
 
+def slowed_down(summary: Mapping[str, Any]) -> dict[str, float]:
+    """{reason: share of the samples} for which the GPU slowed itself down: heat or a power brake. A power cap, which a GPU at
+    work runs into, is no such reason."""
+    throttled = at(summary, "readings", "throttled") or {}
+    return {
+        reason: share
+        for reason, share in throttled.items()
+        if share > THROTTLED and ("slowdown" in reason.lower() or "thermal" in reason.lower())
+    }
+
+
 def _straggler(lines: Iterable[Event]) -> dict[str, Any] | None:
     """The rank with the most work of its own; `share`: by how much it is above the mean rank's; rank_0_waited_s: for whoever
     worked longest on a line's updates."""
@@ -290,22 +311,9 @@ def _losses(line: Event) -> dict[str, Any]:
     return {name: line[name] for name in ("update", "total", "soft", "hard", "cosine", "mse") if name in line}
 
 
-def _device(history: History) -> str | None:
-    devices = history.environment.get("devices") or [{}]
-    kind = history.start.get("device")
-    named = devices[0].get("name") if str(kind).startswith("cuda") else history.environment.get("processor")
-    return named or kind
-
-
 def _getter(*path: str) -> Callable[[Event], Any]:
-    return lambda event: _at(event, *path)
+    return lambda event: at(event, *path)
 
 
 def _floats(values: Any) -> list[float]:
     return [float(value) for value in values or ()]
-
-
-def _at(values: Any, *path: str) -> Any:
-    for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values

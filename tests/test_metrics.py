@@ -165,12 +165,12 @@ def effective_by_definition(events: list[dict[str, Any]]) -> list[dict[str, Any]
 )
 @example([("step", 5), ("resume", 7), ("resume", 3)])
 def test_effective_events_leave_out_what_was_superseded(kinds: list[tuple[str, int | None]]) -> None:
-    from fastdistil.metrics import _effective
+    from fastdistil.metrics import effective_events
 
     events = [
         {"event": kind, "n": n, **({} if update is None else {"update": update})} for n, (kind, update) in enumerate(kinds)
     ]
-    assert _effective(events) == effective_by_definition(events)
+    assert effective_events(events) == effective_by_definition(events)
 
 
 def test_effective_events_of_a_file(tmp_path: Path) -> None:

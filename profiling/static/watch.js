@@ -3,12 +3,11 @@
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const KEPT_LOG = 400;
-const PHASES = ["data", "transfer", "teacher", "student", "losses", "backward", "compression", "exposed", "optimizer"];
-const PHASE_TEXT = {
+const PHASES = new Map(Object.entries({
   data: "waiting for data", transfer: "to the device", teacher: "teacher forward", student: "student forward",
   losses: "losses", backward: "backward", compression: "compression", exposed: "waiting for communication",
   optimizer: "optimizer", other: "other",
-};
+}));
 
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -282,8 +281,8 @@ function showTiles() {
   const { speed, progress } = state;
   const { latest, mfu } = speed;
   const share = mfu?.student;
-  const mfuText = !mfu ? "not recorded" : share === null || share === undefined ? "no peak known" : share > 1 ? "refused" : percent(share);
-  const mfuMore = mfu && share > 1 ? "above 100%: the peak or the count is wrong" : mfu?.peak_source ? `of ${digits(mfu.peak_flops / 1e12, 3)} TFLOP/s, ${mfu.peak_source}` : "";
+  const mfuText = mfu?.refused ? "refused" : mfu ? percent(share) : "not recorded";
+  const mfuMore = mfu?.refused ? mfu.refused : mfu?.peak_source ? `of ${digits(mfu.peak_flops / 1e12, 3)} TFLOP/s, ${mfu.peak_source}` : "";
   const skipped = latest.skipped_in_all ?? 0;
   $("tiles").replaceChildren(
     tile("total loss", digits(latest.total), skipped ? `${whole.format(skipped)} updates skipped: not finite` : ""),
@@ -298,8 +297,8 @@ function showTiles() {
 function showPhases() {
   const { phases } = state;
   if (!phases) { $("phases").replaceChildren(make("p", { className: "muted" }, "not recorded")); return; }
-  const names = [...PHASES.filter((name) => name in phases.seconds), ...Object.keys(phases.seconds).filter((name) => !PHASES.includes(name) && name !== "other"), "other"];
-  const colour = (name) => `var(--${PHASES.includes(name) ? name : "other"})`;
+  const names = Object.keys(phases.seconds);  // in a step's order, "other" last
+  const colour = (name) => `var(--${PHASES.has(name) ? name : "other"})`;
   const stack = make("div", { className: "stack" });
   stack.setAttribute("aria-hidden", "true");
   const legend = make("ul", { className: "legend" });
@@ -311,7 +310,7 @@ function showPhases() {
     stack.append(piece);
     const swatch = make("span", { className: "swatch" });
     swatch.style.background = colour(name);
-    legend.append(make("li", {}, swatch, make("span", {}, PHASE_TEXT[name] ?? name), make("span", {}, seconds(value)), make("span", {}, percent(share))));
+    legend.append(make("li", {}, swatch, make("span", {}, PHASES.get(name) ?? name), make("span", {}, seconds(value)), make("span", {}, percent(share))));
   }
   const beside = phases.communication_s === null ? "" : ` Communication runs for ${seconds(phases.communication_s)} of it, beside the backward pass.`;
   $("phases").replaceChildren(stack, legend, make("p", { className: "note" }, `Rank 0, mean of ${phases.updates} updates, ${seconds(phases.step_s)} each.${beside}`));
@@ -332,14 +331,14 @@ function showRanks() {
   const { ranks, run, status } = state;
   if (!ranks) { $("ranks").replaceChildren(make("p", { className: "muted" }, run.ranks > 1 ? "no log line yet" : run.ranks === 1 ? "one rank" : "–")); return; }
   const most = Math.max(...ranks.map((each) => each.worked_s ?? 0));
-  const table = make("table", {}, make("thead", {}, row(["rank", "own work", "of the median", far("tokens"), far("waits for data"), "slowest in", "state"], "th")));
+  const table = make("table", {}, make("thead", {}, row(["rank", "own work", "of the mean", far("tokens"), far("waits for data"), "slowest in", "state"], "th")));
   const body = make("tbody");
   for (const each of ranks) {
     const meter = make("span", { className: "meter far" }, make("div"));
     meter.firstElementChild.style.width = `${most > 0 ? (100 * (each.worked_s ?? 0)) / most : 0}%`;
     const worked = each.worked_s === null ? "not recorded" : make("span", {}, seconds(each.worked_s), meter);
     body.append(row([
-      String(each.rank), worked, each.of_median === null ? "–" : `${each.of_median.toFixed(2)}×`, far(percent(each.tokens_share)),
+      String(each.rank), worked, each.of_mean === null ? "–" : `${each.of_mean.toFixed(2)}×`, far(percent(each.tokens_share)),
       far(each.data_wait_s === null ? "–" : seconds(each.data_wait_s)), percent(each.slowest_share), each.slow ? "▲ slow" : each.worked_s === null ? "–" : "even",
     ], "td", each.slow ? "slow" : ""));
   }
@@ -379,13 +378,12 @@ function showDevice() {
 }
 
 function showMemory() {
-  const { memory, run } = state;
-  const values = memory.bytes;
+  const { memory: values, run } = state;
   const of = (value, all) => (Number.isFinite(all) && all > 0 ? `${bytes(value)} of ${bytes(all)} (${percent(value / all)})` : bytes(value));
   const known = [
     ["used_bytes", "device, used by all", (value) => of(value, run.device_memory_bytes)],
     ["reserved_bytes", "reserved by torch", bytes], ["allocated_bytes", "allocated", bytes],
-    ["peak_allocated_bytes", "allocated at most", (value) => of(value, run.device_memory_bytes)], ["fragmented_bytes", "reserved, not allocated", bytes],
+    ["peak_allocated_bytes", "allocated at most", (value) => of(value, run.device_memory_bytes)], ["fragmented_bytes", "reserved beyond what was allocated", bytes],
     ["outside_bytes", "used outside torch", bytes],
     ["rss_bytes", "host (RSS)", (value) => of(value, run.host_memory_bytes)], ["peak_rss_bytes", "host at most", bytes],
   ];
