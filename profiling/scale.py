@@ -17,14 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fastdistil import __version__
 from fastdistil.cost import touched_bytes
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.launch import Job, choose_slots, launch
 from fastdistil.processes import Slot
-from fastdistil.profiling.device import cpuinfo, parse_cpu_model, usable_cores
+from fastdistil.profiling.device import usable_cores
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.scale_networks import Network
 from fastdistil.profiling.scale_points import (
@@ -129,18 +127,19 @@ def _measured(
     hosts = {slot.host for slot in slots}
     most = max(sum(slot.host == host for slot in slots) for host in hosts)
     on_cpu = str(rounds[0].start.get("device", "cpu")).startswith("cpu")
+    cores = rounds[0].environment.get("cores") or usable_cores()
     return Measured(
         setting=setting,
         nodes=len(hosts),
         rounds=tuple(rounds),
         ceiling=tuple(ceilings.get(setting.ranks, ())),
-        oversubscribed=on_cpu and most * threads > usable_cores(),
+        oversubscribed=on_cpu and most * threads > cores,
         link_bytes_per_s=study.on.bandwidth(setting.rings, len(hosts)) if study.on is not None and len(hosts) > 1 else None,
     )
 
 
 def _threads(planned: Sequence[Setting], study: Study) -> int:
-    """Of each rank, the same at all points."""
+    """Of each rank, the same at all points. Hosts are taken to have this machine's cores where OMP_NUM_THREADS is not set."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given):
         return int(given)
@@ -194,7 +193,7 @@ class _Runner:
         def run(index: int) -> None:
             try:
                 found[index] = self._run(setting, (Slot(None, index),), folder / f"run-{index + 1}")
-            except FastdistilError as error:
+            except BaseException as error:  # noqa: BLE001 (raised below, by the thread that waits for this one)
                 failed.append(error)
 
         # Threads that end with this process, and their runs with them (processes.tie_to_launcher).
@@ -288,17 +287,16 @@ def model_points(points: Sequence[Measured], baseline: int | None) -> list[Point
 def as_json(study: Study, recipe: Recipe, points: Sequence[Measured], baseline: int | None) -> dict[str, Any]:
     """The whole study; `load_points` reads what the model needs of it back."""
     start = points[0].rounds[0].start
-    on_cpu = str(start.get("device", "cpu")).startswith("cpu")
-    device = parse_cpu_model(cpuinfo()) if on_cpu else None
+    environment = points[0].rounds[0].environment
     return {
         "fastdistil": __version__,
         "recipe": study.recipe,
         "overrides": list(study.overrides),
         "device": {
             "kind": start.get("device"),
-            "name": device,
-            "cores": usable_cores(),
-            "memory_bytes": psutil.virtual_memory().total,
+            "name": points[0].rounds[0].device,
+            "cores": environment.get("cores"),
+            "memory_bytes": environment.get("memory_bytes"),
             "threads_per_rank": start.get("threads"),
         },
         "dtype": start.get("precision"),
@@ -322,6 +320,7 @@ def _point_json(point: Measured) -> dict[str, Any]:
         "nodes": point.nodes,
         "unit": "s",
         "device": start.get("device"),
+        "device_name": point.rounds[0].device,
         "dtype": start.get("precision"),
         "engine": start.get("engine"),
         "oversubscribed": point.oversubscribed,
@@ -331,6 +330,7 @@ def _point_json(point: Measured) -> dict[str, Any]:
         "step_s": [[update.step_s for update in each.updates] for each in point.rounds],
         "tokens": [[update.tokens for update in each.updates] for each in point.rounds],
         "exposed_s": [[update.exposed_s for update in each.updates] for each in point.rounds],
+        "slowest_rank": point.slowest and point.slowest[0],
         "rank_worked_s": [[update.worked_s for update in each.updates] for each in point.rounds],
         "compression_s": [[update.compression_s for update in each.updates] for each in point.rounds],
         "startup_s": [each.startup_s for each in point.rounds],

@@ -153,10 +153,10 @@ def run_study(study: Study, asked: Question, baseline: int | None, console: rich
     if chosen:
         on_cpu = str(base.rounds[0].start.get("device", "cpu")).startswith("cpu")
         model = fit(chosen, on_cpu=on_cpu)
-        more, predicted = _model(model, work, asked, reference / per_micro_batch)
+        more, predicted, told = _model(model, work, asked, reference / per_micro_batch)
         rest += more
         curves += predicted
-        values |= _model_json(model, work, asked)
+        values |= told
     left_out = [name for name, point in measured.items() if not point.modelled]
     if left_out:
         shown[0] = replace(shown[0], notes=(*shown[0].notes, f"Not in the model's fit: {'; '.join(left_out)}."))
@@ -181,8 +181,8 @@ def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.c
     if single:
         step = statistics.median(sample.step_s for point in single for sample in point.samples)
         reference = single[0].accumulation / step
-    grids, curves = _model(model, work, asked, reference)
-    values = {"studies": [str(path) for path in paths], **_model_json(model, work, asked)}
+    grids, curves, told = _model(model, work, asked, reference)
+    values = {"studies": [str(path) for path in paths], **told}
     svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""
     _write(out, "Scaling: the model on earlier studies", values, grids, svg, console)
 
@@ -267,7 +267,9 @@ def _measured_grids(points: Sequence[Measured], baseline: int | None, values: di
         if point is not base:
             cells = ["not recorded" if value is None else f"{value:.1%}" for value in share.values()]
             whole = 1 - lost.ideal_s / lost.step_s
-            lost_rows.append((point.setting.name, f"{whole:.1%}", *cells, LOSSES[lost.cause] if lost.cause else "nothing"))
+            cells.append(LOSSES[lost.cause] if lost.cause else "nothing")
+            slowest = "{} (in {} of {} updates)".format(*point.slowest) if point.slowest else "not recorded"
+            lost_rows.append((point.setting.name, f"{whole:.1%}", *cells, slowest))
     columns: tuple[str, ...] = (
         "point",
         "micro-batches a rank",
@@ -281,7 +283,7 @@ def _measured_grids(points: Sequence[Measured], baseline: int | None, values: di
     notes.append("Start-up: from the launch to the first update: imports, models, the ranks' meeting; in no other column.")
     grids = [Grid(title=title, columns=columns, rows=tuple(rows), notes=tuple(notes))]
     if lost_rows:
-        names = ("point", "lost of an update", *LOSSES.values(), "mostly")
+        names = ("point", "lost of an update", *LOSSES.values(), "mostly", "slowest rank")
         grids.append(
             Grid(
                 title="Measured: where the time beyond the ideal goes, shares of an update",
@@ -313,14 +315,21 @@ def _measured_curves(points: Sequence[Measured], baseline: int | None) -> list[C
 # --- the model
 
 
-def _model(model: Fit, work: Workload, asked: Question, reference: float | None) -> tuple[list[Grid], list[Curve]]:
-    """`reference`: micro-batches a second of one rank at the baseline; None without one."""
+def _model(
+    model: Fit, work: Workload, asked: Question, reference: float | None
+) -> tuple[list[Grid], list[Curve], dict[str, Any]]:
+    """(tables, curves, JSON); predictions are marked as such. `reference`: micro-batches a second of one rank at the baseline;
+    None without one."""
     grids = [_parameter_grid(model), _residual_grid(model)]
     places: dict[str, list[tuple[float, float, float, float]]] = {}
     rows, notes, rests = [], [], []
+    predictions: list[dict[str, Any]] = []
+    break_evens: list[dict[str, Any]] = []
     sure = not any(each.name == "memory_byte_s" and each.vague for each in model.parameters)
     for name, network, kind, rings, ranks in _questions(asked):
         found = _predict(model, work, network, kind, rings, ranks)
+        asked_for = {"predicted": True, "network_name": name}
+        predictions.append({**asked_for, "compression": kind, **asdict(found)})
         label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
         ideal = None if reference is None else work.accumulation / reference
         # The fast end of a wide band may be no time at all: then the efficiency has no upper end.
@@ -337,11 +346,10 @@ def _model(model: Fit, work: Workload, asked: Question, reference: float | None)
                 (ranks, ranks * shares[0], ranks * shares[1], ranks * min(shares[2], 2 * shares[0]))
             )
         if network is not None and kind == "none" and ranks > 1:
-            rests += [
-                (f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(each, sure))
-                for small in SMALLER
-                for each in [break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)]
-            ]
+            for small in SMALLER:
+                each = break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)
+                rests.append((f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(each, sure)))
+                break_evens.append({**asked_for, "ranks": ranks, "rings": rings, **asdict(each)})
     if rows:
         title = (
             f"PREDICTED, not measured: {work.accumulation} micro-batches a rank and update, computed as on the measured device"
@@ -353,7 +361,10 @@ def _model(model: Fit, work: Workload, asked: Question, reference: float | None)
         title = f"PREDICTED: where compression saves over {WORTH:.0%} of an update"
         names = ("predicted, not measured", "pays up to micro-batches an update", "pays below bandwidth, GB/s", "")
         grids.append(Grid(title=title, columns=names, rows=tuple(rests), predicted=True))
-    return grids, [Curve(name=name, points=tuple(found), predicted=True) for name, found in places.items()]
+    drawn = [Curve(name=name, points=tuple(found), predicted=True) for name, found in places.items()]
+    looked = {"most_accumulation": FOREVER, "most_bytes_per_s": FASTEST}
+    values = {"model": _fit_json(model), "predictions": predictions, "break_even": break_evens, "break_even_looked_to": looked}
+    return grids, drawn, values
 
 
 def _questions(asked: Question) -> list[tuple[str, Network | None, Kind, int, int]]:
@@ -451,21 +462,10 @@ def _break_even_cells(found: BreakEven, sure: bool) -> tuple[str, str, str]:
     return up_to, below, note
 
 
-def _model_json(model: Fit, work: Workload, asked: Question) -> dict[str, Any]:
-    """Predictions are marked as such."""
+def _fit_json(model: Fit) -> dict[str, Any]:
     parameters = [
         {**asdict(each), "meaning": each.meaning, "determined": each.value is not None, "unit": "s"}
         for each in model.parameters
     ]
-    predicted = [
-        {
-            "predicted": True,
-            "network_name": name,
-            "compression": kind,
-            **asdict(_predict(model, work, network, kind, rings, ranks)),
-        }
-        for name, network, kind, rings, ranks in _questions(asked)
-    ]
     found = {"parameters": parameters, "rank": model.rank, "singular_values": model.singular_values}
-    found |= {"residual": model.residual, "freedom": model.freedom, "fitted_s": model.predicted_s}
-    return {"model": found, "predictions": predicted}
+    return found | {"residual": model.residual, "freedom": model.freedom, "fitted_s": model.predicted_s}

@@ -3,15 +3,16 @@
 Efficiency at N ranks is tokens/s over N times the tokens/s a rank of the baseline: at equal work T_1/T_N (weak) and T_1/(N T_N)
 (strong). The seconds that an update takes beyond the ideal ones are split, each update by itself and then by medians:
 
-    exposed     what even the slowest rank waited in the exchange of gradients
-    control     what it waited elsewhere: words between ranks before gradients leave, log lines
+    exposed     what even the slowest rank waited for gradients
+    control     what it waited elsewhere: the words between ranks before gradients leave. On a GPU, whose host does not wait for
+                gradients itself, it is within exposed
     imbalance   the slowest rank's own work less the mean
     compression where the run recorded it
     shared      what unconnected runs side by side lose too: caches, memory and clock (the ceiling)
     compute     the rest
 
-Without the ranks' own work (rank_worked_s) exposed is rank 0's wait, whoever it waited for, and control and imbalance are not
-recorded.
+Without the ranks' own work (rank_worked_s) exposed is the whole of rank 0's wait, whoever it waited for, and control and
+imbalance are not recorded.
 """
 
 import statistics
@@ -64,6 +65,9 @@ class Update:
     tokens: int
     """Of all ranks."""
     exposed_s: float
+    """What rank 0 waited for others, slower ranks included."""
+    gradients_s: float | None = None
+    """What of it its host waited for gradients; None on a GPU."""
     compression_s: float | None = None
     worked_s: tuple[float, ...] | None = None
     """By rank."""
@@ -75,9 +79,10 @@ class Update:
         if self.worked_s is None:
             return told | {"exposed": self.exposed_s, "control": None, "imbalance": None, "worked": None}
         slowest, mean = max(self.worked_s), statistics.fmean(self.worked_s)
-        waited = max(0.0, self.step_s - slowest)
-        exposed = min(self.exposed_s, waited)
-        return told | {"exposed": exposed, "control": waited - exposed, "imbalance": slowest - mean, "worked": mean}
+        told |= {"exposed": (waited := max(0.0, self.step_s - slowest)), "control": None}
+        if self.gradients_s is not None:
+            told |= {"exposed": (exposed := min(self.gradients_s, waited)), "control": waited - exposed}
+        return told | {"imbalance": slowest - mean, "worked": mean}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,10 @@ class Round:
     updates: tuple[Update, ...]
     start: Mapping[str, Any]
     """The run's start event."""
+    environment: Mapping[str, Any]
+    """Of rank 0's machine."""
+    device: str | None
+    """Its name."""
     facts: Mapping[str, Any]
     """Of its last log line: buckets, gradient bytes and collectives an update."""
     startup_s: float | None
@@ -116,27 +125,30 @@ def read_round(history: History, warmup: int, launched_s: float | None = None) -
     for line in history.lines:
         if line["updates"] != 1:
             raise UserError(f"{history.directory} has {line['updates']} updates in a log line; wanted logging.every=1")
-        updates.append(_update(line))
+        updates.append(_update(line, on_gpu=str(history.start.get("device")).startswith("cuda")))
     if len(updates) <= warmup:
         raise UserError(f"{history.directory} has {len(updates)} updates, {warmup} of them warm-up; raise --steps")
     started = history.start.get("time")
     return Round(
         updates=tuple(updates[warmup:]),
         start=history.start,
+        environment=history.environment,
+        device=history.device,
         facts=history.lines[-1],
         startup_s=started - launched_s if launched_s is not None and started is not None else None,
     )
 
 
-def _update(line: Mapping[str, Any]) -> Update:
+def _update(line: Mapping[str, Any], on_gpu: bool) -> Update:
     phases = line.get("phases") or {}
     steps = line.get("step_s")
     worked = line.get("rank_worked_s")
-    compression, exposed = phases.get("compression"), phases.get("exposed")
+    compression, exposed, gradients = phases.get("compression"), phases.get("exposed"), line.get("exchange_wait_s")
     return Update(
         step_s=steps[0] if steps else line["tokens"] / line["tokens_per_s"],  # the same clock, by the line
         tokens=line["tokens"],
-        exposed_s=exposed[0] if exposed else line.get("exchange_wait_s", 0.0),
+        exposed_s=exposed[0] if exposed else gradients or 0.0,
+        gradients_s=None if on_gpu else gradients,
         compression_s=compression[0] if compression else None,
         worked_s=tuple(worked) if worked else None,
     )
@@ -157,6 +169,16 @@ class Measured:
     @property
     def tokens_per_s(self) -> list[float]:
         return [each.tokens_per_s for each in self.rounds]
+
+    @property
+    def slowest(self) -> tuple[int, int, int] | None:
+        """(the rank with the most own work, in how many updates it was the slowest, of how many); None: not recorded."""
+        worked = [update.worked_s for each in self.rounds for update in each.updates if update.worked_s is not None]
+        if not worked or len(worked[0]) < 2:
+            return None
+        sums = [sum(of_rank) for of_rank in zip(*worked, strict=True)]
+        rank = sums.index(max(sums))
+        return rank, sum(each.index(max(each)) == rank for each in worked), len(worked)
 
     @property
     def modelled(self) -> bool:
@@ -236,11 +258,9 @@ def model_point(point: Measured, baseline: Measured, touched_bytes: float) -> Po
     several = setting.ranks > 1
     exchanges = setting.accumulation if setting.sync == "every-micro-batch" and several else 1
     buckets = facts["buckets"] if several else 0
-    on_cpu = str(point.rounds[0].start.get("device", "cpu")).startswith("cpu")
     samples = []
     for each in point.rounds:
-        # On a GPU the host's own time is no rank's work.
-        worked, imbalance = (each.part("worked"), each.part("imbalance")) if on_cpu and several else (None, None)
+        worked, imbalance = (each.part("worked"), each.part("imbalance")) if several else (None, None)
         waited = None if worked is None or imbalance is None else max(0.0, each.step_s - worked - imbalance)
         samples.append(Sample(step_s=each.step_s, worked_s=worked, imbalance_s=imbalance, waited_s=waited))
     return Point(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from fastdistil.cost import allreduce_s
 from fastdistil.errors import UserError, translated
-from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure
 from fastdistil.profiling.scaling import OPEN
 
 TABLES = Path(__file__).parent / "tables"
@@ -48,6 +48,8 @@ class Table(BaseModel):
     def _grows(self) -> Self:
         if len({row.gpus for row in self.rows}) < 2:
             raise ValueError("all rows have the same number of GPUs; wanted at least two numbers")
+        if min(row.minutes for row in self.rows) <= self.rounding:
+            raise ValueError(f"a row's minutes may be none at all: wanted more than rounding, {self.rounding:g}")
         return self
 
 
@@ -135,11 +137,13 @@ def default_base(table: Table) -> Row:
 
 
 def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[str, object]]:
-    """(tables, SVG, values) of a given table. `ideal_from`: number of the row, from 1, that the plot's line starts at."""
+    """(tables, SVG, values) of a given table. `ideal_from`: number of the row, from 1, that the plot's line starts at beside
+    the default's; None: the slower one before it of as many GPUs, if there is one."""
     base = default_base(table)
     if ideal_from is not None and not 1 <= ideal_from <= len(table.rows):
         raise UserError(f"--baseline {ideal_from}: the table has rows 1 to {len(table.rows)}")
-    start = table.rows[ideal_from - 1] if ideal_from is not None else base
+    slower = [row for row in table.rows if row.gpus == base.gpus and row.minutes > base.minutes]
+    start = table.rows[ideal_from - 1] if ideal_from is not None else min(slower, key=lambda row: row.minutes, default=base)
     number = {id(row): index for index, row in enumerate(table.rows, 1)}
     bases = list({id(row): row for row in (start, base)}.values())
     readings = table.micro_batch_s if table.accumulation and table.gradient_bytes else ()
@@ -169,7 +173,7 @@ def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[s
         if row.gpus > base.gpus:
             by_rings.setdefault(str(row.rings), []).append(row)
     curves = [
-        Curve(name=f"the table, rings: {rings}", points=tuple(_speed(row, start) for row in (base, *found)))
+        Curve(name=f"the table, rings: {rings}", points=tuple(_speed(row, start, table.rounding) for row in (base, *found)))
         for rings, found in by_rings.items()
     ]
     ideals = [
@@ -179,8 +183,8 @@ def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[s
     return [grid], svg, {"table": table.title, "rounding_minutes": table.rounding, "rows": values}
 
 
-def _speed(row: Row, start: Row) -> tuple[float, float, float, float]:
-    return (row.gpus, start.minutes / row.minutes, start.minutes / (row.minutes + 0.5), start.minutes / (row.minutes - 0.5))
+def _speed(row: Row, start: Row, off: float) -> tuple[float, float, float, float]:
+    return (row.gpus, start.minutes / row.minutes, start.minutes / (row.minutes + off), start.minutes / (row.minutes - off))
 
 
 def _notes(table: Table, base: Row, bases: list[Row], readings: tuple[float, ...]) -> list[str]:
@@ -212,7 +216,3 @@ def _notes(table: Table, base: Row, bases: list[Row], readings: tuple[float, ...
                     "latency or bandwidth explains: noise, placement or costs that an update does not have are in it."
                 )
     return told
-
-
-def write_page(table: Table, grids: list[Grid], svg: str) -> str:
-    return page(f"Scaling of {table.title}", svg, grids)
