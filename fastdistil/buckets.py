@@ -133,7 +133,7 @@ class Buckets:
         with self._span("exposed"):
             self._await_all()
             if self._spans is not None:
-                self._spans.arrived()
+                self._spans.awaited()
             for flat, before in self._sums:
                 flat.add_(before)
             self._sums.clear()
@@ -147,6 +147,10 @@ class Buckets:
 
     def _span(self, name: Name) -> AbstractContextManager[Any]:
         return self._spans(name) if self._spans is not None else nullcontext()
+
+    def _compression(self) -> AbstractContextManager[Any]:
+        """Around what compressing costs; nothing before it begins."""
+        return self._span("compression") if self._compressing else nullcontext()
 
     def _await_all(self) -> None:
         # A bucket's second collective is posted when its first is done, in the buckets' order: on every rank alike.
@@ -164,11 +168,12 @@ class Buckets:
 
     def settle(self, left_out: Tensor) -> None:
         """After the optimizer. Where `left_out` (0-dimensional, on the device) is 1 it did not take the update."""
-        for bucket in self.buckets:
-            for name, before in (bucket.before or {}).items():
-                if before is not bucket.state[name]:
-                    bucket.state[name] = torch.where(left_out > 0, before, bucket.state[name], out=before)
-            bucket.before = None
+        with self._compression():
+            for bucket in self.buckets:
+                for name, before in (bucket.before or {}).items():
+                    if before is not bucket.state[name]:
+                        bucket.state[name] = torch.where(left_out > 0, before, bucket.state[name], out=before)
+                bucket.before = None
 
     def reorder(self) -> bool:
         """Once, after the first update: lay the buckets out in the order in which rank 0's gradients got ready.
@@ -288,26 +293,27 @@ class Buckets:
         if bucket.before is None:
             # What only observes makes new tensors.
             copied = self._compressing
-            bucket.before = {name: value.clone() if copied else value for name, value in bucket.state.items()}
+            with self._compression():
+                bucket.before = {name: value.clone() if copied else value for name, value in bucket.state.items()}
         bucket.exchange, bucket.step = chosen.exchange(bucket.flat, bucket.state, bucket.layout, self._update), 0
         self._post(bucket, None)
 
     def _post(self, bucket: _Bucket, answer: Tensor | None) -> bool:
         """Run the exchange up to its next collective. False when it has ended: then `flat` holds the sum."""
         assert bucket.exchange is not None
-        try:
-            with self._span("compression") if self._compressing else nullcontext():
+        with self._compression():
+            try:
                 request = bucket.exchange.send(answer)  # type: ignore[arg-type]
-        except StopIteration as ended:
-            summed, state = ended.value
-            if summed.data_ptr() != bucket.flat.data_ptr():
-                bucket.flat.copy_(summed)
-            if self._compressing:
-                bucket.state = state
-            else:
-                bucket.state = self.compressor.observe(bucket.flat, bucket.state, bucket.layout)
-            bucket.exchange = bucket.handle = None
-            return False
+            except StopIteration as ended:
+                summed, state = ended.value
+                if summed.data_ptr() != bucket.flat.data_ptr():
+                    bucket.flat.copy_(summed)
+                if self._compressing:
+                    bucket.state = state
+                else:
+                    bucket.state = self.compressor.observe(bucket.flat, bucket.state, bucket.layout)
+                bucket.exchange = bucket.handle = None
+                return False
         if self._spans is not None:
             self._spans.departed()
         start = getattr(self.world, request.kind)

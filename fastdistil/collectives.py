@@ -105,8 +105,6 @@ class World:
         self.device, self.rings, self.connect = device, ring_count, connect
         self.counters = Counters(ring_bytes=[0] * ring_count)
         self.watch = watch
-        self.waited_s = 0.0
-        """Of the host, in all waits for other ranks."""
 
     @property
     def is_chief(self) -> bool:
@@ -131,7 +129,6 @@ class World:
 
     def wait(self, handle: Handle) -> Tensor:
         """Raises RankLost if a rank that it needs is gone. On a GPU only the stream waits, where the engine can."""
-        begun = time.perf_counter()
         try:
             with waiting(self.watch, handle.name):
                 pause_s = 2e-5
@@ -148,8 +145,6 @@ class World:
             raise
         except Exception as error:
             raise self._lost(handle.name, error) from error
-        finally:
-            self.waited_s += time.perf_counter() - begun
 
     def sum(self, values: Sequence[int], name: str) -> list[int]:
         """Of every rank's 64-bit integers, on every rank."""

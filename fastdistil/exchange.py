@@ -1,8 +1,7 @@
 """How an update's gradients become those of all ranks: not at all on one rank, else through buckets, perhaps compressed."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -261,37 +260,24 @@ def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer
 class Load:
     """What this rank did since the last log line, to find out who keeps the others waiting."""
 
-    def __init__(self, world: World, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._world, self._clock = world, clock
-        self.restart()
-
-    def restart(self) -> None:
-        self._tokens, self._data_wait_s, self._since = 0, 0.0, self._clock()
-        self._waited_s = self._world.waited_s
-
-    @contextmanager
-    def excluded(self) -> Iterator[None]:
-        """Time in the block is not work on updates, nor are its waits."""
-        begun, waited_s = self._clock(), self._world.waited_s
-        try:
-            yield
-        finally:
-            self._since += self._clock() - begun
-            self._waited_s += self._world.waited_s - waited_s
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._tokens, self._data_wait_s = 0, 0.0
 
     def add(self, tokens: int, data_wait_s: float) -> None:
         self._tokens += tokens
         self._data_wait_s += data_wait_s
 
-    def read(self) -> dict[str, Any]:
+    def read(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest.
 
-        Waits for other ranks are not work: whoever is fast waits for whoever is slow.
+        Work is the updates' time, as this rank's spans in `line` have it, without what was waited for other ranks (`exposed`):
+        whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
         """
-        worked_s = self._clock() - self._since - (self._world.waited_s - self._waited_s)
+        worked_s = sum(line["step_s"]) - sum(line["phases"].get("exposed", ()))
         told = self._world.gather([self._tokens, self._data_wait_s, worked_s], "fastdistil.load")
         ranks = [_Load(*each) for each in told]
-        self.restart()
+        self._tokens, self._data_wait_s = 0, 0.0
         tokens, seconds = [each.tokens for each in ranks], [each.worked_s for each in ranks]
         return {
             "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,

@@ -1,9 +1,12 @@
 """What measures a run while it trains, always on: where the updates' time goes, memory, the device, and the arithmetic done.
 
 Spans are measured on every rank; the rest on rank 0, which writes the log: its device stands for the others'. Nothing here
-waits for the device; what is read at a log line was waited for by that.
+waits for the device; what is read at a log line was waited for by that. What disturbs an update, the peaks of its phases and
+the count of what autograd keeps, is done in the last one of the warm-up.
 """
 
+import json
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
@@ -11,18 +14,17 @@ from typing import Any
 import torch
 
 from fastdistil import __version__, models
-from fastdistil.errors import is_out_of_memory
 from fastdistil.estimate import transformer_shape
 from fastdistil.inputs import Inputs
-from fastdistil.out_of_memory import Sizes, out_of_memory
+from fastdistil.out_of_memory import Sizes, naming
 from fastdistil.profiling import roofline
-from fastdistil.profiling.device import Sampler, device_facts, gpu_of
+from fastdistil.profiling.device import Sampler, device_facts
 from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
-from fastdistil.profiling.nvml import NvmlError
 from fastdistil.profiling.roofline import Work, WorkCounter
 from fastdistil.profiling.spans import Name, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe
+from fastdistil.team import Team
 
 
 class Instruments:
@@ -33,23 +35,17 @@ class Instruments:
         self._recipe, self._inputs, self._chief = with_teacher_dtype(recipe, inputs), inputs, chief
         self.spans = Spans(device, warmup=recipe.profile.warmup)
         self.tracer = Tracer(recipe.profile.trace_steps, device, self.spans)
-        gpu = None
-        if device.type == "cuda":
-            with suppress(NvmlError):  # the sampler tells it
-                gpu = gpu_of(device)
-        self.memory = MemoryMeter(device, gpu=gpu)
-        self._sampler = Sampler(device, tell=tell, gpu=gpu) if chief else None
+        self.memory = MemoryMeter(device)
+        self._sampler = Sampler(device, tell=tell) if chief else None
         self._count: Callable[[Any], Work] = lambda _: Work()
-        self._peak: tuple[float, str] | None = None
-        self._peaks: dict[str, dict[str, float]] = {}
+        self._peaks: dict[str, dict[str, float]] = {"flops": {}, "bytes": {}}
         if chief:
             self._count_work(tell)
-            self._find_peaks()
         self._work: list[Work] = []
         """Of each update since the last line, warm-up included."""
-        self._warmup_left, self._kept = recipe.profile.warmup, 0
-        self._known = False
-        """Whether `parts` told the peak's parts."""
+        self._kept = 0
+        self._watched = self._told = False
+        """Whether memory was watched for an update, and whether `parts` told what was found."""
         self._sizes = sizes_of(inputs, recipe)
         self.where: str = "training"
         """What is going on outside of spans, for errors."""
@@ -69,12 +65,6 @@ class Instruments:
         except ValueError as error:
             tell(str(error))
 
-    def _find_peaks(self) -> None:
-        recipe = self._recipe
-        self._peaks = roofline.peaks(self._inputs.device, recipe.loop.precision, measure=recipe.profile.measure_peaks)
-        for source, flops in self._peaks["flops"].items():
-            self._peak = self._peak or (flops, source)
-
     def close(self) -> None:
         self.tracer.close()
         if self._sampler is not None:
@@ -84,13 +74,13 @@ class Instruments:
 
     def begin(self) -> None:
         """Before an update's window is asked for."""
-        self.memory.watching = self._chief and self._warmup_left == 0 and not self._known
+        self.memory.watching = self._chief and not self._watched and self.spans.warmup_left <= 1
         self.spans.begin()
         self._work.append(Work())
 
     def end(self) -> None:
-        self.spans.end()
-        self._warmup_left = max(0, self._warmup_left - 1)
+        self.spans.end(counts=not self.tracer.tracing)
+        self._watched, self.memory.watching = self._watched or self.memory.watching, False
 
     def span(self, name: Name) -> AbstractContextManager[Any]:
         span = self.spans(name)
@@ -118,20 +108,32 @@ class Instruments:
     def aside(self, what: str) -> Iterator[None]:
         """Around what is no part of updates."""
         before, self.where = self.where, what
-        yield
+        with self.spans.range(what):
+            yield
         self.where = before  # not after an error: it tells where that happened
 
     # For the log
 
-    def environment(self, tell: Callable[[str], None]) -> dict[str, Any]:
-        """The fields of the event `environment`."""
-        return {"devices": [{"rank": 0, **device_facts(self._inputs.device, tell)}], "peaks": self._peaks} | host_facts()
+    def survey(self, team: Team, tell: Callable[[str], None]) -> dict[str, Any]:
+        """The fields of the event `environment`. All ranks call it: while rank 0 measures peaks, the others do nothing."""
+        device, recipe = self._inputs.device, self._recipe
+        own = {"rank": team.world.rank, "host": socket.gethostname(), **device_facts(device, tell)}
+        told = list(team.collect_bytes(json.dumps(own).encode(), "devices"))  # to rank 0
+        devices = [json.loads(each) for each in told if each]
+        if self._chief:
+            self.memory.peak_bytes()  # kept by the meter: measuring begins torch's own anew
+            precisions = [recipe.loop.precision]
+            if recipe.teacher is not None and self._inputs.teacher is not None:
+                precisions.append(recipe.teacher.dtype)
+            self._peaks = roofline.peaks(device, *precisions, measure=recipe.profile.measure_peaks)
+        team.world.barrier("fastdistil.peaks")
+        return {"devices": devices, "peaks": self._peaks} | host_facts()
 
     def parts(self, optimizer: torch.optim.Optimizer, residuals: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-        """The fields of the event `memory`, once, when an update behind the warm-up has been done; else None."""
-        if not self._chief or self._known or not self.memory.watching:
+        """The fields of the event `memory`, once, when an update has been watched; else None."""
+        if self._told or not self._watched:
             return None
-        self._known, self.memory.watching = True, False
+        self._told = True
         inputs, estimate = self._inputs, None
         if self._sizes is not None:
             estimate = self._sizes.estimate(self._recipe).parts()
@@ -141,37 +143,40 @@ class Instruments:
             teacher=inputs.teacher,
             optimizer=optimizer,
             residuals=residuals.values(),
-            logits=estimate["logits"] if estimate is not None else 0,
             peak=peak if inputs.device.type == "cuda" else None,
-            activations=self._kept or None,
+            kept=self._kept or None,
         )
         return {"parts": self.memory.parts, "estimate": estimate, "peak_bytes": peak}
 
     def read(self) -> dict[str, Any]:
         """The fields of a log line, since the last one."""
         found = self.spans.read()
-        found["memory"] = self.memory.read()
+        used_bytes = None
         if self._sampler is not None:
             found["device"] = self._sampler.read()
+            used_bytes = self._sampler.latest("memory_used_bytes")
+        found["memory"] = self.memory.read(used_bytes)
         steps, warmup = found["step_s"], found["warmup"]
         work, self._work = self._work[: len(steps)], self._work[len(steps) :]
         if self._chief and any(each.executed for each in work):
             found["flops"] = sum(work, start=Work()).fields()
-            if self._peak is not None and len(steps) > warmup:
-                measured = sum(work[warmup:], start=Work())
-                found["mfu"] = roofline.utilisation(measured, sum(steps[warmup:]), *self._peak)
+            if len(steps) > warmup:
+                found |= self._utilisation(sum(work[warmup:], start=Work()), sum(steps[warmup:]))
         return found
 
-    @contextmanager
-    def naming_out_of_memory(self) -> Iterator[None]:
-        """Around the whole of training: what runs out of memory is told with the phase, what held it, and what helps."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            where = self.where if self.where != "training" else self.spans.failed or self.where
-            raise out_of_memory(error, where, self.memory, self._recipe, self._sizes) from error
+    def _utilisation(self, work: Work, seconds: float) -> dict[str, Any]:
+        """A log line's `mfu`: against the datasheet's peak, and beside it the measured one; against what there is of them."""
+        shares = [roofline.utilisation(work, seconds, flops, source) for source, flops in self._peaks["flops"].items()]
+        if len(shares) == 2:
+            return {"mfu": {**shares[0], "measured": shares[1]}}
+        return {"mfu": shares[0]} if shares else {}
+
+    def naming_out_of_memory(self) -> AbstractContextManager[None]:
+        """Around the whole of training."""
+        return naming(self._where, self.memory, self._recipe, self._sizes)
+
+    def _where(self) -> str:
+        return self.where if self.where != "training" else self.spans.failed or self.where
 
 
 def with_teacher_dtype(recipe: Recipe, inputs: Inputs) -> Recipe:
@@ -202,7 +207,6 @@ def host_facts() -> dict[str, Any]:
     """Of this machine and the packages."""
     import importlib.metadata
     import platform
-    import socket
 
     from fastdistil.profiling.device import cpuinfo, parse_cpu_model, usable_cores, usable_memory
 

@@ -73,9 +73,10 @@ class Run:
         return self.team.stop_wanted(own)
 
     def agree_to_stop(self, counts: Counts) -> bool:
-        """The same answer on all ranks, which all ask."""
+        """The same answer on all ranks, which all ask; whoever is fast waits here for whoever is slow."""
         pause = self.team.is_chief and pause_requested(self.directory)
-        self.stopping = self.team.decide(self.signals.requested, pause, counts)
+        with self.instruments.span("exposed"):
+            self.stopping = self.team.decide(self.signals.requested, pause, counts)
         return self.stopping.stop
 
     def tell(self, text: str) -> None:
@@ -89,9 +90,10 @@ class Run:
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Around an evaluation or a checkpoint: what is no part of updates and takes as long as it needs."""
+        """Around an evaluation, a checkpoint, a trace's beginning and end: what is no part of updates and takes as long as it
+        needs. All ranks enter it."""
         begun = time.perf_counter()
-        with self.meter.excluded(), self.load.excluded(), self.team.unhurried(what), self.instruments.aside(what):
+        with self.meter.excluded(), self.team.unhurried(what), self.instruments.aside(what):
             yield
         self.exchange.excluded(time.perf_counter() - begun)
 

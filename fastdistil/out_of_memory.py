@@ -6,13 +6,15 @@ with what it saves if that is worth a twentieth of the whole.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from fastdistil.errors import OutOfMemory
+from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.estimate import estimate_memory, size_text
+from fastdistil.profiling.bottleneck import cacheable
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.profiling.memory import MemoryEstimate, MemoryMeter, Shape
 from fastdistil.recipe import Recipe
@@ -22,6 +24,8 @@ WORTH = 0.05
 _STATIC = ("loading", "optimizer")
 """Phases whose memory does not depend on the micro-batch."""
 _WANTED = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([A-Za-z]+)", re.IGNORECASE)
+_IN_PIECES = re.compile(r"([0-9.]+) (bytes|KiB|MiB|GiB) is reserved by PyTorch but unallocated")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,17 @@ class Sizes:
         return estimate_memory(recipe, self.student, teacher, causal=self.causal, longest=self.longest)
 
 
+@contextmanager
+def naming(phase: Callable[[], str], meter: MemoryMeter, recipe: Recipe, sizes: Sizes | None = None) -> Iterator[None]:
+    """What runs out of memory in the block is told with the phase, what held it, and what helps: raises OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, phase(), meter, recipe, sizes) from error
+
+
 def out_of_memory(
     error: BaseException, phase: str, meter: MemoryMeter, recipe: Recipe, sizes: Sizes | None = None
 ) -> OutOfMemory:
@@ -52,7 +67,7 @@ def out_of_memory(
     estimate = sizes.estimate(recipe) if sizes is not None else None
     peak = meter.peak_bytes()
     told.append(f"the most in use so far was {size_text(peak)}" + _parts(meter.parts, estimate))
-    advice = list(_around(meter))
+    advice = list(_around(error, meter))
     if phase == "evaluation":
         smaller = max(recipe.evaluation.batch_tokens // 2, 1)
         advice.append(f"evaluation.batch_tokens={smaller}")
@@ -93,9 +108,7 @@ def _changes(recipe: Recipe, sizes: Sizes, phase: str) -> Iterator[tuple[str, in
     if sizes.teacher is not None and recipe.teacher is not None:
         if recipe.teacher.dtype == "fp32" and half:
             yield "teacher.dtype=bf16", saved(teacher={"dtype": "bf16"})
-        objective = recipe.objective
-        # What a cache can stand in for; see inputs.check_cached.
-        if objective.a_ce and not objective.a_cos and not objective.a_mse and objective.divergence == "forward-kl":
+        if cacheable(recipe.objective.model_dump()):
             yield "a cached teacher (`fastdistil cache-teacher`, then teacher.cache)", saved(cached=True)
     if recipe.compression.kind != "none":
         yield "compression=none", saved(compression={"kind": "none", "frozen_variance_after": None})
@@ -107,16 +120,17 @@ def _held(estimate: MemoryEstimate, phase: str) -> int:
     return sum(size for name, size in parts.items() if phase not in _STATIC or name not in ("activations", "logits"))
 
 
-def _around(meter: MemoryMeter) -> Iterator[str]:
+def _around(error: BaseException, meter: MemoryMeter) -> Iterator[str]:
     """Of a GPU: memory that is neither this recipe's nor free."""
-    found = meter.read()
-    if "reserved_bytes" not in found:
-        return
-    reserved, fragmented, outside = found["reserved_bytes"], found["fragmented_bytes"], found["outside_bytes"]
-    if fragmented > 0.1 * reserved and "expandable_segments" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+    reserved, outside = meter.read().get("reserved_bytes", 0), meter.outside_bytes()
+    in_pieces = 0.0
+    if (found := _IN_PIECES.search(str(error))) is not None:
+        in_pieces = float(found[1]) * _UNITS[found[2]]
+    options = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if in_pieces > 0.1 * reserved and "expandable_segments" not in options:
         yield (
-            f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment ({size_text(fragmented)} are reserved and in "
-            "pieces that were not used)"
+            "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment "
+            f"({size_text(int(in_pieces))} are reserved, in pieces that were too small)"
         )
     if outside is not None and outside > max(2**30, 0.1 * reserved):
         yield f"room on the GPU: {size_text(outside)} are held by other processes, or outside of torch's allocator"
@@ -125,6 +139,8 @@ def _around(meter: MemoryMeter) -> Iterator[str]:
 def _parts(measured: Mapping[str, int | None], estimate: MemoryEstimate | None) -> str:
     estimated = estimate.parts() if estimate is not None else {}
     known = {name: size for name, size in measured.items() if size}
+    if known and estimated:
+        estimated["activations_and_logits"] = estimated["activations"] + estimated["logits"]
     if not known and not estimated:
         return ""
     shown = known or estimated

@@ -34,13 +34,11 @@ def announce(run: Run) -> None:
         student_parameters=models.parameter_count(run.inputs.student),
         teacher_parameters=models.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
     )
-    if run.events is not None:
-        run.event("environment", **run.instruments.environment(run.console.note))
+    run.event("environment", **run.instruments.survey(run.team, run.console.note))
     if run.board is not None:
         run.board.text("recipe", run.recipe.to_yaml())
     run.console.start(run.inputs.updates, run.update)
     run.meter.restart()
-    run.load.restart()
 
 
 def log(run: Run) -> None:
@@ -48,9 +46,9 @@ def log(run: Run) -> None:
     with rolling_back(run):
         fields: dict[str, Any] = run.meter.read(run.guard)
     count(run)
-    if not run.team.alone:
-        fields |= run.exchange.fields() | run.load.read()
     fields |= run.instruments.read()
+    if not run.team.alone:
+        fields |= run.exchange.fields() | run.load.read(fields)
     if "peak_allocated_bytes" in fields.get("memory", {}):  # torch's own counter begins anew where phases are watched
         fields["device_peak_bytes"] = fields["memory"]["peak_allocated_bytes"]
     parts = run.instruments.parts(run.optimizer, run.exchange.tensors())
@@ -63,10 +61,13 @@ def log(run: Run) -> None:
     run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:
         run.board.write(run.update, dict(curves(fields)))
-        every = run.recipe.logging.histograms
-        if every is not None and run.update // every > run.histograms_at // every:
-            run.board.histograms(run.update, histograms(run))
-            run.histograms_at = run.update
+    options = run.recipe.logging
+    every = options.histograms if options.tensorboard else None
+    if every is not None and run.update // every > run.histograms_at // every:
+        run.histograms_at = run.update
+        with run.aside("histograms"):
+            if run.board is not None:
+                run.board.histograms(run.update, histograms(run))
 
 
 def curves(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -87,13 +88,23 @@ def histograms(run: Run) -> Iterator[tuple[str, Tensor]]:
             yield f"moments/{name}", state["exp_avg"]
 
 
-def trace(run: Run) -> None:
+def start_trace(run: Run) -> None:
+    """Before every update."""
+    tracer = run.instruments.tracer
+    if tracer.begins(run.update + 1):
+        tracer.wait()
+        with run.aside("trace"):
+            tracer.start()
+
+
+def finish_trace(run: Run) -> None:
     """After every update: all ranks' traces, once the last traced update is done, in the run's directory."""
-    traced = run.instruments.tracer.after(run.update, last=run.update == run.inputs.updates)
-    if traced is None:
+    tracer = run.instruments.tracer
+    if not tracer.ends(run.update, last=run.update == run.inputs.updates):
         return
+    tracer.wait()
     with run.aside("trace"):
-        data, kernels = traced
+        data, kernels = tracer.stop()
         for rank, each in enumerate(run.team.collect_bytes(data, "trace")):
             path = run.directory / "trace" / f"rank-{rank}.json.gz"
             if not run.team.is_chief:

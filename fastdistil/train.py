@@ -33,14 +33,16 @@ from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
-from fastdistil.instruments import Instruments
+from fastdistil.instruments import Instruments, sizes_of
 from fastdistil.loop_state import Run
 from fastdistil.masking import update_seed
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
+from fastdistil.out_of_memory import naming
+from fastdistil.profiling.memory import MemoryMeter
 from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
-from fastdistil.reporting import announce, log, trace
+from fastdistil.reporting import announce, finish_trace, log, start_trace
 from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, sole_user, stored_recipe
 from fastdistil.saving import restore, resume_command, rolling_back, save
 from fastdistil.state import learnt_tensors
@@ -88,7 +90,8 @@ def train(
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
-        with translated("loading the models and the corpus"), team.unhurried("loading"):
+        loading = partial(naming, lambda: "loading", MemoryMeter(team.world.device), recipe)
+        with translated("loading the models and the corpus"), loading(), team.unhurried("loading"):
             rank, ranks = team.world.rank, team.world.size
             own = {"teacher": teacher, "student": student, "batches": batches}
             inputs = load_inputs(local, **own, note=console.note, rank=rank, ranks=ranks)  # type: ignore[arg-type]
@@ -98,13 +101,14 @@ def train(
             if team.is_chief:
                 stack.enter_context(sole_user(directory))
         signals = stack.enter_context(Signals(console.note))
-        run = _assemble(stack, recipe, directory, inputs, team, console, signals)
-        if continued:
-            with team.unhurried("restoring"):
-                restore(run, None if resume == "auto" else Path(resume or directory))
-        else:
-            team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
-        announce(run)
+        with translated("starting", directory), loading(sizes_of(inputs, recipe)):
+            run = _assemble(stack, recipe, directory, inputs, team, console, signals)
+            if continued:
+                with team.unhurried("restoring"):
+                    restore(run, None if resume == "auto" else Path(resume or directory))
+            else:
+                team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
+            announce(run)
         with translated("training", directory), run.instruments.naming_out_of_memory():
             _loop(run)
             return _finish(run)
@@ -139,6 +143,8 @@ def _loop(run: Run) -> None:
     with run.inputs.source.windows(run.update, run.inputs.updates) as windows:
         first = True
         while True:
+            if run.update < run.inputs.updates:
+                start_trace(run)
             run.team.phase("data", run.update + 1)
             run.instruments.begin()
             asked = time.perf_counter()
@@ -147,7 +153,6 @@ def _loop(run: Run) -> None:
             if asked_for is None:
                 break
             window, counts = asked_for
-            run.instruments.tracer.before(run.update + 1)
             # The first one compiles what runs on a GPU, or everything, for as long as that takes.
             compiles = first and (run.recipe.loop.compile or run.inputs.device.type == "cuda")
             with run.team.unhurried("first update") if compiles else nullcontext():
@@ -157,7 +162,7 @@ def _loop(run: Run) -> None:
             first = False
             run.instruments.end()
             last = run.update == run.inputs.updates
-            trace(run)
+            finish_trace(run)
             if (check := run.recipe.world.check_replicas) and run.update % check == 0:
                 run.team.check_replicas(run.parameters, run.update)
             if run.update % log_every == 0 or last:

@@ -274,6 +274,10 @@ class Sampler:
             before, samples
         )
 
+    def latest(self, name: str) -> float | None:
+        """A metric of the last look that `read` took in; None where not known."""
+        return None if self._before is None else self._before.get(name)
+
     def close(self) -> None:
         """Stop the thread; waits for the look that is under way."""
         self._stop.set()

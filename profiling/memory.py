@@ -36,8 +36,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from fastdistil.profiling.nvml import Gpu
-
 EAGER_LOGIT_TENSORS = 7
 """[rows, vocabulary] tensors in compute width that are alive at the worst instant of an eager distillation loss: student and
 teacher logits, their two log-softmaxes, the teacher's probabilities, the product under the sum and its gradient."""
@@ -54,7 +52,6 @@ class HostMemory:
 @dataclass(frozen=True)
 class DeviceMemory:
     allocated_bytes: int
-    reserved_bytes: int
     peak_allocated_bytes: int
 
 
@@ -78,9 +75,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
     """Of torch's allocator on `device`, without waiting for it; None for the CPU, which has no such allocator."""
     if device.type != "cuda":
         return None
-    return DeviceMemory(
-        torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
-    )
+    return DeviceMemory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +118,8 @@ class MemoryEstimate:
         return sum(vars(self).values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes under the names that a measurement has: PARTS."""
+        """Bytes under the names that a measurement has, PARTS; but of what it can only tell together, `activations_and_logits`,
+        each."""
         return {
             "student_weights": self.student_weights,
             "teacher_weights": self.teacher_weights,
@@ -135,7 +131,7 @@ class MemoryEstimate:
         }
 
 
-PARTS = ("student_weights", "teacher_weights", "gradients", "optimizer", "residuals", "logits", "activations")
+PARTS = ("student_weights", "teacher_weights", "gradients", "optimizer", "residuals", "activations_and_logits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,18 +218,17 @@ class MemoryMeter:
     """Memory of this process and of `device`, for a log line; nothing here waits for the device.
 
     On a GPU `phase` finds the peak of each part of an update. For that it resets torch's peak counters, so that whoever else
-    reads them sees the peak of a phase; the meter keeps the whole run's, and does so only while `watching` (the first updates
-    behind the warm-up are enough). A processor's allocator has no such counters. gpu: NVML's view, for what others hold.
+    reads them sees the peak of a phase; the meter keeps the whole run's, and does so only while `watching` (one update is
+    enough). A processor's allocator has no such counters.
     """
 
-    def __init__(self, device: torch.device, *, gpu: Gpu | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.watching = False
         self.phase_peaks: dict[str, int] = {}
         """Bytes allocated at the worst instant of each phase."""
         self.parts: dict[str, int | None] = {}
         """What `memory_parts` found last, for the text of an error."""
-        self._gpu = gpu
         self._peak_allocated = self._peak_reserved = 0
 
     @contextmanager
@@ -251,11 +246,11 @@ class MemoryMeter:
             self.phase_peaks[name] = max(self.phase_peaks.get(name, 0), peak)
             self._keep_peaks()
 
-    def read(self) -> dict[str, Any]:
+    def read(self, used_bytes: float | None = None) -> dict[str, Any]:
         """A log line's `memory`, in bytes: rss_bytes and peak_rss_bytes of the process; on a GPU allocated_bytes,
-        reserved_bytes and their peaks since the start, fragmented_bytes (reserved and not allocated), retries and ooms of the
-        allocator (numbers), phase_peaks, used_bytes (of all processes, by NVML; None if not known) and outside_bytes (of it
-        what this allocator has not reserved: contexts, communication buffers, other processes)."""
+        reserved_bytes and their peaks since the start, fragmented_bytes (reserved beyond the most that was allocated), retries
+        and ooms of the allocator (numbers), phase_peaks, used_bytes (of all processes, as given; None if not known) and
+        outside_bytes (of it what this allocator has not reserved: contexts, communication buffers, other processes)."""
         host = host_memory()
         found: dict[str, Any] = {"rss_bytes": host.rss_bytes, "peak_rss_bytes": host.peak_rss_bytes}
         if self.device.type != "cuda":
@@ -263,19 +258,28 @@ class MemoryMeter:
         stats = torch.cuda.memory_stats(self.device)
         self._keep_peaks()
         allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
-        used = self._gpu.read("memory_used_bytes") if self._gpu is not None else None
         return found | {
             "allocated_bytes": allocated,
             "reserved_bytes": reserved,
             "peak_allocated_bytes": self._peak_allocated,
             "peak_reserved_bytes": self._peak_reserved,
-            "fragmented_bytes": reserved - allocated,
-            "used_bytes": used,
-            "outside_bytes": None if used is None else used - reserved,
+            "fragmented_bytes": self._peak_reserved - self._peak_allocated,
+            "used_bytes": used_bytes,
+            "outside_bytes": None if used_bytes is None else used_bytes - reserved,
             "retries": int(stats.get("num_alloc_retries", 0)),
             "ooms": int(stats.get("num_ooms", 0)),
             "phase_peaks": dict(self.phase_peaks),
         }
+
+    def outside_bytes(self) -> int | None:
+        """Of a GPU: what is in use now and not reserved by this allocator, as the driver says when asked; None: not known."""
+        if self.device.type != "cuda":
+            return None
+        try:
+            free, whole = torch.cuda.mem_get_info(self.device)
+        except RuntimeError:  # an error before this one has made the device unusable
+            return None
+        return whole - free - torch.cuda.memory_reserved(self.device)
 
     def peak_bytes(self) -> int:
         """The most that was allocated on a GPU, or resident of the process, so far."""
@@ -295,15 +299,15 @@ def memory_parts(
     teacher: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     residuals: Iterable[Tensor] = (),
-    logits: int,
     peak: int | None = None,
-    activations: int | None = None,
+    kept: int | None = None,
 ) -> dict[str, int | None]:
     """Bytes that training holds, under the names PARTS: exact where tensors hold them, after an optimizer's step.
 
-    students: student and projection; residuals: of the exchange; logits: of a micro-batch, as the estimate has them. What
-    autograd keeps is `activations` where it was counted (Kept), else what is left of `peak` (a GPU's peak_bytes); None where
-    neither is known, or where the parts are more than the peak, which was then reached without some of them.
+    students: student and projection; residuals: of the exchange. Activations and logits are what autograd `kept` of a
+    micro-batch, where it was counted (Kept: fused losses hold logits of some rows, and only for a moment, so that these are not
+    in it), else what is left of `peak` (a GPU's peak_bytes); None where neither is known, or where the parts are more than the
+    peak, which was then reached without some of them.
     """
     modules = list(students)
     trained = [parameter for module in modules for parameter in module.parameters()]
@@ -314,12 +318,11 @@ def memory_parts(
         "gradients": held_bytes(parameter.grad for parameter in trained if parameter.grad is not None),
         "optimizer": held_bytes(state),
         "residuals": held_bytes(residuals),
-        "logits": logits,
     }
-    if activations is None and peak is not None:
+    if kept is None and peak is not None:
         rest = peak - sum(size or 0 for size in found.values())
-        activations = rest if rest >= 0 else None
-    return found | {"activations": activations}
+        kept = rest if rest >= 0 else None
+    return found | {"activations_and_logits": kept}
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:

@@ -360,8 +360,17 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
     """A matrix product in `dtype` and a copy, timed here: under a second on an idle device, and 0.6 GiB of its memory at most.
 
     With as many threads, and in float32 with the precision (TF32 or not), as torch is set to. The device should have nothing
-    else to do. A lower bound of what it can, not a limit.
+    else to do. A lower bound of what it can, not a limit. On a GPU it leaves nothing in torch's allocator, whose peaks begin
+    anew.
     """
+    found = _measure_peaks(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def _measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
     with torch.no_grad():
         size, times = _time_product(device, dtype)
         rates = sorted(2 * size**3 / seconds for seconds in times)
@@ -435,25 +444,37 @@ def arithmetic(precision: str, device: torch.device) -> str:
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def peaks(device: torch.device, precision: str, *, measure: bool = True) -> dict[str, dict[str, float]]:
-    """{"flops": {source: operations/s}, "bytes": {source: bytes/s}}, the datasheet first where there is one; for a recipe's
-    loop.precision (where the teacher's dtype is faster, for that). Measuring takes under a second."""
-    kind = arithmetic(precision, device)
+def peaks(device: torch.device, *precisions: str, measure: bool = True) -> dict[str, dict[str, float]]:
+    """{"flops": {source: operations/s}, "bytes": {source: bytes/s}}: the datasheet's, where there is one, then one measured.
+
+    precisions: the student's, and the teacher's; flops are of the faster, so that no product can be above its peak. Measuring
+    takes under a second for each.
+    """
+    kinds = {arithmetic(precision, device) for precision in precisions}
     flops, moved = {}, {}
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         sheet = datasheet(found.name, found.multi_processor_count)
         if sheet is not None:
             moved[sheet.source] = sheet.bytes
-            if kind in sheet.flops:
+            if kinds <= sheet.flops.keys():
+                kind = max(kinds, key=sheet.flops.__getitem__)
                 flops[f"{sheet.source}, dense {kind}"] = sheet.flops[kind]
     if not measure:
         return {"flops": flops, "bytes": moved}
-    measured = measure_peaks(device, _DTYPES[kind])
-    size = measured.size
-    flops[f"measured here, {kind} product of {size} x {size}, median of {measured.rounds}"] = measured.flops
-    moved[f"measured here, copy of {measured.copied_bytes >> 20} MiB, median of {measured.copies}"] = measured.bytes
+    timed = {kind: measure_peaks(device, _DTYPES[kind]) for kind in sorted(kinds)}
+    kind = max(timed, key=lambda each: timed[each].flops)
+    measured = timed[kind]
+    product = f"{kind} product of {measured.size} x {measured.size}, median of {measured.rounds}"
+    flops[f"measured here, {product} ({_range(measured.flops_range, 1e12, 'TFLOP/s')})"] = measured.flops
+    copy = f"copy of {measured.copied_bytes >> 20} MiB, median of {measured.copies}"
+    moved[f"measured here, {copy} ({_range(measured.bytes_range, 1e9, 'GB/s')})"] = measured.bytes
     return {"flops": flops, "bytes": moved}
+
+
+def _range(bounds: tuple[float, float], scale: float, unit: str) -> str:
+    low, high = (f"{bound / scale:.4g}" for bound in bounds)
+    return f"{low} to {high} {unit}"
 
 
 def utilisation(work: Work, seconds: float, peak_flops: float, peak_source: str) -> dict[str, Any]:

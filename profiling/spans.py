@@ -8,15 +8,16 @@ when the device has been waited for anyway: nothing is synchronised for it, and 
 that runs ahead of it. A wait of the host (for data, say) therefore counts only where the device idles.
 
 A span inside another is taken out of it (compression within backward's hooks): those of an update are disjoint and, with
-`other`, add up to it. `communication` is apart: from the first bucket's departure to the last arrival.
+`other`, add up to it. `communication` is apart: from the first bucket's departure until the step has waited for the last. What
+arrives while backward still runs is seen at its end: engines do not say when.
 
-Under Nsight Systems each span is an NVTX range too.
+Under Nsight Systems each span is an NVTX range too, and so are evaluations and checkpoints (Instruments.aside).
 """
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -78,11 +79,11 @@ class Spans:
         self.failed: Name | None = None
         """The innermost span of this update that an exception left."""
         self._spans: dict[str, _Span] = {name: _Span(self, name) for name in NAMES}
-        self._warmup_left = warmup
+        self.warmup_left = warmup
         self._warmup = 0
         self._open: list[int] = []
         self._records: list[list[Any]] = []  # [name, index of the span around it or -1, begin, end]
-        self._communication: list[Any] = []  # departure, arrival, departure, ...
+        self._communication: list[Any] = []  # departure, waited for, departure, ...
         self._updates: list[tuple[Any, Any, list[list[Any]], list[Any]]] = []  # begin, end, records, communication
         self._begun: Any = None
 
@@ -99,22 +100,24 @@ class Spans:
         if len(self._communication) % 2 == 0:
             self._communication.append(self._mark())
 
-    def arrived(self) -> None:
-        """All that were on their way have come. With every-micro-batch this happens many times an update."""
+    def awaited(self) -> None:
+        """All that were on their way have been waited for. With every-micro-batch this happens many times an update."""
         if len(self._communication) % 2 == 1:
             self._communication.append(self._mark())
 
-    def end(self) -> None:
+    def end(self, counts: bool = True) -> None:
+        """`counts`: not, if it was not as updates are; then those before it, up to the last `read`, do not count either."""
         assert not self._open, f"{self._records[self._open[-1]][0]} has not ended"
         self._updates.append((self._begun, self._mark(), self._records, self._communication))
-        if self._warmup_left:
-            self._warmup_left -= 1
-            self._warmup += 1
+        if self.warmup_left or not counts:
+            self._warmup = len(self._updates)
+        self.warmup_left = max(0, self.warmup_left - 1)
         self._records, self._communication = [], []
 
     def read(self) -> dict[str, Any]:
         """step_s, warmup and phases of the updates since the last read, as events.jsonl has them.
 
+        warmup: so many of them, from the first, do not count.
         On a GPU call it when the stream has been waited for: it waits for the last event.
         """
         if self._on_gpu and self._updates:
@@ -144,6 +147,19 @@ class Spans:
             pairs = zip(communication[::2], communication[1::2], strict=True)
             found["communication"] = sum(self._seconds(begin, end) for begin, end in pairs)
         return found
+
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        """Told to `ranges` alone: what is no part of an update."""
+        ranges = self.ranges
+        if ranges is None:
+            yield
+            return
+        ranges.range_push(name)
+        try:
+            yield
+        finally:
+            ranges.range_pop()
 
     def _enter(self, name: Name) -> None:
         if self.ranges is not None:

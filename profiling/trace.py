@@ -32,7 +32,7 @@ class _Ranges:
 
 
 class Tracer:
-    """One rank's. Call `before` and `after` around every update, numbered from 1."""
+    """One rank's: of updates, numbered from 1."""
 
     def __init__(self, steps: Sequence[int] | None, device: torch.device, spans: Spans) -> None:
         """`steps`: the first and the last update to be traced; None: none is."""
@@ -47,22 +47,32 @@ class Tracer:
             self._profiler.stop()
             self._profiler = None
 
-    def before(self, update: int) -> None:
-        """A run that begins within the traced updates traces what is left of them."""
-        if self._profiler is not None or not self._first <= update <= self._last:
-            return
+    @property
+    def tracing(self) -> bool:
+        return self._profiler is not None
+
+    def begins(self, update: int) -> bool:
+        """Whether to start before it. A run that begins within the traced updates traces what is left of them."""
+        return not self.tracing and self._first <= update <= self._last
+
+    def ends(self, update: int, last: bool) -> bool:
+        """Whether to stop after it. `last`: of the run."""
+        return self.tracing and (last or update >= self._last)
+
+    def start(self) -> None:
+        """It takes a while, as does `stop`: keep them out of the time of updates."""
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])
         self._profiler = torch.profiler.profile(activities=activities)
         self._before, self._spans.ranges = self._spans.ranges, _Ranges()
         self._profiler.start()
 
-    def after(self, update: int, last: bool = False) -> tuple[bytes, list[dict[str, Any]]] | None:
-        """After the last traced update, or the `last` of the run: (the trace, JSON, gzipped; what top_kernels says of it).
-        Waits for the device."""
-        if self._profiler is None or (update < self._last and not last):
-            return None
+    def wait(self) -> None:
+        """For the device's updates, which count as training."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def stop(self) -> tuple[bytes, list[dict[str, Any]]]:
+        """(the trace, JSON, gzipped; what top_kernels says of it). After `wait`."""
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         self._spans.ranges = self._before

@@ -10,6 +10,7 @@ from fastdistil.buckets import MIB, BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
 from fastdistil.errors import UserError
 from fastdistil.exchange import Load, Several, make_exchange
+from fastdistil.profiling.spans import Spans
 from fastdistil.ranks import Place
 from fastdistil.recipe import Compression, load_recipe
 from fastdistil.recipe import World as Options
@@ -18,29 +19,24 @@ from fastdistil.world import Handle, Kind, World
 
 
 class TwoRanks:
-    """This rank is the fast one: it waited for 3 of 10 s; the other worked for all of them."""
-
-    waited_s = 0.0
+    """The other one worked for 10 s."""
 
     def gather(self, own: list[float], name: str) -> list[list[float]]:
         return [own, [300.0, 0.5, 10.0]]
 
 
 def test_waiting_for_others_is_not_work() -> None:
-    now = 0.0
-    world = TwoRanks()
-    load = Load(world, clock=lambda: now)  # type: ignore[arg-type]
+    """This rank is the fast one: it waited for 3 of 10 s. On a GPU, whose host waits for nothing, spans know that as well."""
+    load = Load(TwoRanks())  # type: ignore[arg-type]
     load.add(100, 0.25)
-    now, world.waited_s = 10.0, 3.0
-    with load.excluded():  # an evaluation of 50 s, of which 40 were waits
-        now, world.waited_s = 60.0, 43.0
-    found = load.read()
+    found = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [1.0, 2.0]}})
     assert found["slowest_rank"] == 1
     assert abs(found["imbalance_time"] - (10 / 8.5 - 1)) < 1e-12  # 7 and 10 s of work
     assert found["imbalance_tokens"] == 300 / 200 - 1
     assert found["rank_tokens"] == [100, 300] and found["rank_data_wait_s"] == [0.25, 0.5]
-    now = 62.0
-    assert abs(load.read()["imbalance_time"] - (10 / 6 - 1)) < 1e-12  # afresh: 2 s of work
+    assert found["rank_worked_s"] == [7.0, 10.0]
+    found = load.read({"step_s": [2.0], "phases": {}})
+    assert found["rank_worked_s"] == [2.0, 10.0] and found["rank_tokens"] == [0, 300], "afresh"
 
 
 def test_compression_of_gradients_in_a_changing_scale_is_refused() -> None:
@@ -102,12 +98,16 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_buckets(world: World, kind: str = "none", options: BucketOptions = SMALL) -> tuple[list[nn.Parameter], Buckets]:
+def make_buckets(
+    world: World, kind: str = "none", options: BucketOptions = SMALL, spans: Spans | None = None
+) -> tuple[list[nn.Parameter], Buckets]:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     config = Compression(kind=kind, warmup_updates=1, **COMPRESSIONS.get(kind, {}))  # type: ignore[arg-type]
     of = [make_compressor(each, ranks=2, rank=0, engine="torch", seed=0) for each in (config, Compression())]
-    buckets = Buckets(parameters, world, compressor=of[0], uncompressed=of[1], starts_at=starts_at(config), options=options)
+    buckets = Buckets(
+        parameters, world, compressor=of[0], uncompressed=of[1], starts_at=starts_at(config), options=options, spans=spans
+    )
     return parameters, buckets
 
 
@@ -120,6 +120,48 @@ def send(buckets: Buckets, gradients: dict[int, Tensor], update: int, left_out: 
     buckets.finish()
     buckets.settle(torch.tensor(left_out))
     buckets.reorder()
+
+
+class Within:
+    """Hears spans, and knows which is the innermost."""
+
+    def __init__(self) -> None:
+        self.open: list[str] = []
+
+    def range_push(self, name: str) -> None:
+        self.open.append(name)
+
+    def range_pop(self) -> None:
+        self.open.pop()
+
+
+def test_all_that_compression_costs_is_in_its_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of states before they change, and putting them back, too; and the end of an exchange is no failure of it."""
+    within, seen = Within(), []
+    spans = Spans(torch.device("cpu"), ranges=within)
+    _, buckets = make_buckets(BesideSilence(), "int8", spans=spans)
+
+    def spied(of: Any, name: str) -> None:
+        original = getattr(of, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            seen.append((name, tuple(within.open)))
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(of, name, call)
+
+    for update in range(3):
+        if update == 2:
+            spied(torch, "where")
+            spied(Tensor, "clone")
+        spans.begin()
+        send(buckets, noise(update), update)
+        spans.end()
+        assert spans.failed is None
+    assert {name for name, _ in seen} == {"where", "clone"}, "both were asked for"
+    assert all(open_[-1:] == ("compression",) for _, open_ in seen), seen
+    steps = spans.read()["phases"]["compression"]
+    assert steps[0] == 0.0 and steps[2] > 0.0, "nothing of it before it begins"
 
 
 def noise(update: int, numbers: range = range(4)) -> dict[int, Tensor]:

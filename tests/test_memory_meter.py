@@ -58,7 +58,7 @@ def test_parts_are_those_of_the_tensors() -> None:
     buffers = sum(buffer.nbytes for buffer in student.buffers())
     flat = torch.zeros(1000)
     found = memory_parts(
-        students=[student, projection], teacher=teacher, optimizer=optimizer, residuals=[flat[:300], flat[300:]], logits=123,
+        students=[student, projection], teacher=teacher, optimizer=optimizer, residuals=[flat[:300], flat[300:]],
         peak=100_000_000,
     )  # fmt: skip
     tensors = len(list(student.parameters())) + 1
@@ -70,8 +70,10 @@ def test_parts_are_those_of_the_tensors() -> None:
     assert found["residuals"] == 4000, "views of one buffer hold it once"
     assert sum(size or 0 for size in found.values()) == 100_000_000
     assert tuple(found) == PARTS
-    assert memory_parts(students=[student], teacher=None, optimizer=optimizer, logits=0, peak=10)["activations"] is None
-    assert memory_parts(students=[student], teacher=None, optimizer=optimizer, logits=0, activations=7)["activations"] == 7
+    held = {"students": [student], "teacher": None, "optimizer": optimizer}
+    assert memory_parts(**held, peak=10)["activations_and_logits"] is None  # type: ignore[arg-type]
+    assert memory_parts(**held, kept=7)["activations_and_logits"] == 7  # type: ignore[arg-type]
+    assert "logits" not in memory_parts(**held, peak=10), "nobody measured them"  # type: ignore[arg-type]
 
 
 def test_estimates_have_the_names_of_measurements() -> None:
@@ -79,7 +81,7 @@ def test_estimates_have_the_names_of_measurements() -> None:
     shape = transformer_shape(student)
     recipe = small_recipe()
     found = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH)
-    assert tuple(found.parts()) == PARTS
+    assert tuple(found.parts()) == (*PARTS[:-1], "logits", "activations"), "what a measurement has together, apart"
     assert sum(found.parts().values()) == found.total
     assert found.parts()["student_weights"] == 4 * sum(parameter.numel() for parameter in student.parameters())
 
@@ -151,11 +153,6 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     return own
 
 
-class Nvml:
-    def read(self, name: str) -> float | None:
-        return {"memory_used_bytes": 9000}[name]
-
-
 def test_peaks_of_phases(allocator: Allocator) -> None:
     meter = MemoryMeter(GPU)
     allocator.hold(900)
@@ -182,11 +179,13 @@ def test_peaks_of_phases(allocator: Allocator) -> None:
 
 
 def test_a_gpu_is_read(allocator: Allocator) -> None:
+    """fragmented: what was reserved beyond the most that was in use. A log line finds activations freed; they are no waste."""
+    allocator.hold(4500, reserved=5000)
     allocator.hold(3000, reserved=5000)
-    found = MemoryMeter(GPU, gpu=Nvml()).read()  # type: ignore[arg-type]
+    found = MemoryMeter(GPU).read(used_bytes=9000)
     assert {name: found[name] for name in found if "rss" not in name} == {
-        "allocated_bytes": 3000, "reserved_bytes": 5000, "peak_allocated_bytes": 3000, "peak_reserved_bytes": 5000,
-        "fragmented_bytes": 2000, "used_bytes": 9000, "outside_bytes": 4000, "retries": 3, "ooms": 1, "phase_peaks": {},
+        "allocated_bytes": 3000, "reserved_bytes": 5000, "peak_allocated_bytes": 4500, "peak_reserved_bytes": 5000,
+        "fragmented_bytes": 500, "used_bytes": 9000, "outside_bytes": 4000, "retries": 3, "ooms": 1, "phase_peaks": {},
     }  # fmt: skip
     unknown = MemoryMeter(GPU).read()
     assert unknown["used_bytes"] is unknown["outside_bytes"] is None
@@ -224,12 +223,16 @@ def sizes_of(width: int = 64, teacher: bool = True) -> Sizes:
     return Sizes(student=shape, teacher=shape if teacher else None, causal=False, longest=LENGTH)
 
 
+CUDA_OUT = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.00 GiB of which 12.00 MiB is free. Of "
+    "the allocated memory 60.00 GiB is allocated by PyTorch, and 9.50 GiB is reserved by PyTorch but unallocated."
+)
 OUT = RuntimeError("[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
                    "1610612736 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
 
 
-def advice(phase: str, recipe: Recipe, sizes: Sizes | None, meter: MemoryMeter | None = None) -> str:
-    told = out_of_memory(OUT, phase, meter or MemoryMeter(CPU), recipe, sizes)
+def advice(phase: str, recipe: Recipe, sizes: Sizes | None, meter: MemoryMeter | None = None, error: Exception = OUT) -> str:
+    told = out_of_memory(error, phase, meter or MemoryMeter(CPU), recipe, sizes)
     assert isinstance(told, OutOfMemory)
     assert told.exit_code == 11
     return str(told)
@@ -291,20 +294,28 @@ def test_advice_that_would_not_help_is_not_given(monkeypatch: pytest.MonkeyPatch
 def test_measured_parts_stand_beside_the_estimate(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 79 << 30))
     allocator.hold(60 << 30, reserved=70 << 30)
-
-    class Crowded:
-        def read(self, name: str) -> float:
-            return 79 << 30
-
-    meter = MemoryMeter(GPU, gpu=Crowded())  # type: ignore[arg-type]
-    meter.parts = {"activations": 50 << 30, "student_weights": 10 << 30, "logits": None, "residuals": 0}
-    told = advice("backward", small_recipe(), sizes_of(), meter)
-    assert "60.00 GiB: activations 50.00 GiB (estimate" in told
-    assert "expandable_segments:True" in told
+    meter = MemoryMeter(GPU)
+    meter.parts = {"activations_and_logits": 50 << 30, "student_weights": 10 << 30, "teacher_weights": None, "residuals": 0}
+    recipe, sizes = small_recipe(), sizes_of()
+    told = advice("backward", recipe, sizes, meter, CUDA_OUT)
+    parts = sizes.estimate(recipe).parts()
+    estimated = size_text(parts["activations"] + parts["logits"])
+    assert f"60.00 GiB: activations and logits 50.00 GiB (estimate {estimated})" in told
+    assert "expandable_segments:True in the environment (9.50 GiB are reserved, in pieces" in told, "by torch's own count"
     assert "9.00 GiB are held by other processes" in told
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    assert "expandable_segments" not in advice("backward", small_recipe(), sizes_of(), meter)
+    assert "expandable_segments" not in advice("backward", recipe, sizes, meter, torch.OutOfMemoryError("CUDA out of memory"))
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "expandable_segments:True")
+            assert "expandable_segments" not in advice("backward", recipe, sizes, meter, CUDA_OUT)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert "other processes" not in advice("backward", recipe, sizes, meter, CUDA_OUT)
+
+
+def broken(device: torch.device) -> tuple[int, int]:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 CHILD = """

@@ -1,6 +1,7 @@
 """`fastdistil profile` on real runs, and planted causes in real runs."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdistil import cli, distil
+from fastdistil import cli, distil, train
+from fastdistil.profiling import profile
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.profile import WARMUP, profiled, show
+from fastdistil.profiling.roofline import Work, utilisation
 from fastdistil.profiling.summary import summarise
+from fastdistil.ranks import find_place
+from fastdistil.recipe import Recipe
 from tests.small_run import small
 
 Command = Callable[..., tuple[int, str, str]]
@@ -85,8 +90,49 @@ def test_several_ranks(command: Command, recipe: Path, tmp_path: Path) -> None:
     assert (start := load_history(run).start)["ranks"] == 2 and start["engine"] == "torch"
     assert "2 ranks (torch, compression int8, delayed)" in out and "all ranks" in out
     assert "update 11/11" in err and "update 11/11" not in out
+    summary = summarise(load_history(run))
+    assert [device["rank"] for device in summary["environment"]["devices"]] == [0, 1]
+    assert all(device["name"] and device["host"] for device in summary["environment"]["devices"])
+    assert summary["phases"]["exposed"]["p50"] > 0 and summary["phases"]["compression"]["p50"] > 0
+    assert len(summary["straggler"]["worked_s"]) == 2 and min(summary["straggler"]["worked_s"]) > 0
     code, _, err = command(recipe, "--steps", 6, "--np", 2, "world.engine=torch", "name=tiny-profile-1")
     assert code == 2 and "exists" in err
+
+
+def test_auto_has_decided_before_the_first_measured_update(command: Command, recipe: Path, tmp_path: Path) -> None:
+    code, _, err = command(recipe, "--steps", 3, "--np", 2, "world.engine=torch", "compression.kind=auto")
+    assert code == 0, err
+    (decided,) = [note for note in load_history(tmp_path / "runs" / "tiny-profile-1").notes if "auto:" in note["message"]]
+    assert decided["update"] < WARMUP
+
+
+def late_rank(recipe: Recipe, recipe_name: str) -> Path:
+    """A rank of a profile; rank 1 sleeps before each of its forwards."""
+    place = find_place(os.environ)
+    assert place is not None
+    original = train.loss_terms
+
+    def late(*arguments: Any, **keywords: Any) -> Any:
+        time.sleep(0.1)
+        return original(*arguments, **keywords)
+
+    if place.rank == 1:
+        train.loss_terms = late
+    return profile._train(recipe, recipe_name)
+
+
+def test_a_late_rank_is_named(command: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the network, though all that rank 0 does about it is to wait for gradients."""
+    monkeypatch.setattr(profile, "_train", late_rank)
+    code, out, err = command(recipe, "--steps", 6, "--np", 2, "world.engine=torch")
+    assert code == 0, err
+    summary = summarise(load_history(tmp_path / "runs" / "tiny-profile-1"))
+    assert summary["straggler"]["rank"] == 1 and summary["straggler"]["slowest_in"] == summary["straggler"]["lines"]
+    mine, its = summary["straggler"]["worked_s"]
+    assert its - mine > 6 * 2 * 0.1 / 2, "most of what it slept"
+    assert summary["phases"]["exposed"]["share"] > 0.3, "rank 0 waited"
+    assert summary["bottleneck"]["name"] == "straggler", summary["causes"]
+    assert "slowest rank: 1, " in out and "bottleneck: straggler" in out and "rank 1 works" in out
 
 
 def test_a_profile_does_each_update_as_the_long_run(material: Path, tmp_path: Path) -> None:
@@ -107,8 +153,8 @@ def test_a_profile_does_each_update_as_the_long_run(material: Path, tmp_path: Pa
         "data.heldout": None,
         "evaluation.every": None,
         "checkpoint.every": None,
-        "compression.warmup_updates": WARMUP,
-        "compression.frozen_variance_after": WARMUP,
+        "compression.warmup_updates": WARMUP - 2,
+        "compression.frozen_variance_after": WARMUP - 2,
         "profile.warmup": WARMUP,
         "profile.measure_peaks": True,
     }
@@ -143,22 +189,41 @@ def test_what_is_shown_of_a_known_summary(tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "A GPU, bf16, 2 ranks (torch, compression none, delayed); 4 x 8,192 tokens at most an update and rank; " in out
     assert "student 66,000,000, teacher 109,000,000 parameters; 4 measured updates after 0 of warm-up" in out
-    rows = {cells[0]: cells[1:] for text in out.splitlines() if len(cells := [c.strip() for c in text.split("│")[1:-1]]) == 4}
+    rows = {cells[0]: cells[1:] for text in out.splitlines() if len(cells := [c.strip() for c in text.split("│")[1:-1]]) == 6}
     assert rows == {
-        "step": ["2.000 s", "2.000 s", "100.0%"],
-        "data": ["500.000 ms", "500.000 ms", "25.0%"],
-        "student": ["1.000 s", "1.000 s", "50.0%"],
-        "exposed": ["100.000 ms", "100.000 ms", "5.0%"],
-        "other": ["400.000 ms", "400.000 ms", "20.0%"],
-        "communication": ["500.000 ms", "500.000 ms", ""],
+        "step": ["2.000 s", "2.000 s", "2.000 s", "100.0%", "4"],
+        "data": ["500.0 ms", "500.0 ms", "500.0 ms", "25.0%", "4"],
+        "student": ["1.000 s", "1.000 s", "1.000 s", "50.0%", "4"],
+        "exposed": ["100.0 ms", "100.0 ms", "100.0 ms", "5.0%", "4"],
+        "other": ["400.0 ms", "400.0 ms", "400.0 ms", "20.0%", "4"],
+        "communication": ["500.0 ms", "500.0 ms", "500.0 ms", "", "4"],
     }
     assert "tokens/s: 500,000, all ranks" in out
     assert "MFU: 30.5% student, 40.1% with the teacher, of 989 TFLOP/s (datasheet)" in out
-    assert "communication: 80% of it hidden behind the rest of the step" in out
-    assert "memory at its peak: 1,024 MiB host, 2,048 MiB allocated on the GPU" in out
+    assert "communication: at least 80% of it hidden behind the rest of the step" in out
+    assert "memory at its peak: 1.000 GiB host, 2.000 GiB allocated on the GPU" in out
     assert "energy of rank 0's device: 1e+03 J an update, 2,000 J a million tokens, over 8 s" in out
     assert "slowest rank: 1, 1.4% above the mean, in 1 of 1 log lines" in out
     assert "bottleneck: data-bound -> data.cache_dir: 25% of the step waits for data" in out
+
+
+def test_mfu_is_shown_against_both_peaks_or_refused(tmp_path: Path) -> None:
+    """As the trainer writes it."""
+    work = Work(student=4, teacher=1, executed=6)
+    start = {"event": "start", "update": 0, "ranks": 1}
+    shown = []
+    for seconds in (1.0, 0.5):
+        mfu = {**utilisation(work, seconds, 20.0, "a sheet"), "measured": utilisation(work, seconds, 10.0, "here")}
+        line = {"event": "train", "update": 1, "updates": 1, "warmup": 0, "step_s": [seconds], "tokens": 1, "mfu": mfu}
+        (tmp_path / "recipe.yaml").write_text("{}")
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (start, line)))
+        (text,) = [text for text in profile._figures(summarise(load_history(tmp_path))) if text.startswith("MFU")]
+        shown.append(text.replace("e-11", ""))
+    fine, refused = shown
+    assert "20.0% student, 25.0% with the teacher, 30.0% recomputation counted, of 2" in fine
+    assert "(a sheet); 40.0% student" in fine
+    assert "40.0% student" in refused and "(a sheet); " in refused
+    assert "120% of" in refused and "(here) is more than there is" in refused and "80.0%" not in refused
 
 
 class Batches:

@@ -337,12 +337,45 @@ def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.Monkey
     found = peaks(torch.device("cuda"), "bf16")
     assert list(found["flops"].values()) == [1e14]
     assert "measured here" in next(iter(found["flops"]))
+    (source,) = found["flops"]
+    assert "100 to 100 TFLOP/s" in source, "with its range"
     name = "NVIDIA H100 PCIe"
     assert list(peaks(torch.device("cuda"), "bf16", measure=False)["flops"].values()) == [756.5e12]
     found = peaks(torch.device("cuda"), "bf16")
     assert list(found["flops"].values()) == [756.5e12, 1e14]
     assert list(found["bytes"].values()) == [2039e9, 1e12]
     assert "dense bf16" in next(iter(found["flops"]))
+
+
+def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fp32 student beside a bf16 teacher: against the rate of fp32 both together could be more than there is."""
+
+    def measured(device: torch.device, dtype: torch.dtype) -> roofline.MeasuredPeaks:
+        flops = {torch.float32: 5e13, torch.bfloat16: 6e14}[dtype]
+        return roofline.MeasuredPeaks(
+            flops=flops, flops_range=(flops, flops), bytes=1e12, bytes_range=(1e12, 1e12), size=4096, copied_bytes=2**28,
+            dtype=dtype, rounds=5, copies=5,
+        )  # fmt: skip
+
+    class H100:
+        name, multi_processor_count = "NVIDIA H100 80GB HBM3", 132
+
+    monkeypatch.setattr(roofline, "measure_peaks", measured)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100())
+    for both in (("fp32", "bf16"), ("bf16", "fp32"), ("bf16",)):
+        found = peaks(torch.device("cuda"), *both)["flops"]
+        assert list(found.values()) == [989.4e12, 6e14]
+        assert all("bf16" in source for source in found)
+    assert list(peaks(torch.device("cuda"), "fp32", "fp32")["flops"].values()) == pytest.approx([66.9e12, 5e13])
+
+
+def test_measuring_leaves_nothing_in_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(roofline, "_measure_peaks", lambda device, dtype: done.append("measured"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("peaks"))
+    measure_peaks(torch.device("cuda"), torch.float32)
+    assert done == ["measured", "emptied", "peaks"]
 
 
 def test_fp32_on_a_gpu_may_be_tf32() -> None:

@@ -61,14 +61,14 @@ def test_what_lies_between_updates_and_a_dropped_window_count_nowhere() -> None:
     assert spans.read()["step_s"] == [98, 3]
 
 
-def test_communication_is_from_the_first_departure_to_the_last_arrival() -> None:
+def test_communication_is_from_the_first_departure_until_the_last_was_waited_for() -> None:
     spans = Spans(CPU, clock=clock(0, 10, 14, 20, 21, 30))
     spans.begin()
     spans.departed()  # 10
     spans.departed()  # is on its way already
-    spans.arrived()  # 14
+    spans.awaited()  # 14
     spans.departed()  # 20: of the next micro-batch
-    spans.arrived()  # 21
+    spans.awaited()  # 21
     spans.end()
     assert spans.read()["phases"] == {"communication": [5.0]}
 
@@ -82,6 +82,18 @@ def test_the_first_updates_are_marked_as_warm_up() -> None:
             spans.end()
         counts.append(spans.read()["warmup"])
     assert counts == [2, 1, 0]
+
+
+def test_an_update_that_does_not_count_takes_those_before_it_along() -> None:
+    spans = Spans(CPU)
+    told = []
+    for counts in (True, True, False, True), (True,):
+        for each in counts:
+            spans.begin()
+            spans.end(counts=each)
+        found = spans.read()
+        told.append((len(found["step_s"]), found["warmup"]))
+    assert told == [(4, 3), (1, 0)]
 
 
 class FakeEvent:
@@ -113,7 +125,7 @@ def test_on_a_gpu_events_are_read_and_used_again(monkeypatch: pytest.MonkeyPatch
             FakeEvent.now_ms += 250.0
         spans.departed()
         FakeEvent.now_ms += 250.0
-        spans.arrived()
+        spans.awaited()
         spans.end()
         found = spans.read()
         assert found["step_s"] == [0.5]
@@ -139,25 +151,31 @@ def test_ranges_hear_of_every_span() -> None:
     with spans("backward"), spans("compression"):
         pass
     spans.end()
-    assert ranges.heard == ["backward", "compression", "/", "/"]
+    with pytest.raises(KeyError), spans.range("evaluation"):
+        raise KeyError
+    assert ranges.heard == ["backward", "compression", "/", "/", "evaluation", "/"]
+    assert not spans.read()["phases"].keys() - {"backward", "compression"}
 
 
-def updates(spans: Spans, tracer: Tracer, count: int) -> Iterator[tuple[int, tuple[bytes, list[dict[str, Any]]] | None]]:
+def updates(spans: Spans, tracer: Tracer, count: int) -> Iterator[tuple[int, tuple[bytes, list[dict[str, Any]]]]]:
+    """Those after which there is a trace."""
     a = torch.randn(64, 64)
     for update in range(1, count + 1):
-        tracer.before(update)
+        if tracer.begins(update):
+            tracer.start()
         spans.begin()
         with spans("teacher"):
             a @ a
         with spans("student"):
             torch.softmax(a, 0)
         spans.end()
-        yield update, tracer.after(update)
+        if tracer.ends(update, last=update == count):
+            yield update, tracer.stop()
 
 
 def test_a_trace_holds_the_updates_asked_for_and_their_spans() -> None:
     spans = Spans(CPU)
-    found = {update: traced for update, traced in updates(spans, Tracer([2, 3], CPU, spans), 5) if traced is not None}
+    found = dict(updates(spans, Tracer([2, 3], CPU, spans), 5))
     assert list(found) == [3]
     data, kernels = found[3]
     names = [event.get("name") for event in json.loads(gzip.decompress(data))["traceEvents"]]
@@ -171,6 +189,9 @@ def test_a_trace_holds_the_updates_asked_for_and_their_spans() -> None:
     assert spans.ranges is None
 
 
-def test_without_trace_steps_there_is_no_trace() -> None:
+def test_which_updates_are_traced() -> None:
     spans = Spans(CPU)
-    assert all(traced is None for _, traced in updates(spans, Tracer(None, CPU, spans), 3))
+    assert not dict(updates(spans, Tracer(None, CPU, spans), 3))
+    assert list(dict(updates(spans, Tracer([2, 9], CPU, spans), 3))) == [3], "the run ends before"
+    continued = Tracer([2, 9], CPU, spans)
+    assert continued.begins(5) and not continued.tracing
