@@ -5,8 +5,8 @@ MFU, energy and stragglers are known by the log line: lines with a warm-up updat
 interpolate linearly between order statistics (Hyndman and Fan 1996, type 7; numpy's default); `n` says of how many samples.
 A phase's share is its time over the time of the same updates; the shares, `other` among them, add up to 1.
 
-Energy is the counter of rank 0's device, over lines whose time was nearly all updates. Counters are read every 20 to 100 ms
-at best: less than 5 s of them say nothing.
+Energy is the mean power of rank 0's device, over the lines in whose time no evaluation or checkpoint fell, times their mean
+step. Counters are read every 20 to 100 ms at best: less than 5 s of them say nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +28,6 @@ THROTTLED = 0.01
 """Share of the samples in which a GPU slowed itself down from which its times are not the code's."""
 ENERGY_MIN_S = 5.0
 NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
-_STEPS_ALONE = 1.1
-"""A line's time over its updates' from which something else (an evaluation) was in it too."""
 
 
 class Updates(NamedTuple):
@@ -79,7 +77,7 @@ def summarise(history: History) -> dict[str, Any]:
         "flops": _flops(settled),
         "mfu": (mfu := _mfu(settled, "mfu")) and {**mfu, "measured": _mfu(settled, "mfu", "measured")},
         "memory": _memory(history, lines),
-        "energy": _energy(settled),
+        "energy": _energy(settled, [*history.evaluations, *history.checkpoints]),
         "readings": _readings(settled),
         "straggler": _straggler(settled),
         "losses": [_losses(line) for line in history.lines],
@@ -219,25 +217,30 @@ def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
     return found or None
 
 
-def _energy(lines: Iterable[Event]) -> dict[str, Any]:
-    """Of rank 0's device, and over its own tokens."""
-    seconds = joules = 0.0
+def _energy(lines: Iterable[Event], asides: Sequence[Event]) -> dict[str, Any]:
+    """Of rank 0's device, and over its own tokens. Samples begin and end within updates: their seconds are no line's."""
+    seconds = joules = steps_s = 0.0
     updates = tokens = mixed = 0
+    at_updates = [aside["update"] for aside in asides if "update" in aside]
     for line in lines:
-        device, steps_s = line.get("device") or {}, sum(_floats(line.get("step_s")))
-        if device.get("energy_j") is None or not device.get("seconds"):
+        steps, device = _floats(line.get("step_s")), line.get("device") or {}
+        if not steps:
             continue
-        if device["seconds"] > _STEPS_ALONE * steps_s:
+        # What follows an update's line is in the time of the next one.
+        if any(line["update"] - len(steps) <= update < line["update"] for update in at_updates):
             mixed += 1
             continue
-        seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
-        updates, tokens = updates + line["updates"], tokens + line.get("rank_tokens", [line["tokens"]])[0]
+        steps_s, updates = steps_s + sum(steps), updates + len(steps)
+        tokens += line.get("rank_tokens", [line["tokens"]])[0]
+        if device.get("energy_j") is not None and device.get("seconds"):
+            seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
     nothing = {"j_per_update": None, "j_per_million_tokens": None, "seconds": seconds}
     if not seconds:
         return {**nothing, "why": f"all {mixed} log lines held more than updates" if mixed else "not recorded"}
     if seconds < ENERGY_MIN_S:
         return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {ENERGY_MIN_S:.0f} s"}
-    return {"j_per_update": joules / updates, "j_per_million_tokens": 1e6 * joules / tokens, "seconds": seconds}
+    spent = joules / seconds * steps_s
+    return {"j_per_update": spent / updates, "j_per_million_tokens": 1e6 * spent / tokens, "seconds": seconds}
 
 
 def _readings(lines: Sequence[Event]) -> dict[str, Any] | None:

@@ -129,7 +129,7 @@ def test_a_late_rank_is_named(command: Command, recipe: Path, tmp_path: Path, mo
     summary = summarise(load_history(tmp_path / "runs" / "tiny-profile-1"))
     assert summary["straggler"]["rank"] == 1 and summary["straggler"]["slowest_in"] == summary["straggler"]["lines"]
     mine, its = summary["straggler"]["worked_s"]
-    assert its - mine > 6 * 2 * 0.1 / 2, "most of what it slept"
+    assert its - mine > 0.75 * 6 * 2 * 0.1, "most of what it slept: rank 0 waits for it before gradients, too"
     assert summary["phases"]["exposed"]["share"] > 0.3, "rank 0 waited"
     assert summary["bottleneck"]["name"] == "straggler", summary["causes"]
     assert "slowest rank: 1, " in out and "bottleneck: straggler" in out and "rank 1 works" in out

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fastdistil.profiling.history import load_history
+from fastdistil.profiling.roofline import Work, utilisation
 from fastdistil.profiling.summary import statistics_of, summarise
 
 Event = dict[str, Any]
@@ -118,10 +119,19 @@ def test_mfu_is_a_mean_over_time(tmp_path: Path) -> None:
     assert (found["peak_flops"], found["peak_source"]) == (1e12, "datasheet")
 
 
-def test_mfu_above_one_is_refused(tmp_path: Path) -> None:
-    found = summed_up(tmp_path, line(1, [1.0], mfu=mfu(1.25)))["mfu"]
-    assert found["student"] is None
-    assert "student came out at 125% of 1e+12 FLOP/s (datasheet)" in found["refused"][0]
+def test_a_refused_mfu_says_why_and_leaves_no_mean_of_the_other_lines(tmp_path: Path) -> None:
+    """As the run writes it: 0.5 of the peak, then 1.25."""
+    written = [utilisation(Work(student=flops), 1.0, 1e12, "datasheet") for flops in (5e11, 1.25e12)]
+    beside = {**mfu(0.3, 2e12), "peak_source": "measured"}
+    lines = [line(n, [1.0], mfu={**each, "measured": beside}) for n, each in enumerate(written, 1)]
+    found = summed_up(tmp_path, *lines)["mfu"]
+    assert (found["student"], found["with_teacher"], found["hfu"]) == (None, None, None)
+    assert "in 1 of 2 log lines: 125% of 1 TFLOP/s (datasheet) is more than there is" in found["refused"][0]
+    assert (found["measured"]["student"], found["measured"]["peak_source"], found["measured"]["refused"]) == (
+        0.3,
+        "measured",
+        [],
+    )
 
 
 def test_memory_peaks_and_last_values(tmp_path: Path) -> None:
@@ -145,15 +155,26 @@ def device(seconds: float, joules: float | None, **more: Any) -> Event:
 
 
 def test_energy_by_hand(tmp_path: Path) -> None:
-    """600 J and 900 J over 2 + 3 updates of 2 s; what held an evaluation as well is left out."""
+    """150 W over 2 + 3 updates of 2 s; the line after an evaluation is left out, whatever the sampler saw of it."""
     first = line(2, [2.0, 2.0], device=device(4.0, 600.0))
     second = line(5, [2.0, 2.0, 2.0], device=device(6.0, 900.0))
-    evaluated = line(6, [2.0], device=device(60.0, 9e9))
-    found = summed_up(tmp_path, first, second, evaluated)["energy"]
+    evaluated = line(6, [2.0], device=device(2.1, 9e9))
+    events = [first, second, {"event": "evaluation", "update": 5, "seconds": 60.0, "loss": 1.0}, evaluated]
+    found = summed_up(tmp_path, *events)["energy"]
     assert found["j_per_update"] == pytest.approx(1500 / 5)
     assert found["j_per_million_tokens"] == pytest.approx(1e6 * 1500 / 500)
     assert found["seconds"] == 10
-    assert summed_up(tmp_path, evaluated)["energy"]["why"] == "all 1 log lines held more than updates"
+    saved = {"event": "checkpoint", "update": 5, "seconds": 1.0, "path": "step-5"}
+    assert summed_up(tmp_path, saved, evaluated)["energy"]["why"] == "all 1 log lines held more than updates"
+    assert summed_up(tmp_path, evaluated, {**saved, "update": 6})["energy"]["j_per_update"] is None, "2 s are not enough"
+
+
+def test_energy_is_not_of_the_samples_windows(tmp_path: Path) -> None:
+    """Looks come when they come: lines of 2 s each, of which the sampler saw 1.5 s, 2.7 s, nothing, at 300 W."""
+    lines = [line(number, [2.0], device=device(s, 300.0 * s if s else None)) for number, s in enumerate([1.5, 2.7, 0, 1.5], 1)]
+    found = summed_up(tmp_path, *lines)["energy"]
+    assert found["j_per_update"] == pytest.approx(600.0)
+    assert found["j_per_million_tokens"] == pytest.approx(1e6 * 600 / 100)
 
 
 def test_energy_of_several_ranks_is_over_rank_0s_tokens(tmp_path: Path) -> None:
@@ -282,9 +303,25 @@ def test_ranks_that_take_turns_are_no_stragglers(tmp_path: Path) -> None:
     assert network["share"] == pytest.approx(0.3 - 1.5 / 6)
 
 
+def test_slow_transfer_is_not_the_loaders(tmp_path: Path) -> None:
+    shares = {**BALANCED, "data": 0.08, "transfer": 0.2, "backward": 0.15}
+    found = summed_up(tmp_path, *steps(shares))
+    assert (found["bottleneck"]["name"], found["bottleneck"]["key"]) == ("transfer-bound", None)
+    assert {cause["name"]: cause["share"] for cause in found["causes"]}["data-bound"] == pytest.approx(0.08)
+    cached = {**RECIPE, "teacher": {"cache": "cache/"}}
+    assert bottleneck(tmp_path, steps(shares), recipe=cached)["key"] == "teacher.top_k"
+
+
 def test_heavy_teacher_is_teacher_bound(tmp_path: Path) -> None:
-    found = bottleneck(tmp_path, steps({"teacher": 0.6, "student": 0.1, "losses": 0.05, "backward": 0.2}))
+    """A cache stands in for it only where nothing but the likely tokens is learnt from."""
+    events = steps({"teacher": 0.6, "student": 0.1, "losses": 0.05, "backward": 0.2})
+    soft = {"a_ce": 5.0, "a_mlm": 2.0, "a_cos": 0.0, "a_mse": 0.0, "divergence": "forward-kl"}
+    found = bottleneck(tmp_path, events, recipe={**RECIPE, "objective": soft})
     assert (found["name"], found["key"]) == ("teacher-bound", "teacher.cache")
+    for other in ({"a_cos": 1.0}, {"a_mse": 1.0}, {"divergence": "jsd"}, {"a_ce": 0.0}):
+        refused = bottleneck(tmp_path, events, recipe={**RECIPE, "objective": {**soft, **other}})
+        assert (refused["name"], refused["key"]) == ("teacher-bound", None), other
+        assert "no cache can stand in" in refused["why"]
     assert "the teacher's forward is 60% of the step, the student's forward, losses and backward 35%" in found["why"]
 
 
@@ -296,6 +333,10 @@ def test_idle_gpu_is_launch_bound(tmp_path: Path) -> None:
     compiled = {**RECIPE, "loop": {**RECIPE["loop"], "compile": True}}
     assert bottleneck(tmp_path, events, device="cuda:0", recipe=compiled)["key"] == "data.micro_batch_tokens"
     assert bottleneck(tmp_path, events)["name"] == "compute-bound"  # a CPU launches no kernels
+    # While gradients are waited for, their kernels run: that wait takes nothing off the time without any.
+    waiting = steps({**BALANCED, "exposed": 0.05}, device=device(1.0, None, utilisation=0.85))
+    causes = {cause["name"]: cause["share"] for cause in summed_up(tmp_path, *waiting, device="cuda:0")["causes"]}
+    assert causes["launch-bound"] == pytest.approx(0.15 - 0.02)
     busy = steps(BALANCED, device=device(1.0, None, utilisation=0.97))
     assert bottleneck(tmp_path, busy, device="cuda:0")["name"] == "compute-bound"
 
@@ -303,6 +344,14 @@ def test_idle_gpu_is_launch_bound(tmp_path: Path) -> None:
 def test_optimizer_is_memory_bound(tmp_path: Path) -> None:
     found = bottleneck(tmp_path, steps({**BALANCED, "optimizer": 0.35, "backward": 0.1}))
     assert (found["name"], found["key"]) == ("memory-bound", "loop.accumulation")
+
+
+def test_time_beside_the_updates(tmp_path: Path) -> None:
+    aside = [{"event": "evaluation", "update": u, "seconds": s, "loss": 1.0} for u, s in ((1, 2.0), (2, 4.0))]
+    found = summed_up(tmp_path, line(2, [1.0, 1.0]), *aside, {"event": "checkpoint", "update": 2, "seconds": 0.5})
+    assert (found["evaluation"]["n"], found["evaluation"]["p50"]) == (2, 3.0)
+    assert (found["checkpoint"]["n"], found["checkpoint"]["samples"]) == (1, [0.5])
+    assert summed_up(tmp_path, line(1, [1.0]))["evaluation"] is None
 
 
 def test_few_flop_a_byte_are_memory_bound(tmp_path: Path) -> None:
