@@ -179,7 +179,8 @@ def _aside(summary: Mapping[str, Any], name: str) -> Figure:
     key, label = f"run.{name}_s", f"{name}s, in all"
     if found is None:
         return Figure(key, label, None, "s")
-    detail = f"p50 {quantity(found['p50'], 's')}, p95 {quantity(found['p95'], 's')}; in no step, rate or phase"
+    times = f"p50 {quantity(found['p50'], 's')}, p95 {quantity(found['p95'], 's')}"
+    detail = f"{found['n']:,}: {times}; in no step, rate or phase"
     return Figure(key, label, math.fsum(found["samples"]), "s", n=found["n"], of=f"{name}s", detail=detail)
 
 

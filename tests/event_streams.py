@@ -118,7 +118,7 @@ def _start(stream: Stream, updates: int, now: float) -> dict[str, Any]:
 
 def _environment(stream: Stream, now: float) -> dict[str, Any]:
     devices = [
-        {"rank": rank, "name": "NVIDIA H200", "uuid": f"GPU-{rank:08x}", "memory_bytes": 141 * GIB}
+        {"rank": rank, "host": "node-17", "name": "NVIDIA H200", "uuid": f"GPU-{rank:08x}", "memory_bytes": 141 * GIB}
         for rank in range(stream.ranks)
     ]
     peaks = {
@@ -223,7 +223,7 @@ def _memory_now(random: np.random.Generator, stream: Stream) -> dict[str, Any]:
         allocated, reserved = int((9 + random.normal(0, 0.2)) * GIB), 46 * GIB
         fields |= {
             "allocated_bytes": allocated, "reserved_bytes": reserved, "peak_allocated_bytes": 41 * GIB,
-            "peak_reserved_bytes": reserved, "fragmented_bytes": reserved - allocated, "used_bytes": 48 * GIB,
+            "peak_reserved_bytes": reserved, "fragmented_bytes": 5 * GIB, "used_bytes": 48 * GIB,
             "outside_bytes": 2 * GIB, "retries": 0, "ooms": 0,
             "phase_peaks": {
                 "teacher": 18 * GIB, "student": 33 * GIB, "losses": 37 * GIB, "backward": 41 * GIB, "optimizer": 12 * GIB,
@@ -250,8 +250,8 @@ def _device(random: np.random.Generator, stream: Stream, line: int, seconds: flo
 
 def _memory(stream: Stream) -> dict[str, Any]:
     weights = {"student_weights": 66_985_530 * 4, "teacher_weights": 109_514_298 * 2, "gradients": 66_985_530 * 4}
-    estimate = {**weights, "optimizer": 66_985_530 * 8, "residuals": 66_985_530 * 4, "logits": 2 * GIB, "activations": 31 * GIB}
-    parts = {**estimate, "logits": int(2.2 * GIB), "activations": int(36.4 * GIB)}
+    held = {**weights, "optimizer": 66_985_530 * 8, "residuals": 66_985_530 * 4}
+    parts, estimate = {**held, "activations_and_logits": 38 * GIB}, {**held, "logits": 2 * GIB, "activations": 31 * GIB}
     return {"parts": parts, "estimate": estimate, "peak_bytes": sum(parts.values())}
 
 

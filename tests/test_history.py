@@ -46,6 +46,15 @@ def test_lines_that_a_resume_went_back_behind_are_left_out(tmp_path: Path) -> No
     assert found.start["event"] == "resume" and len(found.starts) == 2
 
 
+def test_wall_time_counts_what_was_superseded_and_no_interruption(tmp_path: Path) -> None:
+    """190 s up to a death at update 19, and 15 s from update 10 on, begun at 1000 s."""
+    events = start(0), line(10, time=100.0), line(19, time=190.0), start(10, "resume"), line(11, time=1015.0)
+    found = load_history(written(tmp_path / "a", *events[:3], {**events[3], "time": 1000.0}, events[4]))
+    assert [each["update"] for each in found.lines] == [10, 11]
+    assert found.wall_s == 190.0 + 15.0
+    assert load_history(written(tmp_path / "b")).wall_s is None
+
+
 def test_comparable_lines_ran_as_the_last_start_says(tmp_path: Path) -> None:
     """One rank, two ranks, one rank again."""
     events = start(0), line(1), line(2), start(2, "resume", ranks=2), line(3), start(3, "resume"), line(4)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fastdistil.cli import app
 from fastdistil.errors import UserError
 from fastdistil.profiling import report
+from fastdistil.profiling.roofline import Work, utilisation
 from tests.event_streams import BEGUN, GIB, Stream, write_events, write_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
@@ -41,6 +42,16 @@ def line(update: int, rate: float, step_s: list[float], **fields: Any) -> dict[s
     }  # fmt: skip
 
 
+KERNELS = [
+    {"name": "gemm<T>", "calls": 1200, "ms": 750.0, "share": 0.75},
+    {"name": "softmax", "calls": 7, "ms": 250.0, "share": 0.25},
+]
+
+
+def held_out(loss: float) -> dict[str, Any]:
+    return {"loss": loss, "loss_se": 0.1, "perplexity": math.exp(loss), "labels": 400}
+
+
 def known_events() -> list[dict[str, Any]]:
     """Three lines of two updates; the first update is warm-up. Their figures are in KNOWN."""
 
@@ -59,10 +70,11 @@ def known_events() -> list[dict[str, Any]]:
         line(2, 20.0, [8.0, 2.0], warmup=1, total=9.0, soft=3.0),
         line(4, 50.0, [1.0, 3.0], total=7.0, soft=2.0, **told(2000, 0.1, [3.0, 3.5], 4, 0.2, 50.0)),
         line(6, 100.0, [1.0, 1.0], total=5.0, soft=1.0, **told(4000, 0.3, [1.0, 2.5], 2, 0.5, 100.0)),
-        {"event": "evaluation", "update": 4, "loss": 1.0, "loss_se": 0.1, "perplexity": math.e, "labels": 400},
-        {"event": "evaluation", "update": 6, "loss": 2.0, "loss_se": 0.1, "perplexity": math.e**2, "labels": 400},
+        {"event": "evaluation", "update": 1, "seconds": 2.0, **held_out(1.0)},
+        {"event": "evaluation", "update": 6, "seconds": 3.0, **held_out(2.0)},
         {"event": "memory", "update": 2, "time": BEGUN + 90, "peak_bytes": 4 * GIB,
-         "parts": {"logits": GIB, "activations": 3 * GIB}, "estimate": {"logits": GIB, "activations": GIB}},
+         "parts": {"activations_and_logits": 4 * GIB}, "estimate": {"logits": GIB, "activations": GIB}},
+        {"event": "trace", "update": 6, "first": 4, "last": 5, "kernels": KERNELS},
         {"event": "note", "update": 6, "time": BEGUN + 100, "message": "look here"},
         {"event": "done", "update": 6, "time": BEGUN + 101},
     ]  # fmt: skip
@@ -71,7 +83,8 @@ def known_events() -> list[dict[str, Any]]:
 KNOWN: dict[str, float] = {
     "run.updates": 6,
     "run.tokens": 600,
-    "run.wall_s": 100.0,  # the note is the last event that is not the end itself
+    "run.wall_s": 101.0,
+    "run.evaluation_s": 5.0,
     "run.tokens_per_update": 100.0,
     "speed.tokens_per_s": 400 / (200 / 50 + 200 / 100),  # behind the line that warmed up
     # measured steps: 2, 1, 3, 1, 1
@@ -91,7 +104,7 @@ KNOWN: dict[str, float] = {
     "learning.final_perplexity": math.e**2,
     "memory.peak_allocated_bytes": 4 * GIB,
     "memory.fragmented_bytes": GIB // 2,
-    "memory.parts.activations": 3 * GIB,
+    "memory.parts.activations_and_logits": 4 * GIB,
     "memory.peak_bytes": 4 * GIB,
     "device.utilisation": (0.2 * 4 + 0.5 * 2) / 6,
     "device.j_per_update": 150 / 4,
@@ -158,6 +171,9 @@ class Page(HTMLParser):
         assert found
         return found[0]
 
+    def begins(self, label: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0].startswith(label))
+
     def row(self, label: str) -> list[str]:
         return next(row for row in self.rows if row and row[0] == label)
 
@@ -208,9 +224,10 @@ def test_the_page_prints_the_figures(known: Path) -> None:
     assert page.row("held-out loss, final")[1:4] == ["2.000 nats", "± 0.10 nats se", "400 labels"]
     assert page.row("energy an update")[1] == "37.50 J"
     assert page.row("peak allocated")[1] == "4.000 GiB"
-    assert "bert-base-uncased distilled into distilbert: 6 of 6 updates in 1 min 40 s." in page.text
+    assert "bert-base-uncased distilled into distilbert: 6 of 6 updates in 1 min 41 s." in page.text
     assert "2 ranks, 50 tokens \N{MULTIPLICATION SIGN} 1 micro-batches" in page.text
     assert "look here" in page.text
+    assert page.begins("evaluations, in all2: p50 2.500 s")[1] == "5.000 s"
     assert "5 updates measured, 1 of warm-up left out" in page.text
 
 
@@ -219,10 +236,10 @@ def test_curves_hold_every_line_and_step(known: Path) -> None:
     told = [element.text or "" for chart in charts_of(page.html) for element in chart.iter("title")]
     assert "update 4\ntotal: 7.000\nsoft: 2.000" in told
     assert "update 2\nstep: 2.000 s" in told
-    assert not any(text.startswith("update 1\n") for text in told)  # warm-up
+    assert not any(text.startswith("update 1\nstep") for text in told)  # warm-up
     assert "update 4\ngradients: 1,000 B/update\ncontrol: 20.00 B/update" in told
     assert "rank 1: 1.500 s" in told
-    assert "update 4\nperplexity: 2.718 (± one standard error: 2.460 to 3.004)" in told
+    assert "update 1\nperplexity: 2.718 (± one standard error: 2.460 to 3.004)" in told
 
 
 def test_other_is_what_no_phase_took(known: Path) -> None:
@@ -334,6 +351,37 @@ def test_a_difference_within_two_standard_errors_is_no_verdict(tmp_path: Path) -
     assert verdicts == ["+10.0%within noise", "+20.0%worse"]  # the error of the difference is 0.14
 
 
+def test_without_a_spread_there_is_no_verdict(runs: Mapping[str, Path], tmp_path: Path) -> None:
+    """A 99th percentile has none, and five steps say too little."""
+    page = page_of(runs["gpu"], runs["faster"])
+    verdicts = {label: page.begins(label)[3] for label in ("throughput", "step, mean", "step, p99")}
+    assert verdicts["throughput"].endswith("better") and verdicts["step, mean"].endswith("better")
+    assert re.fullmatch(r"[-+][\d.]+%", verdicts["step, p99"])
+    few = [{**event, "step_s": [2.0, 2.0]} if event["event"] == "train" else event for event in known_events()]
+    pair = page_of(write_events(tmp_path / "a", known_events(), RECIPE), write_events(tmp_path / "b", few, RECIPE))
+    assert re.fullmatch(r"[-+][\d.]+%", pair.begins("step, mean")[3])
+
+
+def test_a_power_cap_is_no_caution(runs: Mapping[str, Path], tmp_path: Path) -> None:
+    def cautions(**throttled: float) -> str:
+        events = [{**event, "device": {"samples": 10, "throttled": throttled}} for event in known_events()[2:4]]
+        (found,) = report.read_runs([write_events(tmp_path / "-".join(throttled), [known_events()[0], *events], RECIPE)])
+        return " ".join(report.cautions(found))
+
+    assert "slowed itself down: hw thermal slowdown in 50.0% of the samples" in cautions(hw_thermal_slowdown=0.5)
+    assert "slowed" not in cautions(sw_power_cap=1.0)
+
+
+def test_the_trace_shows_its_kernels(known: Path) -> None:
+    page = page_of(known)
+    assert "What took the most time in updates 4 to 5" in Page(page.section("step")).text
+    assert page.row("gemm<T>")[1:] == ["1,200", "750.0 ms", "75.0%"]
+    markdown = report.as_markdown(report.read_runs([known]))
+    assert "| gemm\\<T\\> | 1,200 | 750.0 ms | 75.0% |" in markdown
+    (found,) = json.loads(report.json_text(report.read_runs([known])))["runs"]
+    assert found["trace"]["kernels"][0]["ms"] == 750.0
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     paths = [write_events(tmp_path / folder / "student", known_events(), RECIPE) for folder in ("a", "b")]
     assert [run.name for run in report.read_runs(paths)] == [str(path) for path in paths]
@@ -403,12 +451,13 @@ def test_secrets_are_redacted_and_the_surroundings_stay_out(tmp_path: Path) -> N
 
 
 def test_mfu_above_one_is_refused_with_the_reason(tmp_path: Path) -> None:
-    events = [{**event, "mfu": {**event["mfu"], "student": 1.4}} if "mfu" in event else event for event in known_events()]
+    refused = utilisation(Work(student=1.4e12), 1.0, 1e12, "measured, bf16")  # as a run writes it
+    events = [{**event, "mfu": refused} if "mfu" in event else event for event in known_events()]
     page = page_of(write_events(tmp_path / "run", events, RECIPE))
     row = page.row("MFU, student")
     assert row[1] == "refused"
-    assert "140%" in row[4]
-    assert "MFU is refused: student came out at 140%" in page.text
+    assert "140% of 1 TFLOP/s" in row[4]
+    assert "MFU is refused: in 2 of 2 log lines: 140% of 1 TFLOP/s (measured, bf16) is more than there is" in page.text
     assert not [chart for chart in charts_of(page.html) if (chart.get("aria-label") or "").startswith("MFU")]
 
 

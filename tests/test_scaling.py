@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil.errors import UserError
+from fastdistil.profiling.scale_command import Question, _model
 from fastdistil.profiling.scale_networks import Constant, Network, load_network, named_networks
 from fastdistil.profiling.scale_predict import FASTEST, FOREVER, break_even, predict
 from fastdistil.profiling.scaling import Fit, Point, Sample, Workload, expected_max, fit
@@ -214,6 +215,19 @@ def test_break_even_is_where_two_predictions_differ_by_two_percent(monkeypatch: 
     assert at_most.free
     assert at_most.most_accumulation is not None
     assert at_most.most_accumulation >= found.most_accumulation
+
+
+def test_break_even_points_are_written_down() -> None:
+    model = fit(many(), on_cpu=True)
+    work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=4, exchanges=1)
+    slow = network(1e7)
+    _, _, values = _model(model, work, Question(ranks=(8,), networks=(("slow", slow),)), None)
+    small = {each["kind"]: each for each in values["break_even"]}
+    wanted = break_even(model, work, "int8", 8, 8, slow)
+    assert small["int8"]["most_accumulation"] == wanted.most_accumulation
+    assert small["int8"]["most_bytes_per_s"] == wanted.most_bytes_per_s
+    assert (small["int8"]["predicted"], small["int8"]["network_name"], small["int8"]["ranks"]) == (True, "slow", 8)
+    assert values["predictions"][0]["step_s"] == predict(model, work.point(8, 8), slow).step_s
 
 
 def test_named_networks_have_a_source_for_each_constant() -> None:

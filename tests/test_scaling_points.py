@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fastdistil.errors import UserError
+from fastdistil.profiling import scale
 from fastdistil.profiling.history import load_history
-from fastdistil.profiling.scale import Study, settings
+from fastdistil.profiling.scale import Study, _measured, as_json, settings
 from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
 from fastdistil.profiling.scale_points import (
     Measured,
@@ -30,14 +31,16 @@ from fastdistil.profiling.scale_table import (
     load_table,
     study,
 )
+from fastdistil.recipe import load_recipe
 
 
-def run(folder: Path, steps: list[float], tokens: int, **fields: Any) -> Round:
+def run(folder: Path, steps: list[float], tokens: int, device: str = "cpu", **fields: Any) -> Round:
     """A finished run with one log line an update; its first update is slow and left out."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("version: 1\n")
-    start = {"event": "start", "time": 105.5, "update": 0, "device": "cpu", "engine": "torch", "student_parameters": 1000}
-    lines: list[dict[str, Any]] = [start]
+    start = {"event": "start", "time": 105.5, "update": 0, "device": device, "engine": "torch", "student_parameters": 1000}
+    machine = {"processor": "A processor", "cores": 64, "memory_bytes": 7, "devices": [{"rank": 0, "name": "A GPU"}]}
+    lines: list[dict[str, Any]] = [start, {"event": "environment", **machine}]
     for number, step in enumerate([9.0, *steps], 1):
         line = {"event": "train", "update": number, "updates": 1, "tokens": tokens, "tokens_per_s": tokens / step}
         lines.append({**line, **fields})
@@ -93,6 +96,41 @@ def test_what_was_not_recorded_is_said_to_be(tmp_path: Path) -> None:
     assert lost.seconds["control"] is None
     assert lost.seconds["exposed"] == pytest.approx(0.4)
     assert lost.seconds["compute"] == pytest.approx(0.1)
+
+
+def test_a_rank_that_is_waited_for_is_no_communication(tmp_path: Path) -> None:
+    """Rank 0 waits 0.5 s of each update for rank 1, before gradients leave, and then 0.1 s, as rank 1 does, for them."""
+    one = measured(ONE, run(tmp_path / "1", [1.0, 1.0], 1000))
+    for device, gradients in (("cpu", 0.1), ("cuda:0", 0.0)):  # a GPU's host waits for no gradients
+        fields = {**SEVERAL, "exchange_wait_s": gradients, "rank_worked_s": [1.0, 1.5], "phases": {"exposed": [0.6]}}
+        two = measured(TWO, run(tmp_path / device, [1.6, 1.6], 2000, device, **fields))
+        lost = losses(two, one)
+        assert lost.seconds["exposed"] == pytest.approx(0.1)
+        assert lost.seconds["control"] == (None if gradients == 0 else pytest.approx(0.0))
+        assert lost.seconds["imbalance"] == pytest.approx(0.25)
+        assert two.slowest == (1, 2, 2)
+        assert model_point(two, one, 0.0).samples[0].recorded == pytest.approx((1.25, 0.25, 0.1))
+    assert one.slowest is None
+
+
+def test_the_machine_is_the_runs_and_not_the_launchers(tmp_path: Path) -> None:
+    fields = {**SEVERAL, "exchange_wait_s": 0.1, "rank_worked_s": [1.0, 1.0]}
+    rounds = [run(tmp_path / str(number), [1.2], 2000, "cuda:0", **fields) for number in range(2)]
+    study_of = plan(ranks=(2,), rounds=2)
+    values = as_json(study_of, load_recipe("demo"), [measured(TWO, *rounds)], None)
+    assert (values["device"]["name"], values["device"]["cores"], values["device"]["memory_bytes"]) == ("A GPU", 64, 7)
+    assert (values["points"][0]["device_name"], values["points"][0]["slowest_rank"]) == ("A GPU", 0)
+    on_cpu = run(tmp_path / "cpu", [1.2], 2000, **fields)
+    crowded = [_measured(TWO, [on_cpu], {}, threads, study_of).oversubscribed for threads in (32, 33)]
+    assert crowded == [False, True]  # 2 ranks on its 64 cores
+
+
+@pytest.mark.parametrize("code", [75, 130])
+def test_a_side_run_that_is_stopped_stops_the_study(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "launch", lambda job: code)
+    runner = scale._Runner(plan(), "train", 1)
+    with pytest.raises(KeyboardInterrupt):
+        runner.side_by_side(ONE, 2, tmp_path)
 
 
 def test_recorded_phases_and_steps_go_before_what_is_derived(tmp_path: Path) -> None:
@@ -206,7 +244,8 @@ def test_the_2020_table() -> None:
 
 def test_the_2020_table_from_both_rows() -> None:
     table = load_table("distilbert-2020")
-    grids, svg, values = study(table, 2)
+    assert study(table, None) == study(table, 2)  # both without being asked
+    grids, svg, values = study(table, None)
     (grid,) = grids
     text = "\n".join(grid.notes)
     assert "157% of linear" in text
@@ -230,12 +269,19 @@ def test_the_2020_table_from_both_rows() -> None:
         ("rows: [{gpus: 8, minutes: 10}, {gpus: 8, minutes: 9}]", "same number of GPUs"),
         ("rows: [{gpus: 8, minutes: 10}, {gpus: 0, minutes: 9}]", "rows.1.gpus"),
         ("lines: []", "rows"),
+        ("rounding: 2\nrows: [{gpus: 8, minutes: 10}, {gpus: 64, minutes: 2}]", "wanted more than rounding, 2"),
     ],
 )
 def test_a_table_that_is_none_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(UserError, match=complaint):
         load_table(str(tmp_path / "t.yaml"))
+
+
+def test_the_plots_bars_are_as_wide_as_the_rounding(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("rounding: 2\nrows: [{gpus: 8, minutes: 20}, {gpus: 16, minutes: 10}]")
+    _, svg, _ = study(load_table(str(tmp_path / "t.yaml")), None)
+    assert "16, 2 (1.67 to 2.5)" in svg  # 20 / 10, 20 / 12, 20 / 8
 
 
 # --- the plot
