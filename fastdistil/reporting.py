@@ -114,7 +114,9 @@ def finish_trace(run: Run) -> None:
                 path.write_bytes(each)
     first, last = run.recipe.profile.trace_steps or (0, 0)
     run.event("trace", update=run.update, first=first, last=min(last, run.update), kernels=kernels)
-    run.tell(f"traced updates {first} to {min(last, run.update)}: open {run.directory / 'trace'}/*.json.gz in ui.perfetto.dev")
+    most = f"; most of the time in {kernels[0]['name']} ({kernels[0]['share']:.0%})" if kernels else ""
+    where = f"open {run.directory / 'trace'}/*.json.gz in ui.perfetto.dev"
+    run.tell(f"traced updates {first} to {min(last, run.update)}{most}: {where}")
 
 
 def _watched(objective: Objective) -> list[str]:

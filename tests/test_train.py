@@ -439,6 +439,8 @@ def test_traced_updates_do_not_count(material: Path, tmp_path: Path, ranges: Ran
     assert [line["warmup"] for line in events(tmp_path / "run")] == [1, 3]
     (traced,) = events(tmp_path / "run", "trace")
     assert (traced["first"], traced["last"], traced["update"]) == (6, 7, 7)
+    (told,) = [note["message"] for note in events(tmp_path / "run", "note") if "traced" in note["message"]]
+    assert f"most of the time in {traced['kernels'][0]['name']} (" in told
     assert list((tmp_path / "run" / "trace").iterdir()) == [tmp_path / "run" / "trace" / "rank-0.json.gz"]
 
 
