@@ -215,7 +215,9 @@ def _watch(
             if each.ended():
                 attempt.order.append(each)
                 if each.code not in (0, SAVED):
-                    end_by_s = min(end_by_s, now + begin.timeout_s + END_S)
+                    # A rank that ends with 12 has told the others, and one that cannot be reached is nothing to wait for.
+                    known = each.code == LOST or (each.slot.host is not None and each.code == SSH_FAILED)
+                    end_by_s = min(end_by_s, now + (0.0 if known else begin.timeout_s) + END_S)
         asked = interrupts.asked or (signal.SIGTERM if told is None and end_by_s == float("inf") and enough() else None)
         if told is None and asked is not None:
             told, attempt.stopped = asked, True

@@ -234,6 +234,13 @@ data:
 """
 
 
+def _installs(cluster: Cluster) -> list[str]:
+    """From a checkout, on every node: the package, and Horovod where the ranks use it."""
+    if "world.engine=torch" in cluster.overrides:
+        return ["pip install ."]
+    return ["pip install '.[horovod]'", "python -m fastdistil.build_horovod"]
+
+
 def _skypilot(cluster: Cluster) -> str:
     if cluster.gpu_count and cluster.gpu_type is None:
         raise UserError(f"--for skypilot needs the GPUs' type: --gpus H100:{cluster.gpu_count}")
@@ -248,7 +255,7 @@ def _skypilot(cluster: Cluster) -> str:
     ]
     mount = f"file_mounts:\n  /workspace: {{source: {json.dumps(cluster.storage)}, mode: MOUNT}}\n" if cluster.storage else ""
     checkout = "" if cluster.image else "# fastdistil's checkout, from which the nodes install it.\nworkdir: .\n"
-    setup = "" if cluster.image else "setup: |\n  pip install .\n"
+    setup = "" if cluster.image else "setup: |\n" + "".join(f"  {line}\n" for line in _installs(cluster))
     run = _torchrun(
         cluster,
         '"$SKYPILOT_NUM_NODES"',
@@ -276,7 +283,7 @@ def _dstack(cluster: Cluster) -> str:
     )
     volume = f"volumes:\n  - {json.dumps(cluster.storage + ':/workspace')}\n" if cluster.storage else ""
     limit = f"max_duration: {cluster.time}\n" if cluster.time else ""
-    install = [] if cluster.image else ["set -e", "pip install ."]
+    install = [] if cluster.image else ["set -e", *_installs(cluster)]
     ranks = _torchrun(
         cluster, '"$DSTACK_NODES_NUM"', '"$DSTACK_NODE_RANK"', '"$DSTACK_GPUS_PER_NODE"', '"$DSTACK_MASTER_NODE_IP"'
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistil import models
+from fastdistil.compression import starts_at
 from fastdistil.errors import translated
 from fastdistil.loop_state import Run
 from fastdistil.recipe import Objective
@@ -37,6 +38,14 @@ def announce(run: Run) -> None:
     run.event("environment", **run.instruments.survey(run.team, run.console.note))
     if run.board is not None:
         run.board.text("recipe", run.recipe.to_yaml())
+    if not run.team.alone:
+        kind = run.recipe.compression.kind
+        run.console.note(f"{world.size} ranks over {world.engine}, compression {kind}")
+        begins = starts_at(run.recipe.compression)
+        if kind not in ("none", "auto") and begins >= run.inputs.updates:
+            run.tell(
+                f"nothing will be compressed: that begins after {begins} updates (compression.warmup_updates), the run's last"
+            )
     run.console.start(run.inputs.updates, run.update)
     run.meter.restart()
 

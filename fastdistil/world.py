@@ -204,7 +204,7 @@ def import_horovod() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise UserError(
-            f"world.engine is horovod and it does not load ({why}); {HOW_TO_BUILD}, or set world.engine=torch"
+            f"several ranks use Horovod (world.engine), and it does not load ({why}); {HOW_TO_BUILD}, or set world.engine=torch"
         ) from error
     return hvd
 

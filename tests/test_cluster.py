@@ -236,8 +236,12 @@ def test_the_checks_are_strict() -> None:
 )
 def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], own_recipe: Path, tmp_path: Path) -> None:
     script = shell_of(kind, documents(kind, recipe=str(own_recipe))[0])
-    done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', pip="true")
+    installs = {"pip": f"echo pip $* >> {tmp_path}/installed", "python": f"echo python $* >> {tmp_path}/installed"}
+    done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', **installs)
     assert done.returncode == 0, done.stderr
+    if kind == "dstack":
+        built = ["pip install .[horovod]", "python -m fastdistil.build_horovod"]
+        assert (tmp_path / "installed").read_text().splitlines() == built
     assert done.stdout.splitlines() == [
         "-m",
         "torch.distributed.run",

@@ -832,12 +832,15 @@ def test_an_elastic_run_has_one_directory(command_line: Callable[..., tuple[int,
     pinned = (sys.executable, "-m", "fastdistil", "train", *RECIPE, 'name="distilbert-1"', 'runs_dir="runs"')
     assert job.command == pinned
     assert job.elastic is not None
-    assert job.elastic.again == (*pinned, "--resume", "auto")
+    assert job.elastic.again() == (*pinned, "--resume", "auto")
     assert (job.ranks, job.elastic.min_ranks, job.elastic.grow_after_s) == (4, 2, 9.0)
     before = job.elastic.progress()
     assert job.elastic.progress() == before
     (tmp_path / "runs/distilbert-1/checkpoints/step-00000010").mkdir(parents=True)
     assert job.elastic.progress() != before
+    # From here on a host that does not find the run is at fault, and must not begin anew.
+    (tmp_path / "runs/distilbert-1/recipe.yaml").touch()
+    assert job.elastic.again() == (*pinned, "--resume", "runs/distilbert-1")
 
 
 @pytest.mark.parametrize(
