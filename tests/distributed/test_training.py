@@ -284,7 +284,7 @@ def test_a_lost_rank_is_named_and_the_others_end(
     assert f"rank {on}" in err and says in err, err
     if how in ("STOP", "SLEEP"):
         assert "update 4" in err and "counted" in err, err
-    assert took_s < 6 + 20, took_s  # starting Python and torch included
+    assert took_s < 6 + 50, took_s  # starting Python and torch on a busy machine included
     assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 2
     all_well(train_ranks(recipe, 2, resume="auto"))
 
