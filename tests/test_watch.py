@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -601,7 +602,10 @@ def test_ipv6(tmp_path: Path) -> None:
 def test_the_command_prints_its_url_serves_and_ends_cleanly_on_ctrl_c(tmp_path: Path) -> None:
     append(tmp_path, start(), train(1, 1.0))
     command = [sys.executable, "-m", "fastdistil", "watch", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # As a terminal starts it; a shell that runs the tests in the background has its children ignore Ctrl-C.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as process:
         try:
             assert process.stdout is not None
             first = process.stdout.readline()
