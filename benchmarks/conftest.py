@@ -1,6 +1,5 @@
 """A timing means nothing without its machine: written into every result file."""
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistil.profiling.device import cpuinfo, parse_cpu_flags, parse_cpu_model, usable_cores
+from fastdistil.profiling.device import cpuinfo, installed_version, parse_cpu_flags, parse_cpu_model, usable_cores
 
 from .machine import add_percentiles, gpu, processor_clock
 from .ranks import RANK_THREADS, make_demo_material
@@ -29,20 +28,13 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "threads_per_rank": RANK_THREADS,
         # What the C library was told about keeping freed memory: on a CPU it decides what eager code costs.
         "malloc": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))},
-        "versions": {name: version(name) for name in DISTRIBUTIONS},
+        "versions": {name: installed_version(name) for name in DISTRIBUTIONS},
         "gpus": [gpu(index) for index in range(torch.cuda.device_count())],
     }
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     add_percentiles(output_json["benchmarks"], {each.fullname: each.stats.data for each in benchmarks if not each.has_error})
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from rich.text import Text
 from fastdistil import __version__
 from fastdistil.build_horovod import HOW_TO_BUILD
 from fastdistil.installed_horovod import probe, state
+from fastdistil.profiling.device import installed_version
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -112,20 +113,13 @@ def release(name: str, version: str, tested: tuple[tuple[int, int], tuple[int, i
 
 def library(name: str) -> Finding:
     """A Python package that fastdistil needs, by the metadata of its installation."""
-    version = installed(name)
+    version = installed_version(name)
     if version is None or importlib.util.find_spec(name) is None:
         state = "not installed" if version is None else f"{version} is listed but its files are missing"
         return Finding(name, state, "problem", f"pip install --force-reinstall {name}" if version else f"pip install {name}")
     if name not in TESTED:
         return Finding(name, version)
     return release(name, version, TESTED[name], f"pip install --upgrade {name}")
-
-
-def installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def load_torch() -> tuple[Any, str]:
@@ -140,10 +134,10 @@ def load_torch() -> tuple[Any, str]:
 def torch_release() -> Finding:
     torch, error = load_torch()
     if torch is None:
-        if installed("torch") is None:
+        if installed_version("torch") is None:
             return Finding("torch", "not installed", "problem", "pip install torch")
         return Finding(
-            "torch", f"{installed('torch')} does not load: {error}", "problem", "pip install --force-reinstall torch"
+            "torch", f"{installed_version('torch')} does not load: {error}", "problem", "pip install --force-reinstall torch"
         )
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
     judged = release("torch", torch.__version__, TESTED["torch"], "pip install --upgrade torch")
@@ -202,12 +196,12 @@ def unused_gpus(torch: Any, seen: list[str], driver: str | None) -> Finding:
 def nvml_package() -> list[Finding]:
     """nvidia-ml-py, and the two old packages that overwrite its module with an outdated one."""
     for other in ("pynvml", "nvidia-ml-py3"):
-        version = installed(other)
+        version = installed_version(other)
         # From 12 on pynvml is only a shell around nvidia-ml-py.
         if version is not None and (other == "nvidia-ml-py3" or int(version.split(".")[0]) < 12):
             advice = f"pip uninstall {other} && pip install --force-reinstall nvidia-ml-py"
             return [Finding("nvidia-ml-py", f"shadowed by the old package {other} {version}", "problem", advice)]
-    version = installed("nvidia-ml-py")
+    version = installed_version("nvidia-ml-py")
     if version is None:
         return [Finding("nvidia-ml-py", "not installed", "absent", "GPU clocks and power: pip install nvidia-ml-py")]
     return [Finding("nvidia-ml-py", version)]
@@ -237,7 +231,7 @@ def as_text(value: str | bytes) -> str:
 
 
 def triton(gpu_usable: bool) -> Finding:
-    version = installed("triton")
+    version = installed_version("triton")
     if version is None:
         status: Status = "problem" if gpu_usable else "absent"
         return Finding("triton", "not installed", status, "the GPU kernels need it: pip install triton")
@@ -251,7 +245,7 @@ def options() -> list[Finding]:
     }
     found = []
     for name, advice in wanted.items():
-        version = installed(name)
+        version = installed_version(name)
         found.append(Finding(name, version) if version else Finding(name, "not installed", "absent", advice))
     return [horovod(), *found, compiler()]
 

@@ -6,9 +6,10 @@ the count of what autograd keeps, is done in the last one of the warm-up.
 """
 
 import json
+import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from fastdistil.estimate import transformer_shape
 from fastdistil.inputs import Inputs
 from fastdistil.out_of_memory import Sizes, naming
 from fastdistil.profiling import roofline
-from fastdistil.profiling.device import Sampler, device_facts
+from fastdistil.profiling.device import (
+    Sampler,
+    cpuinfo,
+    device_facts,
+    installed_version,
+    parse_cpu_model,
+    usable_cores,
+    usable_memory,
+)
 from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
 from fastdistil.profiling.roofline import Work, WorkCounter
 from fastdistil.profiling.spans import Name, Spans
@@ -205,15 +214,9 @@ def sizes_of(inputs: Inputs, recipe: Recipe) -> Sizes | None:
 
 def host_facts() -> dict[str, Any]:
     """Of this machine and the packages."""
-    import importlib.metadata
-    import platform
-
-    from fastdistil.profiling.device import cpuinfo, parse_cpu_model, usable_cores, usable_memory
-
-    versions: dict[str, str] = {"fastdistil": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "horovod", "numpy"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    packages = {name: installed_version(name) for name in ("torch", "triton", "transformers", "horovod", "numpy")}
+    versions = {"fastdistil": __version__, "python": platform.python_version()}
+    versions |= {name: version for name, version in packages.items() if version is not None}
     return {
         "processor": parse_cpu_model(cpuinfo()),
         "cores": usable_cores(),

@@ -43,9 +43,8 @@ def announce(run: Run) -> None:
         run.console.note(f"{world.size} ranks over {world.engine}, compression {kind}")
         begins = starts_at(run.recipe.compression)
         if kind not in ("none", "auto") and begins >= run.inputs.updates:
-            run.tell(
-                f"nothing will be compressed: that begins after {begins} updates (compression.warmup_updates), the run's last"
-            )
+            keys = "compression.warmup_updates, frozen_variance_after"
+            run.tell(f"nothing will be compressed: that begins after {begins} updates ({keys}), the run's last")
     run.console.start(run.inputs.updates, run.update)
     run.meter.restart()
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdistil.errors import FellShort, UserError, translated
-from fastdistil.profiling import charts
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.intervals import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
+from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.summary import slowed_down, summarise
 
 SAME_WORK = (
@@ -313,7 +313,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         interval = row["interval"]
         table.add_row(
             row["name"],
-            *(_MISSING if row[side] is None else charts.quantity(row[side], row["unit"]) for side in ("a", "b")),
+            *(_MISSING if row[side] is None else quantity(row[side], row["unit"]) for side in ("a", "b")),
             _MISSING if row["ratio"] is None else _change(row["ratio"]),
             "" if interval is None else " to ".join(map(_change, interval)),
             " and ".join(str(n) for n in row.get("n", ())),

@@ -4,6 +4,7 @@ Linux only: the kernel's own files are the source. What they do not say is answe
 torch is loaded only where a torch.device is asked about, so that a launcher may count cores without it.
 """
 
+import importlib.metadata
 import os
 import threading
 import time
@@ -49,6 +50,14 @@ def cpuinfo() -> str:
     """The text of /proc/cpuinfo; empty where the system has none."""
     path = Path("/proc/cpuinfo")
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def installed_version(distribution: str) -> str | None:
+    """Of a package, by the metadata of its installation; None: there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def has_fast_bf16(device: "torch.device") -> bool:

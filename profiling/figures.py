@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastdistil.profiling.charts import quantity
 from fastdistil.profiling.history import Event, History
 from fastdistil.profiling.intervals import Statistic
+from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.summary import PHASES
 from fastdistil.profiling.values import at, real
 
@@ -36,7 +36,7 @@ class Figure:
     value: float | str | None
     """SI units; None: not recorded."""
     unit: str = ""
-    """As charts.quantity knows it."""
+    """As quantities.quantity knows it."""
     spread: float | None = None
     """Of one value, same unit; `spread_kind` says which."""
     spread_kind: Literal["sd", "se"] = "sd"

@@ -29,11 +29,12 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 
+from fastdistil.profiling.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
 from fastdistil.profiling.values import real
 
 RECENT = 20
@@ -46,114 +47,6 @@ QUIET_S, FIRST_QUIET_S = 5.0, 120.0
 LOG_ENTRIES = 400
 READ_S = 0.2
 CHUNK_BYTES = 2**20
-
-Event = dict[str, Any]
-
-
-class Curve(NamedTuple):
-    name: str
-    label: str
-    unit: str
-    group: str
-    get: Callable[[Event], float]
-    """From a `train` event; nan where it was not recorded."""
-
-
-def _field(name: str, scale: float = 1.0) -> Callable[[Event], float]:
-    """`name`: a field, or one within another: "device.power_w"."""
-    outer, _, inner = name.partition(".")
-
-    def get(event: Event) -> float:
-        value = event.get(outer)
-        if inner:
-            value = value.get(inner) if isinstance(value, dict) else None
-        return real(value) * scale
-
-    return get
-
-
-def measured_steps(event: Event) -> list[float]:
-    """Seconds of a line's updates, those of the warm-up left out."""
-    return _measured(event, event.get("step_s"))
-
-
-def _measured(event: Event, values: object) -> list[float]:
-    warmup = event.get("warmup", 0)
-    if not isinstance(values, list) or not isinstance(warmup, int):
-        return []
-    return [seconds for value in values[max(warmup, 0) :] if math.isfinite(seconds := real(value))]
-
-
-def _median_step(event: Event) -> float:
-    steps = measured_steps(event)
-    return statistics.median(steps) * 1e3 if steps else math.nan
-
-
-PER_RANK = ("rank_worked_s", "rank_tokens", "rank_data_wait_s")
-LOSSES = {"soft": ("a_ce",), "hard": ("a_mlm", "a_clm"), "cosine": ("a_cos",), "mse": ("a_mse",)}
-"""Term -> the recipe's weights of it."""
-CURVES = (
-    Curve("total", "Total loss", "", "loss", _field("total")),
-    Curve("soft", "Soft loss (teacher)", "", "loss", _field("soft")),
-    Curve("hard", "Hard loss (labels)", "", "loss", _field("hard")),
-    Curve("cosine", "Cosine loss (hidden states)", "", "loss", _field("cosine")),
-    Curve("mse", "MSE loss (hidden states)", "", "loss", _field("mse")),
-    Curve("tokens_per_s", "Throughput", "tokens/s", "speed", _field("tokens_per_s")),
-    Curve("step", "Step, median of a log line", "ms", "speed", _median_step),
-    Curve("data_wait", "Waiting for data", "%", "speed", _field("data_wait_share", 100)),
-    Curve("grad_norm", "Gradient norm", "", "optimizer", _field("grad_norm")),
-    Curve("lr", "Learning rate", "", "optimizer", _field("lr")),
-    Curve("utilisation", "Utilisation", "%", "device", _field("device.utilisation", 100)),
-    Curve("sm_clock", "SM clock", "MHz", "device", _field("device.sm_clock_mhz")),
-    Curve("clock", "Clock", "MHz", "device", _field("device.clock_mhz")),
-    Curve("power", "Power", "W", "device", _field("device.power_w")),
-    Curve("temperature", "Temperature", "°C", "device", _field("device.temperature_c")),
-    Curve("reserved", "Device memory, reserved", "GiB", "memory", _field("memory.reserved_bytes", 2.0**-30)),
-    Curve("rss", "Host memory (RSS)", "GiB", "memory", _field("memory.rss_bytes", 2.0**-30)),
-)
-
-
-class Line(NamedTuple):
-    """What is kept of a recent log line."""
-
-    time: float
-    updates: int
-    tokens: float
-    seconds: float
-    """Of training; nan if not recorded."""
-    steps: list[float]
-    phases: dict[str, tuple[float, int]]
-    """Name -> (sum of seconds, updates measured)."""
-    per_rank: dict[str, Any]
-    """Name of a field -> float64 [ranks]; without those that are not recorded or not finite."""
-    event: Event
-
-
-def _line(event: Event) -> Line:
-    tokens, rate = real(event.get("tokens")), real(event.get("tokens_per_s"))
-    recorded = event.get("phases")
-    phases = {}
-    for name, values in recorded.items() if isinstance(recorded, dict) else ():
-        measured = _measured(event, values)
-        if measured:
-            phases[str(name)] = (math.fsum(measured), len(measured))
-    per_rank = {}
-    for name in PER_RANK:
-        if isinstance(given := event.get(name), list):
-            values = np.array([real(value) for value in given])
-            if np.isfinite(values).all():
-                per_rank[name] = values
-    updates = event.get("updates")
-    return Line(
-        time=real(event.get("time")),
-        updates=updates if isinstance(updates, int) else 1,
-        tokens=tokens,
-        seconds=tokens / rate if rate > 0 else math.nan,
-        steps=measured_steps(event),
-        phases=phases,
-        per_rank=per_rank,
-        event=event,
-    )
 
 
 class Live:
@@ -348,7 +241,7 @@ class Live:
 
         While the log is still being read, the status alone.
         """
-        self._recent.extend(map(_line, self._unsummed))
+        self._recent.extend(map(line_of, self._unsummed))
         self._unsummed.clear()
         status = self._status()
         lines, stride = len(self._updates), _stride(len(self._updates))

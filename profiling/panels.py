@@ -16,6 +16,7 @@ import numpy as np
 from fastdistil.profiling import charts
 from fastdistil.profiling.charts import Axis, Floats, Layer, Series
 from fastdistil.profiling.history import Event, History
+from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.spans import NAMES
 from fastdistil.profiling.summary import MFU, PHASES, measured_updates, phased_updates
 from fastdistil.profiling.values import at, real
@@ -238,11 +239,11 @@ def _steps(history: History) -> Points:
 def _distribution(history: History, steps: Floats, domain: tuple[float, float], style: int, several: bool) -> Panel:
     title = f"Step-time distribution: {history.name}" if several else "Step-time distribution"
     marks = [(f"p{percent}", float(np.percentile(steps, percent))) for percent in (50, 95, 99)]
-    told = ", ".join(f"{name} {charts.quantity(value, 's')}" for name, value in marks)
+    told = ", ".join(f"{name} {quantity(value, 's')}" for name, value in marks)
     caption = f"{len(steps):,} updates; {told}."
     beyond = int((steps > domain[1]).sum())
     if beyond:
-        caption += f" In the last bar: {beyond:,} beyond the axis, up to {charts.quantity(float(steps.max()), 's')}."
+        caption += f" In the last bar: {beyond:,} beyond the axis, up to {quantity(float(steps.max()), 's')}."
 
     def draw(width: float) -> str:
         axis = Axis(label="step", unit="s")

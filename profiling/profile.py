@@ -19,8 +19,8 @@ from rich.table import Table
 from fastdistil import metrics
 from fastdistil.errors import UserError, translated
 from fastdistil.launch import launch_function
-from fastdistil.profiling.charts import quantity
 from fastdistil.profiling.history import load_history
+from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import write_report
 from fastdistil.profiling.summary import summarise
 from fastdistil.ranks import find_place

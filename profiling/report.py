@@ -29,6 +29,7 @@ from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, 
 from fastdistil.profiling.history import History, load_history
 from fastdistil.profiling.intervals import ratio_of
 from fastdistil.profiling.panels import Section, sections
+from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.summary import PHASES, slowed_down, summarise
 from fastdistil.profiling.values import at, real
 
@@ -250,9 +251,7 @@ def as_markdown(runs: Sequence[Reported]) -> str:
         if found := kernels(run):
             parts += ["", f"## {traced(run)}" + f" ({_cell(run.name)})" * (len(runs) > 1), ""]
             parts += ["| kernel or operator | calls | in all | share |", "|---|---:|---:|---:|"]
-            parts += [
-                f"| {_cell(name)} | {calls:,} | {charts.quantity(s, 's')} | {share:.1%} |" for name, calls, s, share in found
-            ]
+            parts += [f"| {_cell(name)} | {calls:,} | {quantity(s, 's')} | {share:.1%} |" for name, calls, s, share in found]
     return "\n".join(parts) + "\n"
 
 
@@ -435,7 +434,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "notes": found,
         "more_notes": more,
         "traced": traced(run),
-        "kernels": [(name, f"{calls:,}", charts.quantity(s, "s"), f"{share:.1%}") for name, calls, s, share in kernels(run)],
+        "kernels": [(name, f"{calls:,}", quantity(s, "s"), f"{share:.1%}") for name, calls, s, share in kernels(run)],
         "recipe": charts.printable(recipe),
     }
 
@@ -471,10 +470,10 @@ def _phase_rows(run: Reported) -> list[dict[str, Any]]:
         {
             "name": name,
             "patch": charts.patch(name),
-            "share": charts.quantity(phases[name]["share"], "share"),
+            "share": quantity(phases[name]["share"], "share"),
             "width": f"{max(0.0, 100 * phases[name]['share'] / widest):.1f}",
-            **{key: charts.quantity(phases[name][key], "s") for key in ("mean", "p50", "p95", "p99")},
-            "sd": charts.quantity(phases[name]["sd"], "s") if phases[name]["sd"] is not None else "",
+            **{key: quantity(phases[name][key], "s") for key in ("mean", "p50", "p95", "p99")},
+            "sd": quantity(phases[name]["sd"], "s") if phases[name]["sd"] is not None else "",
         }
         for name in sorted(phases, key=PHASES.index)
     ]

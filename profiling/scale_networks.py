@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -11,6 +11,7 @@ from fastdistil.errors import UserError, translated
 
 NETWORKS = Path(__file__).parent / "networks"
 Side = Literal["low", "value", "high"]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Constant(BaseModel):
@@ -58,22 +59,24 @@ class Network(BaseModel):
         return min(flows, self.link_bytes_per_s.at(side), local)
 
 
-def named_networks() -> list[str]:
-    return sorted(path.stem for path in NETWORKS.glob("*.yaml"))
-
-
 def load_network(name_or_path: str) -> Network:
     """By name or path. Raises UserError."""
+    return load_named(name_or_path, NETWORKS, Network, "network", "wanted constants as {value: 1.0e9, source: where from}")
+
+
+def load_named(name_or_path: str, folder: Path, model: type[Model], kind: str, wanted: str) -> Model:
+    """A YAML file by its path, or by its name in `folder`. Raises UserError, which ends with what was `wanted`."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
-        path = NETWORKS / f"{name_or_path}.yaml"
+        path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
-        raise UserError(f"no network {name_or_path!r}; known names: {', '.join(named_networks())}; or give a .yaml file")
+        known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
+        raise UserError(f"no {kind} {name_or_path!r}; known names: {known}; or give a .yaml file")
     try:
-        with translated("reading a network", path):
-            return Network.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        with translated(f"reading a {kind}", path):
+            return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
-        raise UserError(f"{path} is no network: {told}; wanted constants as {{value: 1.0e9, source: where from}}") from error
+        raise UserError(f"{path} is no {kind}: {told}; {wanted}") from error

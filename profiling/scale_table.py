@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from fastdistil.cost import allreduce_s
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import UserError
+from fastdistil.profiling.scale_networks import load_named
 from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure
 from fastdistil.profiling.scaling import OPEN
 
@@ -55,20 +55,7 @@ class Table(BaseModel):
 
 def load_table(name_or_path: str) -> Table:
     """By name or path. Raises UserError."""
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = TABLES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in TABLES.glob("*.yaml")))
-        raise UserError(f"no table {name_or_path!r}; known names: {known}; or give a .yaml file")
-    try:
-        with translated("reading a table", path):
-            return Table.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
-        raise UserError(f"{path} is no table: {told}; wanted rows: [{{gpus: 8, minutes: 204}}, ...]") from error
+    return load_named(name_or_path, TABLES, Table, "table", "wanted rows: [{gpus: 8, minutes: 204}, ...]")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from fastdistil.profiling import charts
+from fastdistil.profiling import charts, quantities
 from fastdistil.profiling.charts import Axis, Bar, Layer, Series
 
 finite = st.floats(-1e15, 1e15, allow_nan=False).filter(lambda value: value == 0 or abs(value) > 1e-9)
@@ -41,7 +41,7 @@ def points(path: str) -> list[tuple[float, float]]:
 def test_nice_ticks_enclose_in_equal_steps_of_1_2_or_5(one: float, other: float, count: int) -> None:
     low, high = sorted((one, other))
     assume(high == low or high - low > 1e-9 * max(abs(low), abs(high)))
-    ticks = charts.nice_ticks(low, high, count)
+    ticks = quantities.nice_ticks(low, high, count)
     slack = 1e-6 * (ticks[-1] - ticks[0])
     assert ticks[0] <= low + slack
     assert ticks[-1] >= high - slack
@@ -56,13 +56,13 @@ def test_nice_ticks_enclose_in_equal_steps_of_1_2_or_5(one: float, other: float,
 @pytest.mark.parametrize("ends", [(math.nan, 1.0), (0.0, math.inf), (2.0, 1.0)])
 def test_nice_ticks_refuse_what_has_no_range(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="finite low <= high"):
-        charts.nice_ticks(*ends)
+        quantities.nice_ticks(*ends)
 
 
 @given(st.floats(1e-12, 1e12), st.floats(charts.COLUMN_WIDTH, 1e9))
 def test_log_ticks_are_round_within_the_range_and_not_too_many(low: float, factor: float) -> None:
     high = low * max(factor, 20.0)
-    ticks = charts.log_ticks(low, high)
+    ticks = quantities.log_ticks(low, high)
     assert 1 <= len(ticks) <= 7
     assert ticks == sorted(ticks)
     assert low * (1 - 1e-6) <= ticks[0]
@@ -276,4 +276,4 @@ def test_names_cannot_break_out_of_a_chart() -> None:
     ],
 )
 def test_quantities_are_readable(value: float, unit: str, text: str) -> None:
-    assert charts.quantity(value, unit) == text
+    assert quantities.quantity(value, unit) == text

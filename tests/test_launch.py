@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -335,16 +336,14 @@ def test_ranks_without_a_store_show_no_stacks_of_torch(
 
 
 def as_command(ranks: Ranks, job: Job, **more: Any) -> "subprocess.CompletedProcess[str]":
-    done = background(ranks, job, **more)
-    try:
+    with background(ranks, job, **more) as done:
         out, err = done.communicate(timeout=60)
-    finally:
-        done.kill()
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
 
-def background(ranks: Ranks, job: Job, before: str = "pass", **more: Any) -> "subprocess.Popen[str]":
-    """The launcher in a process of its own."""
+@contextmanager
+def background(ranks: Ranks, job: Job, before: str = "pass", **more: Any) -> Iterator["subprocess.Popen[str]"]:
+    """The launcher in a process of its own, which is gone behind the block."""
     slots = [(slot.host, slot.index) for slot in job.slots]
     code = (
         "import sys; from fastdistil.launch import *; from fastdistil.processes import Slot\n"
@@ -353,7 +352,11 @@ def background(ranks: Ranks, job: Job, before: str = "pass", **more: Any) -> "su
         f"sys.exit(launch(Job(command={job.command!r}, slots=slots, ranks={job.ranks}, timeout_s={job.timeout_s})))"
     )
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], **(pipes | more))
+    launcher = subprocess.Popen([sys.executable, "-c", code], **(pipes | more))
+    try:
+        yield launcher
+    finally:
+        launcher.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -362,13 +365,10 @@ def test_a_signal_is_passed_on_and_ranks_have_time_to_save(
     ranks: Ranks, ssh: Path, number: signal.Signals, hosts: str | None
 ) -> None:
     ranks.plan(default="wait()")
-    launcher = background(ranks, ranks.job(2, hosts))
-    try:
+    with background(ranks, ranks.job(2, hosts)) as launcher:
         ranks.ready(2)
         launcher.send_signal(number)
         out, _ = launcher.communicate(timeout=30)
-    finally:
-        launcher.kill()
     assert launcher.returncode == 75
     assert out == f"saved by {number.name}\n"
     assert ranks.alive() == []
@@ -376,13 +376,10 @@ def test_a_signal_is_passed_on_and_ranks_have_time_to_save(
 
 def test_a_signal_before_training_is_an_interruption(ranks: Ranks) -> None:
     ranks.plan(default="(folder / f'ready-{rank}').touch(); time.sleep(300)")
-    launcher = background(ranks, ranks.job(2))
-    try:
+    with background(ranks, ranks.job(2)) as launcher:
         ranks.ready(2)
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=30)
-    finally:
-        launcher.kill()
     assert launcher.returncode == 130
     assert ranks.alive() == []
 
@@ -398,8 +395,7 @@ SAVES_SLOWLY = (
 def test_a_save_may_take_as_long_as_it_does(ranks: Ranks) -> None:
     """timeout(1) signals its child and then its group, so that the launcher gets two SIGTERMs: they are one."""
     ranks.plan(default=SAVES_SLOWLY, rank1="wait()")
-    launcher = background(ranks, ranks.job(3, timeout_s=0.1), SPEAKS_SOON)
-    try:
+    with background(ranks, ranks.job(3, timeout_s=0.1), SPEAKS_SOON) as launcher:
         ranks.ready(3)
         launcher.send_signal(signal.SIGTERM)
         ranks.wait_for(lambda: len(list(ranks.folder.glob("heard-*"))) == 2)
@@ -408,8 +404,6 @@ def test_a_save_may_take_as_long_as_it_does(ranks: Ranks) -> None:
         said = launcher.stderr.readline()
         (ranks.folder / "go").touch()
         err = launcher.communicate(timeout=30)[1]
-    finally:
-        launcher.kill()
     assert said == (
         "fastdistil: still waiting for ranks 0, 2, told to stop 0 s ago: a large save takes its time; "
         "a second Ctrl-C or SIGTERM kills\n"
@@ -423,8 +417,8 @@ def test_a_second_signal_ends_ranks_that_hear_nothing(ranks: Ranks, stuck: str, 
     """Not one that hangs by itself, and not one that cannot be told."""
     deaf = f"signal.signal(15, signal.SIG_IGN); (folder / f'ready-{{rank}}').touch(); {stuck}"
     ranks.plan(default=deaf)
-    launcher = background(ranks, ranks.job(count, timeout_s=0.1), f"{SPEAKS_SOON}; fastdistil.attempts.SAME_SIGNAL_S = 0.0")
-    try:
+    before = f"{SPEAKS_SOON}; fastdistil.attempts.SAME_SIGNAL_S = 0.0"
+    with background(ranks, ranks.job(count, timeout_s=0.1), before) as launcher:
         ranks.ready(count)
         launcher.send_signal(signal.SIGTERM)
         assert launcher.stderr is not None
@@ -432,8 +426,6 @@ def test_a_second_signal_ends_ranks_that_hear_nothing(ranks: Ranks, stuck: str, 
         assert len(ranks.alive()) == count
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=30)
-    finally:
-        launcher.kill()
     assert launcher.returncode == 130
     assert ranks.alive() == []
 
@@ -441,15 +433,12 @@ def test_a_second_signal_ends_ranks_that_hear_nothing(ranks: Ranks, stuck: str, 
 def test_a_second_interrupt_kills(ranks: Ranks) -> None:
     ranks.plan(default="signal.signal(2, lambda *_: (folder / f'heard-{rank}').touch()); (folder / f'ready-{rank}').touch()\n"
                "while True: time.sleep(0.05)")  # fmt: skip
-    launcher = background(ranks, ranks.job(2))
-    try:
+    with background(ranks, ranks.job(2)) as launcher:
         ranks.ready(2)
         launcher.send_signal(signal.SIGINT)
         ranks.wait_for(lambda: len(list(ranks.folder.glob("heard-*"))) == 2)
         launcher.send_signal(signal.SIGINT)
         launcher.communicate(timeout=30)
-    finally:
-        launcher.kill()
     assert launcher.returncode == 130
     assert ranks.alive() == []
 
@@ -457,14 +446,11 @@ def test_a_second_interrupt_kills(ranks: Ranks) -> None:
 @pytest.mark.parametrize("hosts", [None, "a:1,b:1"])
 def test_ranks_end_with_a_launcher_that_is_killed(ranks: Ranks, ssh: Path, hosts: str | None) -> None:
     ranks.plan(default="wait()")
-    launcher = background(ranks, ranks.job(2, hosts))
-    try:
+    with background(ranks, ranks.job(2, hosts)) as launcher:
         ranks.ready(2)
         launcher.kill()
         launcher.communicate(timeout=30)
         ranks.wait_for(lambda: not ranks.alive(), "the ranks to end")
-    finally:
-        launcher.kill()
 
 
 def test_other_hosts(ranks: Ranks, ssh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,7 +598,7 @@ def test_elastic_obeys_the_user(ranks: Ranks, deed: str, code: int) -> None:
     job = elastic(ranks, 2, 1)
     program = (
         "import sys; from fastdistil.launch import *; from fastdistil.processes import Slot\n"
-        f"elastic = Elastic(min_ranks=1, again={job.command!r}, progress=lambda: None)\n"
+        f"elastic = Elastic(min_ranks=1, again=lambda: {job.command!r}, progress=lambda: None)\n"
         f"job = Job(command={job.command!r}, slots=(Slot(None, 0), Slot(None, 1)), ranks=2, timeout_s=5.0, elastic=elastic)\n"
         "sys.exit(launch(job))"
     )

@@ -8,7 +8,7 @@ import pytest
 
 from fastdistil.errors import UserError
 from fastdistil.profiling.scale_command import Question, _model
-from fastdistil.profiling.scale_networks import Constant, Network, load_network, named_networks
+from fastdistil.profiling.scale_networks import NETWORKS, Constant, Network, load_network
 from fastdistil.profiling.scale_predict import FASTEST, FOREVER, break_even, predict
 from fastdistil.profiling.scaling import Fit, Point, Sample, Workload, expected_max, fit
 
@@ -231,8 +231,9 @@ def test_break_even_points_are_written_down() -> None:
 
 
 def test_named_networks_have_a_source_for_each_constant() -> None:
-    assert named_networks() == ["h100-400g", "p3dn", "p4d"]
-    for name in named_networks():
+    names = sorted(path.stem for path in NETWORKS.glob("*.yaml"))
+    assert names == ["h100-400g", "p3dn", "p4d"]
+    for name in names:
         found = load_network(name)
         for constant in (found.link_bytes_per_s, found.latency_s, found.local_bytes_per_s, found.local_latency_s):
             assert constant is not None
