@@ -5,9 +5,9 @@ the circular block bootstrap of Politis and Romano (1992), with the block length
 Patton, Politis and White (2009), 1 for steps that do not depend on each other. For a median it is chosen on the
 ranks, which outliers do not move; for a mean on the series itself.
 
-The interval is the percentile interval of 10,000 resamples, from a fixed seed: the same samples give the same answer. It is to
-hold the truth 95 times in 100. Made-up series whose steps correlate by 0, 0.5 and 0.8 with the step before gave 96, 88 and 72
-of 100 with 30 steps, and 97, 93 and 88 with 100: profile more steps where they drift.
+The interval is the percentile interval of 10,000 resamples, from a fixed seed: the same samples give the same answer. It is
+meant to hold the truth 95 times in 100; tests/test_compare.py counts how often it does in made-up series, and asks for less
+where steps depend on each other: profile more of them where they drift.
 """
 
 import math

@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastdistil import train
 from fastdistil.corpus import train_wordpiece
-from fastdistil.metrics import read_events
+from fastdistil.metrics import Console, read_events
 from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
@@ -97,3 +98,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def quiet(recipe: Recipe, **more: Any) -> train.Result:
+    return train.train(recipe, console=Console(quiet=True), **more)

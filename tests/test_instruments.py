@@ -1,0 +1,159 @@
+"""What a run measures of itself, and what it says when memory runs out: whole runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistil import instruments, train
+from fastdistil.errors import OutOfMemory
+from fastdistil.metrics import TensorBoard
+from fastdistil.profiling import trace
+from fastdistil.team import Team
+from fastdistil.world import World
+from tests.small_run import events, quiet, small
+
+
+def test_running_out_of_memory_says_which_keys_help(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator's own refusal, of more than any machine has."""
+
+    def greedy(*arguments: Any) -> bool:
+        torch.empty(2**58)
+        return True
+
+    monkeypatch.setattr(train, "train_step", greedy)
+    with pytest.raises(OutOfMemory, match=r"data\.micro_batch_tokens") as caught:
+        quiet(small(material, tmp_path))
+    assert caught.value.exit_code == 11
+
+
+@pytest.mark.parametrize("where", ["load_inputs", "_assemble", "learnt_tensors", "announce"])
+def test_running_out_of_memory_before_the_first_update(
+    where: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No traceback either: loading is a phase like others."""
+    monkeypatch.setattr(train, where, lambda *_, **__: torch.empty(2**58))
+    with pytest.raises(OutOfMemory, match=r"^out of memory in loading, for .* more; the most in use so far was"):
+        quiet(small(material, tmp_path))
+
+
+Ranges = list[str]
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> Ranges:
+    """Names of the spans and asides that a run was in, in order; "/" where one ended."""
+    heard: Ranges = []
+
+    class Listener:
+        def range_push(self, name: str) -> None:
+            heard.append(name)
+
+        def range_pop(self) -> None:
+            heard.append("/")
+
+    original = train.announce
+
+    def announce(run: train.Run) -> None:
+        run.instruments.spans.ranges = Listener()
+        original(run)
+
+    monkeypatch.setattr(train, "announce", announce)
+    return heard
+
+
+def test_evaluations_and_checkpoints_are_ranges_for_nsight(material: Path, tmp_path: Path, ranges: Ranges) -> None:
+    quiet(small(material, tmp_path, "checkpoint.every=4", "evaluation.every=null"))
+    assert ranges.count("evaluation") == 1  # at the end
+    assert ranges.count("checkpoint") == 2  # after update 4, and at the end, where it is the best
+    assert ranges.count("optimizer") == 8
+    assert ranges.count("/") == len(ranges) / 2
+
+
+def test_memory_is_watched_in_the_last_update_of_the_warm_up(
+    material: Path, tmp_path: Path, ranges: Ranges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes time: no update that counts pays for it."""
+    original, at = instruments.Kept, []
+
+    class Kept(original):  # type: ignore[misc, valid-type]
+        def __enter__(self) -> Any:
+            at.append(ranges.count("optimizer"))  # updates done
+            return super().__enter__()
+
+    monkeypatch.setattr(instruments, "Kept", Kept)
+    quiet(small(material, tmp_path, "logging.every=4", "profile.warmup=3"))
+    assert at == [2]
+    (found,) = events(tmp_path / "run", "memory")
+    assert found["update"] == 4
+    assert found["parts"]["activations_and_logits"] > 0 and "logits" not in found["parts"]
+    assert found["parts"].keys() < {*found["estimate"], "activations_and_logits"}
+
+
+def test_traced_updates_do_not_count(material: Path, tmp_path: Path, ranges: Ranges, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are slower; and the tracer's beginning and end are in no update's time, nor in the rate."""
+    inside = []
+    for name in ("start", "stop"):
+        original = getattr(trace.Tracer, name)
+
+        def watched(self: trace.Tracer, name: str = name, original: Any = original) -> Any:
+            inside.append((name, ranges.count("optimizer"), ranges[-1]))
+            return original(self)
+
+        monkeypatch.setattr(trace.Tracer, name, watched)
+    quiet(small(material, tmp_path, "logging.every=4", "profile.warmup=1", "profile.trace_steps=[6,7]"))
+    assert inside[0] == ("start", 5, "trace")
+    assert inside[1][0] == "stop" and len(inside) == 2
+    assert [line["warmup"] for line in events(tmp_path / "run")] == [1, 3]
+    (traced,) = events(tmp_path / "run", "trace")
+    assert (traced["first"], traced["last"], traced["update"]) == (6, 7, 7)
+    (told,) = [note["message"] for note in events(tmp_path / "run", "note") if "traced" in note["message"]]
+    assert f"most of the time in {traced['kernels'][0]['name']} (" in told
+    assert list((tmp_path / "run" / "trace").iterdir()) == [tmp_path / "run" / "trace" / "rank-0.json.gz"]
+
+
+def test_histograms_are_no_part_of_training(
+    material: Path, tmp_path: Path, ranges: Ranges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = []
+    monkeypatch.setattr(TensorBoard, "histograms", lambda self, update, tensors: at.append((update, ranges[-1])))
+    quiet(small(material, tmp_path, "logging.tensorboard=true", "logging.histograms=3", "logging.every=2"))
+    assert at == [(4, "histograms"), (6, "histograms")]
+
+
+def test_peaks_are_measured_when_all_ranks_have_loaded(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before any goes on: on a processor they share its cores."""
+    order = []
+
+    def watch(of: Any, name: str) -> None:
+        original = getattr(of, name)
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            order.append(name)
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(of, name, watched)
+
+    for of, name in ((Team, "share"), (Team, "collect_bytes"), (instruments.roofline, "peaks"), (World, "barrier")):
+        watch(of, name)
+    quiet(small(material, tmp_path, "evaluation.every=null", "profile.measure_peaks=true"))
+    assert order == ["share", "collect_bytes", "peaks", "barrier"]
+    (found,) = events(tmp_path / "run", "environment")
+    (device,) = found["devices"]
+    assert device["rank"] == 0 and device["host"] == found["host"] and device["cores"] == found["cores"]
+    (source,) = found["peaks"]["flops"]
+    assert source.startswith("measured here, fp32 product") and " TFLOP/s)" in source
+    assert {line["mfu"]["peak_source"] for line in events(tmp_path / "run") if not line["warmup"]} == {source}
+
+
+def test_both_peaks_are_written(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself: what is more than there is by one is not therefore by the other."""
+    both = {"flops": {"a sheet": 1e18, "measured here": 1e3}, "bytes": {}}
+    monkeypatch.setattr(instruments.roofline, "peaks", lambda *_, **__: both)
+    quiet(small(material, tmp_path, "evaluation.every=null", "checkpoint.every=null"))
+    found = events(tmp_path / "run")[-1]["mfu"]
+    assert found["peak_source"] == "a sheet" and 0 < found["student"] < found["with_teacher"] <= found["hfu"] < 1
+    assert "refused" not in found
+    assert found["measured"]["peak_source"] == "measured here" and found["measured"]["student"] is None
+    assert "measured here" in found["measured"]["refused"]
