@@ -93,10 +93,21 @@ def train_command(material: Path, run: Path, *settings: str) -> list[str]:
     return [sys.executable, "-m", "fastdistil", "train", str(RECIPES / "demo.yaml"), *common, *settings]
 
 
-def tokens_per_s(run: Path) -> float:
-    """The median of a run's log lines, without the first: it holds what happens once."""
+def updates_of(run: Path) -> list[tuple[int, float]]:
+    """(tokens, seconds) of a run's updates, a log line each, without the first: it holds what happens once."""
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return statistics.median([line["tokens_per_s"] for line in lines if line["event"] == "train"][1:])
+    lines = [line for line in lines if line["event"] == "train"][1:]
+    return [(line["tokens"], line["tokens"] / line["tokens_per_s"]) for line in lines]
+
+
+def tokens_per_s(run: Path) -> float:
+    return statistics.median([tokens / seconds for tokens, seconds in updates_of(run)])
+
+
+def in_lockstep(runs: Sequence[Path]) -> float:
+    """Tokens a second of all, had each update of one waited for that of the slowest: what ranks do, and these runs did not."""
+    paired = zip(*(updates_of(run) for run in runs), strict=True)
+    return statistics.median([sum(tokens for tokens, _ in each) / max(seconds for _, seconds in each) for each in paired])
 
 
 def has_horovod() -> bool:
