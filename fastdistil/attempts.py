@@ -112,6 +112,8 @@ class Attempt:
         cause = self.cause
         if cause is None or cause.code is None or self.insisted:
             return None
+        if self.exit_code() == INTERRUPTED:
+            return "stopped before the first update: nothing was to be saved"
         host = cause.slot.host
         if host and cause.code == SSH_FAILED:
             return f"{cause.name}: no connection to {host}, or it broke; see whether this works: ssh {host} true"

@@ -46,6 +46,8 @@ from fastdistil.installed_horovod import (
 
 VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+IDLE_CYCLES = "FASTDISTIL_HOROVOD_IDLE_CYCLES"
+"""Environment variable: see EDITS. Unset: 1, Horovod's own way."""
 HOW_TO_BUILD = "build it with `make horovod` in a checkout, with `python -m fastdistil.build_horovod` elsewhere"
 # From release 81 on setuptools lacks what Horovod's build imports.
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging")
@@ -76,6 +78,38 @@ EDITS = (
         "    ResetBayes();\n  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();",
         "    ResetBayes();\n  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\n"
         "    Eigen::VectorXd v = TunableParameter::BestValue();",
+    ),
+    # When a rank is lost, the others' tensors are given up while queues are locked. torch's tensors take the interpreter's lock
+    # when they go, and a thread that has it and enqueues waits for the queues: for ever, and every other Python thread with it.
+    # So these tensors stay: the process is about to end.
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        "    e.second.FinishWithCallback(status);\n  }\n  tensor_table_.clear();\n",
+        "    e.second.FinishWithCallback(status);\n  }\n"
+        "  if (!tensor_table_.empty()) {\n    new auto(std::move(tensor_table_));\n  }\n  tensor_table_.clear();\n",
+    ),
+    # Ranks coordinate once a cycle, also when none has anything to send: time taken from cores that compute. IDLE_CYCLES makes
+    # that every so many cycles, until there is something in this rank's queue.
+    Edit(
+        "horovod/common/tensor_queue.h",
+        "  bool IsTensorPresentInTable (const std::string& tensor_name) const;\n",
+        "  bool IsTensorPresentInTable (const std::string& tensor_name) const;\n\n"
+        "  bool IsEmpty() const {\n"
+        "    std::lock_guard<std::mutex> guard(mutex_);\n    return tensor_table_.empty() && message_queue_.empty();\n  }\n",
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        "    std::this_thread::sleep_for(sleep_duration);\n  }\n  state.last_cycle_start",
+        "    std::this_thread::sleep_for(sleep_duration);\n  }\n"
+        f'  static const int idle_cycles = GetIntEnvOrDefault("{IDLE_CYCLES}", 1);\n'
+        "  auto idle = [&state]() {\n"
+        "    for (auto id : state.process_set_table.Ids()) {\n"
+        "      if (!state.process_set_table.Get(id).tensor_queue.IsEmpty()) return false;\n    }\n"
+        "    return !state.shut_down;\n  };\n"
+        "  for (int cycle = 1; cycle < idle_cycles && idle(); ++cycle) {\n"
+        "    std::this_thread::sleep_for(std::chrono::microseconds(\n"
+        "        long(state.parameter_manager.CycleTimeMs() * 1000.)));\n  }\n"
+        "  state.last_cycle_start",
     ),
 )
 # A CUDA compiler on PATH, or a CUDA build of torch, would make a build without GPU operations ask for all of CUDA.

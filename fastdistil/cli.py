@@ -391,7 +391,10 @@ def cluster(
     kind: Annotated[str, typer.Option("--for", metavar="slurm|mpijob|skypilot|dstack", help="What runs the cluster.")],
     nodes: Annotated[int, typer.Option(help="Machines.")],
     overrides: Overrides = None,
-    gpus: Annotated[str, typer.Option(metavar="N|TYPE:N", help="Of each node: 8, H100:8, 0 for processors alone.")] = "8",
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N|TYPE:N", help="Of each node: 8, H100:8, 0 for none; default: 8, or 0 with device=cpu."),
+    ] = None,
     image: Annotated[str | None, typer.Option(help="Container image with fastdistil in it (mpijob needs one).")] = None,
     storage: Annotated[
         str | None, typer.Option(help="Kept at /workspace: a volume claim (mpijob), bucket (skypilot), volume (dstack).")
@@ -402,7 +405,7 @@ def cluster(
     """Write the one file that sets a cluster up for a recipe and starts the run there."""
     from datetime import UTC, datetime
 
-    from fastdistil.cluster import KINDS, Cluster, cluster_file
+    from fastdistil.cluster import KINDS, Cluster, cluster_file, local_paths
     from fastdistil.errors import UserError, translated
     from fastdistil.recipe import load_recipe
 
@@ -412,6 +415,10 @@ def cluster(
     if recipe == "demo":
         raise UserError("the demo is for one machine; give a recipe on prepared data, e.g. distilbert data.train=corpus/")
     loaded = load_recipe(recipe, overrides or ())
+    if gpus is None:
+        gpus = "0" if loaded.device == "cpu" else "8"
+    elif loaded.device == "cpu" and gpus.rpartition(":")[2] != "0":
+        raise UserError(f"device=cpu uses none of the GPUs that --gpus {gpus} asks for; leave one of them out")
     text = cluster_file(
         chosen,
         Cluster(
@@ -426,6 +433,10 @@ def cluster(
             time=time,
         ),
     )
+    if chosen != "slurm":  # there all nodes see the same files
+        for key, path in local_paths(loaded):
+            warning = f"{key}={path} is a path of this machine; the nodes need it too, e.g. on --storage, below /workspace"
+            print(f"fastdistil: {warning}", file=sys.stderr)
     if out is None:
         print(text, end="")
         return

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from fastdistil.errors import UserError
+from fastdistil.recipe import Recipe
 
 Kind = Literal["slurm", "mpijob", "skypilot", "dstack"]
 KINDS: tuple[Kind, ...] = ("slurm", "mpijob", "skypilot", "dstack")
@@ -91,6 +92,15 @@ class Cluster:
         stored = self.storage is not None and not any(each.startswith("runs_dir=") for each in self.overrides)
         where = ["runs_dir=/workspace/runs"] if stored else []
         return [self.command, recipe, *self.overrides, *where, f"name={json.dumps(self.run_name)}", "--resume", "auto"]
+
+
+def local_paths(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, value) of what the recipe reads from this machine's disk, as far as it is there."""
+    teacher, student, data = recipe.teacher, recipe.student, recipe.data
+    named = {"student.path": student.path, "data.train": data.train, "data.heldout": data.heldout}
+    if teacher is not None:
+        named |= {"teacher.path": teacher.path, "teacher.cache": teacher.cache}
+    return [(key, path) for key, path in named.items() if path and Path(path).exists()]
 
 
 def cluster_file(kind: Kind, cluster: Cluster) -> str:

@@ -1,7 +1,8 @@
 """Collectives between ranks, behind one small interface: what every engine has, and one rank alone.
 
     world.allreduce / all_to_all / all_gather   asynchronous, on flat buffers, each on one of `world.rings` rings
-    world.sum / gather / broadcast / barrier    small or rare, and waited for: control messages, counted apart
+    world.sum / gather / barrier                small, and waited for: control messages, counted apart
+    world.broadcast / move                      rare (a start, a resume, one re-ordering of buckets): not counted
 
 world.py makes one.
 """

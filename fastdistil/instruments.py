@@ -105,7 +105,7 @@ class Instruments:
         """Around the forward of a micro-batch, on the host."""
         if self._chief:
             self._work[-1] += self._count(batch)
-        if not self.memory.watching or self._kept or self._inputs.device.type == "cuda":
+        if not self.memory.watching or self._kept or self._inputs.device.type == "cuda" or self._recipe.loop.compile:
             yield
             return
         # A processor's allocator has no peaks: what autograd keeps is counted, once.

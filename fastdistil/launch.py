@@ -96,7 +96,7 @@ def parse_elastic(text: str) -> tuple[int, int]:
     """`2:8` as (2, 8). Raises UserError."""
     low, _, high = text.partition(":")
     if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise UserError(f"--elastic {text!r} is not MIN:MAX, e.g. 2:8")
+        raise UserError(f"--elastic {text!r} is not MIN:MAX with 1 <= MIN <= MAX, e.g. 2:8")
     return int(low), int(high)
 
 

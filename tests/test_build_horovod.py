@@ -60,6 +60,19 @@ SOURCES = {
         "  if (fixed) {\n    fixed_values_[variable] = value;\n    ResetBayes();\n  } else {\n"
         "    Eigen::VectorXd v = TunableParameter::BestValue();\n    v[index_[variable]] = value;\n  }\n"
     ),
+    "horovod/common/tensor_queue.cc": (
+        "void TensorQueue::FinalizeTensorQueue(const Status& status) {\n  std::lock_guard<std::mutex> guard(mutex_);\n"
+        "  for (auto& e : tensor_table_) {\n    e.second.FinishWithCallback(status);\n  }\n  tensor_table_.clear();\n"
+        "  while (!message_queue_.empty()) {\n    message_queue_.pop();\n  }\n}\n"
+    ),
+    "horovod/common/tensor_queue.h": (
+        "  const TensorTableEntry& GetTensorEntry(const std::string& tensor_name) const;\n\n"
+        "  bool IsTensorPresentInTable (const std::string& tensor_name) const;\n"
+    ),
+    "horovod/common/operations.cc": (
+        "  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {\n"
+        "    std::this_thread::sleep_for(sleep_duration);\n  }\n  state.last_cycle_start = std::chrono::steady_clock::now();\n"
+    ),
     "horovod/common/ops/cuda/CMakeLists.txt": "set(CMAKE_CUDA_STANDARD 11)\nset(CMAKE_CUDA_STANDARD_REQUIRED ON)\n",
 }
 CUDA = Cuda(Path("/usr/local/cuda"), "13.0", Path("/usr"))

@@ -446,7 +446,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert str(out) in capsys.readouterr().out
     assert run("bert-small", "--for", "slurm", "--nodes", "2", "name=mine") == 0
     assert "pretrain bert-small name=mine 'name=\"mine\"'" in capsys.readouterr().out
+    cpu = ("distilbert", "--for", "dstack", "--nodes", "2", "device=cpu", f"data.train={tmp_path}")
+    assert run(*cpu) == 0
+    printed = capsys.readouterr()
+    assert "gpu:" not in printed.out and "--nproc-per-node=1" in printed.out
+    assert printed.err.startswith(f"fastdistil: data.train={tmp_path} is a path of this machine") and "teacher" not in printed.err
+    assert run("distilbert", "--for", "slurm", "--nodes", "2", f"data.train={tmp_path}") == 0
+    assert capsys.readouterr().err == ""
     for wrong, says in (
+        ((*cpu, "--gpus", "8"), "device=cpu"),
         (("distilbert", "--for", "pbs", "--nodes", "2"), "mpijob"),
         (("demo", "--for", "slurm", "--nodes", "2"), "the demo"),
         (("distilbert", "--for", "slurm", "--nodes", "2", "optim.rate=1"), "optim.rate"),

@@ -316,6 +316,37 @@ def test_buckets_that_stay_are_told_of() -> None:
     assert sizes["{kind: int8, block: 16}", 0.002] == sizes["{kind: int8, block: 16}", 0.001]
 
 
+def test_one_rank_owes_what_two_had_not_sent() -> None:
+    """Until its next update, memory alone holds it: a checkpoint written before then would lose it."""
+    recipe = load_recipe("distilbert", [*RECIPE, "compression={kind: top-k, density: 0.1, warmup_updates: 0}"])
+    weight = nn.Parameter(torch.zeros(40, 16))
+    two = make_exchange(recipe, BesideSilence(), torch.optim.AdamW([weight]))
+    given, received = torch.zeros(40, 16), torch.zeros(40, 16)
+    for update in range(3):
+        two.begin(update)
+        two.arm()
+        gradient = torch.randn(40, 16)
+        (weight * gradient).sum().backward()
+        two.finish({})
+        assert weight.grad is not None
+        given, received = given + gradient, received + weight.grad
+        two.done(update + 1, torch.zeros(()))
+    of_ranks = [copied(two.tensors()), {name: torch.zeros_like(value) for name, value in two.tensors().items()}]
+
+    world, alone = World(None, torch.device("cpu")), nn.Parameter(torch.zeros(40, 16))
+    one = make_exchange(recipe, world, torch.optim.AdamW([alone]))
+    assert not one.owes
+    (told,) = one.restore(two.state(), of_ranks.__getitem__, Team(world, None))
+    assert one.owes and "2 ranks" in told
+    for own, owed in ((3.0, given - received), (5.0, torch.zeros(40, 16))):
+        one.begin(3)
+        (own * alone).sum().backward()
+        one.finish({})
+        assert alone.grad is not None and not one.owes
+        torch.testing.assert_close(alone.grad, own + owed, rtol=1e-5, atol=1e-5)
+    assert float((given - received).abs().sum()) > 100
+
+
 def test_sign_moves_only_what_one_rank_used_before() -> None:
     """Continued from a single rank's checkpoint: an element whose second moment is 0 never had a gradient."""
     chosen = "compression={kind: sign, block: 16, warmup_updates: 1, frozen_variance_after: 2}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -290,6 +291,68 @@ raise Stopped("SIGTERM: saved")
     first, second = join_ranks(start_ranks, tmp_path, plant, 2, "torch", after=after)
     assert (first.code, second.code) == (75, 75), (first.said, second.said)
     assert second.said.splitlines()[-1] == "saved"
+
+
+IDLES = """
+import os, sys, time
+import torch
+from fastdistil.ranks import find_place
+from fastdistil.recipe import World as Options
+from fastdistil.world import join
+
+world = join(find_place(os.environ), Options(engine="horovod", timeout_s=60), torch.device("cpu"))
+world.barrier()
+time.sleep(2)
+assert world.sum([world.rank + 1], "sum") == [3]
+world.close()
+"""
+
+
+def test_horovod_with_nothing_to_send_leaves_the_cores_alone(
+    horovod: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_ranks: Callable[..., list[str]]
+) -> None:
+    """Its own timeline tells when ranks coordinate: in two seconds 200 times at its cycle of 10 ms."""
+    timeline = tmp_path / "timeline.json"
+    monkeypatch.setenv("HOROVOD_TIMELINE", str(timeline))
+    monkeypatch.setenv("HOROVOD_TIMELINE_MARK_CYCLES", "1")
+    run_ranks(IDLES, 2)
+    assert 20 <= timeline.read_text().count("CYCLE_START") < 100
+
+
+ENQUEUES = """
+import os, signal, threading
+import torch
+from fastdistil.errors import RankLost
+from fastdistil.monitor import Monitor
+from fastdistil.ranks import find_place
+from fastdistil.recipe import World as Options
+from fastdistil.world import join
+
+place = find_place(os.environ)
+def met(connect):
+    return Monitor(connect, place.rank, place.size, timeout_s=20)
+world = join(place, Options(engine="horovod", timeout_s=20), torch.device("cpu"), met)
+world.barrier()
+if place.rank == 1:
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+handles = []
+try:
+    while True:
+        handles += [world.allreduce(torch.ones(100), name=f"{len(handles)}.{i}") for i in range(100)]
+except RankLost as error:
+    print(error, flush=True)
+    os._exit(error.exit_code)
+"""
+
+
+def test_a_rank_that_enqueues_hears_of_a_lost_one(horovod: None, start_ranks: Start, tmp_path: Path) -> None:
+    """Horovod gives up what was enqueued on a thread of its own, and tensors need the interpreter's lock to go."""
+    program = tmp_path / "program.py"
+    program.write_text(ENQUEUES)
+    survivor, lost = start_ranks([sys.executable, str(program)], 2)
+    out, err = survivor.communicate(timeout=60)
+    assert lost.wait(60) == -signal.SIGKILL
+    assert survivor.returncode == 12 and "rank 1 " in out, out + err
 
 
 def test_a_rank_may_load_for_longer_than_the_timeout(start_ranks: Start, tmp_path: Path) -> None:
