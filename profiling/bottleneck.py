@@ -30,6 +30,8 @@ PERSISTENT = 2 / 3
 """Share of the log lines in which one rank must be the slowest: else the ranks take turns, and none is the straggler."""
 COMPUTE = 0.80
 LOW_MFU = 0.20
+LITTLE_BYTES = 2**20
+"""Sent in an update: less than this takes 8 ms at 1 Gbit/s, and to wait longer for it is to wait for latency."""
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW_BYTES = 28
 """A parameter, in fp32: weight, gradient and two moments read, weight and moments written."""
@@ -147,6 +149,10 @@ def _why_slow(found: Mapping[str, Any]) -> tuple[str, str | None]:
 def _less_traffic(summary: Summary, compressing: bool) -> tuple[str, str]:
     if summary.get("sync") == "every-micro-batch":
         return "let gradients travel once an update", "world.sync"
+    sent = summary.get("gradient_bytes_per_update")
+    if sent is not None and sent < LITTLE_BYTES and not compressing:
+        why = f"{sent:,.0f} bytes an update are little, so it is latency: more micro-batches an update share one exchange"
+        return why, "loop.accumulation"
     if summary.get("compression") in (None, "none") or compressing:
         return "another compression moves fewer bytes, or costs less", "compression.kind"
     return "more micro-batches an update share one exchange", "loop.accumulation"

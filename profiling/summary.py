@@ -72,6 +72,7 @@ def summarise(history: History) -> dict[str, Any]:
         "checkpoint": statistics_of(_seconds_of(history.checkpoints)),
         "trace": history.trace and {name: history.trace.get(name) for name in ("first", "last", "kernels")},
         "tokens_per_update": _over(settled, "tokens", "updates"),
+        "gradient_bytes_per_update": _over(settled, "gradient_bytes", "updates"),
         "tokens_per_s": _tokens_per_s(settled),
         "data_wait_share": _mean(settled, _getter("data_wait_share")),
         "flops": _flops(settled),

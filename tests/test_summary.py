@@ -274,6 +274,15 @@ def test_slow_link_is_communication_bound(tmp_path: Path) -> None:
     assert bottleneck(tmp_path, events, ranks=2, compression="int8")["key"] == "loop.accumulation"
 
 
+def test_little_data_waited_for_long_is_latency(tmp_path: Path) -> None:
+    shares = {**BALANCED, "exposed": 0.3, "backward": 0.1}
+    for per_update, key in ((200_000, "loop.accumulation"), (2_000_000, "compression.kind")):
+        events = steps(shares, rank_worked_s=[0.7, 0.7], gradient_bytes=per_update)
+        found = bottleneck(tmp_path, events, ranks=2)
+        assert (found["name"], found["key"]) == ("communication-bound", key)
+        assert ("200,000 bytes an update are little" in found["why"]) == (key == "loop.accumulation")
+
+
 def test_slow_rank_is_named_and_not_the_network(tmp_path: Path) -> None:
     """Rank 0 waits 0.3 of each second for rank 2, and 0.02 for the network."""
     events = steps({**BALANCED, "exposed": 0.32, "backward": 0.1}, rank_worked_s=[0.68, 0.68, 0.98, 0.68], rank_tokens=[25] * 4)
