@@ -176,11 +176,9 @@ def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.c
         )
     work = next((work for work in works if work.engine != "alone"), works[0])
     model = fit([point for points, _, _ in studies for point in points], on_cpu=devices.pop())
-    single = [point for point in model.points if point.ranks == 1]
-    reference = None
-    if single:
-        step = statistics.median(sample.step_s for point in single for sample in point.samples)
-        reference = single[0].accumulation / step
+    single = [point for point in model.points if point.ranks == 1 and point.accumulation == work.accumulation]
+    steps = [sample.step_s for point in single for sample in point.samples]
+    reference = work.accumulation / statistics.median(steps) if steps else None
     grids, curves, told = _model(model, work, asked, reference)
     values = {"studies": [str(path) for path in paths], **told}
     svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""

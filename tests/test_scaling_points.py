@@ -1,16 +1,21 @@
 """Efficiency and where the rest goes, from event streams made by hand, against numbers worked out by hand; plot and page."""
 
+import io
 import json
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 
 from fastdistil.errors import UserError
 from fastdistil.profiling import scale
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.scale import Study, _measured, as_json, settings
+from fastdistil.profiling.scale_command import question, run_given
 from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
 from fastdistil.profiling.scale_points import (
     Measured,
@@ -86,6 +91,31 @@ def test_the_ceiling_takes_its_part_of_slower_compute(tmp_path: Path) -> None:
     assert lost.seconds["compute"] == pytest.approx(0.05)
     assert lost.seconds["control"] == pytest.approx(0.05)
     assert lost.cause == "shared"
+
+
+def earlier(folder: Path, accumulation: int, one_s: float, two_s: float, **changed: Any) -> Path:
+    """scale.json of one and of two ranks, in seconds an update."""
+    one, two = (replace(setting, accumulation=accumulation) for setting in (ONE, TWO))
+    points = [
+        measured(one, run(folder / "1", [one_s], 1000 * accumulation)),
+        measured(two, run(folder / "2", [two_s], 2000 * accumulation, **SEVERAL)),
+    ]
+    recipe = load_recipe("demo", [f"loop.accumulation={accumulation}"])
+    values = as_json(plan(ranks=(1, 2), rounds=1), recipe, points, None) | changed
+    (folder / "scale.json").write_text(json.dumps(values))
+    return folder / "scale.json"
+
+
+def test_studies_of_two_accumulations_are_held_against_one_rank_of_the_same(tmp_path: Path) -> None:
+    """Micro-batches of 0.1 s and nothing else of one rank; two ranks take 0.125 s and 0.825 s: 80% and 97% of linear."""
+    files = [earlier(tmp_path / "a", 1, 0.1, 0.125), earlier(tmp_path / "b", 8, 0.8, 0.825)]
+    for order, wanted in ((files, "80.0%"), (files[::-1], "97.0%")):
+        printed = io.StringIO()
+        asked = question("1,2", None, (), (1,))
+        run_given(order, asked, tmp_path / "out", rich.console.Console(file=printed, width=200))
+        written = (tmp_path / "out" / "scale.html").read_text()
+        assert re.search(r"predicted: [^<]*</t.><td>1</td><td>[^<]*</td><td>100\.0% ", written)
+        assert re.search(rf"predicted: [^<]*</t.><td>2</td><td>[^<]*</td><td>{wanted} ", written)
 
 
 def test_what_was_not_recorded_is_said_to_be(tmp_path: Path) -> None:
