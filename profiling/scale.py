@@ -40,6 +40,7 @@ from fastdistil.recipe import RECIPES, Recipe, load_recipe
 
 WARMUP = 2
 """First updates of each run that are not counted: allocations, connections, the order of buckets."""
+SHAPE = ("micro_batch_tokens", "student_parameters", "teacher_parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,8 +339,8 @@ def _point_json(point: Measured) -> dict[str, Any]:
     }
 
 
-def load_points(path: Path) -> tuple[list[Point], Workload, bool]:
-    """(points of the model, workload, whether on a CPU) of a scale.json. Raises UserError."""
+def load_points(path: Path) -> tuple[list[Point], Workload, dict[str, Any]]:
+    """(points of the model, workload, what it ran on: device, dtype and shape) of a scale.json. Raises UserError."""
     try:
         with translated("reading a study", path):
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -347,7 +348,12 @@ def load_points(path: Path) -> tuple[list[Point], Workload, bool]:
             Point(**{**each, "samples": tuple(Sample(**sample) for sample in each["samples"])})
             for each in values["model_points"]
         ]
-        return points, Workload(**values["workload"]), str(values["device"]["kind"]).startswith("cpu")
+        ran = {
+            "device": {name: values["device"][name] for name in ("kind", "name", "threads_per_rank")},
+            "dtype": values["dtype"],
+            "shape": {name: int(values["shape"][name]) for name in SHAPE},
+        }
+        return points, Workload(**values["workload"]), ran
     except FileNotFoundError as error:
         raise UserError(f"no study at {path}; give the scale.json that `fastdistil scale` wrote") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -4,8 +4,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastdistil.profiling.scale_networks import Network, load_network
 from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
 from fastdistil.profiling.scale_points import LOSSES, MODELLED, Measured, Mode, ceilings, efficiencies, losses
 from fastdistil.profiling.scale_predict import FASTEST, FOREVER, BreakEven, Prediction, break_even, predict
-from fastdistil.profiling.scaling import Fit, Workload, fit
+from fastdistil.profiling.scaling import Fit, Point, Workload, fit
 from fastdistil.runs import next_free
 
 SMALLER: tuple[Kind, ...] = ("fp16", "int8")
@@ -66,26 +66,33 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """As the command line gives them."""
+    """As the command line gives them, with its defaults."""
 
-    recipe: str | None
-    overrides: Sequence[str]
-    np: str | None
-    hosts: str | None
-    mode: str
-    rings: str
-    compression: str
-    sync: str
-    steps: int
-    rounds: int
-    ceiling: bool
-    on: str | None
-    baseline: int | None
-    predict: str | None
-    network: str | None
-    table: str | None
-    points: str | None
-    out: Path | None
+    recipe: str | None = None
+    overrides: Sequence[str] = ()
+    np: str | None = None
+    hosts: str | None = None
+    mode: str = "weak"
+    rings: str = "1"
+    compression: str = "none"
+    sync: str = "delayed"
+    steps: int = 6
+    rounds: int = 3
+    ceiling: bool = True
+    on: str | None = None
+    baseline: int | None = None
+    predict: str | None = None
+    network: str | None = None
+    table: str | None = None
+    points: str | None = None
+    out: Path | None = None
+
+    def refuse_all_but(self, *names: str) -> None:
+        """Raises UserError for what was given and would change nothing."""
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        if dropped := ["--no-ceiling" if name == "ceiling" else f"--{name}" for name in changed if name not in names]:
+            way, *others = (f"--{name}" for name in names)
+            raise UserError(f"{way} goes with {' and '.join(others)} only; leave out {' and '.join(dropped)}")
 
 
 def command(options: Options) -> None:
@@ -96,13 +103,15 @@ def command(options: Options) -> None:
     if len(given) != 1:
         raise UserError(f"wanted one of RECIPE (to measure), --points and --table, got {' and '.join(given) or 'none'}")
     if options.table is not None:
-        if options.predict or options.network:
-            raise UserError("--table has no measured point to predict from; leave out --predict and --network")
+        options.refuse_all_but("table", "baseline", "out")
         run_table(options.table, options.baseline, options.out, console)
         return
     rings, compression = numbers(options.rings, "--rings"), tuple(dict.fromkeys(options.compression.split(",")))
     asked = question(options.predict, options.network, compression, rings)
     if options.points is not None:
+        options.refuse_all_but("points", "out", "predict", *(("network", "compression", "rings") if asked.ranks else ()))
+        if unknown := [kind for kind in compression if kind not in MODELLED]:
+            raise UserError(f"--compression {','.join(unknown)} is not in the model, which has {', '.join(MODELLED)}")
         paths = [Path(path) for path in options.points.split(",")]
         run_given(paths, asked, options.out or _free_folder("points"), console)
         return
@@ -169,20 +178,51 @@ def run_study(study: Study, asked: Question, baseline: int | None, console: rich
 def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.console.Console) -> None:
     """The model on the points of earlier studies together. Raises UserError."""
     studies = [load_points(path) for path in paths]
-    works, devices = [work for _, work, _ in studies], {on_cpu for _, _, on_cpu in studies}
-    if len({(work.gradient_bytes, work.engine) for work in works if work.engine != "alone"}) > 1 or len(devices) > 1:
-        raise UserError(
-            "these studies are of different models, engines or devices; one model is fitted to what differs in ranks"
-        )
+    ran = _alike(paths, studies)
+    works = [work for _, work, _ in studies]
     work = next((work for work in works if work.engine != "alone"), works[0])
-    model = fit([point for points, _, _ in studies for point in points], on_cpu=devices.pop())
+    on_cpu = str(ran["device"]["kind"]).startswith("cpu")
+    model = fit([point for points, _, _ in studies for point in points], on_cpu=on_cpu)
     single = [point for point in model.points if point.ranks == 1 and point.accumulation == work.accumulation]
     steps = [sample.step_s for point in single for sample in point.samples]
     reference = work.accumulation / statistics.median(steps) if steps else None
     grids, curves, told = _model(model, work, asked, reference)
-    values = {"studies": [str(path) for path in paths], **told}
+    grids[0] = replace(grids[0], title=f"{grids[0].title}: on {_described(ran)}")
+    values = {"studies": [str(path) for path in paths], **ran, **told}
     svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""
-    _write(out, "Scaling: the model on earlier studies", values, grids, svg, console)
+    _write(out, f"Scaling on {_device(ran)}: the model on earlier studies", values, grids, svg, console)
+
+
+def _alike(paths: Sequence[Path], studies: Sequence[tuple[list[Point], Workload, dict[str, Any]]]) -> dict[str, Any]:
+    """What all of them ran on. Raises UserError."""
+    first: dict[str, tuple[Any, Path]] = {}
+    for path, (_, work, ran) in zip(paths, studies, strict=True):
+        threads = {"threads a rank (OMP_NUM_THREADS)": ran["device"]["threads_per_rank"]}
+        told = {"device": _device(ran), **threads, "dtype": ran["dtype"], **ran["shape"]}
+        if work.engine != "alone":
+            told |= {"engine": work.engine, "gradient_bytes": work.gradient_bytes}
+        for name, value in told.items():
+            wanted, there = first.setdefault(name, (value, path))
+            if value != wanted:
+                raise UserError(
+                    f"{path} has {name} {value}, wanted {wanted} as in {there}: one model is fitted to what differs in ranks, "
+                    "accumulation, rings, compression and network; measure alike, or give the studies one by one"
+                )
+    return studies[0][2]
+
+
+def _device(ran: Mapping[str, Any]) -> str:
+    return str(ran["device"]["name"] or ran["device"]["kind"])
+
+
+def _described(ran: Mapping[str, Any]) -> str:
+    """Device, dtype and shape of a study."""
+    shape = ran["shape"]
+    return (
+        f"{_device(ran)}, {ran['device']['threads_per_rank']} threads a rank, {ran['dtype']}; "
+        f"student + teacher: {shape['student_parameters']:,} + {shape['teacher_parameters']:,} parameters; "
+        f"micro-batches of {shape['micro_batch_tokens']:,} tokens"
+    )
 
 
 def run_table(name: str, baseline: int | None, out: Path | None, console: rich.console.Console) -> None:
@@ -231,12 +271,10 @@ def _range(values: Sequence[float], form: str, times: float = 1.0) -> str:
 
 
 def _measured_grids(points: Sequence[Measured], baseline: int | None, values: dict[str, Any]) -> list[Grid]:
-    counts, device, shape = values["counts"], values["device"], values["shape"]
-    where = f"{device['name'] or device['kind']}, {device['threads_per_rank']} threads a rank, {values['dtype']}"
-    what = f"{shape['student_parameters']:,} + {shape['teacher_parameters']:,} parameters"
+    counts = values["counts"]
     title = (
-        f"Measured on {where}; student + teacher: {what}; micro-batches of {shape['micro_batch_tokens']:,} tokens; "
-        f"{counts['rounds']} rounds of {counts['updates']} updates after {counts['warmup']}. Median (least to most over rounds)"
+        f"Measured on {_described(values)}; {counts['rounds']} rounds of {counts['updates']} updates after {counts['warmup']}. "
+        "Median (least to most over rounds)"
     )
     rows, lost_rows = [], []
     for point, record in zip(points, values["points"], strict=True):
@@ -327,12 +365,14 @@ def _model(
     for name, network, kind, rings, ranks in _questions(asked):
         found = _predict(model, work, network, kind, rings, ranks)
         asked_for = {"predicted": True, "network_name": name}
-        predictions.append({**asked_for, "compression": kind, **asdict(found)})
         label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
         ideal = None if reference is None else work.accumulation / reference
         # The fast end of a wide band may be no time at all: then the efficiency has no upper end.
         ends = (found.step_s, found.high_s, found.low_s)
         shares = [ideal / seconds if seconds > 0 else math.inf for seconds in ends] if ideal else None
+        known = [share if share < math.inf else None for share in shares] if shares else [None] * 3  # JSON has no infinity
+        written = dict(zip(("efficiency", "efficiency_low", "efficiency_high"), known, strict=True))
+        predictions.append({**asked_for, "compression": kind, **asdict(found), **written})
         band = f"{found.step_s * 1e3:,.1f} ({found.low_s * 1e3:,.1f} to {found.high_s * 1e3:,.1f})"
         most = "no upper end" if shares is None or shares[2] == math.inf else f"{shares[2]:.1%}"
         efficiency = f"{shares[0]:.1%} ({shares[1]:.1%} to {most})" if shares else "no baseline"

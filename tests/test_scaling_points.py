@@ -1,8 +1,8 @@
 """Efficiency and where the rest goes, from event streams made by hand, against numbers worked out by hand; plot and page."""
 
+import inspect
 import io
 import json
-import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import rich.console
 
+from fastdistil import cli
 from fastdistil.errors import UserError
 from fastdistil.profiling import scale
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.scale import Study, _measured, as_json, settings
-from fastdistil.profiling.scale_command import question, run_given
+from fastdistil.profiling.scale_command import Options, command, question, run_given
 from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
 from fastdistil.profiling.scale_points import (
     Measured,
@@ -43,7 +44,8 @@ def run(folder: Path, steps: list[float], tokens: int, device: str = "cpu", **fi
     """A finished run with one log line an update; its first update is slow and left out."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("version: 1\n")
-    start = {"event": "start", "time": 105.5, "update": 0, "device": device, "engine": "torch", "student_parameters": 1000}
+    start = {"event": "start", "time": 105.5, "update": 0, "device": device, "engine": "torch", "precision": "fp32"}
+    start |= {"threads": 3, "student_parameters": 1000, "teacher_parameters": 2000}
     machine = {"processor": "A processor", "cores": 64, "memory_bytes": 7, "devices": [{"rank": 0, "name": "A GPU"}]}
     lines: list[dict[str, Any]] = [start, {"event": "environment", **machine}]
     for number, step in enumerate([9.0, *steps], 1):
@@ -109,13 +111,57 @@ def earlier(folder: Path, accumulation: int, one_s: float, two_s: float, **chang
 def test_studies_of_two_accumulations_are_held_against_one_rank_of_the_same(tmp_path: Path) -> None:
     """Micro-batches of 0.1 s and nothing else of one rank; two ranks take 0.125 s and 0.825 s: 80% and 97% of linear."""
     files = [earlier(tmp_path / "a", 1, 0.1, 0.125), earlier(tmp_path / "b", 8, 0.8, 0.825)]
-    for order, wanted in ((files, "80.0%"), (files[::-1], "97.0%")):
-        printed = io.StringIO()
-        asked = question("1,2", None, (), (1,))
-        run_given(order, asked, tmp_path / "out", rich.console.Console(file=printed, width=200))
-        written = (tmp_path / "out" / "scale.html").read_text()
-        assert re.search(r"predicted: [^<]*</t.><td>1</td><td>[^<]*</td><td>100\.0% ", written)
-        assert re.search(rf"predicted: [^<]*</t.><td>2</td><td>[^<]*</td><td>{wanted} ", written)
+    for order, wanted in ((files, 0.8), (files[::-1], 0.8 / 0.825)):
+        values, written = given(order, tmp_path / "out", "1,2")
+        assert [each["efficiency"] for each in values["predictions"]] == pytest.approx([1.0, wanted])
+        for each in values["predictions"]:
+            text = f"{each['efficiency']:.1%} ({each['efficiency_low']:.1%} to {each['efficiency_high']:.1%})"
+            assert text in written
+        assert values["device"] == {"kind": "cpu", "name": "A processor", "threads_per_rank": 3}
+        assert (values["dtype"], values["shape"]["teacher_parameters"]) == ("fp32", 2000)
+        assert "<h1>Scaling on A processor: " in written
+        assert "on A processor, 3 threads a rank, fp32; student + teacher: 1,000 + 2,000 parameters" in written
+
+
+def given(studies: list[Path], out: Path, ranks: str) -> tuple[dict[str, Any], str]:
+    """(scale.json, scale.html)"""
+    run_given(studies, question(ranks, None, (), (1,)), out, rich.console.Console(file=io.StringIO()))
+    return json.loads((out / "scale.json").read_text()), (out / "scale.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"device": {"kind": "cpu", "name": "Another", "threads_per_rank": 3}}, "device Another, wanted A processor as in"),
+        ({"device": {"kind": "cpu", "name": "A processor", "threads_per_rank": 1}}, "NUM_THREADS\\) 1, wanted 3 as in"),
+        ({"dtype": "bf16"}, "dtype bf16, wanted fp32 as in"),
+        ({"shape": {"micro_batch_tokens": 7, "student_parameters": 1000, "teacher_parameters": 2000}}, "tokens 7, wanted"),
+    ],
+)
+def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    files = [earlier(tmp_path / "a", 1, 0.1, 0.125), earlier(tmp_path / "b", 8, 0.8, 0.825, **changed)]
+    with pytest.raises(UserError, match=f"b/scale.json has .*{told} .*a/scale.json: .*measure alike"):
+        given(files, tmp_path / "out", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"points": "x", "baseline": 2, "np": "1,2"}, "--points goes with .*; leave out --np and --baseline"),
+        ({"points": "x", "rings": "4"}, "--points goes with --out and --predict only; leave out --rings"),
+        ({"points": "x", "predict": "8", "ceiling": False}, "leave out --no-ceiling"),
+        ({"points": "x", "predict": "8", "compression": "sign"}, "--compression sign is not in the model"),
+        ({"table": "distilbert-2020", "predict": "8"}, "--table goes with --baseline and --out only; leave out --predict"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        command(Options(**options))
+
+
+def test_options_have_the_command_lines_defaults() -> None:
+    told = {name: each.default for name, each in inspect.signature(cli.scale).parameters.items()}
+    assert Options(**{**told, "overrides": ()}) == Options()
 
 
 def test_what_was_not_recorded_is_said_to_be(tmp_path: Path) -> None:
