@@ -159,6 +159,25 @@ def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], 
         command(Options(**options))
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"points": "."}, r"Is a directory while reading a study: \.; name another path"),
+        ({"points": "file/scale.json"}, "Not a directory while reading a study: file/scale.json"),
+        ({"table": "distilbert-2020", "out": Path("file")}, "File exists while writing the study: file"),
+        ({"table": "distilbert-2020", "out": Path("file/x")}, "Not a directory while writing the study: file"),
+        ({"recipe": "demo", "np": "1", "out": Path("file")}, "File exists while making the directory of the study: file"),
+    ],
+)
+def test_a_file_for_a_directory_is_the_users_mistake(
+    options: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError, match=told):
+        command(Options(**options))
+
+
 def test_options_have_the_command_lines_defaults() -> None:
     told = {name: each.default for name, each in inspect.signature(cli.scale).parameters.items()}
     assert Options(**{**told, "overrides": ()}) == Options()
