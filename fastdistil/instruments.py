@@ -189,12 +189,11 @@ class Instruments:
 
 
 def with_teacher_dtype(recipe: Recipe, inputs: Inputs) -> Recipe:
-    """What a teacher given as a module has, where the recipe says `auto`."""
+    """What a teacher given as a module has, where the recipe says `auto`; fp32 for what a recipe cannot name."""
     if recipe.teacher is None or inputs.teacher is None or recipe.teacher.dtype != "auto":
         return recipe
     dtype = next(inputs.teacher.parameters()).dtype
-    names = {each: name for name, each in models.DTYPES.items()}
-    return recipe.with_(teacher={"dtype": names.get(dtype, "fp32")})
+    return recipe.with_(teacher={"dtype": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")})
 
 
 def sizes_of(inputs: Inputs, recipe: Recipe) -> Sizes | None:

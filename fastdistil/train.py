@@ -33,7 +33,7 @@ from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
-from fastdistil.instruments import Instruments, sizes_of
+from fastdistil.instruments import Instruments, sizes_of, with_teacher_dtype
 from fastdistil.loop_state import Run
 from fastdistil.masking import update_seed
 from fastdistil.objective import LossTerms, denominators, loss_terms
@@ -90,8 +90,8 @@ def train(
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
-        loading = partial(naming, lambda: "loading", MemoryMeter(team.world.device), recipe)
-        with translated("loading the models and the corpus"), loading(), team.unhurried("loading"):
+        loading = partial(naming, lambda: "loading", MemoryMeter(team.world.device))
+        with translated("loading the models and the corpus"), loading(recipe), team.unhurried("loading"):
             rank, ranks = team.world.rank, team.world.size
             own = {"teacher": teacher, "student": student, "batches": batches}
             inputs = load_inputs(local, **own, note=console.note, rank=rank, ranks=ranks)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def train(
             if team.is_chief:
                 stack.enter_context(sole_user(directory))
         signals = stack.enter_context(Signals(console.note))
-        with translated("starting", directory), loading(sizes_of(inputs, recipe)):
+        with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
             if continued:
                 with team.unhurried("restoring"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fastdistil import instruments, train
 from fastdistil.errors import OutOfMemory
@@ -36,6 +37,16 @@ def test_running_out_of_memory_before_the_first_update(
     monkeypatch.setattr(train, where, lambda *_, **__: torch.empty(2**58))
     with pytest.raises(OutOfMemory, match=r"^out of memory in loading, for .* more; the most in use so far was"):
         quiet(small(material, tmp_path))
+
+
+def test_running_out_of_memory_with_a_teacher_from_python(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dtype that no recipe can name: the recipe says `auto` to the end."""
+    monkeypatch.setattr(train, "announce", lambda run: torch.empty(2**58))
+    teacher = transformers.AutoModelForMaskedLM.from_pretrained(material / "teacher", dtype=torch.float64)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in loading, for .* more; .* teacher weights "):
+        quiet(small(material, tmp_path), teacher=teacher)
 
 
 Ranges = list[str]
