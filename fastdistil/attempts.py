@@ -9,6 +9,7 @@ insists with a second signal.
 import contextlib
 import random
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from fastdistil.errors import UserError
 from fastdistil.processes import KILL_AFTER_S, RankProcess, Slot, Voices, start
 from fastdistil.ranks import FIRST_PORT, PORTS
 from fastdistil.verdicts import rank_list
@@ -76,6 +78,8 @@ class Attempt:
     """Ranks that did not end by themselves in time."""
     stopped: bool = False
     """Whether they were told to stop."""
+    asked: bool = False
+    """Whether the user wanted that."""
     insisted: bool = False
     """Whether a second signal killed them."""
 
@@ -112,8 +116,6 @@ class Attempt:
         cause = self.cause
         if cause is None or cause.code is None or self.insisted:
             return None
-        if self.exit_code() == INTERRUPTED:
-            return "stopped before the first update: nothing was to be saved"
         host = cause.slot.host
         if host and cause.code == SSH_FAILED:
             return f"{cause.name}: no connection to {host}, or it broke; see whether this works: ssh {host} true"
@@ -121,6 +123,8 @@ class Attempt:
             return f"{host} cannot run {sys.executable}; wanted the same Python and the same directory on every host"
         if cause.rank in self.killed:
             return f"{cause.name} did not end in time (world.timeout_s) and was killed"
+        if cause.code < 0 and self.asked and self.exit_code() == INTERRUPTED:
+            return "stopped before it trained: there was nothing to save"
         if cause.code < 0 and not self.stopped:
             return f"{cause.name} was killed by {signal.Signals(-cause.code).name}"
         return None
@@ -163,6 +167,8 @@ def run_ranks(begin: Start, voices: Voices, interrupts: Interrupts, enough: Call
 
 def _start_all(begin: Start, voices: Voices, ranks: list[RankProcess]) -> None:
     hosts = list(dict.fromkeys(slot.host for slot in begin.slots))
+    if hosts != [None] and shutil.which(begin.ssh[0]) is None:
+        raise UserError(f"--hosts starts ranks with {begin.ssh[0]}, which is not here; install it, or set FASTDISTIL_SSH")
     address = meeting_host(hosts)
     meeting = {"FASTDISTIL_LAUNCHER": "fastdistil", "MASTER_ADDR": address, "MASTER_PORT": str(free_port(address))}
     for rank, slot in enumerate(begin.slots):
@@ -222,7 +228,7 @@ def _watch(
                     end_by_s = min(end_by_s, now + (0.0 if known else begin.timeout_s) + END_S)
         asked = interrupts.asked or (signal.SIGTERM if told is None and end_by_s == float("inf") and enough() else None)
         if told is None and asked is not None:
-            told, attempt.stopped = asked, True
+            told, attempt.stopped, attempt.asked = asked, True, interrupts.asked is not None
             speak_s = now + begin.timeout_s + SAVE_S
             _send(running, told)
         left = [each.rank for each in running if each.code is None]

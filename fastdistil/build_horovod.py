@@ -89,7 +89,8 @@ EDITS = (
         "  if (!tensor_table_.empty()) {\n    new auto(std::move(tensor_table_));\n  }\n  tensor_table_.clear();\n",
     ),
     # Ranks coordinate once a cycle, also when none has anything to send: time taken from cores that compute. IDLE_CYCLES makes
-    # that every so many cycles, until there is something in this rank's queue.
+    # that every so many cycles, until there is something in this rank's queue. For collectives of all ranks: those of a part
+    # of them (process sets), which nothing here has, may wait for an idle rank that is not one of them.
     Edit(
         "horovod/common/tensor_queue.h",
         "  bool IsTensorPresentInTable (const std::string& tensor_name) const;\n",

@@ -51,7 +51,10 @@ def main() -> NoReturn:
 
         tie_to_launcher(os.environ)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # typer makes that of KeyboardInterrupt; older ones raise Abort
+            raise typer.Abort
+        sys.exit(code)
     except FastdistilError as error:
         _fail(str(error), error.exit_code)
     except typer.Abort:
@@ -148,7 +151,7 @@ def _run(
         show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())
         return
     if options.np not in (None, 1) or options.hosts is not None or options.elastic is not None:
-        raise typer.Exit(_launch(command, recipe, name, overrides, resume, options))
+        sys.exit(_launch(command, recipe, name, overrides, resume, options))  # the launcher has said why
     from fastdistil.ranks import find_place
     from fastdistil.train import train as run
 
@@ -419,6 +422,8 @@ def cluster(
         gpus = "0" if loaded.device == "cpu" else "8"
     elif loaded.device == "cpu" and gpus.rpartition(":")[2] != "0":
         raise UserError(f"device=cpu uses none of the GPUs that --gpus {gpus} asks for; leave one of them out")
+    elif loaded.device.startswith("cuda") and gpus == "0":
+        raise UserError(f"device={loaded.device} needs GPUs, and --gpus 0 asks for none; leave one of them out")
     text = cluster_file(
         chosen,
         Cluster(

@@ -248,7 +248,8 @@ def _installs(cluster: Cluster) -> list[str]:
     """From a checkout, on every node: the package, and Horovod where the ranks use it."""
     if "world.engine=torch" in cluster.overrides:
         return ["pip install ."]
-    return ["pip install '.[horovod]'", "python -m fastdistil.build_horovod"]
+    # Without GPUs no CUDA compiler is wanted, though torch may be a CUDA build.
+    return ["pip install '.[horovod]'", "python -m fastdistil.build_horovod" + ("" if cluster.gpu_count else " --cpu")]
 
 
 def _skypilot(cluster: Cluster) -> str:

@@ -79,7 +79,7 @@ def train(
     the recipe names. `place`: which of several ranks this process is; all of them make this call.
     """
     recipe = resolve(recipe, own_teacher=teacher is not None)
-    with ExitStack() as stack:
+    with ExitStack() as last, ExitStack() as stack:
         console = console or metrics.Console(quiet=place is not None and place.rank > 0)
         stack.callback(console.close)
         team = stack.enter_context(joined(place, recipe, console.note))
@@ -100,7 +100,8 @@ def train(
             team.chief_does("create", lambda: create_run(directory, recipe))
             if team.is_chief:
                 stack.enter_context(sole_user(directory))
-        signals = stack.enter_context(Signals(console.note))
+        # Until the ranks have left together: a signal that comes while rank 0 still saves must not end the others.
+        signals = last.enter_context(Signals(console.note))
         with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
             if continued:

@@ -178,6 +178,9 @@ def _join_horovod(place: Place, options: Options, device: torch.device, met: Met
             if place.rank == 0:
                 store.set("horovod/port", str(_serve_rendezvous(place, servers)))
             os.environ.update(_horovod_environment(place, int(store.get("horovod/port"))))
+            if device.type == "cpu":
+                # With nothing to send, ten times less (Horovod as we build it). Over MPI those who wait for it would spin.
+                os.environ.setdefault(IDLE_CYCLES, "10")
             hvd.init()
     if options.topology == "hierarchical" and not hvd.mpi_enabled():
         raise UserError(
@@ -229,9 +232,8 @@ def _set_horovod(options: Options, device: torch.device) -> None:
     os.environ.setdefault("HOROVOD_STALL_CHECK_DISABLE", "1")  # the monitor tells more, and sooner
     if device.type == "cpu":
         # Ranks coordinate once a cycle, and cores that compute do it. At its default of 1 ms that took a sixth to a quarter of
-        # two of them; an update waits for a few cycles. With nothing to send, Horovod as we build it does so ten times less.
+        # two of them; an update waits for a few cycles.
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
-        os.environ.setdefault(IDLE_CYCLES, "10")
     if device.type == "cuda":
         os.environ.setdefault("HOROVOD_NUM_NCCL_STREAMS", str(options.rings))
         os.environ.setdefault("NCCL_MIN_CTAS", str(options.rings))

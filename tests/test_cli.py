@@ -335,3 +335,11 @@ def test_a_real_process_ends_with_the_code(tmp_path: Path) -> None:
     found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1 and found.stdout == ""
+
+
+def test_an_interruption_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdistil.recipe.load_recipe", interrupted)
+    assert run("train", "distilbert") == (130, "", "fastdistil: interrupted; what was saved before is whole\n")

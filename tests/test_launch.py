@@ -380,7 +380,7 @@ def test_a_signal_before_training_is_an_interruption(ranks: Ranks) -> None:
         ranks.ready(2)
         launcher.send_signal(signal.SIGTERM)
         _, err = launcher.communicate(timeout=30)
-    assert (launcher.returncode, err) == (130, "fastdistil: stopped before the first update: nothing was to be saved\n")
+    assert (launcher.returncode, err) == (130, "fastdistil: stopped before it trained: there was nothing to save\n")
     assert ranks.alive() == []
 
 
@@ -625,6 +625,12 @@ def test_hosts_and_numbers() -> None:
 def test_hosts_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="--hosts"):
         parse_hosts(text)
+
+
+def test_without_ssh_no_rank_is_started_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDISTIL_SSH", "/nowhere/ssh -q")
+    with pytest.raises(UserError, match=r"/nowhere/ssh, which is not here.*FASTDISTIL_SSH"):
+        launch(Job(command=("true",), slots=parse_hosts("localhost:1,elsewhere:1"), ranks=2, timeout_s=1))
 
 
 @pytest.mark.parametrize("text", ["", "2", "3:2", "0:2", "a:b", "1:2:3"])

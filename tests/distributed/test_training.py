@@ -41,6 +41,21 @@ def counted(run, window, counts, waited_s):
             (run.directory / "PAUSE").touch()
     return step(run, window, counts, waited_s)
 train.train_step = counted
+if how == "LATE":  # rank 0 signals the other, which waits for it to leave, while it writes the student
+    from fastdistil import team
+    leaving, leave, export = Path(sys.argv[1]).parent / "leaving", team._leave, train.export_student
+    def left(*given):
+        if place.rank == on:
+            leaving.with_suffix(".part").write_text(str(os.getpid()))
+            leaving.with_suffix(".part").rename(leaving)
+        leave(*given)
+    def exported(*given, **named):
+        while not leaving.exists():
+            time.sleep(0.01)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(int(leaving.read_text()), number)
+        export(*given, **named)
+    team._leave, train.export_student = left, exported
 code = 0
 try:
     train.train(load_recipe(sys.argv[1]), resume=resume, place=place)
@@ -256,6 +271,14 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(
     assert [e["update"] for e in events(tmp_path / "run", "evaluation")] == ([3] if how == "PAUSE" else [])
     all_well(train_ranks(recipe, 2, resume="auto"))
     assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_signal_while_rank_0_still_saves_harms_nothing(
+    material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    all_well(train_ranks(small(material, tmp_path, "world.engine=torch", "world.timeout_s=20"), 2, "LATE"))
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    assert events(tmp_path / "run", "done")
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_horovod_with_nothing_to_send_leaves_the_cores_alone(
     monkeypatch.setenv("HOROVOD_TIMELINE", str(timeline))
     monkeypatch.setenv("HOROVOD_TIMELINE_MARK_CYCLES", "1")
     run_ranks(IDLES, 2)
-    assert 20 <= timeline.read_text().count("CYCLE_START") < 100
+    assert 10 <= timeline.read_text().count("CYCLE_START") < 100
 
 
 ENQUEUES = """
