@@ -99,7 +99,7 @@ def _threaded_gloo() -> str:
 
 
 def _make_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    gloo = dist.ProcessGroupGloo
+    gloo: Any = dist.ProcessGroupGloo  # the stubs lack its options
     interfaces = [each for each in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if each]
     options = gloo._Options()
     options._devices = [gloo.create_device(interface=each) for each in interfaces] or [gloo.create_default_device()]
