@@ -162,6 +162,8 @@ def _overrides(setting: Setting, study: Study, run: Path) -> list[str]:
         "checkpoint.every=null",
         "logging.every=1",
         "logging.tensorboard=false",
+        f"profile.warmup={WARMUP}",
+        "profile.trace_steps=null",
         *(["world.engine=alone"] if setting.ranks == 1 else []),
         f"world.rings={setting.rings}",
         f"world.sync={setting.sync}",

@@ -311,6 +311,14 @@ def test_points_of_a_study() -> None:
         settings(plan(modes=("strong",)), 6)
 
 
+def test_what_disturbs_an_update_is_not_in_those_that_count() -> None:
+    """The run watches memory in the last update of its own warm-up, and traces when it is told to."""
+    disturbing = ["profile.trace_steps=[3,5]", "profile.warmup=9", "evaluation.every=3", "checkpoint.every=1"]
+    recipe = load_recipe("demo", [*disturbing, *scale._overrides(ONE, plan(steps=6), Path("runs/x"))])
+    assert (recipe.profile.warmup, recipe.loop.updates) == (2, 8)
+    assert recipe.profile.trace_steps is recipe.evaluation.every is recipe.checkpoint.every is None
+
+
 # --- the table of 2020
 
 
