@@ -34,6 +34,8 @@ class History:
     """Every one, in order: `start` is the last."""
     environment: Event
     """The last one recorded; empty without."""
+    environments: list[Event]
+    """Of each start, the last one recorded before the next; empty without."""
     lines: list[Event]
     """`train` events, in order of their updates; those that a resume went back behind are left out."""
     evaluations: list[Event]
@@ -55,8 +57,12 @@ class History:
 
     @property
     def comparable_lines(self) -> list[Event]:
-        """The lines that ran as `start` says: a run may have been continued by other ranks, or on another device."""
-        ran = [{name: value for name, value in start.items() if name not in _POSITION} for start in self.starts]
+        """The lines that ran as `start` and `environment` say: a run may have been continued by other ranks, or on others."""
+        environments = [*self.environments[:-1], self.environment]  # the last start may have died before its own
+        ran = [
+            ({name: value for name, value in start.items() if name not in _POSITION}, _hardware(environment))
+            for start, environment in zip(self.starts, environments, strict=False)
+        ]
         begins = [start["update"] for start in self.starts]
         spans = [
             (begin, min(begins[number + 1 :], default=math.inf))  # a later start may have gone back behind this one
@@ -82,6 +88,7 @@ def load_history(path: str | Path) -> History:
         start=starts[-1] if starts else {},
         starts=starts,
         environment=environments[-1] if environments else {},
+        environments=_environments(events),
         lines=_of(events, "train"),
         evaluations=_of(events, "evaluation"),
         notes=_of(events, "note"),
@@ -95,6 +102,22 @@ def load_history(path: str | Path) -> History:
 
 def _of(events: Iterable[Event], *kinds: str) -> list[Event]:
     return [event for event in events if event.get("event") in kinds]
+
+
+def _environments(events: Iterable[Event]) -> list[Event]:
+    found: list[Event] = []
+    for event in events:
+        match event.get("event"):
+            case "start" | "resume":
+                found.append({})
+            case "environment" if found:
+                found[-1] = event
+    return found
+
+
+def _hardware(environment: Event) -> tuple[Any, list[Any]]:
+    """The processor, and the device of each rank: of which model, not which one."""
+    return environment.get("processor"), [device.get("name") for device in environment.get("devices") or ()]
 
 
 def _wall_s(events: Iterable[Event]) -> float | None:

@@ -67,6 +67,21 @@ def test_comparable_lines_ran_as_the_last_start_says(tmp_path: Path) -> None:
     assert [each["update"] for each in found.comparable_lines] == [2]
 
 
+@pytest.mark.parametrize("other", [{"devices": [{"name": "NVIDIA A100"}] * 2}, {"processor": "another"}])
+def test_lines_of_other_hardware_are_not_comparable(tmp_path: Path, other: dict[str, Any]) -> None:
+    """`start` has cuda:0 of either; the last one of b died before it could tell."""
+    names = {"devices": [{"name": "NVIDIA H200"}] * 2, "processor": "one"}
+    named, again = ({"event": "environment", "host": host, **names} for host in ("a", "b"))
+    parts = [start(0), named, line(1)], [start(1, "resume"), {**named, **other}, line(2)], [start(2, "resume"), again, line(3)]
+    events = [event for part in parts for event in part]
+    for found in (written(tmp_path / "a", *events), written(tmp_path / "b", *events, start(3, "resume"))):
+        history = load_history(found)
+        assert [each["update"] for each in history.comparable_lines] == [1, 3]
+        assert history.environments[:3] == [events[1], events[4], events[7]]
+    history = load_history(written(tmp_path / "c", *events[:6]))
+    assert [each["update"] for each in history.comparable_lines] == [2]
+
+
 @pytest.mark.parametrize(
     ("ending", "outcome"),
     [
