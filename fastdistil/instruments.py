@@ -147,6 +147,9 @@ class Instruments:
         if self._sizes is not None:
             estimate = self._sizes.estimate(self._recipe).parts()
         peak = self.memory.peak_bytes()
+        # Restoring and evaluating hold other things. Without a warm-up the watched update may be the first, without moments.
+        if self.memory.phase_peaks and self._recipe.profile.warmup > 1:
+            peak = max(self.memory.phase_peaks.values())
         self.memory.parts = memory_parts(
             students=[module for module in (inputs.student, inputs.projection) if module is not None],
             teacher=inputs.teacher,

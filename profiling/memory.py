@@ -306,8 +306,8 @@ def memory_parts(
 
     students: student and projection; residuals: of the exchange. Activations and logits are what autograd `kept` of a
     micro-batch, where it was counted (Kept: fused losses hold logits of some rows, and only for a moment, so that these are not
-    in it), else what is left of `peak` (a GPU's peak_bytes); None where neither is known, or where the parts are more than the
-    peak, which was then reached without some of them.
+    in it), else what is left of `peak` (an update's, on a GPU); None where neither is known, or where the parts are more than
+    the peak, which was then reached without some of them.
     """
     modules = list(students)
     trained = [parameter for module in modules for parameter in module.parameters()]

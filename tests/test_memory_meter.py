@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from fastdistil.compressor import Layout
 from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.estimate import estimate_memory, make_plan, show_plan, size_text, transformer_shape
 from fastdistil.inputs import load_inputs, open_corpus, resolve
+from fastdistil.instruments import Instruments
 from fastdistil.models import LanguageModel, fresh_model
 from fastdistil.out_of_memory import Sizes, out_of_memory
 from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts, student_activation_bytes
@@ -176,6 +178,31 @@ def test_peaks_of_phases(allocator: Allocator) -> None:
     assert found["peak_allocated_bytes"] == 900 == meter.peak_bytes(), "of the run, whatever was reset"
     assert found["peak_reserved_bytes"] == 900
     assert found["phase_peaks"] == meter.phase_peaks
+
+
+@pytest.mark.parametrize(("warmup", "peak"), [(3, 300_000_000), (1, 900_000_000)])
+def test_parts_are_of_the_update_that_was_watched(warmup: int, peak: int, allocator: Allocator) -> None:
+    """Restoring holds weights and moments twice, an evaluation its own; a first update may have no moments yet, and then it is
+    the run's peak."""
+    inputs: Any = SimpleNamespace(device=CPU, student=bert(), teacher=None, projection=None, source=None)
+    own = Instruments(small_recipe(profile={"warmup": warmup}), inputs, chief=False, tell=print)
+    own._chief, own.memory, inputs.device = True, MemoryMeter(GPU), GPU
+    allocator.hold(900_000_000)
+    for most in (310_000_000, 320_000_000, 300_000_000, 330_000_000):
+        allocator.hold(100_000_000)
+        own.begin()
+        for name, part in (("student", 0.5), ("backward", 1.0), ("optimizer", 0.5)):
+            with own.span(name):  # type: ignore[arg-type]
+                allocator.hold(int(most * part))
+                allocator.hold(100_000_000)
+        own.end()
+    allocator.hold(800_000_000)
+    optimizer = torch.optim.AdamW(inputs.student.parameters())
+    found = own.parts(optimizer, {})
+    assert found is not None
+    assert found["peak_bytes"] == peak
+    assert found["parts"]["activations_and_logits"] == peak - found["parts"]["student_weights"]
+    assert own.memory.peak_bytes() == 900_000_000
 
 
 def test_a_gpu_is_read(allocator: Allocator) -> None:
