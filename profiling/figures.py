@@ -391,7 +391,7 @@ def _memory(summary: Mapping[str, Any]) -> list[Figure]:
 
 def _device(summary: Mapping[str, Any]) -> list[Figure]:
     readings, energy = summary["readings"] or {}, summary["energy"]
-    n = readings.get("samples")
+    n = readings.get("samples") or None
     names: list[tuple[str, str, str, str]] = [
         ("utilisation", "utilisation", "share", "mean"),
         ("sm_clock_mhz", "SM clock", "MHz", "median"),
@@ -420,18 +420,18 @@ def _device(summary: Mapping[str, Any]) -> list[Figure]:
         Figure("device.j_per_update", "energy an update", energy["j_per_update"], "J", detail=why, better="lower"),
         Figure("device.j_per_million_tokens", "energy per million tokens", per_token, "J", detail=why, better="lower"),
     ]
-    throttled = readings.get("throttled")
-    if throttled is None:
+    throttled, watched = readings.get("throttled"), readings.get("throttled_samples")
+    if throttled is None:  # nobody looked
         return [*found, Figure("device.throttled", "throttled", None)]
     if not throttled:
-        return [*found, _text("device.throttled", "throttled", "never", f"{n:,} samples" if n else "")]
+        return [*found, _text("device.throttled", "throttled", "never", f"{watched:,} samples")]
     return found + [
         Figure(
             f"device.throttled.{reason}",
             f"throttled: {reason.replace('_', ' ')}",
             share,
             "share",
-            n=n,
+            n=watched,
             of="samples",
             better="lower",
         )

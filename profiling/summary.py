@@ -5,8 +5,8 @@ MFU, energy and stragglers are known by the log line: lines with a warm-up updat
 interpolate linearly between order statistics (Hyndman and Fan 1996, type 7; numpy's default); `n` says of how many samples.
 A phase's share is its time over the time of the same updates; the shares, `other` among them, add up to 1.
 
-Energy is the mean power of rank 0's device, over the lines in whose time no evaluation or checkpoint fell, times their mean
-step. Counters are read every 20 to 100 ms at best: less than 5 s of them say nothing.
+What rank 0's device was doing is told of the lines in whose time no evaluation or checkpoint fell. Energy is its mean power
+over them, times their mean step. Counters are read every 20 to 100 ms at best: less than 5 s of them say nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +46,7 @@ def summarise(history: History) -> dict[str, Any]:
     start, recipe = history.start, history.recipe
     lines = history.comparable_lines
     settled = [line for line in lines if not line.get("warmup")]
+    asides = [*history.evaluations, *history.checkpoints]
     updates, phased = measured_updates(lines), phased_updates(lines)
     summary: dict[str, Any] = {
         "fastdistil": __version__,
@@ -78,8 +79,8 @@ def summarise(history: History) -> dict[str, Any]:
         "flops": _flops(settled),
         "mfu": (mfu := _mfu(settled, "mfu")) and {**mfu, "measured": _mfu(settled, "mfu", "measured")},
         "memory": _memory(history, lines),
-        "energy": _energy(settled, [*history.evaluations, *history.checkpoints]),
-        "readings": _readings(settled),
+        "energy": _energy(settled, asides),
+        "readings": _readings(settled, asides),
         "straggler": _straggler(settled),
         "losses": [_losses(line) for line in history.lines],
         "environment": {name: value for name, value in history.environment.items() if name not in ("event", "time")},
@@ -218,25 +219,32 @@ def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
     return found or None
 
 
-def _energy(lines: Iterable[Event], asides: Sequence[Event]) -> dict[str, Any]:
+def _updates_alone(lines: Iterable[Event], asides: Iterable[Event]) -> list[Event]:
+    """The lines in whose time no evaluation or checkpoint fell: what follows an update's line is in the time of the next."""
+    at_updates = [aside["update"] for aside in asides if "update" in aside]
+
+    def alone(line: Event) -> bool:
+        count = len(line.get("step_s") or ()) or line.get("updates") or 1
+        return not any(line["update"] - count <= update < line["update"] for update in at_updates)
+
+    return [line for line in lines if alone(line)]
+
+
+def _energy(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]:
     """Of rank 0's device, and over its own tokens. Samples begin and end within updates: their seconds are no line's."""
     seconds = joules = steps_s = 0.0
-    updates = tokens = mixed = 0
-    at_updates = [aside["update"] for aside in asides if "update" in aside]
-    for line in lines:
-        steps, device = _floats(line.get("step_s")), line.get("device") or {}
-        if not steps:
-            continue
-        # What follows an update's line is in the time of the next one.
-        if any(line["update"] - len(steps) <= update < line["update"] for update in at_updates):
-            mixed += 1
-            continue
+    updates = tokens = 0
+    timed = [line for line in lines if line.get("step_s")]
+    alone = _updates_alone(timed, asides)
+    for line in alone:
+        steps, device = _floats(line["step_s"]), line.get("device") or {}
         steps_s, updates = steps_s + sum(steps), updates + len(steps)
         tokens += line.get("rank_tokens", [line["tokens"]])[0]
         if device.get("energy_j") is not None and device.get("seconds"):
             seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
     nothing = {"j_per_update": None, "j_per_million_tokens": None, "seconds": seconds}
     if not seconds:
+        mixed = len(timed) - len(alone)
         return {**nothing, "why": f"all {mixed} log lines held more than updates" if mixed else "not recorded"}
     if seconds < ENERGY_MIN_S:
         return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {ENERGY_MIN_S:.0f} s"}
@@ -244,18 +252,21 @@ def _energy(lines: Iterable[Event], asides: Sequence[Event]) -> dict[str, Any]:
     return {"j_per_update": spent / updates, "j_per_million_tokens": 1e6 * spent / tokens, "seconds": seconds}
 
 
-def _readings(lines: Sequence[Event]) -> dict[str, Any] | None:
-    """Of rank 0's device: means over time, of clocks medians, of temperatures the highest; throttled: share of samples, by
-    reason."""
+def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any] | None:
+    """Of rank 0's device, over the lines that held updates alone: means over time, of clocks medians. The highest temperature
+    and throttled (share of samples, by reason; None: nobody looked) are of all lines."""
     known = [line["device"] for line in lines if line.get("device")]
     if not known:
         return None
+    alone = [line["device"] for line in _updates_alone(lines, asides) if line.get("device")]
     names = list(dict.fromkeys(name for device in known for name in device if name not in NOT_AVERAGED))
-    found: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in known)}
+    found: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in alone)}
     for name in names:
-        values = [device[name] for device in known if isinstance(device.get(name), int | float)]
+        devices = known if name == "temperature_c" else alone
+        values = [device[name] for device in devices if isinstance(device.get(name), int | float)]
         if not values:
-            found[name] = known[-1].get(name)  # None, or a word
+            last = known[-1].get(name)
+            found[name] = last if isinstance(last, str) else None
         elif name == "temperature_c":
             found[name] = max(values)
         elif name.endswith("_min_mhz"):
@@ -263,15 +274,19 @@ def _readings(lines: Sequence[Event]) -> dict[str, Any] | None:
         elif name.endswith("_mhz"):
             found[name] = float(np.median(values))
         else:
-            found[name] = _mean(known, _getter(name), _getter("seconds"))
-    reasons = dict.fromkeys(reason for device in known for reason in device.get("throttled") or ())
-    samples = sum(device.get("samples", 0) for device in known if device.get("throttled") is not None)
-    found["throttled"] = {
-        reason: sum((device.get("throttled") or {}).get(reason, 0.0) * device.get("samples", 0) for device in known) / samples
+            found[name] = _mean(alone, _getter(name), _getter("seconds"))
+    return {**found, **_throttled(known)}
+
+
+def _throttled(devices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    watched = [device for device in devices if device.get("throttled") is not None and device.get("samples")]
+    samples = sum(device["samples"] for device in watched)
+    reasons = dict.fromkeys(reason for device in watched for reason in device["throttled"])
+    shares = {
+        reason: sum(device["throttled"].get(reason, 0.0) * device["samples"] for device in watched) / samples
         for reason in reasons
-        if samples
     }
-    return found
+    return {"throttled": shares if watched else None, "throttled_samples": samples}
 
 
 def slowed_down(summary: Mapping[str, Any]) -> dict[str, float]:

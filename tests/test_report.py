@@ -372,6 +372,13 @@ def test_a_power_cap_is_no_caution(runs: Mapping[str, Path], tmp_path: Path) -> 
     assert "slowed" not in cautions(sw_power_cap=1.0)
 
 
+def test_never_throttled_is_said_where_somebody_looked(runs: Mapping[str, Path], known: Path) -> None:
+    assert page_of(known).row("throttled")[1:4:2] == ["never", ""]
+    page = page_of(runs["cpu"])
+    assert not [row for row in page.rows if row and row[0] == "throttled"]
+    assert re.search(r"\bthrottled\b[^.]*: not recorded\.", Page(page.section("device")).text)
+
+
 def test_the_trace_shows_its_kernels(known: Path) -> None:
     page = page_of(known)
     assert "What took the most time in updates 4 to 5" in Page(page.section("step")).text

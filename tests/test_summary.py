@@ -198,6 +198,14 @@ def test_readings(tmp_path: Path) -> None:
     assert found["throttled"] == pytest.approx({"hw_slowdown": 0.5 * 10 / 40})
 
 
+def test_nobody_knows_of_throttling_where_nobody_looked(tmp_path: Path) -> None:
+    blind, seen = (line(n, [1.0], device=device(1.0, None, throttled=t)) for n, t in ((1, None), (2, {"hw_slowdown": 0.5})))
+    assert summed_up(tmp_path, blind)["readings"]["throttled"] is None
+    assert summed_up(tmp_path, line(1, [1.0], device=device(1.0, None, throttled={})))["readings"]["throttled"] == {}
+    found = summed_up(tmp_path, blind, seen)["readings"]
+    assert (found["throttled"], found["throttled_samples"]) == ({"hw_slowdown": 0.5}, 10)
+
+
 def test_straggler_by_hand(tmp_path: Path) -> None:
     """Ranks work 3, 4 and 5 s of 6: the mean is 4, rank 2 is a quarter above it, and was the slowest in two lines of three."""
     works = [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [1.0, 2.0, 1.0]]
@@ -348,6 +356,23 @@ def test_idle_gpu_is_launch_bound(tmp_path: Path) -> None:
     assert causes["launch-bound"] == pytest.approx(0.15 - 0.02)
     busy = steps(BALANCED, device=device(1.0, None, utilisation=0.97))
     assert bottleneck(tmp_path, busy, device="cuda:0")["name"] == "compute-bound"
+
+
+def test_a_gpu_that_idles_during_checkpoints_is_not_launch_bound(tmp_path: Path) -> None:
+    """Three lines of 60 s at 97%; the 20 s of a checkpoint after each of them are in the next one's: 0.97 x 60 / 80."""
+    shares = (0.97, 0.7275, 0.7275)
+    hot = {"throttled": {"hw_thermal_slowdown": 0.2}, "temperature_c": 90}
+    events = steps(BALANCED, 3, 60.0)
+    saved = [{"event": "checkpoint", "update": u, "seconds": 20.0, "path": "a"} for u in (1, 2, 3)]
+    mixed = [{**each, "device": device(80.0, None, utilisation=u)} for each, u in zip(events, shares, strict=True)]
+    mixed[2]["device"] |= hot
+    found = summed_up(tmp_path, *(each for pair in zip(mixed, saved, strict=True) for each in pair), device="cuda:0")
+    assert (found["readings"]["utilisation"], found["readings"]["samples"]) == (0.97, 10)
+    assert found["bottleneck"]["name"] == "compute-bound", "3% without a kernel"
+    # What a GPU does to itself must not be missed.
+    assert (found["readings"]["temperature_c"], found["readings"]["throttled"]) == (90, {"hw_thermal_slowdown": 0.2})
+    none = summed_up(tmp_path, saved[0], mixed[1], device="cuda:0")
+    assert none["readings"]["utilisation"] is None and none["bottleneck"]["name"] == "compute-bound"
 
 
 def test_optimizer_is_memory_bound(tmp_path: Path) -> None:
