@@ -358,5 +358,7 @@ def load_points(path: Path) -> tuple[list[Point], Workload, dict[str, Any]]:
         return points, Workload(**values["workload"]), ran
     except FileNotFoundError as error:
         raise UserError(f"no study at {path}; give the scale.json that `fastdistil scale` wrote") from error
+    except UserError:  # a ValueError too
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a scale.json of this version ({type(error).__name__}: {error})") from error

@@ -187,7 +187,7 @@ def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.c
     steps = [sample.step_s for point in single for sample in point.samples]
     reference = work.accumulation / statistics.median(steps) if steps else None
     grids, curves, told = _model(model, work, asked, reference)
-    grids[0] = replace(grids[0], title=f"{grids[0].title}: on {_described(ran)}")
+    grids[0] = replace(grids[0], title=f"{grids[0].title}, on {_described(ran)}")
     values = {"studies": [str(path) for path in paths], **ran, **told}
     svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""
     _write(out, f"Scaling on {_device(ran)}: the model on earlier studies", values, grids, svg, console)

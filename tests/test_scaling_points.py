@@ -174,7 +174,7 @@ def test_a_file_for_a_directory_is_the_users_mistake(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=f"^{told}"):
         command(Options(**options))
 
 
