@@ -269,16 +269,18 @@ class Load:
         self._data_wait_s += data_wait_s
 
     def read(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest.
+        """Of all ranks, on every rank: imbalances (the most over the mean, less 1), who was the slowest, and how long rank 0
+        waited for whoever was, in each update: another time it may be another one.
 
         Work is the updates' time, as this rank's spans in `line` have it, without what was waited for other ranks (`exposed`):
         whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
         """
-        worked_s = sum(line["step_s"]) - sum(line["phases"].get("exposed", ()))
-        told = self._world.gather([self._tokens, self._data_wait_s, worked_s], "fastdistil.load")
-        ranks = [_Load(*each) for each in told]
+        exposed = line["phases"].get("exposed") or [0.0] * len(line["step_s"])
+        worked_s = [step - waited for step, waited in zip(line["step_s"], exposed, strict=True)]
+        told = self._world.gather([self._tokens, self._data_wait_s, *worked_s], "fastdistil.load")
+        ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in told]
         self._tokens, self._data_wait_s = 0, 0.0
-        tokens, seconds = [each.tokens for each in ranks], [each.worked_s for each in ranks]
+        tokens, seconds = [each.tokens for each in ranks], [sum(each.worked_s) for each in ranks]
         return {
             "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,
             "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
@@ -286,13 +288,15 @@ class Load:
             "rank_tokens": [int(each) for each in tokens],
             "rank_data_wait_s": [each.data_wait_s for each in ranks],
             "rank_worked_s": seconds,
+            "rank_0_waited_s": sum(max(update) - update[0] for update in zip(*(each.worked_s for each in ranks), strict=True)),
         }
 
 
 class _Load(NamedTuple):
     tokens: float
     data_wait_s: float
-    worked_s: float
+    worked_s: list[float]
+    """In each update; all ranks did as many."""
 
 
 def measure_exchange(world: World, nbytes: int) -> tuple[float, float]:

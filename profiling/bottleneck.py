@@ -5,8 +5,8 @@ takes a tenth of the step or more:
 
     data-bound            the phase data (older runs: data_wait_share)
     transfer-bound        the phase transfer: batches on their way to the device
-    communication-bound   the phases exposed and compression, less rank 0's waits for the slowest rank's own work, which are
-                          within exposed
+    communication-bound   the phases exposed and compression, less rank 0's waits for the own work of each update's slowest
+                          rank, which are within exposed
     straggler             the slowest rank's own work less the mean rank's, if it was the slowest in two thirds of the log lines
     launch-bound          the time in which no kernel ran on a GPU (1 - NVML's utilisation), less its waits for data; the
                           kernels of communication run while it is waited for
@@ -61,6 +61,8 @@ def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
         why = (
             f"no cause takes {WORTH:.0%} of the step; the models' own work is {models:.0%} ({parts}); {largest} is the largest"
         )
+        if (waited := _waited(summary)) >= WORTH:
+            why += f"; {waited:.0%} of the step waits for slower ranks, which take turns"
         return {"name": "unknown", "why": why, "key": None}
     mfu = (summary.get("mfu") or {}).get("with_teacher")
     rate = "" if mfu is None else f" at {mfu:.0%} of the device's peak"
@@ -113,17 +115,16 @@ def _transfer(summary: Summary) -> Iterator[Cause]:
 
 
 def _ranks(summary: Summary) -> Iterator[Cause]:
-    waited = 0.0
+    waited = _waited(summary)
     if found := summary.get("straggler"):
         worked, seconds, rank = found["worked_s"], found["seconds"], found["rank"]
         mean = sum(worked) / len(worked)
-        # Rank 0's exposed time holds its waits for slower ranks, which a faster network would not shorten.
-        waited = found["rank_0_waited_s"] / seconds if seconds else 0.0
         share = (worked[rank] - mean) / seconds if seconds else 0.0
         if found["slowest_in"] >= PERSISTENT * found["lines"]:
+            where = f" on {found['host']}" if found.get("host") else ""
             why = (
-                f"rank {rank} works {found['share']:.0%} more than the mean rank, the slowest in {found['slowest_in']} of "
-                f"{found['lines']} log lines; the others wait for it {share:.0%} of the step"
+                f"rank {rank}{where} works {found['share']:.0%} more than the mean rank, the slowest in "
+                f"{found['slowest_in']} of {found['lines']} log lines; the others wait for it {share:.0%} of the step"
             )
             reason, key = _why_slow(found)
             yield {"name": "straggler", "share": share, "why": f"{why}; {reason}", "key": key}
@@ -134,6 +135,12 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
     if waited > 0.005:
         why += f"; {waited:.0%} of the step waits for slower ranks rather than for the network, and is left out"
     yield {"name": "communication-bound", "share": share, "why": f"{why}; {way}", "key": key}
+
+
+def _waited(summary: Summary) -> float:
+    """Share of the step that rank 0 waits for slower ranks: within its exposed time, and no faster network would shorten it."""
+    found = summary.get("straggler")
+    return found["rank_0_waited_s"] / found["seconds"] if found and found["seconds"] else 0.0
 
 
 def _why_slow(found: Mapping[str, Any]) -> tuple[str, str | None]:

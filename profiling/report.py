@@ -26,7 +26,7 @@ from fastdistil import __version__
 from fastdistil.errors import UserError, translated
 from fastdistil.profiling import charts
 from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
-from fastdistil.profiling.history import History, load_history
+from fastdistil.profiling.history import Event, History, load_history
 from fastdistil.profiling.intervals import ratio_of
 from fastdistil.profiling.panels import Section, sections
 from fastdistil.profiling.quantities import quantity
@@ -167,10 +167,15 @@ def read_runs(runs: Sequence[Path]) -> list[Reported]:
         ]
     found = []
     for history in histories:
-        history = replace(history, name=charts.printable(history.name))
+        history = replace(history, name=charts.printable(history.name), environment=_without_hosts(history.environment))
         summary = summarise(history)
         found.append(Reported(history=history, summary=summary, groups=groups(history, summary)))
     return found
+
+
+def _without_hosts(environment: Event) -> Event:
+    devices = [{key: value for key, value in device.items() if key != "host"} for device in environment.get("devices") or ()]
+    return {**environment, "devices": devices} if devices else environment
 
 
 def tables(runs: Sequence[Reported]) -> list[Table]:

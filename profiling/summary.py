@@ -81,7 +81,7 @@ def summarise(history: History) -> dict[str, Any]:
         "memory": _memory(history, lines),
         "energy": _energy(settled, asides),
         "readings": _readings(settled, asides),
-        "straggler": _straggler(settled),
+        "straggler": _straggler(settled, history.environment.get("devices") or ()),
         "losses": [_losses(line) for line in history.lines],
         "environment": {name: value for name, value in history.environment.items() if name not in ("event", "time")},
         "recipe": recipe,
@@ -300,9 +300,9 @@ def slowed_down(summary: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _straggler(lines: Iterable[Event]) -> dict[str, Any] | None:
+def _straggler(lines: Iterable[Event], devices: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The rank with the most work of its own; `share`: by how much it is above the mean rank's; rank_0_waited_s: for whoever
-    worked longest on a line's updates."""
+    worked longest on an update (in older runs: on a line's updates)."""
     known = [line for line in lines if len(line.get("rank_worked_s") or ()) > 1]
     if not known:
         return None
@@ -315,15 +315,20 @@ def _straggler(lines: Iterable[Event]) -> dict[str, Any] | None:
 
     return {
         "rank": rank,
+        "host": next((device.get("host") for device in devices if device.get("rank") == rank), None),
         "share": float(of_rank[rank] / of_rank.mean() - 1),
         "slowest_in": int((worked.argmax(axis=1) == rank).sum()),
         "lines": len(known),
         "worked_s": of_rank.tolist(),
-        "rank_0_waited_s": float((worked.max(axis=1) - worked[:, 0]).sum()),
+        "rank_0_waited_s": float(sum(line.get("rank_0_waited_s", _behind(line["rank_worked_s"])) for line in known)),
         "seconds": sum(_seconds(line) or 0.0 for line in known),
         "tokens": summed("rank_tokens"),
         "data_wait_s": summed("rank_data_wait_s"),
     }
+
+
+def _behind(worked_s: Sequence[float]) -> float:
+    return max(worked_s) - worked_s[0]
 
 
 def _losses(line: Event) -> dict[str, Any]:

@@ -196,6 +196,7 @@ def _profiled(
     if stream.ranks > 1:
         phases["communication"] = list(0.22 * step_s)
     worked = [0.9 * seconds * (1 + 0.06 * (rank == stream.ranks - 1) + random.normal(0, 0.004)) for rank in range(stream.ranks)]
+    several = {"rank_0_waited_s": max(worked) - worked[0]} if stream.ranks > 1 else {}
     work = {"student": 6 * 43e6 * tokens, "teacher": 2 * 86e6 * tokens, "heads": 8 * 768 * 30522 * tokens}
     work = {name: value / stream.ranks for name, value in work.items()}
     peak = 989e12 if stream.gpu else 1.2e11
@@ -207,6 +208,7 @@ def _profiled(
         "warmup": 3 if line == 0 else 0,
         "phases": phases,
         "rank_worked_s": worked,
+        **several,
         "memory": _memory_now(random, stream),
         "device": _device(random, stream, line, seconds),
         "flops": {name: value * slow for name, value in work.items()},

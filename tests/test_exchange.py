@@ -19,24 +19,26 @@ from fastdistil.world import Handle, Kind, World
 
 
 class TwoRanks:
-    """The other one worked for 10 s."""
+    """The other one worked for 10 s in all."""
 
     def gather(self, own: list[float], name: str) -> list[list[float]]:
-        return [own, [300.0, 0.5, 10.0]]
+        return [own, [300.0, 0.5, *([10.0] if len(own) == 3 else [8.0, 2.0])]]
 
 
 def test_waiting_for_others_is_not_work() -> None:
     """This rank is the fast one: it waited for 3 of 10 s. On a GPU, whose host waits for nothing, spans know that as well."""
     load = Load(TwoRanks())  # type: ignore[arg-type]
     load.add(100, 0.25)
-    found = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [1.0, 2.0]}})
+    found = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [2.0, 1.0]}})
     assert found["slowest_rank"] == 1
     assert abs(found["imbalance_time"] - (10 / 8.5 - 1)) < 1e-12  # 7 and 10 s of work
     assert found["imbalance_tokens"] == 300 / 200 - 1
     assert found["rank_tokens"] == [100, 300] and found["rank_data_wait_s"] == [0.25, 0.5]
     assert found["rank_worked_s"] == [7.0, 10.0]
+    assert found["rank_0_waited_s"] == 6.0, "2 and 5 s of its own work beside 8 and 2 s: it waited in the first update alone"
     found = load.read({"step_s": [2.0], "phases": {}})
     assert found["rank_worked_s"] == [2.0, 10.0] and found["rank_tokens"] == [0, 300], "afresh"
+    assert found["rank_0_waited_s"] == 8.0
 
 
 def test_compression_of_gradients_in_a_changing_scale_is_refused() -> None:

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from fastdistil.cli import app
 from fastdistil.errors import UserError
 from fastdistil.profiling import report
+from fastdistil.profiling.history import load_history
 from fastdistil.profiling.roofline import Work, utilisation
+from fastdistil.profiling.summary import summarise
 from tests.event_streams import BEGUN, GIB, Stream, write_events, write_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
@@ -444,10 +446,13 @@ def test_secrets_are_redacted_and_the_surroundings_stay_out(tmp_path: Path) -> N
     }
     environment = {
         "event": "environment", "host": "node-s3cr3t", "user": "s3cr3t", "env": {"AWS_SECRET": "s3cr3t"},
-        "devices": [{"rank": 0, "name": "NVIDIA H200", "uuid": "GPU-s3cr3t"}], "versions": {"python": "3.11.9"},
+        "versions": {"python": "3.11.9"},
     }  # fmt: skip
+    environment["devices"] = [{"rank": rank, "name": "NVIDIA H200", "uuid": "GPU-s3cr3t", "host": "s3cr3t"} for rank in (0, 1)]
     note = {"event": "note", "message": f"downloading with {SECRET}"}
-    run = write_events(tmp_path / "run", [known_events()[0], environment, note], recipe)
+    slow = line(2, 100.0, [1.0, 1.0], rank_worked_s=[1.0, 2.0])
+    run = write_events(tmp_path / "run", [known_events()[0], environment, note, slow], recipe)
+    assert summarise(load_history(run))["straggler"]["host"] == "s3cr3t"
     found = report.read_runs([run])
     for text in (report.as_html(found), report.as_markdown(found), report.json_text(found)):
         assert "s3cr3t" not in text

@@ -296,6 +296,9 @@ def test_slow_rank_is_named_and_not_the_network(tmp_path: Path) -> None:
     events = steps({**BALANCED, "exposed": 0.32, "backward": 0.1}, rank_worked_s=[0.68, 0.68, 0.98, 0.68], rank_tokens=[25] * 4)
     found = summed_up(tmp_path, *events, ranks=4)
     assert found["bottleneck"]["name"] == "straggler"
+    devices = [{"rank": rank, "host": f"node-{rank}"} for rank in (3, 2, 1, 0)]
+    placed = bottleneck(tmp_path, [{"event": "environment", "devices": devices}, *events], ranks=4)
+    assert placed["why"].startswith("rank 2 on node-2 works 30% more")
     assert "rank 2 works 30% more than the mean rank, the slowest in 6 of 6 log lines" in found["bottleneck"]["why"]
     network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
     assert network["share"] == pytest.approx(0.02) and "30% of the step waits for slower ranks" in network["why"]
@@ -318,6 +321,17 @@ def test_ranks_that_take_turns_are_no_stragglers(tmp_path: Path) -> None:
     assert found["straggler"]["rank_0_waited_s"] == pytest.approx(1.5)
     network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
     assert network["share"] == pytest.approx(0.3 - 1.5 / 6)
+
+
+def test_ranks_that_take_turns_within_a_log_line_are_not_the_network(tmp_path: Path) -> None:
+    """Two ranks alternate 1 s and 2 s of work, 10 ms of network: of 4.02 s rank 0 waits 1.02, 1.00 of them for rank 1."""
+    phases = {"student": [1.0, 2.0], "exposed": [1.01, 0.01]}
+    events = [line(2 * n, [2.01, 2.01], phases, rank_worked_s=[3.0, 3.0], rank_0_waited_s=1.0) for n in (1, 2, 3)]
+    found = summed_up(tmp_path, *events, ranks=2)
+    network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
+    assert network["share"] == pytest.approx(0.02 / 4.02)
+    assert found["bottleneck"]["name"] == "unknown"
+    assert "25% of the step waits for slower ranks, which take turns" in found["bottleneck"]["why"]
 
 
 def test_slow_transfer_is_not_the_loaders(tmp_path: Path) -> None:
