@@ -450,9 +450,9 @@ def test_secrets_are_redacted_and_the_surroundings_stay_out(tmp_path: Path) -> N
     }  # fmt: skip
     environment["devices"] = [{"rank": rank, "name": "NVIDIA H200", "uuid": "GPU-s3cr3t", "host": "s3cr3t"} for rank in (0, 1)]
     note = {"event": "note", "message": f"downloading with {SECRET}"}
-    slow = line(2, 100.0, [1.0, 1.0], rank_worked_s=[1.0, 2.0])
+    slow = line(2, 100.0, [1.0, 1.0], rank_worked_s=[0.5, 2.5])
     run = write_events(tmp_path / "run", [known_events()[0], environment, note, slow], recipe)
-    assert summarise(load_history(run))["straggler"]["host"] == "s3cr3t"
+    assert "rank 1 on s3cr3t works" in summarise(load_history(run))["bottleneck"]["why"]
     found = report.read_runs([run])
     for text in (report.as_html(found), report.as_markdown(found), report.json_text(found)):
         assert "s3cr3t" not in text
