@@ -4,9 +4,10 @@
     ratio               B's median step over A's, with a 95% interval (intervals.py says how it is made)
     slower by a limit   the lower bound of that interval is above 1 + limit: the whole interval says so, not the one number
 
-Measurements of different work are refused (device, precision, ranks, micro-batch, accumulation, models; of benchmarks the
-machine and its threads) unless asked for; other differences are listed. A GPU that slowed itself down (heat, power brake) in
-either measurement says nothing about the code: there is a warning, and asking for a verdict is an error.
+Measurements of different work are refused (devices, precision, ranks, micro-batch, accumulation, models; of benchmarks the
+machine and its threads) unless asked for; other differences are listed, a device's power limit and clocks among them. A GPU
+that slowed itself down (heat, power brake) in either measurement says nothing about the code: there is a warning, and asking
+for a verdict is an error.
 """
 
 import json
@@ -35,6 +36,8 @@ SAME_WORK = (
     "teacher_parameters",
 )
 """Fields of a summary that must agree."""
+OF_DEVICES = ("power_limit_w", "sm_clock_max_mhz", "slice", "driver", "pcie_generation", "pcie_width")
+"""Facts of the environment's devices that are listed where they differ; their names must agree, of every rank."""
 SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
 """Of benchmarks' machine_info."""
 _FREE = (
@@ -144,6 +147,13 @@ def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[A
     if any(a.get(name) is None or b.get(name) is None for name in SAME_WORK):
         missing = [name for name in SAME_WORK if a.get(name) is None or b.get(name) is None]
         warnings.append(f"whether both did the same work cannot be told by {', '.join(missing)}: {_MISSING}")
+    devices = [(side.get("environment") or {}).get("devices") or () for side in (a, b)]
+    for name in ("name", *OF_DEVICES):
+        one, other = (_of_ranks(side, name) for side in devices)
+        if one == other or (name == "name" and any(each["key"] == "device" for each in refused)):
+            continue
+        must_agree = name == "name" and one is not None and other is not None
+        (refused if must_agree else differences).append(_difference("devices" if name == "name" else name, one, other))
     recipes, versions = ((_flat(a.get(name)), _flat(b.get(name))) for name in ("recipe", "environment"))
     known = {each["key"] for each in refused}
     for key in sorted(recipes[0].keys() | recipes[1].keys()):
@@ -155,6 +165,12 @@ def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[A
         if key.startswith("versions.") and one != other:
             differences.append(_difference(key, one, other))
     return refused, differences, warnings
+
+
+def _of_ranks(devices: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """What all ranks have, or the list of what each has; None: not recorded."""
+    values = [device.get(name) for device in devices]
+    return values if any(value != values[0] for value in values) else next(iter(values), None)
 
 
 def _difference(key: str, a: Any, b: Any) -> dict[str, Any]:

@@ -191,6 +191,40 @@ def test_other_differences_are_listed(tmp_path: Path) -> None:
     ]
 
 
+def on_devices(directory: Path, steps: Samples, *devices: dict[str, Any]) -> Path:
+    """A run of two ranks, each on one of these."""
+    told = [{"rank": rank, "uuid": str(directory), **facts} for rank, facts in enumerate(devices)]
+    run(directory, steps, device="cuda:0", ranks=2)
+    with (directory / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "environment", "devices": told}) + "\n")
+    return directory
+
+
+def test_another_ranks_device_is_other_work(tmp_path: Path) -> None:
+    h200, a100 = {"name": "NVIDIA H200"}, {"name": "NVIDIA A100"}
+    a, b = on_devices(tmp_path / "a", noisy(10, 0), h200, h200), on_devices(tmp_path / "b", noisy(10, 1), h200, a100)
+    with pytest.raises(UserError, match=r"devices: NVIDIA H200 against \['NVIDIA H200', 'NVIDIA A100'\]"):
+        compare(a, b)
+    c = on_devices(tmp_path / "c", noisy(10, 1), a100, a100)
+    with pytest.raises(UserError, match="work: device: NVIDIA H200 against NVIDIA A100; --anyway"):  # said once
+        compare(a, c)
+
+
+def test_what_a_device_may_do_is_listed(tmp_path: Path) -> None:
+    facts = {"name": "NVIDIA H200", "power_limit_w": 700.0, "sm_clock_max_mhz": 1980, "slice": False, "driver": "570",
+             "pcie_generation": 5, "pcie_width": 16}  # fmt: skip
+    other = {**facts, "power_limit_w": 350.0, "driver": "580", "pcie_width": 8}
+    a, b = on_devices(tmp_path / "a", noisy(10, 0), facts, facts), on_devices(tmp_path / "b", noisy(10, 1), other, other)
+    assert compare(a, b)["differences"] == [
+        {"key": "power_limit_w", "a": 700.0, "b": 350.0},
+        {"key": "driver", "a": "570", "b": "580"},
+        {"key": "pcie_width", "a": 16, "b": 8},
+    ]
+    mixed = on_devices(tmp_path / "c", noisy(10, 1), facts, {**facts, "power_limit_w": 350.0})
+    assert compare(a, mixed)["differences"] == [{"key": "power_limit_w", "a": 700.0, "b": [700.0, 350.0]}]
+    assert compare(a, on_devices(tmp_path / "d", noisy(10, 1), facts, facts))["differences"] == []  # other ones of the same
+
+
 def test_what_cannot_be_told_apart_is_a_warning(tmp_path: Path) -> None:
     found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), precision=None))
     assert found["warnings"] == ["whether both did the same work cannot be told by dtype: not recorded"]
