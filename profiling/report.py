@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
@@ -27,7 +27,7 @@ from fastdistil.errors import UserError, translated
 from fastdistil.profiling import charts
 from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
 from fastdistil.profiling.history import Event, History, load_history
-from fastdistil.profiling.intervals import ratio_of
+from fastdistil.profiling.intervals import MAX_SAMPLES, ratio_of
 from fastdistil.profiling.panels import Section, sections
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.summary import PHASES, slowed_down, summarise
@@ -67,6 +67,20 @@ class Reported:
         return {figure.key: figure for group in self.groups for figure in group.figures}
 
 
+class Judgement(NamedTuple):
+    """Of a relative difference: 'better' or 'worse' where a spread says so, 'within noise' where it says neither; else ''.
+
+    The spread is that of the samples (intervals.py), 95%, or two standard errors of the difference. It is of the last samples:
+    where the difference, which is of all, is not what they say, nothing is judged.
+    """
+
+    verdict: str = ""
+    interval: tuple[float, float] | None = None
+    """Of the relative difference."""
+    n: tuple[int | None, int | None] | None = None
+    """How many of the baseline's and of its own it is of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One figure of every run; differences against the first, None where there is none."""
@@ -84,32 +98,32 @@ class Row:
         return next(iter(details)) if len(details) == 1 else ""
 
     @cached_property
-    def verdicts(self) -> list[str]:
-        """Of each against the first: 'better' or 'worse' where a spread says so, 'within noise' where it says neither; else ''.
-
-        The spread is that of the samples (intervals.py), 95%, or two standard errors of the difference.
-        """
-        pairs = zip(self.figures, self.differences, strict=True)
-        return [_verdict(figure, self.figures[0], difference) for figure, difference in pairs]
+    def judgements(self) -> list[Judgement]:
+        """Of each against the first."""
+        return [judge(figure, self.figures[0]) for figure in self.figures]
 
 
-def _verdict(figure: Figure, baseline: Figure, difference: float | None) -> str:
-    if difference is None or figure.better is None or abs(difference) < 0.0005:
-        return ""
-    up = difference > 0
+def judge(figure: Figure, baseline: Figure) -> Judgement:
+    difference = figure.against(baseline)
+    n: tuple[int | None, int | None]
+    if figure is baseline or difference is None or figure.better is None or abs(difference) < 0.0005:
+        return Judgement()
     if figure.samples and baseline.samples:
         ratio = ratio_of(baseline.samples, figure.samples, figure.statistic)
         if ratio is None or ratio.low is None or ratio.high is None:
-            return ""
-        sure, up = not ratio.low <= 1 <= ratio.high, ratio.low > 1
+            return Judgement()
+        low, high = ratio.low - 1, ratio.high - 1
+        n = min(len(baseline.samples), MAX_SAMPLES), min(len(figure.samples), MAX_SAMPLES)
     elif figure.spread_kind == baseline.spread_kind == "se" and figure.spread is not None and baseline.spread is not None:
-        apart = abs(float(figure.value or 0) - float(baseline.value or 0))
-        sure = apart >= 2 * math.hypot(figure.spread, baseline.spread)
+        error = 2 * math.hypot(figure.spread, baseline.spread) / abs(float(baseline.value or 0))
+        low, high, n = difference - error, difference + error, (baseline.n, figure.n)
     else:
-        return ""
-    if not sure:
-        return "within noise"
-    return "better" if up == (figure.better == "higher") else "worse"
+        return Judgement()
+    if low <= 0 <= high:
+        return Judgement("within noise", (low, high), n) if low <= difference <= high else Judgement()
+    if (low > 0) != (difference > 0):
+        return Judgement()
+    return Judgement("better" if (low > 0) == (figure.better == "higher") else "worse", (low, high), n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +210,10 @@ def tables(runs: Sequence[Reported]) -> list[Table]:
 
 
 def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
-    """Keys stay as they are from version to version of `format`; values are in SI units."""
+    """Keys stay as they are from version to version of `format`; values are in SI units.
+
+    `judged`: what a spread says of a relative difference (`Judgement`): figures without an entry have none.
+    """
     return {
         "format": 1,
         "fastdistil": __version__,
@@ -212,6 +229,7 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
             }
             for run in runs
         ],
+        "uneven": uneven(runs),
         "differences": [
             {
                 "run": run.name,
@@ -220,6 +238,11 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
                     key: difference
                     for key, figure in run.figures.items()
                     if key in runs[0].figures and (difference := figure.against(runs[0].figures[key])) is not None
+                },
+                "judged": {
+                    key: found._asdict()
+                    for key, figure in run.figures.items()
+                    if key in runs[0].figures and (found := judge(figure, runs[0].figures[key])).verdict
                 },
             }
             for run in runs[1:]
@@ -231,8 +254,7 @@ def as_markdown(runs: Sequence[Reported]) -> str:
     parts = [f"# {_cell(' against '.join(run.name for run in runs))}"]
     parts += ["", *(f"- {_cell(run.name)}: {_cell(setting(run.summary))}" for run in runs)]
     parts += [f"- {_cell(run.name)}: {_cell(caution)}" for run in runs for caution in cautions(run)]
-    if len(runs) > 1:
-        parts += [f"- {_cell(caution)}" for caution in uneven(runs)]
+    parts += [f"- {_cell(caution)}" for caution in uneven(runs)]
     for table in tables(runs):
         parts += ["", f"## {table.title}", ""]
         if table.rows and len(runs) == 1:
@@ -246,8 +268,10 @@ def as_markdown(runs: Sequence[Reported]) -> str:
             heads[0] = _cell(runs[0].name)
             parts += [f"| figure | {' | '.join(heads)} |", f"|---|---:{'|---:|---:' * (len(runs) - 1)}|"]
             for row in table.rows:
-                cells = [f"{figure.text} {figure.spread_text}".strip() for figure in row.figures]
-                changes = [change_text(difference) for difference in row.differences]
+                values = [f"{figure.text} {figure.spread_text}".strip() for figure in row.figures]
+                counts = [figure.count_text if figure.value is not None else "" for figure in row.figures]
+                cells = [", ".join(filter(None, pair)) for pair in zip(values, counts, strict=True)]
+                changes = [judged_text(*pair) for pair in zip(row.differences, row.judgements, strict=True)]
                 pairs = [cells[0], *(part for pair in zip(cells[1:], changes[1:], strict=True) for part in pair)]
                 parts.append(f"| {' | '.join(_cell(cell) for cell in (row.label, *pairs))} |")
         if table.missing:
@@ -271,6 +295,11 @@ def change_text(difference: float | None) -> str:
     if abs(difference) < 0.0005:
         return "same" if difference == 0 else "0.0%"
     return f"{difference:+.1%}" if abs(difference) < 10 else f"{difference + 1:,.3g}-fold"
+
+
+def judged_text(difference: float | None, judgement: Judgement) -> str:
+    interval = "" if judgement.interval is None else f"({' to '.join(map(change_text, judgement.interval))})"
+    return " ".join(filter(None, (change_text(difference), judgement.verdict, interval)))
 
 
 def cautions(run: Reported) -> list[str]:
@@ -388,7 +417,7 @@ def as_html(runs: Sequence[Reported]) -> str:
         version=__version__,
         runs=[_head(index, run) for index, run in enumerate(runs)],
         several=len(runs) > 1,
-        uneven=uneven(runs) if len(runs) > 1 else [],
+        uneven=uneven(runs),
         tiles=_tiles(runs[0]) if len(runs) == 1 else [],
         bottleneck=runs[0].summary["bottleneck"] if len(runs) == 1 else None,
         head_rows=_head_rows(by_key) if len(runs) > 1 else [],

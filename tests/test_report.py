@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from fastdistil.cli import app
 from fastdistil.errors import UserError
 from fastdistil.profiling import report
+from fastdistil.profiling.figures import Figure
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.roofline import Work, utilisation
 from fastdistil.profiling.summary import summarise
@@ -329,6 +331,11 @@ def test_several_runs_stand_side_by_side(runs: Mapping[str, Path]) -> None:
     (difference,) = found["differences"]
     assert (difference["run"], difference["baseline"]) == ("faster", "gpu")
     assert difference["relative"]["speed.step_p50_s"] == pytest.approx(other / one - 1)
+    judged = difference["judged"]["speed.step_p50_s"]
+    assert (judged["verdict"], judged["n"]) == ("better", [597, 597])
+    assert judged["interval"][0] < other / one - 1 < judged["interval"][1] < 0
+    assert "speed.step_p99_s" not in difference["judged"]
+    assert found["uneven"] == ["The runs differ in ranks: 2, 4."]
     row = next(row for row in page.rows if row and row[0].startswith("step, p50"))
     assert re.match(rf"{other / one - 1:+.1%}better", row[3])
     loss = next(chart for chart in charts_of(page.html) if (chart.get("aria-label") or "").startswith("Loss: total"))
@@ -351,6 +358,31 @@ def test_a_difference_within_two_standard_errors_is_no_verdict(tmp_path: Path) -
         next(row for row in page.rows if row[0].startswith("held-out loss, final"))[3] for page in (near_page, far_page)
     ]
     assert verdicts == ["+10.0%within noise", "+20.0%worse"]  # the error of the difference is 0.14
+    found = report.read_runs([one, tmp_path / "far"])
+    assert "| +20.0% worse (+5.9% to +34.1%) |" in report.as_markdown(found)
+    judged = report.figures_json(found)["differences"][0]["judged"]["learning.final_heldout_loss"]
+    error = math.sqrt(2) * 0.1 * 2 / 2.0  # twice that of the difference, over the baseline's loss of 2
+    assert judged["interval"] == pytest.approx((0.2 - error, 0.2 + error))
+    assert (judged["verdict"], judged["n"]) == ("worse", (400, 400))
+
+
+def test_a_verdict_is_not_of_other_samples_than_its_number() -> None:
+    """3000 slow steps and 2000 quick ones: the number is of all, 20% more than the baseline's; the interval is not."""
+    random = np.random.default_rng(0)
+    noise = (1 + random.normal(0, 0.01, 5000)).tolist()
+
+    def step(*seconds: float) -> Figure:
+        samples = [each * base for each, base in zip(noise, np.repeat(seconds, 5000 // len(seconds)), strict=True)]
+        return Figure("a", "a", float(np.mean(samples)), "s", samples=samples, better="lower")
+
+    steady = step(1.0)
+    mixed = step(1.4, 1.4, 1.4, 0.9, 0.9)
+    assert mixed.against(steady) == pytest.approx(0.2, abs=0.01)
+    assert report.judge(mixed, steady) == report.Judgement(), "the last 2000 say better"
+    level = step(1.4, 1.4, 1.4, 1.0, 1.0)
+    assert report.judge(level, steady) == report.Judgement(), "the last 2000 say that it is noise"
+    sure = report.judge(step(1.2), steady)
+    assert (sure.verdict, sure.n) == ("worse", (2000, 2000))
 
 
 def test_without_a_spread_there_is_no_verdict(runs: Mapping[str, Path], tmp_path: Path) -> None:
@@ -509,7 +541,7 @@ def test_markdown_has_the_same_figures(known: Path, tmp_path: Path) -> None:
     assert "| throughput | 66.67 tokens/s | ± 35 tokens/s sd | 2 log lines | all ranks; all tokens over all time |" in text
     other = write_events(tmp_path / "other", known_events(), RECIPE)
     both = report.as_markdown(report.read_runs([known, other]))
-    assert "| step, p50 | 1.000 s | 1.000 s | same |" in both
+    assert "| step, p50 | 1.000 s, 5 updates | 1.000 s, 5 updates | same |" in both
     for document in (text, both):
         for table in re.findall(r"(?:^\|.*\n)+", document, re.MULTILINE):
             widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
