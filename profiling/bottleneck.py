@@ -31,7 +31,9 @@ PERSISTENT = 2 / 3
 COMPUTE = 0.80
 LOW_MFU = 0.20
 LITTLE_BYTES = 2**20
-"""Sent in an update: less than this takes 8 ms at 1 Gbit/s, and to wait longer for it is to wait for latency."""
+"""Sent in an update: less than this is latency, if it is waited for more than twice as long as it takes at GIGABIT."""
+GIGABIT = 125e6
+"""Bytes a second: what a link does at least, if nobody says otherwise. Of a slower one, bandwidth looks like latency."""
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW_BYTES = 28
 """A parameter, in fp32: weight, gradient and two moments read, weight and moments written."""
@@ -130,7 +132,8 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
             yield {"name": "straggler", "share": share, "why": f"{why}; {reason}", "key": key}
     exposed, compression = _share(summary, "exposed"), _share(summary, "compression")
     share = max(0.0, exposed + compression - waited)
-    way, key = _less_traffic(summary, compression > exposed)
+    step_s = (summary.get("step_s") or {}).get("mean", 0.0)
+    way, key = _less_traffic(summary, compression > exposed, (exposed - waited) * step_s)
     why = f"{exposed:.0%} of the step waits for gradients, {compression:.0%} compresses them"
     if waited > 0.005:
         why += f"; {waited:.0%} of the step waits for slower ranks rather than for the network, and is left out"
@@ -153,13 +156,13 @@ def _why_slow(found: Mapping[str, Any]) -> tuple[str, str | None]:
     return "its tokens and data are as the others': look at that machine's clocks and neighbours", None
 
 
-def _less_traffic(summary: Summary, compressing: bool) -> tuple[str, str]:
+def _less_traffic(summary: Summary, compressing: bool, waited_s: float) -> tuple[str, str]:
     if summary.get("sync") == "every-micro-batch":
         return "let gradients travel once an update", "world.sync"
     sent = summary.get("gradient_bytes_per_update")
-    if sent is not None and sent < LITTLE_BYTES and not compressing:
-        why = f"{sent:,.0f} bytes an update are little, so it is latency: more micro-batches an update share one exchange"
-        return why, "loop.accumulation"
+    if sent is not None and sent < LITTLE_BYTES and not compressing and waited_s > 2 * sent / GIGABIT:
+        why = f"{sent:,.0f} bytes an update take {_ms(sent / GIGABIT)} at 1 Gbit/s, so it is probably latency"
+        return f"{why}: more micro-batches an update share one exchange", "loop.accumulation"
     if summary.get("compression") in (None, "none") or compressing:
         return "another compression moves fewer bytes, or costs less", "compression.kind"
     return "more micro-batches an update share one exchange", "loop.accumulation"

@@ -282,13 +282,21 @@ def test_slow_link_is_communication_bound(tmp_path: Path) -> None:
     assert bottleneck(tmp_path, events, ranks=2, compression="int8")["key"] == "loop.accumulation"
 
 
-def test_little_data_waited_for_long_is_latency(tmp_path: Path) -> None:
+def test_little_data_waited_for_long_is_probably_latency(tmp_path: Path) -> None:
+    """200 kB take 1.6 ms at 1 Gbit/s. Of steps of 10 ms 3 ms are waited for, not twice as long: it may be bandwidth."""
     shares = {**BALANCED, "exposed": 0.3, "backward": 0.1}
     for per_update, key in ((200_000, "loop.accumulation"), (2_000_000, "compression.kind")):
         events = steps(shares, rank_worked_s=[0.7, 0.7], gradient_bytes=per_update)
         found = bottleneck(tmp_path, events, ranks=2)
         assert (found["name"], found["key"]) == ("communication-bound", key)
-        assert ("200,000 bytes an update are little" in found["why"]) == (key == "loop.accumulation")
+        told = "200,000 bytes an update take 1.6 ms at 1 Gbit/s, so it is probably latency"
+        assert (told in found["why"]) == (key == "loop.accumulation")
+    quick = steps(shares, step_s=0.01, rank_worked_s=[0.007, 0.007], gradient_bytes=200_000)
+    assert bottleneck(tmp_path, quick, ranks=2)["key"] == "compression.kind"
+    # 4 ms, of which 3 ms are for the slower rank.
+    late = steps({**shares, "exposed": 0.4}, step_s=0.01, rank_worked_s=[0.006, 0.009], gradient_bytes=200_000)
+    causes = {cause["name"]: cause for cause in summed_up(tmp_path, *late, ranks=2)["causes"]}
+    assert causes["communication-bound"]["key"] == "compression.kind"
 
 
 def test_slow_rank_is_named_and_not_the_network(tmp_path: Path) -> None:
