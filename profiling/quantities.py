@@ -30,7 +30,7 @@ def quantity(value: float, unit: str = "", digits: int = 4) -> str:
     """A number with its unit, to so many significant digits: '12.30 ms', '1.041 M tokens/s', '41.2%'; an int whole: '1,200'."""
     if not math.isfinite(value):
         return "not finite"
-    factor, name = readable(unit, value)
+    factor, name = readable(unit, float(f"{value:.{digits - 1}e}"))  # 999.96 ms are 1.000 s
     scaled = value * factor
     if name == "%":
         return f"{scaled:.1f}%"
@@ -39,12 +39,10 @@ def quantity(value: float, unit: str = "", digits: int = 4) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """So many significant digits, zeros at the end included."""
-    size = abs(value)
-    if size >= 999.95:
-        return f"{value:,.0f}"
-    if size >= 1e-3:
-        return f"{value:#.{max(digits, len(str(int(size))))}g}".removesuffix(".")
+    """So many significant digits, zeros at the end included; what is before the point is whole."""
+    rounded = f"{value:.{digits - 1}e}"
+    if abs(float(rounded)) >= 1e-3:
+        return f"{value:,.{max(0, digits - 1 - int(rounded.partition('e')[2]))}f}"
     mantissa, _, exponent = f"{value:.3e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 

@@ -277,3 +277,18 @@ def test_names_cannot_break_out_of_a_chart() -> None:
 )
 def test_quantities_are_readable(value: float, unit: str, text: str) -> None:
     assert quantities.quantity(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0997, "s", "100 ms"),
+        (0.9996, "s", "1.0 s"),
+        (0.00996, "s", "10 ms"),
+        (0.894, "s", "894 ms"),
+        (9996.0, "J", "10 kJ"),
+        (0.00123, "", "0.0012"),
+    ],
+)
+def test_numbers_are_rounded_before_their_format_is_chosen(value: float, unit: str, text: str) -> None:
+    assert quantities.quantity(value, unit, digits=2) == text
