@@ -269,6 +269,7 @@ def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
     step = summary["step_s"] or {}
     n, warm = step.get("n"), f"{summary['warmup']} warm-up updates left out; rank 0"
     bottleneck = summary["bottleneck"]
+    key = f" -> {bottleneck['key']}" if bottleneck["key"] else ""
     return [
         Figure(
             "speed.tokens_per_s",
@@ -317,7 +318,7 @@ def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
             else []
         ),
         Figure("speed.data_wait_share", "waiting for data", summary["data_wait_share"], "share", better="lower"),
-        _text("speed.bottleneck", "bottleneck", bottleneck.get("name"), str(bottleneck.get("why", ""))),
+        _text("speed.bottleneck", "bottleneck", bottleneck["name"] + key, bottleneck["why"]),
     ]
 
 

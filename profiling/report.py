@@ -223,6 +223,7 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
                 "outcome": run.history.outcome,
                 "setting": setting(run.summary),
                 "figures": {key: figure.as_json() for key, figure in run.figures.items()},
+                "bottleneck": run.summary["bottleneck"],
                 "cautions": cautions(run),
                 "trace": run.summary["trace"],
                 "recipe": redacted(run.history.recipe),

@@ -235,6 +235,16 @@ def test_the_page_prints_the_figures(known: Path) -> None:
     assert "5 updates measured, 1 of warm-up left out" in page.text
 
 
+def test_the_bottleneck_comes_with_its_recipe_key(known: Path) -> None:
+    """No kernel runs 70% of the time; a quarter of each step waits for data."""
+    found = report.read_runs([known])
+    assert "Bottleneck: launch-bound -> loop.compile" in Page(report.as_html(found)).text
+    assert "| bottleneck | launch-bound -\\> loop.compile |" in report.as_markdown(found)
+    (run,) = report.figures_json(found)["runs"]
+    assert (run["bottleneck"]["name"], run["bottleneck"]["key"]) == ("launch-bound", "loop.compile")
+    assert run["bottleneck"]["why"].startswith("no kernel runs 70% of the time, 25% of it in waits for data")
+
+
 def test_curves_hold_every_line_and_step(known: Path) -> None:
     page = page_of(known)
     told = [element.text or "" for chart in charts_of(page.html) for element in chart.iter("title")]
