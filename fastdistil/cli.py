@@ -40,7 +40,7 @@ ElasticRanks = Annotated[
     str | None,
     typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
 ]
-GrowAfter = Annotated[float, typer.Option(help="--elastic: seconds after which a lost rank's place is tried again.")]
+GrowAfter = Annotated[float, typer.Option(min=0, help="--elastic: seconds after which a lost rank's place is tried again.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
@@ -446,6 +446,7 @@ def cluster(
         print(text, end="")
         return
     with translated("writing the cluster's file", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
     print(f"{out}: its first lines say how to start it")
 

@@ -86,6 +86,8 @@ def _parsed(path: Path) -> Iterator[dict[str, Any]]:
                 raise CorruptData(f"{path} line {number} is not JSON ({error})") from error
             if not isinstance(event, dict):
                 raise CorruptData(f"{path} line {number} is not a JSON object: {line[:60]!r}")
+            if not isinstance(event.get("event"), str) or not isinstance(event.get("update"), int | None):
+                raise CorruptData(f"{path} line {number} is not an event: {line[:60]!r}")
             yield event
 
 

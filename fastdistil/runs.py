@@ -96,6 +96,8 @@ def create_run(run: Path, recipe: Recipe) -> None:
                 raise UserError(f"{run} exists; choose another name=...") from None
         except NotADirectoryError:
             raise UserError(f"{run.parent} is not a directory; choose another runs_dir") from None
+        except FileNotFoundError as error:  # below /proc, for one
+            raise UserError(f"{error.filename} cannot be made; choose another runs_dir") from None
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
@@ -153,6 +155,11 @@ def request_pause(run_dir: Path) -> None:
     """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run."""
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"no run at {run_dir}; give the directory of a run, e.g. runs/NAME")
+    from fastdistil.metrics import read_events  # loads torch, which the launcher does without
+
+    log = run_dir / "events.jsonl"
+    if log.is_file() and [event["event"] for event in read_events(log)][-1:] == ["done"]:
+        raise UserError(f"{run_dir} is done: there is nothing to pause")
     with translated("asking for a pause", run_dir):
         (run_dir / PAUSE).touch()
 

@@ -167,7 +167,8 @@ class Live:
             event = json.loads(line)
         except ValueError:
             event = None
-        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        well = isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("update"), int | None)
+        if not well:
             self._note("unreadable", {}, f"line {self._events} of events.jsonl is not an event and was left out")
             return
         at, update = real(event.get("time")), event.get("update")

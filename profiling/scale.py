@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastdistil import __version__
 from fastdistil.cost import touched_bytes
@@ -36,7 +36,7 @@ from fastdistil.profiling.scale_points import (
     read_round,
 )
 from fastdistil.profiling.scaling import Point, Sample, Workload
-from fastdistil.recipe import RECIPES, Recipe, load_recipe
+from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
 
 WARMUP = 2
 """First updates of each run that are not counted: allocations, connections, the order of buckets."""
@@ -71,6 +71,10 @@ def settings(study: Study, accumulation: int) -> list[Setting]:
     ):
         if ranks < 1:
             raise UserError(f"--np counts ranks from 1, got {ranks}")
+        if compression not in (kinds := get_args(Compression.model_fields["kind"].annotation)):
+            raise UserError(f"--compression {compression} is none of {', '.join(kinds)}")
+        if sync not in (ways := get_args(World.model_fields["sync"].annotation)):
+            raise UserError(f"--sync {sync} is none of {', '.join(ways)}")
         if mode == "strong" and accumulation % ranks:
             raise UserError(
                 f"--mode strong shares loop.accumulation={accumulation} among {ranks} ranks; choose one that {ranks} divides"

@@ -113,6 +113,8 @@ def command(options: Options) -> None:
         if unknown := [kind for kind in compression if kind not in MODELLED]:
             raise UserError(f"--compression {','.join(unknown)} is not in the model, which has {', '.join(MODELLED)}")
         paths = [Path(path) for path in options.points.split(",")]
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise UserError(f"--points {options.points} has a study twice, which would count its measurements twice")
         run_given(paths, asked, options.out or _free_folder("points"), console)
         return
     assert options.recipe is not None

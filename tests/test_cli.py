@@ -168,6 +168,12 @@ def test_pause(run: Run, tmp_path: Path) -> None:
     (tmp_path / "runs" / "some" / "recipe.yaml").write_text("")
     assert run("pause", tmp_path / "runs" / "some")[0] == 0
     assert (tmp_path / "runs" / "some" / "PAUSE").exists()
+    (tmp_path / "runs" / "some" / "PAUSE").unlink()
+    (tmp_path / "runs" / "some" / "events.jsonl").write_text(
+        '{"event": "start", "update": 0}\n{"event": "done", "update": 9}\n'
+    )
+    assert_refused(run("pause", tmp_path / "runs" / "some"), 2, "is done")
+    assert not (tmp_path / "runs" / "some" / "PAUSE").exists()
 
 
 @pytest.mark.parametrize(
@@ -277,6 +283,7 @@ def test_places_that_cannot_be_written(run: Run, material: Path, tmp_path: Path)
     assert prepared(run, material)[0] == 0
     (tmp_path / "file").write_text("in the way")
     assert_refused(run("train", "distilbert", *overrides(material), "runs_dir=file"), 2, "file")
+    assert_refused(run("train", "distilbert", *overrides(material), "runs_dir=/proc/nope"), 2, "/proc/nope", "runs_dir")
     assert_refused(prepared(run, material, "file"), 2, "file")
     assert (tmp_path / "file").read_text() == "in the way"
 

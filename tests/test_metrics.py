@@ -112,7 +112,7 @@ def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
 def test_bad_logs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no event log at"):
         list(read_events(tmp_path / "events.jsonl"))
-    for bad in ("nonsense", "[1]"):
+    for bad in ("nonsense", "[1]", '{"event": 3}', '{"event": "train", "update": "seven"}'):
         (tmp_path / "events.jsonl").write_text(f'{{"event": "a"}}\n{bad}\n{{"event": "b"}}\n')
         with pytest.raises(CorruptData, match=r"events\.jsonl line 2 is not"):
             list(read_events(tmp_path / "events.jsonl"))

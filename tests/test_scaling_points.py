@@ -147,6 +147,7 @@ def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"points": "x/scale.json,y.json,x/../x/scale.json"}, "a study twice"),
         ({"points": "x", "baseline": 2, "np": "1,2"}, "--points goes with .*; leave out --np and --baseline"),
         ({"points": "x", "rings": "4"}, "--points goes with --out and --predict only; leave out --rings"),
         ({"points": "x", "predict": "8", "ceiling": False}, "leave out --no-ceiling"),
@@ -307,8 +308,13 @@ def test_points_of_a_study() -> None:
     # One rank exchanges nothing: neither rings nor compression make another point of it.
     many = settings(plan(ranks=(1, 2), rings=(1, 4), compression=("none", "int8"), sync=("delayed", "every-micro-batch")), 8)
     assert [each.ranks for each in many] == [1, *[2] * 8]
-    with pytest.raises(UserError, match=r"loop\.accumulation=6 among 4"):
-        settings(plan(modes=("strong",)), 6)
+    for wrong, says in (
+        ({"modes": ("strong",)}, r"loop\.accumulation=6 among 4"),
+        ({"ranks": (1,), "compression": ("zip",)}, "--compression zip is none of none, auto, fp16"),
+        ({"ranks": (1,), "sync": ("never",)}, "--sync never is none of delayed, every-micro-batch"),
+    ):
+        with pytest.raises(UserError, match=says):
+            settings(plan(**wrong), 6)
 
 
 def test_what_disturbs_an_update_is_not_in_those_that_count() -> None:
