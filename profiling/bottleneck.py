@@ -134,7 +134,7 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
     share = max(0.0, exposed + compression - waited)
     step_s = (summary.get("step_s") or {}).get("mean", 0.0)
     way, key = _less_traffic(summary, compression > exposed, (exposed - waited) * step_s)
-    why = f"{exposed:.0%} of the step waits for gradients, {compression:.0%} compresses them"
+    why = f"{exposed:.0%} of the step waits for other ranks, {compression:.0%} compresses gradients"
     if waited > 0.005:
         why += f"; {waited:.0%} of the step waits for slower ranks rather than for the network, and is left out"
     yield {"name": "communication-bound", "share": share, "why": f"{why}; {way}", "key": key}

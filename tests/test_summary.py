@@ -277,7 +277,7 @@ def test_slow_link_is_communication_bound(tmp_path: Path) -> None:
     events = steps({**BALANCED, "exposed": 0.3, "backward": 0.1}, rank_worked_s=[0.7, 0.7])
     found = bottleneck(tmp_path, events, ranks=2)
     assert (found["name"], found["key"]) == ("communication-bound", "compression.kind")
-    assert "30% of the step waits for gradients" in found["why"]
+    assert "30% of the step waits for other ranks" in found["why"]
     assert bottleneck(tmp_path, events, ranks=2, sync="every-micro-batch")["key"] == "world.sync"
     assert bottleneck(tmp_path, events, ranks=2, compression="int8")["key"] == "loop.accumulation"
 
