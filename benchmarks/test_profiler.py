@@ -1,8 +1,8 @@
 """What the profiler costs: updates at the demo's sizes with it and without, taking turns in one process.
 
-Both sides run the trainer's own step and log line. With: everything that every run has on (spans, the sampler's thread,
-memory, counted arithmetic); what is done once a run is done before. Without: an object that measures nothing. They alternate
-update by update, in opposite order every other pair, with a log line after each, twenty times as many as the demo writes.
+Both sides run the trainer's own step and log line. With: what every run has on (spans, memory, counted arithmetic); what is
+done once a run is done before. Without: an object that measures nothing. They alternate update by update, in opposite order
+every other pair, with a log line after each, twenty times as many as the demo writes. The sampler's thread runs beside both.
 
 On a machine whose updates vary by several per cent such pairs cannot tell a thousandth from a hundredth. So further updates,
 logged as the demo's are, have the profiler's own calls timed where they happen, and its thread's processor time counted.
@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from fastdistil import metrics, reporting, train
 from fastdistil.inputs import load_inputs, resolve
-from fastdistil.instruments import Instruments
 from fastdistil.profiling.intervals import ratio_of
 from fastdistil.profiling.spans import unmeasured
 from fastdistil.recipe import load_recipe
@@ -77,7 +76,7 @@ with ExitStack() as stack:
     inputs = load_inputs(recipe, teacher=None, student=None, batches=None, note=console.note)
     signals = stack.enter_context(Signals(console.note))
     run = train._assemble(stack, recipe, Path(folder), inputs, team, console, signals)
-    windows = stack.enter_context(inputs.source.windows(0, 2 * pairs + updates + 1))
+    windows = stack.enter_context(inputs.source.windows(0, 2 * pairs + updates + 2))
 
     def update():
         run.instruments.begin()
@@ -86,29 +85,27 @@ with ExitStack() as stack:
         train.train_step(run, window, counts, 0.0)
         run.instruments.end()
 
+    def on_processor_s():
+        # Of the sampler's thread (Linux), in nanoseconds.
+        return int(Path(f"/proc/self/task/{inner._sampler._thread.native_id}/schedstat").read_text().split()[0]) / 1e9
+
     def measured(side):
-        if side == "with":
-            run.instruments = Instruments(recipe, inputs, True, console.note)
-            run.instruments._kept = 1  # what autograd keeps is counted in a run's first micro-batch alone
-        else:
-            run.instruments = Nothing()
+        run.instruments = inner if side == "with" else Nothing()
         begun = time.perf_counter()
         update()
         reporting.log(run)
-        seconds = time.perf_counter() - begun
-        if side == "with":
-            run.instruments.close()
-        return seconds
+        return time.perf_counter() - begun
 
-    run.instruments.close()
-    measured("without")
+    inner = run.instruments
+    inner._kept, inner._watched = 1, True  # what a run does in its first updates alone
+    for side in times:
+        measured(side)
     for number in range(pairs):
         for side in ("with", "without") if number % 2 else ("without", "with"):
             times[side].append(measured(side))
 
-    inner = Instruments(recipe, inputs, True, console.note)
-    inner._kept = 1
     run.instruments, shares, whole = Timed(inner), [], time.perf_counter()
+    thread_s = on_processor_s()
     for number in range(updates):
         begun, before = time.perf_counter(), run.instruments.seconds
         update()
@@ -116,8 +113,7 @@ with ExitStack() as stack:
             reporting.log(run)
         shares.append((run.instruments.seconds - before) / (time.perf_counter() - begun))
     whole = time.perf_counter() - whole
-    # Nanoseconds on a processor (Linux).
-    thread_s = int(Path(f"/proc/self/task/{inner._sampler._thread.native_id}/schedstat").read_text().split()[0]) / 1e9
+    thread_s = on_processor_s() - thread_s
     inner.close()
 calls, calls_low, calls_high = ratio_of([1.0] * updates, shares, "mean")
 ratios = [a / b for a, b in zip(times["with"], times["without"])]

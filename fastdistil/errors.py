@@ -82,7 +82,8 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
             place = error.filename or path
             raise UserError(f"no permission while {doing}: {place}; choose a directory you can write to") from error
         if error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):  # a file for a directory, or the other way round
-            raise UserError(f"{error.strerror} while {doing}: {error.filename or path}; name another path") from error
+            place = error.filename2 or error.filename or path
+            raise UserError(f"{error.strerror} while {doing}: {place}; name another path") from error
         raise
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -269,8 +269,8 @@ class Load:
         self._data_wait_s += data_wait_s
 
     def read(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """Of all ranks, on every rank: imbalances (the most over the mean, less 1), who was the slowest, and how long rank 0
-        waited for whoever was, in each update: another time it may be another one.
+        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest. And, true on rank
+        0 alone, how long it waited for whoever was, in each update: another time it may be another one.
 
         Work is the updates' time, as this rank's spans in `line` have it, without what was waited for other ranks (`exposed`):
         whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
@@ -281,6 +281,7 @@ class Load:
         ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in told]
         self._tokens, self._data_wait_s = 0, 0.0
         tokens, seconds = [each.tokens for each in ranks], [sum(each.worked_s) for each in ranks]
+        behind_s = [max(update) - update[0] for update in zip(*(each.worked_s for each in ranks), strict=True)]
         return {
             "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,
             "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
@@ -288,7 +289,8 @@ class Load:
             "rank_tokens": [int(each) for each in tokens],
             "rank_data_wait_s": [each.data_wait_s for each in ranks],
             "rank_worked_s": seconds,
-            "rank_0_waited_s": sum(max(update) - update[0] for update in zip(*(each.worked_s for each in ranks), strict=True)),
+            # Ranks do not begin an update at once: more than it waited at all was no wait.
+            "rank_0_waited_s": sum(map(min, behind_s, exposed)),
         }
 
 

@@ -4,6 +4,7 @@ runs/<name>/ holds recipe.yaml, events.jsonl, checkpoints/ and student/, and is 
 """
 
 import fcntl
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -155,13 +156,26 @@ def request_pause(run_dir: Path) -> None:
     """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run."""
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"no run at {run_dir}; give the directory of a run, e.g. runs/NAME")
-    from fastdistil.metrics import read_events  # loads torch, which the launcher does without
-
-    log = run_dir / "events.jsonl"
-    if log.is_file() and [event["event"] for event in read_events(log)][-1:] == ["done"]:
+    if _is_done(run_dir) and not _in_use(run_dir):
         raise UserError(f"{run_dir} is done: there is nothing to pause")
     with translated("asking for a pause", run_dir):
         (run_dir / PAUSE).touch()
+
+
+def _is_done(run_dir: Path) -> bool:
+    try:
+        event = json.loads((run_dir / "events.jsonl").read_bytes().splitlines()[-1])
+    except (OSError, IndexError, ValueError):
+        return False  # what cannot be read is no reason not to pause
+    return isinstance(event, dict) and event.get("event") == "done"
+
+
+def _in_use(run_dir: Path) -> bool:
+    try:
+        with sole_user(run_dir):
+            return False
+    except UserError:
+        return True
 
 
 def clear_pause(run_dir: Path) -> None:

@@ -72,6 +72,7 @@ class HorovodWorld(World):
             ports = [_serve_rendezvous(place, self._servers) for _ in range(self.rings)]
             store.set("horovod/rings", ",".join(map(str, ports)))
         ports = [int(port) for port in store.get("horovod/rings").decode().split(",")]
+        _idle_seldom(self.device)
         return rings.RingProcesses([sys.executable, "-m", "fastdistil.world"], [_horovod_environment(place, p) for p in ports])
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -165,6 +166,8 @@ def _join_horovod(place: Place, options: Options, device: torch.device, met: Met
     _set_horovod(options, device)
     servers: list[Any] = []
     if place.address is None:
+        if os.environ.get("HOROVOD_CONTROLLER") == "gloo":
+            _idle_seldom(device)
         hvd.init()  # horovodrun, or MPI, knows how
         place = _agree_on_address(hvd, place)
         connect = open_store(place, options.timeout_s)
@@ -178,9 +181,7 @@ def _join_horovod(place: Place, options: Options, device: torch.device, met: Met
             if place.rank == 0:
                 store.set("horovod/port", str(_serve_rendezvous(place, servers)))
             os.environ.update(_horovod_environment(place, int(store.get("horovod/port"))))
-            if device.type == "cpu":
-                # With nothing to send, ten times less (Horovod as we build it). Over MPI those who wait for it would spin.
-                os.environ.setdefault(IDLE_CYCLES, "10")
+            _idle_seldom(device)
             hvd.init()
     if options.topology == "hierarchical" and not hvd.mpi_enabled():
         raise UserError(
@@ -243,6 +244,13 @@ def _set_horovod(options: Options, device: torch.device) -> None:
         os.environ["HOROVOD_TORUS_ALLREDUCE"] = "1"
     if options.topology == "hierarchical":
         os.environ["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
+
+
+def _idle_seldom(device: torch.device) -> None:
+    """For what starts from here on: ranks with nothing to send coordinate ten times less (Horovod as we build it). Only over
+    Gloo: over MPI those who wait for an idle rank would spin."""
+    if device.type == "cpu":
+        os.environ.setdefault(IDLE_CYCLES, "10")
 
 
 def _serve_rendezvous(place: Place, servers: list[Any]) -> int:

@@ -58,13 +58,16 @@ def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
     shares = {name: phase["share"] for name, phase in summary["phases"].items()}
     models = sum(shares.get(name, 0.0) for name in MODELS)
     parts = ", ".join(f"{name} {shares[name]:.0%}" for name in MODELS if name in shares)
-    if models < COMPUTE:
+    waited = _waited(summary)
+    if models < COMPUTE or waited >= WORTH:
         largest = max(shares, key=lambda name: shares[name])
         why = (
             f"no cause takes {WORTH:.0%} of the step; the models' own work is {models:.0%} ({parts}); {largest} is the largest"
         )
-        if (waited := _waited(summary)) >= WORTH:
-            why += f"; {waited:.0%} of the step waits for slower ranks, which take turns"
+        if waited >= WORTH:
+            # One that is always the slowest exceeds the mean by half of that wait or more, the mean being of two ranks or more.
+            one = [cause["why"] for cause in causes if cause["name"] == "straggler" and cause["share"] > waited / 3]
+            why += f"; {waited:.0%} of the step waits for slower ranks{f': {one[0]}' if one else ', which take turns'}"
         return {"name": "unknown", "why": why, "key": None}
     mfu = (summary.get("mfu") or {}).get("with_teacher")
     rate = "" if mfu is None else f" at {mfu:.0%} of the device's peak"

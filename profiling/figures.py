@@ -410,7 +410,7 @@ def _device(summary: Mapping[str, Any]) -> list[Figure]:
             unit,
             n=n,
             of="samples",
-            detail=f"{how}; rank 0",
+            detail=f"{how}; rank 0" if readings.get(name) is not None else readings.get("why", f"{how}; rank 0"),
         )
         for name, label, unit, how in names
         if name in readings or name in ("utilisation", "power_w", "temperature_c")

@@ -182,7 +182,9 @@ def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.c
     studies = [load_points(path) for path in paths]
     ran = _alike(paths, studies)
     works = [work for _, work, _ in studies]
-    work = next((work for work in works if work.engine != "alone"), works[0])
+    several = [work for work in works if work.engine != "alone"] or works
+    alone = {point.accumulation for points, _, _ in studies for point in points if point.ranks == 1}
+    work = next((work for work in several if work.accumulation in alone), several[0])  # with a baseline, where one has it
     on_cpu = str(ran["device"]["kind"]).startswith("cpu")
     model = fit([point for points, _, _ in studies for point in points], on_cpu=on_cpu)
     single = [point for point in model.points if point.ranks == 1 and point.accumulation == work.accumulation]

@@ -261,6 +261,8 @@ def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]
     alone = [line["device"] for line in _updates_alone(lines, asides) if line.get("device")]
     names = list(dict.fromkeys(name for device in known for name in device if name not in NOT_AVERAGED))
     found: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in alone)}
+    if not alone:
+        found["why"] = f"all {len(known)} log lines held more than updates"
     for name in names:
         devices = known if name == "temperature_c" else alone
         values = [device[name] for device in devices if isinstance(device.get(name), int | float)]

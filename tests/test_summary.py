@@ -342,6 +342,17 @@ def test_ranks_that_take_turns_within_a_log_line_are_not_the_network(tmp_path: P
     assert "25% of the step waits for slower ranks, which take turns" in found["bottleneck"]["why"]
 
 
+def test_waits_too_short_for_a_straggler_are_told_all_the_same(tmp_path: Path) -> None:
+    """Of a second rank 0 waits 0.15: rank 1 works that much longer each time, 0.075 more than the mean; or both do, in turn."""
+    phases = {"student": [0.85], "exposed": [0.15]}
+    always = [line(n, [1.0], phases, rank_worked_s=[0.85, 1.0], rank_0_waited_s=0.15) for n in range(1, 7)]
+    found = summed_up(tmp_path, *always, ranks=2)["bottleneck"]
+    assert found["name"] == "unknown" and "15% of the step waits for slower ranks: rank 1 works 8% more" in found["why"]
+    turns = [line(n, [1.0], phases, rank_worked_s=[0.9, 0.9], rank_0_waited_s=0.15) for n in range(1, 7)]
+    found = summed_up(tmp_path, *turns, ranks=2)["bottleneck"]
+    assert found["name"] == "unknown" and "slower ranks, which take turns" in found["why"]
+
+
 def test_slow_transfer_is_not_the_loaders(tmp_path: Path) -> None:
     shares = {**BALANCED, "data": 0.08, "transfer": 0.2, "backward": 0.15}
     found = summed_up(tmp_path, *steps(shares))
@@ -395,6 +406,7 @@ def test_a_gpu_that_idles_during_checkpoints_is_not_launch_bound(tmp_path: Path)
     assert (found["readings"]["temperature_c"], found["readings"]["throttled"]) == (90, {"hw_thermal_slowdown": 0.2})
     none = summed_up(tmp_path, saved[0], mixed[1], device="cuda:0")
     assert none["readings"]["utilisation"] is None and none["bottleneck"]["name"] == "compute-bound"
+    assert none["readings"]["why"] == "all 1 log lines held more than updates"
 
 
 def test_optimizer_is_memory_bound(tmp_path: Path) -> None:
