@@ -153,7 +153,7 @@ def pause_requested(run_dir: Path) -> bool:
 
 
 def request_pause(run_dir: Path) -> None:
-    """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run."""
+    """Ask the run in `run_dir` to save, evaluate and stop. Raises UserError if there is no such run, or if it is done."""
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"no run at {run_dir}; give the directory of a run, e.g. runs/NAME")
     if _is_done(run_dir) and not _in_use(run_dir):

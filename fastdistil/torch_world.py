@@ -17,8 +17,8 @@ from fastdistil.recipe import World as Options
 
 _FOREVER = timedelta(days=7)
 GLOO_THREADS = 8
-"""Of a ring: so many buckets under way at once, over one connection. 66.9M gradients on 2 cores: with torch's own 2 at 0.92 to
-0.99 of DDP's speed in six runs, with 4 to 8 at 0.99 to 1.22 in eleven, which did not tell 4, 6 and 8 from each other."""
+"""Of a ring: so many buckets under way at once, over one connection; groups that torch makes itself have 2. Beside DDP, which
+uses those: benchmarks/test_exchange.py."""
 
 
 class TorchWorld(World):
