@@ -45,16 +45,21 @@ def softmax(a_RV: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
     return a_RV.amax(-1), out_RV.amax(-1).log()
 
 
-# Rows whose offsets differ by less lose less than a digit by it.
+# Rows whose largest logits differ by less lose less than a digit when they are subtracted as they are.
 _OFFSET = 8.0
 
 
-def _difference(x_RV: Tensor, y_RV: Tensor, offset_R: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """x - y in out_RV, less the difference of their offsets where it is large; returns (it, what is still to be taken off)."""
-    torch.sub(x_RV, y_RV, out=out_RV)
+def _difference(x_RV: Tensor, largest_x_R: Tensor, y_RV: Tensor, largest_y_R: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """x - y in out_RV, and what of their largest logits' difference is still to be taken off it, [R].
+
+    Where that difference is large, each side gives up its largest logit first (x and y are overwritten): x - y would round
+    away the digits that the offset takes. Elsewhere two sweeps are saved.
+    """
+    offset_R = largest_x_R - largest_y_R
     if x_RV.device.type == "cpu" and not bool((offset_R.abs() > _OFFSET).any()):
-        return out_RV, offset_R
-    return out_RV.sub_(offset_R[:, None]), torch.zeros_like(offset_R)
+        return torch.sub(x_RV, y_RV, out=out_RV), offset_R
+    torch.sub(x_RV.sub_(largest_x_R[:, None]), y_RV.sub_(largest_y_R[:, None]), out=out_RV)
+    return out_RV, torch.zeros_like(offset_R)
 
 
 def _weighted_mean(p_RV: Tensor, x_RV: Tensor, spare_RV: Tensor) -> Tensor:
@@ -72,10 +77,10 @@ def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, T
     (largest_a_R, log_q_R), (largest_b_R, log_p_R) = softmax(a, q), softmax(b, p)
     match options.divergence:
         case "forward-kl":
-            m, rest_R = _difference(b, a, largest_b_R - largest_a_R, m)
+            m, rest_R = _difference(b, largest_b_R, a, largest_a_R, m)
             return _weighted_mean(p, m, b) - rest_R + (log_p_R - log_q_R), torch.sub(q, p, out=q)
         case "reverse-kl":
-            m, rest_R = _difference(a, b, largest_a_R - largest_b_R, m)
+            m, rest_R = _difference(a, largest_a_R, b, largest_b_R, m)
             mean_R = _weighted_mean(q, m, b)
             return mean_R - rest_R + (log_q_R - log_p_R), q.mul_(m.sub_(mean_R[:, None]))
         case "jsd":
@@ -233,7 +238,10 @@ def hard_rows(
 
 
 def check_labels(labels: Tensor, width: int) -> None:
-    """Labels on the CPU, without those to ignore. On a GPU looking at them would be a wait: there the term is nan."""
+    """Refuse labels out of range, of rows that have one; on the CPU only, as looking at them on a GPU would be a wait.
+
+    Raises ValueError. What happens to them on a GPU is said in `distill_loss`.
+    """
     least, largest = int(labels.min()), int(labels.max())
     if least < 0 or largest >= width:
         raise ValueError(

@@ -62,11 +62,16 @@ def capped(x, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _finite(largest):
+    """What a segment's numbers are taken relative to: its largest, or 0 where all are -inf."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
 def _exp_sum(x_B):
     """(max, sum exp(x - max)); (-inf, 0) where all are -inf."""
     largest = tl.max(x_B, 0)
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    return largest, tl.sum(tl.exp(x_B - shift), 0)
+    return largest, tl.sum(tl.exp(x_B - _finite(largest)), 0)
 
 
 @triton.jit
@@ -188,12 +193,16 @@ def distill_kernel(
                 max_1, sum_1 = _exp_sum(x_B)
         label_x = tl.max(tl.where(column_B == label, x_B, float("-inf")), 0)
         mean = sum_a * 0.0
+        # Each side less its largest before the difference: b - a would round away the digits that an offset between the
+        # sides takes.
         if DIVERGENCE == 0:
-            e_B = tl.exp(b_B - tl.where(max_b == float("-inf"), 0.0, max_b))
-            mean = tl.sum(tl.where(e_B > 0, e_B * (b_B - a_B), 0.0), 0)
+            d_B = b_B - _finite(max_b)
+            e_B = tl.exp(d_B)
+            mean = tl.sum(tl.where(e_B > 0, e_B * (d_B - (a_B - _finite(max_a))), 0.0), 0)
         elif DIVERGENCE == 1:
-            e_B = tl.exp(a_B - tl.where(max_a == float("-inf"), 0.0, max_a))
-            mean = tl.sum(tl.where(e_B > 0, e_B * (a_B - b_B), 0.0), 0)
+            d_B = a_B - _finite(max_a)
+            e_B = tl.exp(d_B)
+            mean = tl.sum(tl.where(e_B > 0, e_B * (d_B - (b_B - _finite(max_b))), 0.0), 0)
 
         # The row: what all its segments know.
         k_K = tl.arange(0, SEGMENTS_POW2)
@@ -220,25 +229,26 @@ def distill_kernel(
                     mean = mean / sum_a
             else:
                 # Volatile: the first-level cache may hold older lines of the workspace.
-                max_a, sum_a, factor_a_K = _combined(
-                    tl.load(all_ptr + 0, exists_K, float("-inf"), volatile=True),
-                    tl.load(all_ptr + 1, exists_K, 0.0, volatile=True),
-                )
-                max_b, sum_b, factor_b_K = _combined(
-                    tl.load(all_ptr + 2, exists_K, float("-inf"), volatile=True),
-                    tl.load(all_ptr + 3, exists_K, 0.0, volatile=True),
-                )
+                max_a_K = tl.load(all_ptr + 0, exists_K, float("-inf"), volatile=True)
+                sum_a_K = tl.load(all_ptr + 1, exists_K, 0.0, volatile=True)
+                max_b_K = tl.load(all_ptr + 2, exists_K, float("-inf"), volatile=True)
+                sum_b_K = tl.load(all_ptr + 3, exists_K, 0.0, volatile=True)
+                max_a, sum_a, factor_a_K = _combined(max_a_K, sum_a_K)
+                max_b, sum_b, factor_b_K = _combined(max_b_K, sum_b_K)
                 max_1, sum_1, _ = _combined(
                     tl.load(all_ptr + 4, exists_K, float("-inf"), volatile=True),
                     tl.load(all_ptr + 5, exists_K, 0.0, volatile=True),
                 )
                 mean_K = tl.load(all_ptr + 6, exists_K, 0.0, volatile=True)
                 label_x = tl.max(tl.load(all_ptr + 7, exists_K, float("-inf"), volatile=True), 0)
-                # A segment too small to count may hold an infinite mean.
+                # From the segments' largest logits to the row's. A segment too small to count may hold an infinite mean.
+                shift_K = (_finite(max_b_K) - max_b) - (_finite(max_a_K) - max_a)
                 if DIVERGENCE == 0:
-                    mean = tl.sum(tl.where(factor_b_K > 0, mean_K * factor_b_K, 0.0), 0) / sum_b
+                    mean_K = (mean_K + sum_b_K * shift_K) * factor_b_K
+                    mean = tl.sum(tl.where(factor_b_K > 0, mean_K, 0.0), 0) / sum_b
                 elif DIVERGENCE == 1:
-                    mean = tl.sum(tl.where(factor_a_K > 0, mean_K * factor_a_K, 0.0), 0) / sum_a
+                    mean_K = (mean_K - sum_a_K * shift_K) * factor_a_K
+                    mean = tl.sum(tl.where(factor_a_K > 0, mean_K, 0.0), 0) / sum_a
 
             # Largest and logarithm apart: a common offset of the logits takes no digits of their differences.
             log_a, log_b = tl.log(sum_a), tl.log(sum_b)
@@ -248,11 +258,11 @@ def distill_kernel(
             # Not exp(a - lse): the rounding of a logarithm of ten is ten times that of a probability.
             q_B = tl.exp(a_B - max_a) * (1.0 / sum_a)
             if DIVERGENCE == 0:
-                value = mean - (max_b - max_a) + (log_a - log_b) + broken
+                value = mean + (log_a - log_b) + broken
                 g_B = q_B - tl.exp(b_B - max_b) * (1.0 / sum_b)
             elif DIVERGENCE == 1:
-                value = mean - (max_a - max_b) + (log_b - log_a) + broken
-                g_B = tl.where(q_B > 0, q_B * ((a_B - b_B) - mean), 0.0) + broken
+                value = mean + (log_b - log_a) + broken
+                g_B = tl.where(q_B > 0, q_B * (((a_B - max_a) - (b_B - max_b)) - mean), 0.0) + broken
             else:
                 p_B = tl.exp(b_B - max_b) * (1.0 / sum_b)
                 log_m_B = tl.log(beta * p_B + (1.0 - beta) * q_B)

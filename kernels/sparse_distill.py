@@ -103,19 +103,19 @@ def normalised(teacher: SparseTeacher, wide: torch.dtype) -> tuple[Tensor, Tenso
 def sparse_divergence_reference(student_NV: Tensor, teacher: SparseTeacher, *, temperature: float = 1.0) -> Tensor:
     """The bracket of the formula times temperature squared, [N], float32 or wider. Differentiable in the student."""
     wide = torch.promote_types(student_NV.dtype, torch.float32)
-    a_NV = student_NV.to(wide) / temperature
-    lse_N = a_NV.logsumexp(-1)
+    # Normalised first: differences of log_softmax keep the digits that a common offset of the logits takes.
+    log_q_NV = (student_NV.to(wide) / temperature).log_softmax(-1)
     log_p_NK, tail_N = normalised(teacher, wide)
     indices_NK = teacher.indices_NK.long()
-    listed_N = times(log_p_NK.exp(), log_p_NK - (a_NV.gather(1, indices_NK) - lse_N[:, None])).sum(-1)
+    listed_N = times(log_p_NK.exp(), log_p_NK - log_q_NV.gather(1, indices_NK)).sum(-1)
     # Added up, as an unused slot may name a token that another slot lists.
     used_NK = (~torch.isneginf(log_p_NK)).int()
-    others_NV = torch.zeros_like(a_NV, dtype=torch.int32).scatter_add(1, indices_NK, used_NK) == 0
-    rest_NV = a_NV.masked_fill(~others_NV, -math.inf)
+    others_NV = torch.zeros_like(log_q_NV, dtype=torch.int32).scatter_add(1, indices_NK, used_NK) == 0
+    rest_NV = log_q_NV.masked_fill(~others_NV, -math.inf)
     # The gradient of the logarithm of an empty sum would be nan.
     empty_N = torch.isneginf(rest_NV).all(-1)
-    lse_rest_N = rest_NV.masked_fill(empty_N[:, None], 0.0).logsumexp(-1).masked_fill(empty_N, -math.inf)
-    return temperature**2 * (listed_N + times(tail_N, tail_N.log() - (lse_rest_N - lse_N)))
+    log_q_rest_N = rest_NV.masked_fill(empty_N[:, None], 0.0).logsumexp(-1).masked_fill(empty_N, -math.inf)
+    return temperature**2 * (listed_N + times(tail_N, tail_N.log() - log_q_rest_N))
 
 
 def sparse_distill_reference(
@@ -327,8 +327,8 @@ def sparse_distill_loss(
 ) -> DistillTerms:
     """`distill_loss` with a teacher known by its likeliest tokens, at the temperature of the options.
 
-    student_NV: float [N, V], adjacent columns. labels_N, weights_N: as in `distill_loss`. Only the student's logits get a
-    gradient, once, unless path="reference". Raises ValueError for what does not fit.
+    student_NV: float [N, V], adjacent columns. labels_N, weights_N: as in `distill_loss`, labels out of range included. Only
+    the student's logits get a gradient, once, unless path="reference". Raises ValueError for what does not fit.
     """
     check_rows(student_NV, None, labels_N, weights_N)
     check_teacher(student_NV, teacher, options)

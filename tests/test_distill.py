@@ -95,6 +95,35 @@ def test_offsets_of_the_logits_take_no_digits(path: str, divergence: Any, offset
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("columns", [1000, 5000])
+@pytest.mark.parametrize("offsets", [(0.0, 1000.0), (1000.0, 0.0), (-3000.0, 200.0)])
+def test_a_difference_of_offsets_costs_no_more_digits_than_eager_float32(
+    path: str, divergence: Any, columns: int, offsets: tuple[float, float]
+) -> None:
+    """Value and gradient of rows whose student and teacher differ by a constant, which no divergence sees.
+
+    log_softmax takes the largest logit off each side before it takes the difference; 1000.0 - 0.1 in one step is rounded.
+    """
+    torch.manual_seed(0)
+    teacher = 2 * torch.randn(16, columns)
+    student, teacher = teacher + 0.3 * torch.randn(16, columns) + offsets[0], teacher + offsets[1]
+    options = DistillOptions(temperature=2.0, divergence=divergence, soft=1.0, beta=0.4)
+    (truth, slope), (eager, eager_slope), (fast, fast_slope) = (
+        gradient(*sides, path=how, options=options)
+        for sides, how in (
+            ((student.double(), teacher.double()), "reference"),
+            ((student, teacher), "reference"),
+            ((student, teacher), path),
+        )
+    )
+    value_error, eager_error = (abs(float(terms.soft) / float(truth.soft) - 1) for terms in (fast, eager))
+    assert value_error <= 2 * eager_error + 3e-5
+    slope_error, eager_slope_error = (float((g.double() - slope).abs().max()) for g in (fast_slope, eager_slope))
+    assert slope_error <= 2 * eager_slope_error + 1e-6
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_real_vocabulary(path: str) -> None:
     student, teacher = logits(3, 30522, torch.float32)
     assert_as_specified(student, teacher, some_labels(3, 30522), path=path, options=DistillOptions(**EVERYTHING))

@@ -60,6 +60,18 @@ def test_is_the_divergence_of_the_merged_distributions(path: Any, k: int, temper
 
 
 @pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("offset", [1000.0, -3000.0])
+def test_a_common_offset_of_the_logits_takes_no_digits(path: Any, offset: float) -> None:
+    teacher, noise = (each / 3 for each in logits(16, 1000, torch.float32))
+    student = teacher + 0.3 * noise + offset
+    listed, options = top_k(2 * teacher, 32, temperature=2.0), DistillOptions(temperature=2.0)
+    exact = SparseTeacher(listed.indices_NK, *(each.double() for each in listed[1:] if each is not None))
+    truth = sparse_distill_loss(student.double(), exact, options=options, path="reference").soft
+    terms, _ = gradient(student, listed, options=options, path=path)
+    torch.testing.assert_close(terms.soft.double(), truth, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
 def test_all_tokens_listed_is_the_dense_loss(path: Any) -> None:
     student, teacher = logits(6, 50)
     labels, weights = some_labels(6, 50), torch.linspace(0, 1.5, 6, dtype=torch.float64)
