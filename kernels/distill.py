@@ -198,7 +198,11 @@ def distill_loss(
     """Divergence to the teacher, cross-entropy and z-loss of logits, with the gradient from the same pass.
 
     student_NV, teacher_NV: float, [N, V] (see `options.columns` where V differs); rows may lie apart, columns must be adjacent.
-    labels_N: int64, options.ignore_index where there is none; None: no hard and no z term. weights_N: float, of the soft term.
+    labels_N: int64, 0 to columns - 1, or options.ignore_index where there is none; None: no hard and no z term.
+    weights_N: float, of the soft term.
+    Labels out of range: the CPU's path raises ValueError and the reference IndexError; the Triton path, which never looks
+    at labels on the host, gives a hard term of +inf and the gradient of a label that is none of the columns; the torch
+    path on a GPU ends in torch's device-side assertion.
     Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs path="reference".
     Raises ValueError for shapes, dtypes and paths that do not fit.
     """

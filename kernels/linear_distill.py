@@ -336,6 +336,9 @@ def _loss(
             teacher = SparseTeacher(*(None if each is None else each.index_select(0, rows_M) for each in teacher))  # type: ignore[arg-type]
         elif teacher is not None:
             teacher = (teacher[0].index_select(0, rows_M), *teacher[1:])
+    out_N = _rows_out(teacher is not None, labels_N, weights_N, options.ignore_index)
+    if out_N is not None:
+        hidden_ND = hidden_ND.masked_fill(out_N[:, None], 0.0)
     if path == "reference":
         return _reference((hidden_ND, weight_VD, bias_V), teacher, labels_N, weights_N, options)
     if torch.is_autocast_enabled(device.type) and hidden_ND.dtype != torch.float64:
@@ -370,6 +373,21 @@ def _loss(
         *pack(options),
     )
     return DistillTerms(*terms)
+
+
+def _rows_out(has_teacher: bool, labels_N: Tensor | None, weights_N: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Where a row enters no term, [N] bool; None where every row enters one.
+
+    Such a row's logits get the gradient 0, and the weight's gradient multiplies that by the row's hidden state: 0 * nan.
+    """
+    if has_teacher and weights_N is None:
+        return None
+    unlabelled_N = None if labels_N is None else labels_N == ignore_index
+    if not has_teacher:
+        return unlabelled_N
+    assert weights_N is not None
+    weightless_N = weights_N == 0
+    return weightless_N if unlabelled_N is None else weightless_N & unlabelled_N
 
 
 def _reference(

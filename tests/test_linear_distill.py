@@ -127,6 +127,42 @@ def test_rows_that_enter_no_term_are_dropped(kind: str, path: str) -> None:
     assert_close(case.run(kind, path=path, rows_M=rows, chunk_rows=2), truth, 1e-6)
 
 
+@pytest.mark.parametrize("path", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hard"])
+def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(kind: str, path: Any) -> None:
+    """Gradients of hidden states, weight and bias are those of the other rows alone, and 0 in the row itself."""
+    case = Case()
+    hidden_ND, weight_VD, bias_V = case.student
+    out = 5 if kind != "hard" else 1  # weight 0, and in no row a label; the hard term alone has no weights
+    labels = case.labels.clone()
+    labels[out] = -100
+    others = torch.arange(len(labels)) != out
+
+    def gradients(hidden: Tensor, chosen: Tensor, how: Any) -> tuple[DistillTerms, list[Tensor]]:
+        leaves = [each.clone().requires_grad_() for each in (hidden, weight_VD, bias_V)]
+        rows_of_teacher, keywords = case.teacher[0][chosen], {"options": OPTIONS, "path": how}
+        match kind:
+            case "dense":
+                heads = (rows_of_teacher, *case.teacher[1:])
+                terms = linear_distill_loss(*leaves, *heads, labels[chosen], case.weights[chosen], **keywords)
+            case "sparse":
+                logits_NV = torch.nn.functional.linear(rows_of_teacher, *case.teacher[1:])
+                listed = top_k(logits_NV, 5, temperature=2.0)
+                terms = linear_sparse_distill_loss(*leaves, listed, labels[chosen], case.weights[chosen], **keywords)
+            case _:
+                terms = linear_cross_entropy_loss(*leaves, labels[chosen], **keywords)
+        return terms, list(torch.autograd.grad(terms.total, leaves))
+
+    truth, wanted = gradients(hidden_ND[others], others, "reference")
+    broken = hidden_ND.clone()
+    broken[out] = torch.nan
+    terms, (grad_hidden, grad_weight, grad_bias) = gradients(broken, torch.ones_like(others), path)
+    torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=0)
+    assert torch.equal(grad_hidden[out], torch.zeros_like(grad_hidden[out]))
+    for gradient, expected in zip((grad_hidden[others], grad_weight, grad_bias), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
 def test_only_gradients_that_are_asked_for(grads: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen head costs nothing: no product and no buffer."""
