@@ -1,13 +1,16 @@
 """Every launch that ships, compiled ahead of time for the GPUs that are supported: no register spills, shared memory that fits.
 
-In a process of its own: under TRITON_INTERPRET a kernel has nothing to compile.
+In processes of their own: under TRITON_INTERPRET a kernel has nothing to compile. One for each target, two side by side.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,11 +29,15 @@ from triton.compiler import ASTSource
 targets = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 dump = next(Path(triton.__file__).parent.rglob("bin/cuobjdump"))
-module, target = sys.argv[1:]
-for launch in importlib.import_module(f"fastdistil.kernels.{module}").shipped_launches():
+target, *modules = sys.argv[1:]
+for module, launch in (
+    (module, launch)
+    for module in modules
+    for launch in importlib.import_module(f"fastdistil.kernels.{module}").shipped_launches()
+):
     source = ASTSource(launch.fn, launch.signature, launch.constexprs, launch.attributes)
     made = triton.compile(source, target=targets[target], options=launch.options)
-    found = {"name": launch.name, "shared": made.metadata.shared}
+    found = {"module": module, "name": launch.name, "shared": made.metadata.shared}
     if "cubin" in made.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
@@ -46,17 +53,28 @@ for launch in importlib.import_module(f"fastdistil.kernels.{module}").shipped_la
 """
 
 
-@pytest.mark.parametrize("target", LIMITS)
-@pytest.mark.parametrize("module", MODULES)
-def test_compiles_without_spills(module: str, target: str, tmp_path: Path) -> None:
+def compile_for(target: str, cache: Path) -> list[dict[str, Any]]:
+    """Compile every module's launches for a target, and return what each needs of the GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    child = [sys.executable, "-c", CHILD, module, target]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    child = [sys.executable, "-c", CHILD, target, *MODULES]
     done = subprocess.run(child, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(compiled) >= 4
-    for found in compiled:
-        assert found["stack"] == found["local"] == 0, found
-        assert found["shared"] <= LIMITS[target], found
-        assert 0 < found["reg"] <= 256, found
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[list[dict[str, Any]]]]]:
+    with ThreadPoolExecutor(2) as pool:
+        yield {target: pool.submit(compile_for, target, tmp_path_factory.mktemp(target)) for target in LIMITS}
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("target", LIMITS)
+def test_compiles_without_spills(module: str, target: str, compilations: dict[str, Future[list[dict[str, Any]]]]) -> None:
+    launches = [launch for launch in compilations[target].result() if launch["module"] == module]
+    assert len(launches) >= 4
+    for launch in launches:
+        assert launch["stack"] == launch["local"] == 0, launch
+        assert launch["shared"] <= LIMITS[target], launch
+        assert 0 < launch["reg"] <= 256, launch
