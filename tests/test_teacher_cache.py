@@ -16,7 +16,7 @@ import rich.console
 import torch
 import transformers
 
-from fastdistil import teacher_cache
+from fastdistil import cli, teacher_cache
 from fastdistil.batches import Batches
 from fastdistil.cache_teacher import cache_teacher
 from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
@@ -261,6 +261,13 @@ def test_the_command(material: Path, tmp_path: Path) -> None:
     assert re.search(r"teacher weights\W+0\.0 MiB", plan)
     done = subprocess.run(train_command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_refuses(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(recipe_of(material, tmp_path, "teacher.top_k=4").to_yaml())
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "book.txt").write_text("text")
@@ -269,9 +276,10 @@ def test_the_command(material: Path, tmp_path: Path) -> None:
         (["--out", str(tmp_path / "file" / "below")], "a file is in the way; choose another --out"),
         (["--out", str(tmp_path / "full")], "holds something else; give --out a new directory"),
         (["objective.divergence=jsd"], "a cache teaches the forward KL only"),
+        (["teacher.top_k=100000"], "set it to at most that"),
     ):
-        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.returncode, message in " ".join(done.stderr.split())) == (2, True), done.stderr
-    done = subprocess.run([*command, "teacher.top_k=100000"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "set it to at most that" in done.stderr
+        monkeypatch.setattr(sys, "argv", ["fastdistil", "cache-teacher", str(recipe), *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        error = capsys.readouterr().err
+        assert (exit_info.value.code, message in " ".join(error.split())) == (2, True), error
