@@ -13,6 +13,7 @@ from fastdistil import __version__
 from fastdistil.errors import EXIT_CODES, FastdistilError, RankLost
 
 if TYPE_CHECKING:
+    from fastdistil.corpus import Manifest
     from fastdistil.evaluate import Report
     from fastdistil.prepare import Progress
 
@@ -200,12 +201,15 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
 
 @app.command(epilog="Example: fastdistil prepare books/ --tokenizer bert-base-uncased --out corpus --strip-gutenberg")
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help=".txt, .jsonl (both also .gz), .parquet files, directories, globs.")],
+    inputs: Annotated[list[str], typer.Argument(help="Text, JSON and parquet files, directories, globs.")],
     tokenizer: Annotated[str, typer.Option(help="Hub id or directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write; an interrupted one is continued.")],
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence, special ones included.")] = 512,
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
-    text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")] = "text",
+    read_as: Annotated[
+        str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
+    ] = None,
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
@@ -223,6 +227,7 @@ def prepare(
         max_length=max_length,
         documents=documents,  # type: ignore[arg-type]
         text_field=text_field,
+        read_as=read_as,  # type: ignore[arg-type]
         strip_gutenberg=strip_gutenberg,
         special_tokens=special_tokens,
         min_tokens=min_tokens,
@@ -237,7 +242,18 @@ def prepare(
         f"{out}: {manifest.tokens:,} tokens in {manifest.sequences:,} sequences of {manifest.documents:,} documents"
         + (f"; {manifest.dropped:,} pieces dropped" if manifest.dropped else "")
         + (f"; {manifest.bad_records:,} bad records in {out / 'quarantine.jsonl'}" if manifest.bad_records else "")
-        + (f"; no Gutenberg markers in {manifest.unmarked_files} files" if manifest.unmarked_files else "")
+        + (f"; {manifest.passed_over_files:,} hidden or backup files passed over" if manifest.passed_over_files else "")
+        + (gutenberg_summary(manifest) if strip_gutenberg else "")
+    )
+
+
+def gutenberg_summary(manifest: "Manifest") -> str:
+    """Say how much of the text was Project Gutenberg's, and how many files have not the usual marks."""
+    removed, total = manifest.gutenberg_removed, manifest.gutenberg_characters
+    return (
+        f"; Project Gutenberg's {removed:,} of {total:,} characters taken out ({removed / max(total, 1):.1%})"
+        + (f"; no Gutenberg markers in {manifest.unmarked_files:,} files" if manifest.unmarked_files else "")
+        + (f"; only half of the markers in {manifest.half_marked_files:,} files" if manifest.half_marked_files else "")
     )
 
 
@@ -284,7 +300,10 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Causal models: tokens the window moves by; default: half of it.")] = None,
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
-    text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")] = "text",
+    read_as: Annotated[
+        str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
+    ] = None,
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
@@ -305,6 +324,7 @@ def evaluate(
         stride=stride,
         documents=documents,  # type: ignore[arg-type]
         text_field=text_field,
+        read_as=read_as,  # type: ignore[arg-type]
         strip_gutenberg=strip_gutenberg,
         device=device,
         precision=precision,

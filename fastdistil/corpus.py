@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
@@ -69,6 +69,14 @@ class Manifest:
     """tokens, sequences of each shard."""
     files: dict[str, dict[str, Any]]
     """bytes, sha256 of every file but the manifest, by name."""
+    passed_over_files: int = 0
+    """Hidden and backup files of the directories given."""
+    half_marked_files: int = 0
+    """Files in which strip_gutenberg found a header without its footer, or a footer without its header."""
+    gutenberg_characters: int = 0
+    """Characters that strip_gutenberg looked through."""
+    gutenberg_removed: int = 0
+    """Of these, those of headers, footers and licences."""
 
     def to_json(self) -> str:
         values = {"format": FORMAT, **asdict(self)}
@@ -88,7 +96,8 @@ class Manifest:
         actual = text_sha256(canonical(values))
         if actual != expected:
             raise CorruptData(f"{path} is damaged: sha256 expected {expected}, found {actual}; {PREPARE_AGAIN}")
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+        # What an older fastdistil did not count keeps its default.
+        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values or item.default is MISSING})
 
 
 PREPARE_AGAIN = "restore the directory from a copy, or delete it and run fastdistil prepare again"

@@ -241,7 +241,7 @@ def triton(gpu_usable: bool) -> Finding:
 def options() -> list[Finding]:
     wanted = {
         "tensorboard": "logging.tensorboard needs it: pip install tensorboard",
-        "pyarrow": "preparing .parquet files needs it: pip install pyarrow",
+        "pyarrow": "preparing .parquet and .zst files needs it: pip install pyarrow",
     }
     found = []
     for name, advice in wanted.items():

@@ -46,7 +46,8 @@ from fastdistil.scoring import (
     sequence_sums,
     sliding_windows,
 )
-from fastdistil.textfiles import Documents, find_inputs
+from fastdistil.textfiles import Documents
+from fastdistil.textinputs import TextKind, find_inputs
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,8 @@ class EvaluateOptions:
     documents: Documents = "file"
     """What a document of a raw .txt file is."""
     text_field: str = "text"
+    read_as: TextKind | None = None
+    """What every raw file holds, whatever its name; None: what the end of its name says."""
     strip_gutenberg: bool = False
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -283,11 +286,12 @@ class EvaluateOptions:
             raise UserError(f"positions must be a number of at least 0, or all, got {self.positions}")
         for name, known in (
             ("documents", get_args(Documents)),
+            ("read_as", (None, *get_args(TextKind))),
             ("device", ("auto", "cpu", "cuda")),
             ("precision", ("auto", "fp32", "bf16", "fp16")),
         ):
             if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         for name, low in (("seed", 0), ("batch_tokens", 1), ("max_length", 4), ("stride", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -346,7 +350,7 @@ def evaluate(
     config, causal = models.evaluation_config(model_path)
     raw = [given for given in corpora if not _is_prepared(given)]
     for given in raw:
-        find_inputs([given], Path(given))
+        find_inputs([given], Path(given), options.read_as)
     if raw:
         token_facts(load_tokenizer(model_path))
     opened = {given: _open(given, model_path) for given in corpora if given not in raw}
@@ -468,6 +472,7 @@ def _preparation(options: EvaluateOptions, model_path: str, size: int, causal: b
         special_tokens=not causal,
         documents=options.documents,
         text_field=options.text_field,
+        read_as=options.read_as,
         strip_gutenberg=options.strip_gutenberg,
     )
 

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastdistil.corpus import (
     FORMAT,
@@ -31,7 +31,8 @@ from fastdistil.corpus import (
 )
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.shards import HashedFile, Shards, Written, counted, write_atomically
-from fastdistil.textfiles import Block, Documents, Reading, Source, find_inputs
+from fastdistil.textfiles import LARGE_SHARE, Block, Documents, Reading
+from fastdistil.textinputs import Source, TextKind, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks
 
 BYTES_PER_WORKER = 8_000_000
@@ -47,6 +48,8 @@ class PrepareOptions:
     documents: Documents = "file"
     """What a document is in a .txt file: the whole file, a paragraph (between blank lines) or a line."""
     text_field: str = "text"
+    read_as: TextKind | None = None
+    """What every input holds, whatever its name; null: what the end of its name says."""
     strip_gutenberg: bool = False
     special_tokens: bool = True
     min_tokens: int = 0
@@ -74,6 +77,8 @@ class PrepareOptions:
                 raise UserError(f"{name} must be from {low} to {high}, got {value}")
         if self.documents not in ("file", "paragraph", "line"):
             raise UserError(f"documents must be file, paragraph or line, got {self.documents!r}")
+        if self.read_as not in (None, *get_args(TextKind)):
+            raise UserError(f"read_as must be {', '.join(get_args(TextKind))} or null, got {self.read_as!r}")
 
     def shaping(self) -> dict[str, Any]:
         """The options that decide which bytes are written: not how many processes do it, nor when to give up."""
@@ -107,7 +112,7 @@ def prepare(
     are already prepared. Raises UserError (bad input, `out` holds something else), DiskFull, CorruptData, OutOfMemory.
     """
     out = Path(out)
-    sources, ignored = find_inputs(inputs, out)
+    sources, ignored, passed_over = find_inputs(inputs, out, options.read_as)
     if not any(source.size for source in sources):
         raise UserError(f"the inputs are empty ({len(sources)} files, 0 bytes); give files with text")
     tokenizer = load_tokenizer(options.tokenizer)
@@ -115,8 +120,9 @@ def prepare(
     identity = identity_of(sources, options, tokenizer)
     tell = Teller(progress, sources)
     if ignored:
-        names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        tell(f"ignored {len(ignored)} files of other kinds: {names}")
+        tell(f"ignored {len(ignored)} files of other kinds: {listed([path.name for path in ignored])}")
+    if passed_over:
+        tell(f"passed over {len(passed_over)} hidden or backup files: {listed([path.name for path in passed_over])}")
     with translated("writing the prepared corpus", out), locked(out):
         if (manifest := finished_before(out, identity)) is not None:
             tell(f"{out} is up to date")
@@ -143,7 +149,12 @@ def prepare(
                 f"no usable sequence in {len(sources)} files ({written.documents} documents with tokens, {written.dropped} "
                 "pieces dropped by min_tokens and max_unknown); give more text or looser limits"
             )
-        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype)
+        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype, len(passed_over))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name the first five."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
@@ -151,7 +162,7 @@ def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastT
     return {
         "format": FORMAT,
         "options": options.shaping(),
-        "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime in sources],
+        "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime, _ in sources],
         "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
     }
 
@@ -203,10 +214,21 @@ def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell
     finally:
         shards.abandon()
     if reader.unmarked:
-        tell(f"{len(reader.unmarked)} files have no Project Gutenberg lines and are kept whole: {reader.unmarked[0]}, ...")
+        tell(f"{len(reader.unmarked)} files have no Project Gutenberg lines and are kept whole: {listed(reader.unmarked)}")
+    if reader.half_marked:
+        tell(
+            f"{len(reader.half_marked)} files have a Project Gutenberg header without its footer or a footer without its "
+            f"header; look whether licence is left in them: {listed(reader.half_marked)}"
+        )
+    if reader.shortened:
+        names = [f"{name} ({share:.0%})" for name, share in sorted(reader.shortened, key=lambda entry: -entry[1])]
+        tell(
+            f"warning: {len(names)} files lose more than {LARGE_SHARE:.0%} of their characters as Project Gutenberg's; "
+            f"look whether text is among them: {listed(names)}"
+        )
 
 
-def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> Manifest:
+def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, passed_over: int) -> Manifest:
     """Write counts.bin and, last, the manifest."""
     out, written = shards.out, shards.written
     counts = HashedFile(out / "counts.bin")
@@ -225,6 +247,10 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> 
         records=reader.records,
         bad_records=reader.bad.total(),
         unmarked_files=len(reader.unmarked),
+        half_marked_files=len(reader.half_marked),
+        gutenberg_characters=reader.gutenberg_characters,
+        gutenberg_removed=reader.gutenberg_removed,
+        passed_over_files=passed_over,
         vocab_size=len(shards.counts_V),
         fingerprint=fingerprint,
         tokenizer_sha256=shards.identity["tokenizer_sha256"],

@@ -2,52 +2,55 @@
 
 Bytes come in chunks of about a megabyte that end at a line; each chunk is decoded, stripped of Project Gutenberg's wrapping
 if asked, and cut into documents; documents are gathered into blocks, the unit of work of the tokenising processes. Plain
-text is judged line by line, JSON lines and parquet record by record; what cannot be read is set aside whole in the
-quarantine file and counted. A document longer than a block is cut near BLOCK_CHARACTERS: at the last blank line of the
+text is judged line by line, JSON and parquet record by record; what cannot be read, or holds NUL bytes, is set aside whole
+in the quarantine file and counted. A document longer than a block is cut near BLOCK_CHARACTERS: at the last blank line of the
 second half, else at a line's end, else at a space, else where it is.
 """
 
 import base64
 import codecs
-import errno
-import gzip
 import json
-import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from glob import glob
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from fastdistil.errors import UserError
+from fastdistil.gutenberg import GutenbergText
+from fastdistil.jsontext import array_elements, json_text, whole_lines
+from fastdistil.textinputs import LINE_SUFFIXES, Source, decompressed, kind_suffix, reading
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BLOCK_CHARACTERS = 1_000_000
 CHUNK_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 1 << 28
 """A line of JSON must fit into memory; a file without line ends would fill it."""
 EARLY_STOP_RECORDS = 1000
-PARQUET_ROWS = 256
+CONTROL_CHARACTERS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1a\x1b"))
+BINARY_SHARE = 0.08
+"""A file with a larger share of control characters in its first chunk is no text; of random bytes it is 0.1."""
+SIGNATURES = {
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a zip archive (or a docx, odt, epub file)",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"PAR1": "a parquet file (name it .parquet)",
+    b"\x1f\x8b": "compressed with gzip (let its name end in .gz)",
+    b"\xfd7zXZ": "compressed with xz (let its name end in .xz)",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd (let its name end in .zst)",
+}
+LARGE_SHARE = 0.3
+"""Files that lose more than this to strip_gutenberg are named."""
 
 Documents = Literal["file", "paragraph", "line"]
-
-
-class Source(NamedTuple):
-    path: Path
-    size: int
-    """Bytes on disk."""
-    mtime_ns: int
 
 
 class Block(NamedTuple):
     documents: list[str]
     files_done: int
     bytes_read: int
-    """On disk, so far: compressed bytes of a .gz file."""
+    """On disk, so far: compressed bytes of a compressed file."""
 
 
 @dataclass
@@ -67,6 +70,13 @@ class Reading:
     """Records set aside, by file."""
     unmarked: list[str] = field(default_factory=list)
     """Files in which strip_gutenberg found nothing to strip."""
+    half_marked: list[str] = field(default_factory=list)
+    """Files in which it found a header without its footer, or a footer without its header."""
+    shortened: list[tuple[str, float]] = field(default_factory=list)
+    """Files that lost more than LARGE_SHARE of their characters to it, and the share."""
+    gutenberg_characters: int = 0
+    """Characters that strip_gutenberg looked through."""
+    gutenberg_removed: int = 0
     files_done: int = 0
     bytes_read: int = 0
     first_reason: str = ""
@@ -94,26 +104,31 @@ class Reading:
     def _all_documents(self) -> Iterator[str]:
         before = 0
         for source in self.sources:
-            name = source.path.name.lower()
-            if name.endswith(".parquet"):
-                yield from self._parquet(source, before)
+            stripper = GutenbergText() if self.strip_gutenberg else None
+            if source.kind == "txt":
+                texts = self._decoded(source, cut_at_lines(self._bytes(source, before)))
+                yield from cut_documents(texts if stripper is None else stripper.strip(texts), self.documents)
             else:
-                chunks = self._chunks(source, before, whole_lines=".jsonl" in name)
-                yield from self._jsonl(source, chunks) if ".jsonl" in name else self._text(source, chunks)
+                records = self._parquet(source, before) if source.kind == "parquet" else self._json(source, before)
+                yield from records if stripper is None else ("".join(stripper.strip([text])) for text in records)
+            if stripper is not None:
+                self._count_stripped(source, stripper)
             before += source.size
             self.bytes_read = before
             self.files_done += 1
 
-    # Plain text
+    def _count_stripped(self, source: Source, stripper: GutenbergText) -> None:
+        name = str(source.path)
+        self.gutenberg_characters += stripper.characters
+        self.gutenberg_removed += stripper.removed
+        if not stripper.removed:
+            self.unmarked.append(name)
+        if stripper.half_marked:
+            self.half_marked.append(name)
+        if stripper.removed > LARGE_SHARE * stripper.characters:
+            self.shortened.append((name, stripper.removed / stripper.characters))
 
-    def _text(self, source: Source, chunks: Iterator[bytes]) -> Iterator[str]:
-        texts = self._decoded(source, chunks)
-        body = GutenbergBody()
-        if self.strip_gutenberg:
-            texts = map(body.feed, texts)
-        yield from cut_documents(texts, self.documents)
-        if self.strip_gutenberg and not body.marked:
-            self.unmarked.append(str(source.path))
+    # Plain text
 
     def _decoded(self, source: Source, chunks: Iterator[bytes]) -> Iterator[str]:
         """Text with line ends as Python's open() gives them: \\r\\n and \\r become \\n."""
@@ -122,8 +137,8 @@ class Reading:
             ends = chunk.count(b"\n")
             self.records += ends + (not chunk.endswith(b"\n"))
             try:
-                text = chunk.decode()
-            except UnicodeDecodeError:
+                text = decoded(chunk)
+            except ValueError:
                 text = self._good_lines(source, chunk, line)
             line += ends
             yield text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
@@ -132,85 +147,59 @@ class Reading:
         good = []
         for number, raw in enumerate(chunk.split(b"\n"), first_line):
             try:
-                good.append(raw.decode())
-            except UnicodeDecodeError as error:
-                self._set_aside(source, number, not_utf8(error), raw)
+                good.append(decoded(raw))
+            except ValueError as error:
+                self._set_aside(source, number, str(error), raw)
         return "\n".join(good)
 
     # Records
 
-    def _jsonl(self, source: Source, chunks: Iterator[bytes]) -> Iterator[str]:
-        lines = (raw for chunk in chunks for raw in chunk.removesuffix(b"\n").split(b"\n"))
-        for number, raw in enumerate(lines, 1):
+    def _json(self, source: Source, before: int) -> Iterator[str]:
+        """Texts of lines or, where the name does not say that it holds lines, of the elements of one array."""
+        chunks = self._bytes(source, before)
+        first = next(chunks, b"")
+        is_array = kind_suffix(source.path) not in LINE_SUFFIXES and first.lstrip().startswith(b"[")
+        split = array_elements if is_array else whole_lines
+        records = split(chain([first], chunks), LONGEST_RECORD_BYTES, source.path)
+        for number, raw in enumerate(records, 1):
             if raw.strip():
                 self.records += 1
                 try:
-                    text = text_of(raw, self.text_field)
-                except UnicodeDecodeError as error:
-                    self._set_aside(source, number, not_utf8(error), raw)
+                    text = json_text(decoded(raw), self.text_field)
                 except (ValueError, RecursionError) as error:
                     self._set_aside(source, number, str(error), raw)
                 else:
                     yield text
 
     def _parquet(self, source: Source, before: int) -> Iterator[str]:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise UserError(f"{source.path} needs pyarrow to be read; pip install pyarrow") from error
-        with reading(source.path, pa.ArrowException), pq.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
-            if self.text_field not in names:
-                raise UserError(
-                    f"{source.path} has no column {self.text_field!r}, only {', '.join(names)}; name one with --text-field"
-                )
-            row, rows = 0, max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[self.text_field]):
+        with reading(source.path):
+            from fastdistil.parquettext import column_rows
+
+        for number, (raw, share) in enumerate(column_rows(source.path, self.text_field), 1):
+            self.bytes_read = before + int(source.size * share)
+            self.records += 1
+            try:
+                text = decoded(raw)
+            except ValueError as error:
+                self._set_aside(source, number, str(error), raw)
                 self._stop_early()
-                self.bytes_read = before + source.size * row // rows
-                for value in batch.column(0):
-                    row += 1
-                    self.records += 1
-                    try:
-                        text = value.as_py()
-                    except UnicodeDecodeError as error:
-                        self._set_aside(source, row, not_utf8(error), value.as_buffer().to_pybytes())
-                        continue
-                    if isinstance(text, str):
-                        yield text
-                    else:
-                        reason = f"{self.text_field!r} is {json_kind(text)}, wanted a string"
-                        self._set_aside(source, row, reason, repr(text).encode())
+            else:
+                yield text
 
     # Bytes
 
-    def _chunks(self, source: Source, before: int, whole_lines: bool) -> Iterator[bytes]:
-        """About CHUNK_BYTES at a time, ending at a line's end; a longer line of plain text is cut at a space."""
-        with reading(source.path, EOFError, zlib.error), source.path.open("rb") as file:
-            stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file) if source.path.suffix.lower() == ".gz" else file
-            rest = b""
+    def _bytes(self, source: Source, before: int) -> Iterator[bytes]:
+        """Chunks of CHUNK_BYTES, decompressed, of a file that looks like text."""
+        with reading(source.path), source.path.open("rb") as file:
+            stream = decompressed(source.path, file)
             first = True
             while data := stream.read(CHUNK_BYTES):
                 self._stop_early()
                 if first:
                     data = checked_start(source.path, data)
                     first = False
-                data = rest + data
-                end = data.rfind(b"\n") + 1
-                if not end and not whole_lines:
-                    end = cut_in_line(data)
-                if not end and len(data) > LONGEST_RECORD_BYTES:
-                    raise UserError(
-                        f"{source.path} has a line of more than {LONGEST_RECORD_BYTES >> 20} MB; "
-                        "JSON lines hold one record a line"
-                    )
                 self.bytes_read = before + min(file.tell(), source.size)
-                if end:
-                    yield data[:end]
-                rest = data[end:]
-            if rest:
-                yield rest
+                yield data
 
     # What is set aside
 
@@ -242,19 +231,6 @@ class Reading:
         )
 
 
-@contextmanager
-def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    corrupt: tuple[type[Exception], ...] = (gzip.BadGzipFile, *kinds)
-    try:
-        yield
-    except corrupt as error:
-        raise UserError(f"{path} is truncated or corrupt ({error}); fetch or compress it again") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the quarantine file
-            raise
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def checked_start(path: Path, data: bytes) -> bytes:
     """The first chunk without a UTF-8 byte order mark. Raises UserError where it is no UTF-8 text at all."""
     wide = (
@@ -266,42 +242,38 @@ def checked_start(path: Path, data: bytes) -> bytes:
     for name, mark in wide:
         if data.startswith(mark):
             raise UserError(f"{path} is {name.upper()}, wanted UTF-8; convert it: iconv -f {name} -t utf-8 {path} > new.txt")
-    if b"\0" in data:
+    for signature, description in SIGNATURES.items():
+        if data.startswith(signature):
+            raise UserError(f"{path} is {description}, wanted UTF-8 text; leave it out, or convert it")
+    if len(data) - len(data.translate(None, CONTROL_CHARACTERS)) > BINARY_SHARE * len(data):
         raise UserError(
-            f"{path} holds NUL bytes: a binary file, or UTF-16 text without a byte order mark; "
-            "leave it out, or convert it: iconv -f utf-16le -t utf-8"
+            f"{path} holds {'NUL bytes' if bytes(1) in data else 'control characters'}: a binary file, or UTF-16 text without "
+            "a byte order mark; leave it out, or convert it: iconv -f utf-16le -t utf-8"
         )
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-
-
-def json_kind(value: object) -> str:
-    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def text_of(raw: bytes, text_field: str) -> str:
-    """The text of one line of JSON. Raises ValueError with the reason (UnicodeDecodeError where it is not UTF-8)."""
+def decoded(raw: bytes) -> str:
+    """Return the text of UTF-8 bytes. Raises ValueError with the reason where they are not, or hold NUL bytes."""
+    if b"\0" in raw:
+        raise ValueError(f"a NUL byte at offset {raw.index(0)}")
     try:
-        record = json.loads(raw.decode())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{json_kind(record)}, wanted an object")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_field!r} is {json_kind(text)}, wanted a string")
-    if b"\\u" in raw:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{text_field!r} holds half a surrogate pair") from error
-    return text
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from error
+
+
+def cut_at_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut chunks anew so that each ends at a line's end, a longer line at a space."""
+    pending = b""
+    for chunk in chunks:
+        pending += chunk
+        end = pending.rfind(b"\n") + 1 or cut_in_line(pending)
+        if end:
+            yield pending[:end]
+        pending = pending[end:]
+    if pending:
+        yield pending
 
 
 def cut_in_line(data: bytes) -> int:
@@ -352,100 +324,3 @@ def cut_position(text: str, start: int = 0) -> int:
         if end > 0:
             return end + len(separator)
     return limit
-
-
-class GutenbergBody:
-    """Keeps what lies between the '*** START OF ...' and '*** END OF ...' lines of Project Gutenberg's books.
-
-    Older books have a line 'End of the Project Gutenberg EBook of ...' before the latter; it counts as an END line.
-
-    Fed a file's text in order. A file whose first chunk has no START line is kept from its beginning; what follows an END
-    line is dropped until the next START, so a file of several books works too.
-    """
-
-    # Two expressions, because each begins with a literal that is looked for ten times as fast as an alternative.
-    MARKERS = (
-        re.compile(r"\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)\b"),
-        re.compile(r"\n(E)nd of (?:[Tt]he |[Tt]his )?Project Gutenberg"),
-    )
-    TITLE_CHARACTERS = 400
-    """A marker's title may run over several lines; its closing asterisks are looked for this far."""
-    NOTE_CHARACTERS = 5000
-    """Two START lines this near to each other enclose a transcriber's note, not a book."""
-
-    def __init__(self) -> None:
-        self.marked = False
-        self._inside: bool | None = None
-
-    def feed(self, text: str) -> str:
-        found = (marker for expression in self.MARKERS for marker in expression.finditer(text))
-        markers = sorted(found, key=lambda marker: marker.start())
-        if self._inside is None:
-            self._inside = not (markers and markers[0][1] == "START")
-        kept = []
-        at = 0
-        for marker in markers:
-            if marker.start() < at:
-                continue
-            note = marker[1] == "START" and at > 0 and marker.start() - at < self.NOTE_CHARACTERS
-            if self._inside and not note:
-                kept.append(text[at : marker.start()])
-            self.marked = True
-            self._inside = marker[1] == "START"
-            close = text.find("***", marker.end(), marker.end() + self.TITLE_CHARACTERS)
-            line_end = text.find("\n", max(close, marker.end()))
-            at = line_end + 1 if line_end >= 0 else len(text)
-        if self._inside:
-            kept.append(text[at:])
-        return "".join(kept)
-
-
-def find_inputs(inputs: Sequence[str], out: Path) -> tuple[list[Source], list[Path]]:
-    """Files named by paths, directories (recursive, sorted) and globs, each once, and the ignored files of directories.
-
-    Raises UserError for what is missing, unreadable, or of a kind that cannot be read.
-    """
-    found: dict[Path, Path] = {}
-    ignored: list[Path] = []
-    if not inputs:
-        raise UserError("no inputs; give text files, directories or globs")
-    for given in inputs:
-        for path in named_by(given):
-            if path.is_dir():
-                walk = os.walk(path, onerror=refuse_folder, followlinks=True)
-                files = sorted(Path(folder) / name for folder, _, names in walk for name in names)
-                if path.resolve() in out.resolve().parents:  # written below its input: its own quarantine is not text
-                    files = [file for file in files if out.resolve() not in (path.resolve() / file.relative_to(path)).parents]
-            elif readable_kind(path):
-                files = [path]
-            else:
-                raise UserError(f"{path} is of no kind that can be read; wanted {', '.join(SUFFIXES)}")
-            ignored += [file for file in files if not readable_kind(file)]
-            for file in files:
-                if readable_kind(file):
-                    found.setdefault(file.resolve(), file)
-    if not found:
-        raise UserError(f"no {', '.join(SUFFIXES)} files in {', '.join(inputs)}")
-    sources = []
-    for file in found.values():
-        with reading(file):
-            stat = file.stat()
-        sources.append(Source(file, stat.st_size, stat.st_mtime_ns))
-    return sources, ignored
-
-
-def refuse_folder(error: OSError) -> None:
-    raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-
-
-def named_by(given: str) -> list[Path]:
-    if os.path.lexists(given):
-        return [Path(given)]
-    matches = sorted(glob(given, recursive=True))
-    if not matches:
-        raise UserError(f"no file, directory or glob matches {given!r}; check the path")
-    return [Path(match) for match in matches]
-
-
-def readable_kind(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -617,6 +617,15 @@ def test_positions_zero_leaves_pseudo_perplexity_out_and_one_sequence_has_no_err
     assert report.corpora[0].pseudo is None
     assert math.isnan(report.corpora[0].heldout.loss_se)
     assert json.loads(report.to_json())["corpora"][0]["heldout"]["loss_se"] is None
+
+
+def test_raw_text_of_any_name_is_read_as_it_is_said_to_be(saved: dict[str, str], text: Path, tmp_path: Path) -> None:
+    lines = text.read_text().splitlines()
+    (tmp_path / "wiki_00").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    refused(saved["bert"], [str(tmp_path / "wiki_00")], "--as txt")
+    options = replace(FP32, positions=0)
+    named = evaluate(saved["bert"], [str(tmp_path / "wiki_00")], replace(options, read_as="jsonl"))
+    assert named.corpora[0].heldout == evaluate(saved["bert"], [str(text)], options).corpora[0].heldout
 
 
 def test_auto_is_what_the_machine_has(saved: dict[str, str], text: Path) -> None:

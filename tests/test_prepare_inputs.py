@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil import textfiles
+from fastdistil import gutenberg, textfiles
 from fastdistil.corpus import Corpus, load_tokenizer, train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.prepare import PrepareOptions, Progress, prepare
-from fastdistil.textfiles import GutenbergBody, Reading, cut_documents, cut_in_line, find_inputs
+from fastdistil.textfiles import Reading, cut_documents, cut_in_line
+from fastdistil.textinputs import find_inputs
 
 TEXTS = [f"document {number} of the small library, with words and more words" for number in range(30)]
 
@@ -30,7 +31,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def read(paths: Iterable[Path], out: Path, **changes: Any) -> tuple[list[str], Reading]:
-    sources, _ = find_inputs([str(path) for path in paths], out)
+    sources = find_inputs([str(path) for path in paths], out, changes.pop("read_as", None)).sources
     values = {"documents": "line", "text_field": "text", "strip_gutenberg": False, "max_bad_fraction": 0.001, **changes}
     reader = Reading(sources, quarantine=out / "quarantine.jsonl", **values)
     return [document for block in reader.blocks() for document in block.documents], reader
@@ -49,14 +50,14 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     write_jsonl(data / "b" / "c.jsonl", ({"text": line, "other": 1} for line in TEXTS))
     (data / "b" / "d.jsonl.gz").write_bytes(gzip.compress((data / "b" / "c.jsonl").read_bytes()))
     pq.write_table(pa.table({"n": range(len(TEXTS)), "text": TEXTS}), data / "b" / "e.parquet", row_group_size=7)
-    (data / "ignored.md").write_text("no text")
-    for path in (path for path in data.rglob("*") if path.is_file() and path.suffix != ".md"):
+    (data / "ignored.pdf").write_text("no text")
+    for path in (path for path in data.rglob("*") if path.is_file() and path.suffix != ".pdf"):
         assert read([path], tmp_path)[0] == TEXTS, path
     documents, reader = read([data], data / "out")
     assert documents == TEXTS * 5
     assert (reader.records, reader.files_done) == (5 * len(TEXTS), 5)
     assert reader.bytes_read == sum(source.size for source in reader.sources)
-    assert find_inputs([str(data)], tmp_path)[1] == [data / "ignored.md"]
+    assert find_inputs([str(data)], tmp_path).ignored == [data / "ignored.pdf"]
 
 
 def test_inputs_are_sorted_and_each_is_read_once(tmp_path: Path) -> None:
@@ -66,12 +67,12 @@ def test_inputs_are_sorted_and_each_is_read_once(tmp_path: Path) -> None:
         path.write_text(name)
     (tmp_path / "link.txt").symlink_to(tmp_path / "a" / "1.txt")
     given_twice = [str(tmp_path / "b"), str(tmp_path / "*" / "*.txt"), str(tmp_path / "link.txt"), str(tmp_path)]
-    sources, _ = find_inputs(given_twice, tmp_path / "out")
+    sources = find_inputs(given_twice, tmp_path / "out").sources
     assert [str(source.path.relative_to(tmp_path)) for source in sources] == ["b/2.txt", "a/1.txt", "a/3.txt"]
     assert [source.size for source in sources] == [7, 7, 7]
-    deep, _ = find_inputs([str(tmp_path / "**" / "*.txt")], tmp_path / "out")
+    deep = find_inputs([str(tmp_path / "**" / "*.txt")], tmp_path / "out").sources
     assert len(deep) == 3
-    inside, _ = find_inputs([str(tmp_path)], tmp_path / "a")  # where the corpus itself is written is not read
+    inside = find_inputs([str(tmp_path)], tmp_path / "a").sources  # where the corpus itself is written is not read
     assert [source.path.name for source in inside] == ["2.txt", "link.txt"]
 
 
@@ -153,11 +154,12 @@ def test_a_line_without_spaces_is_cut_between_characters(text: str) -> None:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 20_000)
     monkeypatch.setattr(textfiles, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(gutenberg, "WINDOW", 20_000)
     peaks = []
     for repeats in (2_000, 40_000):
         path = tmp_path / "long.txt.gz"
         path.write_bytes(gzip.compress(b"no line ends, only words and " * repeats, 1))
-        sources, _ = find_inputs([str(path)], tmp_path / "out")
+        sources = find_inputs([str(path)], tmp_path / "out").sources
         reader = Reading(sources, "file", "text", True, 0.001, tmp_path / "quarantine.jsonl")
         tracemalloc.start()
         size = sum(len(document) for block in reader.blocks() for document in block.documents)
@@ -198,12 +200,6 @@ def test_gutenberg_wrapping_is_removed(tmp_path: Path, name: str) -> None:
     assert read([path], tmp_path, documents="file")[0] == [book.strip()]  # unless asked
 
 
-def test_gutenberg_footer_far_from_its_header() -> None:
-    stripper = GutenbergBody()
-    chunks = [BOOKS["two starts"][0], "more\n", "more\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\nend\n", "end\n"]
-    assert [stripper.feed(chunk) for chunk in chunks] == ["body\n", "more\n", "more\n", ""]
-
-
 def test_real_books(data_folder: Path, tmp_path: Path) -> None:
     if not (data_folder / "gutenberg").is_dir():
         pytest.skip("the data folder has no gutenberg")
@@ -213,6 +209,8 @@ def test_real_books(data_folder: Path, tmp_path: Path) -> None:
     assert reader.bad.total() == 0
     lost = sum(map(len, whole)) - sum(map(len, documents))
     assert 15_000 * 40 < lost < 25_000 * 40  # header and licence are about 20,000 characters
+    assert abs(reader.gutenberg_removed - lost) < 20 * 40  # besides, white space around them
+    assert reader.half_marked == reader.shortened == []
     assert not any("gutenberg.org/license" in document.lower() for document in documents)
 
 
@@ -283,8 +281,8 @@ def test_bad_rows_of_parquet_are_set_aside(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), path)
     documents, reader = read([path], tmp_path, max_bad_fraction=0.5)
     assert documents == ["gut", "gut"]
-    assert reader.bad == {str(path): 2}
-    assert [(entry["line"], entry["bytes"]) for entry in quarantine(tmp_path)] == [(2, b"None"), (3, b"\xe9")]
+    assert reader.bad == {str(path): 1}
+    assert [(entry["line"], entry["bytes"]) for entry in quarantine(tmp_path)] == [(3, b"\xe9")]
 
 
 def test_too_many_bad_records_stop_with_file_count_and_quarantine(tmp_path: Path) -> None:
@@ -349,11 +347,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "missing": ("a.txt", lambda path: None, "no file, directory or glob matches"),
     "dangling link": ("a.txt", lambda path: path.symlink_to("nowhere"), "cannot read .*No such file"),
-    "other suffix": ("a.pdf", lambda path: path.write_text("x"), "of no kind that can be read; wanted .txt"),
+    "other suffix": ("a.pdf", lambda path: path.write_text("x"), "of no kind that can be read; wanted .txt.*rename it, .*--as"),
     "empty": ("a.txt", lambda path: path.touch(), "the inputs are empty"),
     "white space": ("a.txt", lambda path: path.write_text(" \n\n"), "no usable sequence"),
     "empty gzip": ("a.txt.gz", lambda path: path.write_bytes(gzip.compress(b"")), "no usable sequence"),
-    "empty folder": ("a", lambda path: path.mkdir(), "no .txt, .txt.gz, .jsonl, .jsonl.gz, .parquet files in"),
+    "empty folder": ("a", lambda path: path.mkdir(), r"no \.txt, .*\.parquet .* files in .*--as txt\|jsonl\|parquet"),
 }
 
 

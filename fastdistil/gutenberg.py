@@ -1,0 +1,443 @@
+"""Project Gutenberg's headers, footers and licences, taken out of a stream of text that may hold several works.
+
+Fifty years of files have many wordings, and books speak of Project Gutenberg too, so no single line decides. Marks are
+looked for near the project's name:
+
+    title       a paragraph that begins as a header does ("The Project Gutenberg Etext of ...")
+    start       the line behind a header ("*** START OF THE PROJECT GUTENBERG EBOOK ... ***")
+    small end   "*END*THE SMALL PRINT! ...*END*", behind a header until 2002, behind a footer in 2003
+    end         the line before a footer ("End of Project Gutenberg's ...", "*** END OF THIS PROJECT GUTENBERG ... ***")
+    heading     of the licence ("***START**THE SMALL PRINT!", "START: FULL LICENSE")
+    phrase      words that only the header and the licence have
+
+Marks less than GAP characters apart make a run, and a run is judged as one. A header is an opening (title, heading, phrase
+or the file's beginning) with its start line; a footer is an end line with licence, a header or the file's end behind it, as
+far as its last mark. An end line by itself, with nothing of the licence behind it, is taken out only if it is a paragraph
+of the usual form, and nothing else with it. Text between a footer and the next opening is kept.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+GAP = 4000
+"""The longest stretch, in characters, without any mark in a header or a footer."""
+FRINGE = 1000
+"""Text behind a footer, to the file's end, belongs to it if it is no longer than this."""
+TITLE_CHARACTERS = 200
+"""Text before a header, from the file's beginning, belongs to it if it is no longer than this: a title."""
+MARK_CHARACTERS = 400
+"""The longest start or end line: a title may run over several lines, to its closing asterisks."""
+CERTAIN_CHARACTERS = 160
+"""The longest end line without asterisks that is one by its form alone."""
+WINDOW = 1 << 16
+"""Characters that are gathered before they are judged."""
+LONGEST_RUN = 1 << 21
+"""A run that grows beyond this is judged as it is, so that memory is bounded."""
+
+Kind = Literal["title", "start", "small end", "end", "heading", "phrase"]
+
+
+class Mark(NamedTuple):
+    start: int
+    end: int
+    kind: Kind
+    certain: bool = False
+    """A paragraph by itself, of the usual form."""
+    loose: bool = False
+    """An end line without asterisks that does not begin a paragraph."""
+    starred: bool = False
+
+
+class Span(NamedTuple):
+    """A stretch of text to take out."""
+
+    start: int
+    end: int
+    parts: tuple[Literal["header", "footer", "unclosed"], ...]
+
+
+# One literal each: these are found many times faster than an alternative or letters of either case.
+NAMES = [re.compile(name) for name in ("Gutenberg", "GUTENBERG", "gutenberg", "SMALL PRINT", "Small Print", "FULL LICENSE")]
+
+START = re.compile(r"[^\S\n]*\*{2,} ?START OF (?:THE |THIS )?(?:COPYRIGHTED )?PROJECT GUTENBERG\b", re.IGNORECASE)
+SMALL_END = re.compile(
+    r"[^\S\n]*\*+ ?END ?\*? ?(?:OF )?THE SMALL PRINT!?(?: ?FOR [A-Z -]+)?(?:\*.*)?[^\S\n]*$", re.IGNORECASE | re.MULTILINE
+)
+HEADING = re.compile(
+    r"""[^\S\n]*\**[^\S\n]*
+    (?:START[ ]?\*+[ ]?THE\ SMALL\ PRINT | The\ Legal\ Small\ Print | START:\ FULL\ LICENSE
+    | THE\ FULL\ PROJECT\ GUTENBERG\ LICENSE)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+END = re.compile(
+    r"""[^\S\n]*(\*{2,}[^\S\n]*)?(?=(?-i:[A-Z]))
+    (?:(?:this\ is\ )?(?:the\ )?end(?:\ of)?|fin\ d[eu]|ende?\ (?:dieses|des|von)|fine\ di|fim\ d[eo]|einde\ van)
+    [ ](?:the\ |this\ )?(?:copyrighted\ )?proje[ck]t\ gutenberg\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+END_FORM = re.compile(r"['\u2019]s\s+\S|\s+E-?(?:text|book)(?:es)?\b(?:\s+of\b|\s*[,:*#]|\s*$)", re.IGNORECASE | re.MULTILINE)
+TITLE = re.compile(
+    r"""[\s*]*(?=(?-i:[A-Z]))(?:this\ is\ )?(?:the\ |a\ )?(?:copyrighted\ )?proje[ck]t\ gutenberg
+    (?:['\u2019]s\s+(?!E-?(?:text|book)s\b)\S | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+OPENINGS = (
+    r"Welcome To The World of Free Plain Vanilla Electronic",
+    r"Copyright laws are changing all over the world",
+    r"This e(?:Book|book|text) is for the use of anyone anywhere",
+)
+PHRASES = (
+    r"Gutenberg(?:-tm\b|-TM\b|\(tm\)|™)",
+    r"GUTENBERG(?:-tm\b|-TM\b|\(tm\)|™)",
+    r"Project\s+Gutenberg\s+(?:License|Literary\s+Archive|Association|file\.|at the bottom)",
+    r"Literary\s+Archive\s+Foundation",
+    r"Project\s+Gutenberg\s+(?:[Ee]-?[Tt]exts|[Ee]-?[Bb]ooks)\b",
+    r"\bgutenberg\.(?:org|net)\b",
+    r"promo\.net/pg",
+    r"\b[Ss]mall [Pp]rint\b",
+    r"SMALL PRINT",
+    r"Michael S\. Hart",
+    r"hart@(?:pobox|vmd)\b",
+    r"Illinois Benedictine College",
+    r"Carnegie[- ]Mellon University",
+    r"\[[Ee]-?(?:[Bb]ook|[Tt]ext):? ?#\d",
+    r"Plain Vanilla ASCII",
+    r"Both Humans and By Computers",
+    r"Prepared By (?:Hundreds|Thousands) of Volunteers",
+    r"\b[Tt]his (?:header should be|file should be named)\b",
+    r"Updated editions will replace",
+    r"VERSIONS based on separate sources",
+    r"[Pp]ublic domain\"? (?:e-?text|e-?book|print edition|work)",
+    r"BEFORE!\* YOU USE",
+    r"\btrademark license\b",
+    r"replacement copy in lieu of a refund",
+    r"\brefund of the money\b",
+    r"LIMITED WARRANTY",
+    r"DISCLAIMER OF DAMAGES",
+    r"\bINDEMNITY\b",
+    r"DISTRIBUTION UNDER",
+    r"trillion (?:e-?texts|etexts|ebooks|eBooks|Etexts)",
+    r"\bRoyalty payments\b",
+    r"\bCharacter set encoding:",
+    r"\bRelease [Dd]ate:",
+    r"electronic works?\b",
+)
+PHRASE = re.compile(f"(?P<opening>{'|'.join(OPENINGS)})|{'|'.join(PHRASES)}")
+BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+
+
+class GutenbergText:
+    """Strips texts, one after the other, and counts over all of them."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self.removed = 0
+        """Of `characters`: headers, footers and licences."""
+        self.headers = 0
+        self.footers = 0
+        self.half_marked = False
+        """Whether a header without its footer, a footer without its header, or licence without either was met."""
+
+    def strip(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield what the works of one text hold; the chunks of `texts` end anywhere, and so do those that come back."""
+        work = Works()
+        pending, enough = "", WINDOW
+        for text in texts:
+            self.characters += len(text)
+            pending += text
+            if len(pending) >= enough:
+                body, pending = self._body(pending, work, final=False)
+                enough = max(2 * len(pending), WINDOW)
+                yield body
+        yield self._body(pending, work, final=True)[0]
+        self.headers += work.headers
+        self.footers += work.footers
+        self.half_marked |= work.half_marked()
+
+    def _body(self, text: str, work: "Works", final: bool) -> tuple[str, str]:
+        """What is decided of `text`, stripped, and the remainder that needs the text behind it."""
+        decided = len(text) if final else len(text) - GAP - MARK_CHARACTERS
+        spans: list[Span] = []
+        for run in runs(find_marks(text)):
+            ends_text = final and len(text) - run[-1].end <= GAP
+            if run[-1].end > decided and not final and len(text) < LONGEST_RUN:
+                at_beginning = work.at_beginning and run[0].start <= 2 * FRINGE
+                decided = 0 if at_beginning else cut_position(text, min(decided, run[0].start))
+                break
+            spans += Run(text, run, work.at_beginning and not spans, ends_text).spans()
+        else:
+            if not final:
+                decided = max(cut_position(text, decided), spans[-1].end if spans else 0)
+        bodies = []
+        at = 0
+        for span in spans:
+            bodies.append(text[at : span.start])
+            work.add(bodies[-1], span)
+            self.removed += span.end - max(span.start, at)
+            at = span.end
+        bodies.append(text[at:decided])
+        work.body_characters += len(bodies[-1].strip())
+        work.at_beginning &= decided == 0
+        return "".join(bodies), text[decided:]
+
+
+class Works:
+    """Whether each work of a text has a header and a footer."""
+
+    def __init__(self) -> None:
+        self.at_beginning = True
+        self.headers = 0
+        self.footers = 0
+        self.body_characters = 0
+        """Since the last header or footer."""
+        self._header_open = False
+        self._incomplete = False
+
+    def add(self, body: str, span: Span) -> None:
+        self.body_characters += len(body.strip())
+        for part in span.parts:
+            if part == "header":
+                self._incomplete |= self.body_characters > (GAP if self._header_open else FRINGE)
+                self._header_open = True
+                self.headers += 1
+            elif part == "footer":
+                self._incomplete |= not self._header_open
+                self._header_open = False
+                self.footers += 1
+            else:
+                self._incomplete = True
+            self.body_characters = 0
+
+    def half_marked(self) -> bool:
+        missing = self._header_open or self.body_characters > FRINGE
+        return self._incomplete or ((self.headers + self.footers > 0) and missing)
+
+
+class Run:
+    """Marks close to each other, and what they say of the text between them."""
+
+    def __init__(self, text: str, marks: list[Mark], begins_text: bool, ends_text: bool) -> None:
+        self._text, self._marks = text, marks
+        self._begins_text, self._ends_text = begins_text, ends_text
+        self._spans: list[Span] = []
+        self._opening: list[Mark] = []
+        """Marks that a header may begin with, since the last start or end."""
+        self._footer: Mark | None = None
+        self._footer_end = 0
+        self._confirmed = False
+        """Whether licence follows the end line."""
+
+    def spans(self) -> list[Span]:
+        for index, mark in enumerate(self._marks):
+            if self._footer is not None:
+                self._in_footer(index, mark)
+            elif mark.kind == "end":
+                self._open_footer(index, mark)
+            elif mark.kind == "start" or mark.kind == "small end":
+                self._close_header(mark)
+            else:
+                self._open_header(mark)
+        if self._footer is not None:
+            if self._ends_text:
+                self._confirmed = True
+                if self._footer.starred and len(self._text) - self._footer_end <= FRINGE:
+                    self._footer_end = len(self._text)
+            self._close_footer()
+        self._close_unclosed()
+        return self._spans
+
+    def _open_header(self, mark: Mark) -> None:
+        if mark.kind == "title" and len(self._opening) == 1 and self._opening[0].kind == "phrase":
+            self._opening = []  # a mention, and then the header
+        self._opening.append(mark)
+
+    def _close_header(self, mark: Mark) -> None:
+        start = self._opening[0].start if self._opening else mark.start
+        previous = self._spans[-1] if self._spans else Span(0, -GAP - 1, ())
+        titled = any(opening.kind == "title" for opening in self._opening)
+        if "header" in previous.parts and not titled and mark.start - previous.end <= GAP:
+            self._spans[-1] = previous._replace(end=mark.end)  # two start lines with a transcriber's note between them
+        else:
+            near_beginning = self._begins_text and not self._spans
+            near_beginning &= start <= (TITLE_CHARACTERS if self._opening else 2 * FRINGE)
+            if self._opening or near_beginning or (mark.certain and mark.kind == "start"):
+                self._spans.append(Span(0 if near_beginning else start, mark.end, ("header",)))
+        self._opening = []
+
+    def _close_unclosed(self) -> None:
+        """Take out a header or licence that no start or end line belongs to, if enough else says that it is one."""
+        headed = any(mark.kind in ("title", "heading") for mark in self._opening)
+        if headed and len(self._opening) >= 3:
+            end = paragraph_end(self._text, self._opening[-1].end)
+            self._spans.append(Span(self._opening[0].start, end, ("unclosed",)))
+        self._opening = []
+
+    def _open_footer(self, index: int, mark: Mark) -> None:
+        self._close_unclosed()
+        following = self._marks[index + 1] if index + 1 < len(self._marks) else None
+        if mark.loose:
+            ends_text = self._ends_text and following is None and self._is_blank(mark.end, len(self._text))
+            before_end = following is not None and following.kind == "end" and self._is_blank(mark.end, following.start)
+            if not ends_text and not before_end:
+                return
+        self._footer, self._footer_end, self._confirmed = mark, mark.end, False
+
+    def _in_footer(self, index: int, mark: Mark) -> None:
+        assert self._footer is not None
+        if mark.kind == "end":
+            if self._is_blank(self._footer_end, mark.start):
+                certain, starred = self._footer.certain or mark.certain, self._footer.starred or mark.starred
+                self._footer = self._footer._replace(end=mark.end, certain=certain, starred=starred)
+                self._footer_end = mark.end
+            else:
+                self._close_footer()
+                self._open_footer(index, mark)
+        elif mark.kind == "start":
+            if self._confirmed or self._is_blank(self._footer_end, mark.start):
+                self._spans.append(Span(self._footer.start, mark.end, ("footer", "header")))
+                self._footer = None
+            else:
+                self._close_footer()
+                self._close_header(mark)
+        elif mark.kind == "title" and self._leads_to_start(index):
+            self._confirmed = True
+            self._close_footer()
+            self._open_header(mark)
+        else:
+            self._footer_end = max(self._footer_end, paragraph_end(self._text, mark.end))
+            self._confirmed = True
+
+    def _close_footer(self) -> None:
+        assert self._footer is not None
+        if self._confirmed or self._footer.certain:
+            self._spans.append(Span(self._footer.start, self._footer_end, ("footer",)))
+        self._footer = None
+
+    def _leads_to_start(self, index: int) -> bool:
+        for mark in self._marks[index + 1 :]:
+            if mark.kind in ("start", "small end"):
+                return True
+            if mark.kind == "end":
+                return False
+        return False
+
+    def _is_blank(self, start: int, end: int) -> bool:
+        return not self._text[start:end].strip()
+
+
+def runs(marks: list[Mark]) -> Iterator[list[Mark]]:
+    """Yield the marks in groups with less than GAP characters between one and the next."""
+    run: list[Mark] = []
+    for mark in marks:
+        if run and mark.start - run[-1].end > GAP:
+            yield run
+            run = []
+        run.append(mark)
+    if run:
+        yield run
+
+
+def find_marks(text: str) -> list[Mark]:
+    """Return the marks of a text in order, none within another."""
+    names = sorted(match.start() for name in NAMES for match in name.finditer(text))
+    marks: list[Mark] = []
+    for line in sorted({line_start(text, name) for name in names}):
+        behind_end = bool(marks) and marks[-1].kind in ("end", "small end") and line <= marks[-1].end
+        if (mark := line_mark(text, line, behind_end or begins_paragraph(text, line))) is not None:
+            if behind_end:  # files were joined without a blank line
+                marks[-1] = marks[-1]._replace(end=line)
+            marks.append(mark)
+    for start, end in near(names):
+        marks += [phrase_mark(text, match) for match in PHRASE.finditer(text, start, end)]
+    marks.sort(key=lambda mark: (mark.start, mark.kind == "phrase"))
+    outermost: list[Mark] = []
+    for mark in marks:
+        if not outermost or mark.start >= outermost[-1].end:
+            outermost.append(mark)
+    return outermost
+
+
+def near(positions: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the stretches less than GAP before or behind any of the positions, which are in order."""
+    start = end = 0
+    for position in positions:
+        if position - GAP > end:
+            yield start, end
+            start = position - GAP
+        end = position + GAP
+    yield start, end
+
+
+def phrase_mark(text: str, match: re.Match[str]) -> Mark:
+    start = line_start(text, match.start())
+    # Section 1.E.1 of the licence quotes the sentence on use that headers have, 400 characters behind its number.
+    quoted = match[0].startswith("This") and text.find("1.E.1", max(start - 600, 0), start) >= 0
+    if match["opening"] and not quoted:
+        return Mark(start, match.end(), "title")
+    return Mark(match.start(), match.end(), "phrase")
+
+
+def line_mark(text: str, start: int, begins: bool) -> Mark | None:
+    """The mark that the line at `start` is or begins with; `begins`: a paragraph begins there."""
+    if match := SMALL_END.match(text, start):
+        return Mark(start, end_of_line(text, match.end()), "small end")
+    if match := START.match(text, start):
+        end = closed_end(text, match.end())
+        if end or text[start : end_of_line(text, start)].isupper():
+            return Mark(start, end or end_of_line(text, start), "start", certain=bool(end and begins))
+        return None
+    if HEADING.match(text, start):
+        return Mark(start, end_of_line(text, start), "heading")
+    if match := END.match(text, start):
+        end = closed_end(text, match.end()) if match[1] else 0
+        if end:
+            certain = begins and begins_paragraph(text, end, behind=True)
+            return Mark(start, end, "end", certain=certain, starred=True)
+        end = paragraph_end(text, match.end())
+        if end - start > MARK_CHARACTERS:
+            return None
+        form = end - start <= CERTAIN_CHARACTERS and END_FORM.match(text, match.end()) is not None
+        return Mark(start, end, "end", certain=begins and form, loose=not begins)
+    if match := TITLE.match(text, start):
+        return Mark(start, match.end(), "title" if begins else "phrase")
+    return None
+
+
+def closed_end(text: str, position: int) -> int:
+    """The end of the line with the asterisks that close a start or end line; 0 where there are none, or text follows them."""
+    limit = min(paragraph_end(text, position), position + MARK_CHARACTERS)
+    close = text.find("**", position, limit)
+    if close < 0:
+        return 0
+    end = end_of_line(text, close)
+    return 0 if text[close:end].strip("*\n\r \t") else end
+
+
+def cut_position(text: str, limit: int) -> int:
+    """The last line's start before `limit`; in a long line `limit` itself."""
+    return text.rfind("\n", max(limit - MARK_CHARACTERS, 0), limit) + 1 or limit
+
+
+def line_start(text: str, position: int) -> int:
+    return text.rfind("\n", 0, position) + 1
+
+
+def end_of_line(text: str, position: int) -> int:
+    """The position behind the line's end."""
+    return text.find("\n", position) + 1 or len(text)
+
+
+def begins_paragraph(text: str, start: int, behind: bool = False) -> bool:
+    """Whether the line before `start`, or with `behind` the one at it, is blank or there is none."""
+    if behind:
+        return not text[start : end_of_line(text, start)].strip()
+    return start == 0 or not text[line_start(text, start - 1) : start].strip()
+
+
+def paragraph_end(text: str, position: int) -> int:
+    """The end of the paragraph; of the line, where a paragraph is as long as a body."""
+    match = BLANK_LINE.search(text, max(position - 1, 0), position + 2 * FRINGE)
+    if match:
+        return match.start() + 1
+    return len(text) if len(text) - position <= 2 * FRINGE else end_of_line(text, position)
