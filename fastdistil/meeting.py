@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from fastdistil.errors import RankLost, UserError
 from fastdistil.ranks import Place
+from fastdistil.verdicts import gone
 
 T = TypeVar("T")
 Connect = Callable[[], Any]
@@ -58,10 +59,8 @@ def open_store(place: Place, timeout_s: float) -> Connect:
                 "another program has that port; choose another (MASTER_PORT), or start with --np, which finds a free one"
             ) from error
         except (dist.DistError, RuntimeError) as error:
-            raise RankLost(
-                f"rank {place.rank} cannot reach rank 0 at {address}:{port} within {timeout_s:g} s: it did not start, or a "
-                "firewall is between; look at rank 0's messages"
-            ) from error
+            why = f"no connection to it at {address}:{port} within {timeout_s:g} s: not started, killed or behind a firewall"
+            raise RankLost(f"{gone(0, why).text}; look at rank 0's messages") from error
 
     connect()
     return connect
