@@ -23,16 +23,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter
 
 from fastdistil.errors import RankLost, UserError
+from fastdistil.meeting import SharedStore
 from fastdistil.verdicts import Beat, Kind, Verdict, View, compact_stack, gone, judge, rank_list, silent
 
 GRACE_S = 5.0
 """From a verdict until a process that has not ended by itself is ended."""
 LINGER_S = 3.0
 """After a verdict rank 0, which serves the store, stays at most this long for the others to hear it."""
+FOREIGN_BEATS = 20
+"""Beats from one look for what others than the run's ranks wrote to the next."""
 VERDICT, STOP = "monitor/verdict", "monitor/stop"
+_BEAT, _VERDICT, _AGREED = TypeAdapter(Beat), TypeAdapter(Verdict), TypeAdapter(dict[str, str])
+T = TypeVar("T")
 
 
 class _Now(NamedTuple):
@@ -73,7 +80,7 @@ class Monitor:
 
     def __init__(
         self,
-        store: Any,
+        store: SharedStore,
         rank: int,
         size: int,
         *,
@@ -105,7 +112,7 @@ class Monitor:
         self._verdict: Verdict | None = None
         self._verdict_lock = threading.Lock()
         self._exit_code = RankLost.exit_code
-        self._told = self._closed = False
+        self._told = self._closed = self._strange = self._warned_of_strangers = False
         self._courier = threading.Thread(target=self._correspond, name="fastdistil-beats", daemon=True)
         self._courier.start()
         threading.Thread(target=self._watch, name="fastdistil-watch", daemon=True).start()
@@ -298,9 +305,7 @@ class Monitor:
         errands: list[threading.Event] = []
         store = self._store
         try:
-            # Keys that are not there would be waited for.
-            for key in (VERDICT, STOP, *map(_beat_key, self._views)):
-                store.compare_set(key, "", "")
+            store.create((VERDICT, STOP, *map(_beat_key, self._views)))
             last = False
             while not last:
                 self._hurry.clear()
@@ -316,39 +321,60 @@ class Monitor:
             for done in (*errands, *self._errands):
                 done.set()
 
-    def _exchange(self, store: Any) -> bool:
+    def _exchange(self, store: SharedStore) -> bool:
         """One beat. True after the last one."""
         self._beats += 1
         beat, verdict, closed = self._beat(), self._verdict, self._closed
         self._sent = beat
         store.set(_beat_key(self._rank), json.dumps(vars(beat)))
         if verdict is not None:
-            store.compare_set(VERDICT, "", json.dumps(verdict))
+            store.set_first(VERDICT, json.dumps(verdict))
         if self._stop_wanted is not None and self.stop_requested is None:
-            store.compare_set(STOP, "", self._stop_wanted)
-        published, stop, *beats = store.multi_get([VERDICT, STOP, *map(_beat_key, self._views)])
+            store.set_first(STOP, self._stop_wanted)
+        published, stop, *beats = store.get_all([VERDICT, STOP, *map(_beat_key, self._views)])
         for rank, text in zip(self._views, beats, strict=True):
             self._see(rank, text)
         if stop and self.stop_requested is None:
-            self.stop_requested = stop.decode()
-        if published and verdict is None:
-            self._settle(Verdict(*json.loads(published)))
+            self.stop_requested = stop.decode(errors="replace")
+        if published and verdict is None and (heard := self._read(_VERDICT, published)) is not None:
+            self._settle(heard)
+        if self._rank == 0 and self._beats % FOREIGN_BEATS == 1:
+            self._tell_of_strangers(store)
         return closed or (self._rank != 0 and beat.kind in ("finished", "ended"))
 
     def _see(self, rank: int, text: bytes) -> None:
-        if not text:
+        beat = self._read(_BEAT, text) if text else None
+        if beat is None:
             return
-        beat = Beat(**json.loads(text))
         known = self._views[rank].beat
         if known is None or known.number != beat.number:
             self._views[rank] = View(self._clock.seconds, beat)
+
+    def _read(self, kind: TypeAdapter[T], text: bytes) -> T | None:
+        """What a rank wrote; None where it is nothing of the kind: without a secret, anybody may have written it."""
+        try:
+            return kind.validate_json(text)
+        except ValueError:
+            self._strange = True
+            return None
+
+    def _tell_of_strangers(self, store: SharedStore) -> None:
+        """Note once that others than this run's ranks write to its store."""
+        foreign = store.foreign_keys()
+        if (foreign or self._strange) and not self._warned_of_strangers:
+            self._warned_of_strangers = True
+            where = f" ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})" if foreign else ""
+            self._note(
+                f"somebody who is no rank of this run writes to the ranks' store{where}: ignored; ranks of another run that "
+                "were given the same MASTER_PORT, or ranks of this one without its FASTDISTIL_STORE_SECRET?"
+            )
 
 
 def _beat_key(rank: int) -> str:
     return f"monitor/beat/{rank}"
 
 
-def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> None:
+def agree_equal(store: SharedStore, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> None:
     """Compare values that must be the same on all ranks, by name; every rank calls this, with a connection of its own.
 
     Raises UserError on all ranks, naming who differs from rank 0 in what, and RankLost naming who is gone, or does not come.
@@ -356,14 +382,14 @@ def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], monit
     try:
         with monitor.waiting(f"every rank's {', '.join(what)}"):
             differing = _agree(store, rank, size, what, monitor)
-    except RuntimeError as error:  # torch's DistError is one
+    except (RuntimeError, ValueError) as error:  # torch's DistError is one; what is no rank's is no JSON of the kind
         raise monitor.lost(error) from error
     if differing:
         parts = ", ".join(f"another {name} on {rank_list(ranks)}" for name, ranks in differing.items())
         raise UserError(f"{parts} than on rank 0; start every rank with the same command, on the same files")
 
 
-def _agree(store: Any, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> dict[str, list[int]]:
+def _agree(store: SharedStore, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> dict[str, list[int]]:
     """Return, on every rank: name -> ranks whose value is not rank 0's."""
     turn = store.add(f"agree/calls/{rank}", 1)
     keys = [f"agree/{turn}/{other}" for other in range(size)]
@@ -371,12 +397,12 @@ def _agree(store: Any, rank: int, size: int, what: Mapping[str, str], monitor: M
     store.set(keys[rank], json.dumps(dict(what)))
     if rank != 0:
         _await_keys(store, [result], monitor)
-        differing: dict[str, list[int]] = json.loads(store.get(result))
+        differing = TypeAdapter(dict[str, list[int]]).validate_json(store.get(result))
         if differing:
             store.add(heard, 1)
         return differing
     _await_keys(store, keys, monitor)
-    first, *others = (json.loads(store.get(key)) for key in keys)
+    first, *others = (_AGREED.validate_json(store.get(key)) for key in keys)
     names = dict.fromkeys(name for values in (first, *others) for name in values)
     by_name = {name: [rank for rank, values in enumerate(others, 1) if values.get(name) != first.get(name)] for name in names}
     differing = {name: ranks for name, ranks in by_name.items() if ranks}
@@ -388,10 +414,10 @@ def _agree(store: Any, rank: int, size: int, what: Mapping[str, str], monitor: M
     return differing
 
 
-def _await_keys(store: Any, keys: Sequence[str], monitor: Monitor) -> None:
+def _await_keys(store: SharedStore, keys: Sequence[str], monitor: Monitor) -> None:
     """Wait until the store has all keys. Without a limit: who does not come, the monitor says, here as everywhere."""
     pause_s = 0.01
-    while not store.check(list(keys)):
+    while not store.check(keys):
         monitor.check()
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.2)

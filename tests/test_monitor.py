@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from fastdistil.errors import RankLost, UserError
+from fastdistil.meeting import SharedStore
 from fastdistil.monitor import GRACE_S, Monitor, agree_equal
 
 TIMEOUT_S = 4.0
@@ -59,8 +60,9 @@ class Rank:
     def __init__(self, scenario: str, rank: int, size: int, port: int, folder: Path) -> None:
         self.scenario, self.rank, self.size, self.port, self.folder = scenario, rank, size, port, folder
 
-    def connect(self) -> dist.TCPStore:
-        return dist.TCPStore("127.0.0.1", self.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+    def connect(self) -> SharedStore:
+        store = dist.TCPStore("127.0.0.1", self.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        return SharedStore(store, "secret")
 
     @staticmethod
     def note(text: str) -> None:
@@ -74,7 +76,7 @@ class Rank:
         # Connected first: the name look-ups of slow name servers are no part of what is timed here.
         connections = [self.connect(), self.connect()]
         if self.scenario != "never started":
-            store = dist.PrefixStore("gloo", connections.pop())
+            store = connections.pop().of_engine("gloo")
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
         self.monitor = Monitor(connections.pop(), self.rank, self.size, timeout_s=TIMEOUT_S, note=self.note)
         code = 0
@@ -425,7 +427,7 @@ def test_rank_0_warns_before_it_gives_a_rank_up(results: Results) -> None:
 
 # --- agreement at the start ---
 
-Call = Callable[[dist.TCPStore, int, Monitor], None]
+Call = Callable[[SharedStore, int, Monitor], None]
 
 
 def on_ranks(size: int, call: Call, absent: tuple[int, ...] = ()) -> list[BaseException | None]:
@@ -433,8 +435,9 @@ def on_ranks(size: int, call: Call, absent: tuple[int, ...] = ()) -> list[BaseEx
     server = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
     raised: list[BaseException | None] = [None] * size
 
-    def connect() -> dist.TCPStore:
-        return dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+    def connect() -> SharedStore:
+        store = dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        return SharedStore(store, "secret")
 
     def one(rank: int) -> None:
         monitor = Monitor(connect(), rank, size, timeout_s=2, beat_s=0.05, hard_exit=lambda _: None)
@@ -456,7 +459,7 @@ def on_ranks(size: int, call: Call, absent: tuple[int, ...] = ()) -> list[BaseEx
 
 
 def test_equal_ranks_agree_more_than_once() -> None:
-    def call(store: dist.TCPStore, rank: int, monitor: Monitor) -> None:
+    def call(store: SharedStore, rank: int, monitor: Monitor) -> None:
         agree_equal(store, rank, 3, {"recipe": "a"}, monitor)
         agree_equal(store, rank, 3, {"recipe": "a", "corpus": str(time.time_ns() // 10**18)}, monitor)
         monitor.finished()
@@ -465,7 +468,7 @@ def test_equal_ranks_agree_more_than_once() -> None:
 
 
 def test_unequal_ranks_all_learn_who_differs_and_in_what() -> None:
-    def call(store: dist.TCPStore, rank: int, monitor: Monitor) -> None:
+    def call(store: SharedStore, rank: int, monitor: Monitor) -> None:
         corpus = {} if rank == 3 else {"corpus": "x"}
         agree_equal(store, rank, 5, {"recipe": "b" if rank in (1, 3, 4) else "a", "version": "1", **corpus}, monitor)
 
