@@ -48,11 +48,11 @@ class SharedStore:
         return PrefixStore(name, self._store)
 
     def set(self, key: str, text: str) -> None:
-        self._store.set(key, self._signed(key, text.encode()))
+        self._store.set(key, self._signed(key, text))
 
     def set_first(self, key: str, text: str) -> None:
         """Write unless a rank has done so before."""
-        signed = self._signed(key, text.encode())
+        signed = self._signed(key, text)
         if self._text(key, self._store.compare_set(key, "", signed)) is None:
             self._store.set(key, signed)
 
@@ -85,8 +85,8 @@ class SharedStore:
         others = self._everything.list_keys() if self._alone else []
         return sorted(self._foreign.union(key for key in others if not key.startswith(f"{self._scope}/")))
 
-    def _signed(self, key: str, text: bytes) -> bytes:
-        return self._tag(key, text) + text
+    def _signed(self, key: str, text: str) -> str:
+        return self._tag(key, text.encode()).decode() + text
 
     def _text(self, key: str, value: bytes) -> bytes | None:
         """The text of a signed value, or of an empty one; None: no rank wrote it."""
