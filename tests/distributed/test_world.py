@@ -397,6 +397,18 @@ def test_a_collective_that_does_not_even_start_is_a_lost_rank(collective: Callab
         collective(ranks)
 
 
+@pytest.mark.parametrize("step", ["init", "broadcast_"])
+def test_an_engine_that_mpirun_connects_and_that_fails_is_a_lost_rank(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    engine = SimpleNamespace(**{"init": lambda: None, "broadcast_": lambda *_, **__: None, step: fail})
+    monkeypatch.setattr(world, "import_horovod", lambda: engine)
+    monkeypatch.setattr(world, "_set_horovod", lambda *_: None)
+    with pytest.raises(RankLost, match="rank 1 could not finish its connections: Connection reset by peer"):
+        join(place(rank=1, address=None, port=None), Options(engine="horovod"), CPU)
+
+
 # A ring's process: it has loaded once its rank is known to be unhurried, and connects once all ranks are ready.
 STAND_IN_RING = """
 import json, os, socket, sys, time
