@@ -64,7 +64,7 @@ def measured(mbit: float, corpus: Path, folder: Path) -> dict[str, Any]:
             for rank, host in enumerate(hosts)
         )
         ssh = folder / f"ssh-{mbit:g}"
-        ssh.write_text(f'#!/bin/sh\ncase "$1" in\n{cases}esac\nexit 255\n')
+        ssh.write_text(f'#!/bin/sh\nshift  # --\ncase "$1" in\n{cases}esac\nexit 255\n')
         ssh.chmod(0o700)
         out = folder / f"study-{mbit:g}"
         scale(

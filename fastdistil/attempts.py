@@ -8,6 +8,7 @@ insists with a second signal.
 
 import contextlib
 import random
+import secrets
 import shlex
 import shutil
 import signal
@@ -170,7 +171,12 @@ def _start_all(begin: Start, voices: Voices, ranks: list[RankProcess]) -> None:
     if hosts != [None] and shutil.which(begin.ssh[0]) is None:
         raise UserError(f"--hosts starts ranks with {begin.ssh[0]}, which is not here; install it, or set FASTDISTIL_SSH")
     address = meeting_host(hosts)
-    meeting = {"FASTDISTIL_LAUNCHER": "fastdistil", "MASTER_ADDR": address, "MASTER_PORT": str(free_port(address))}
+    meeting = {
+        "FASTDISTIL_LAUNCHER": "fastdistil",
+        "FASTDISTIL_STORE_SECRET": secrets.token_hex(16),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(free_port(address)),
+    }
     for rank, slot in enumerate(begin.slots):
         here = [other.index for other in begin.slots if other.host == slot.host]
         own = meeting | {

@@ -6,6 +6,9 @@
     dstack     a multi-node task: the same
 
 Every file names the run, so that submitting it again, or a restart after a lost node, continues that run (--resume auto).
+
+A user's values reach the ranks as they are, whatever they hold: `shlex` quotes them for the shell, `_quoted` and `_block` for
+YAML, `_here_document` for a file in a script.
 """
 
 import json
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
 
+import yaml
+
 from fastdistil.errors import UserError
 from fastdistil.recipe import Recipe
 
@@ -25,6 +30,10 @@ KINDS: tuple[Kind, ...] = ("slurm", "mpijob", "skypilot", "dstack")
 SAVE_S = 120
 """What a run is given to save before it is killed."""
 PORT = 29500
+CONTINUED = " \\\n  "
+"""Between the parts of a shell's command on several lines."""
+MAKE_SECRET = """export FASTDISTIL_STORE_SECRET="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')\""""  # noqa: S105 - none yet
+"""A line of a script: the ranks it starts share what nobody else knows (meeting.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,11 @@ class Cluster:
             raise UserError(f"--gpus is the number of a node's GPUs, 8, or with their type, H100:8; got {self.gpus!r}")
         if self.time is not None and not re.fullmatch(r"[1-9][0-9]*[mhd]", self.time):
             raise UserError(f"--time is a number of minutes, hours or days, as 90m, 8h, 2d; got {self.time!r}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run_name):
+            raise UserError(f"the run's name {self.run_name!r} is not made of letters, digits, dots and dashes; set name=NAME")
+        for option, value in {"recipe": self.recipe, "--image": self.image, "--storage": self.storage}.items():
+            if value is not None and not value.isprintable():
+                raise UserError(f"{option} {value!r} holds a character that shows nowhere, as a line's end; leave it out")
 
     @property
     def gpu_type(self) -> str | None:
@@ -152,6 +166,8 @@ set -u
 threads=$(( ${{SLURM_CPUS_ON_NODE:-{ranks}}} / {ranks} ))
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}}"
 
+{MAKE_SECRET}
+
 # A rank that is lost is not Slurm's concern: the others notice, and end by themselves.
 {" ".join(srun)} \\
     {shlex.join([python, "-m", "fastdistil", *cluster.arguments(cluster.recipe)])}
@@ -173,17 +189,26 @@ def _mpijob(cluster: Cluster) -> str:
             f"--for mpijob takes the number of a node's GPUs, --gpus {cluster.gpu_count}; choose a type by node labels"
         )
     own = cluster.own_recipe
+    if own is not None and not re.fullmatch(r"[\w.-]+", own.name, re.ASCII):
+        raise UserError(f"Kubernetes takes no file named {own.name!r}; rename it with letters, digits, dots and dashes alone")
     mounted = f"/etc/fastdistil/{own.name}" if own is not None else cluster.recipe
     mpirun = [
         "mpirun --allow-run-as-root --bind-to none --map-by slot",
         # Open MPI would kill a second after SIGTERM.
         f"--mca odls_base_sigkill_timeout {SAVE_S}",
-        f"-np {cluster.nodes * cluster.ranks_per_node} -x PATH -x MASTER_ADDR -x MASTER_PORT",
-        shlex.join(["python3", "-m", "fastdistil", *cluster.arguments(mounted)]),
+        f"-np {cluster.nodes * cluster.ranks_per_node} -x PATH -x MASTER_ADDR -x MASTER_PORT -x FASTDISTIL_STORE_SECRET",
+        # Kubernetes puts values in for $(NAME), also in a script, and writes $ for $$.
+        shlex.join(["python3", "-m", "fastdistil", *cluster.arguments(mounted)]).replace("$", "$$"),
+    ]
+    script = [
+        "# Rank 0 runs in the first worker.",
+        f"""export MASTER_ADDR="$(head -n 1 /etc/mpi/hostfile | cut -d ' ' -f 1 | cut -d : -f 1)" MASTER_PORT={PORT}""",
+        MAKE_SECRET,
+        f"exec {CONTINUED.join(mpirun)}",
     ]
     mounts = [("shm", "/dev/shm", "emptyDir: {medium: Memory}")]  # noqa: S108 - a mount point
     if cluster.storage is not None:
-        mounts.append(("storage", "/workspace", f"persistentVolumeClaim: {{claimName: {json.dumps(cluster.storage)}}}"))
+        mounts.append(("storage", "/workspace", f"persistentVolumeClaim: {{claimName: {_quoted(cluster.storage)}}}"))
     if own is not None:
         mounts.append(("recipe", "/etc/fastdistil", f"configMap: {{name: {cluster.label}}}"))
     pod = f"""
@@ -192,7 +217,7 @@ def _mpijob(cluster: Cluster) -> str:
 {_indented([line for name, _, source in mounts for line in (f"- name: {name}", f"  {source}")], 12)}
           containers:
             - name: fastdistil
-              image: {json.dumps(cluster.image)}
+              image: {_quoted(cluster.image)}
               volumeMounts:
 {_indented([f"- {{name: {name}, mountPath: {path}}}" for name, path, _ in mounts], 16)}"""
     deadline = f"\n    activeDeadlineSeconds: {60 * cluster.minutes}" if cluster.minutes else ""
@@ -217,10 +242,7 @@ spec:
         spec:{pod}
               command: [/bin/sh, -c]
               args:
-                - |
-                  # Rank 0 runs in the first worker.
-                  export MASTER_ADDR="$(head -n 1 /etc/mpi/hostfile | cut -d ' ' -f 1 | cut -d : -f 1)" MASTER_PORT={PORT}
-                  exec {(" " + chr(92) + chr(10) + 20 * " ").join(mpirun)}
+                - {_block(script, 18)}
     Worker:
       replicas: {cluster.nodes}
       template:
@@ -232,14 +254,13 @@ spec:
 def _config_map(cluster: Cluster) -> str:
     if cluster.own_recipe is None:
         return ""
-    text = _indented(cluster.own_recipe.read_text(encoding="utf-8").splitlines(), 4)
+    lines = cluster.own_recipe.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     return f"""apiVersion: v1
 kind: ConfigMap
 metadata:
   name: {cluster.label}
 data:
-  {json.dumps(cluster.own_recipe.name)}: |
-{text}
+  {_quoted(cluster.own_recipe.name)}: {_block(lines, 4)}
 ---
 """
 
@@ -259,12 +280,12 @@ def _skypilot(cluster: Cluster) -> str:
         raise UserError("--for skypilot takes no --time: a SkyPilot task has no limit")
     resources = [
         *([f"accelerators: {cluster.gpus}"] if cluster.gpu_count else ["cpus: 4+"]),
-        *([f"image_id: {json.dumps('docker:' + cluster.image)}"] if cluster.image else []),
+        *([f"image_id: {_quoted('docker:' + cluster.image)}"] if cluster.image else []),
         "network_tier: best",
         "# A preempted or failed job is started again, and goes on from its last checkpoint.",
         "job_recovery: {max_restarts_on_errors: 6}",
     ]
-    mount = f"file_mounts:\n  /workspace: {{source: {json.dumps(cluster.storage)}, mode: MOUNT}}\n" if cluster.storage else ""
+    mount = f"file_mounts:\n  /workspace: {{source: {_quoted(cluster.storage)}, mode: MOUNT}}\n" if cluster.storage else ""
     checkout = "" if cluster.image else "# fastdistil's checkout, from which the nodes install it.\nworkdir: .\n"
     setup = "" if cluster.image else "setup: |\n" + "".join(f"  {line}\n" for line in _installs(cluster))
     run = _torchrun(
@@ -280,19 +301,18 @@ name: {cluster.label}
 {checkout}num_nodes: {cluster.nodes}
 resources:
 {_indented(resources, 2)}
-{mount}{setup}run: |
-{_indented(run, 2)}
+{mount}{setup}run: {_block(run, 2)}
 """
 
 
 def _dstack(cluster: Cluster) -> str:
     resources = [f"gpu: {cluster.gpus}"] if cluster.gpu_count else ["cpu: 4.."]
     source = (
-        f"image: {json.dumps(cluster.image)}\n"
+        f"image: {_quoted(cluster.image)}\n"
         if cluster.image
         else 'python: "3.12"\n# fastdistil\'s checkout, from which the nodes install it.\nrepos:\n  - .\n'
     )
-    volume = f"volumes:\n  - {json.dumps(cluster.storage + ':/workspace')}\n" if cluster.storage else ""
+    volume = f"volumes:\n  - {_quoted(cluster.storage + ':/workspace')}\n" if cluster.storage else ""
     limit = f"max_duration: {cluster.time}\n" if cluster.time else ""
     install = [] if cluster.image else ["set -e", *_installs(cluster)]
     ranks = _torchrun(
@@ -306,8 +326,7 @@ name: {cluster.label}
 nodes: {cluster.nodes}
 {source}shell: bash
 commands:
-  - |
-{_indented(run, 4)}
+  - {_block(run, 4)}
 resources:
 {_indented([*resources, "shm_size: 16GB"], 2)}
 {volume}{limit}# Started again after an interruption, it goes on from its last checkpoint.
@@ -322,10 +341,7 @@ def _torchrun(cluster: Cluster, nodes: str, node: str, gpus: str, address: str) 
     """Lines of a shell script that starts a node's ranks; the arguments are the shell's expressions for them."""
     own = cluster.own_recipe
     here = own.name if own is not None else cluster.recipe
-    write = []
-    if own is not None:
-        end = "END_OF_RECIPE"
-        write = [f"cat > {shlex.quote(here)} <<'{end}'", *own.read_text(encoding="utf-8").splitlines(), end]
+    write = _here_document(here, own.read_text(encoding="utf-8")) if own is not None else []
     per_node = gpus if cluster.gpu_count else "1"
     return [
         *write,
@@ -333,6 +349,30 @@ def _torchrun(cluster: Cluster, nodes: str, node: str, gpus: str, address: str) 
         f"  --master-addr={address} --master-port={PORT} \\",
         f"  -m fastdistil {shlex.join(cluster.arguments(here))}",
     ]
+
+
+def _here_document(name: str, text: str) -> list[str]:
+    """Return the lines of a shell script that write the text, and an end of its last line, to the file."""
+    lines, end = text.removesuffix("\n").split("\n"), "END_OF_RECIPE"
+    while end in lines:
+        end += "_"
+    return [f"cat > {shlex.quote(name)} <<'{end}'", *lines, end]
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a double-quoted string of YAML, on one line."""
+    return str(yaml.safe_dump(text, default_style='"', width=sys.maxsize, allow_unicode=True)).rstrip("\n")
+
+
+def _block(lines: Sequence[str], width: int) -> str:
+    """Return lines as a literal block of YAML, indented by `width`, or quoted where a block would not read back the same."""
+    text = "\n".join(lines) + "\n"
+    block = "|\n" + _indented(text.removesuffix("\n").split("\n"), width)
+    try:
+        same = yaml.safe_load(f"key: {block}\n") == {"key": text}
+    except yaml.YAMLError:
+        same = False
+    return block if same else _quoted(text)
 
 
 def _stored(cluster: Cluster, what: str) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,6 +31,7 @@ class Watch(Protocol):
 
     def check(self) -> None: ...
     def waiting(self, what: str) -> AbstractContextManager[Any]: ...
+    def unhurried(self, name: str) -> AbstractContextManager[Any]: ...
     def lost(self, error: BaseException) -> RankLost: ...
 
 
@@ -166,7 +168,7 @@ class World:
     def broadcast(self, tensor: Tensor, name: str, root: int = 0) -> None:
         """Every rank's `tensor` (contiguous, any dtype) becomes root's."""
         if tensor.numel():
-            self.wait(self._broadcast(tensor, name, root))
+            self.wait(self._begin(name, lambda: self._broadcast(tensor, name, root)))
 
     def broadcast_bytes(self, data: bytes, name: str, root: int = 0) -> bytes:
         """Root's, on every rank."""
@@ -188,7 +190,8 @@ class World:
             return
         for part in torch.split(tensor.view(-1).view(torch.uint8), _MOVED_BYTES):
             sent, received = part[: part.numel() * (self.rank == source)], part[: part.numel() * (self.rank == target)]
-            received.copy_(self.wait(self._move(sent, received.numel(), name, source, target)))
+            start = partial(self._move, sent, received.numel(), name, source, target)
+            received.copy_(self.wait(self._begin(name, start)))
 
     def barrier(self, name: str = "barrier") -> None:
         self.sum([0], name)
@@ -202,17 +205,18 @@ class World:
         assert 0 <= ring < self.rings, (ring, self.rings)
         self.counters.gradient_collectives += 1
         self.counters.ring_bytes[ring] += sent_bytes(kind, tensor.nbytes, self.size)
-        try:
-            return self._carry(kind, tensor, name, ring)
-        except Exception as error:
-            raise self._lost(name, error) from error
+        return self._begin(name, lambda: self._carry(kind, tensor, name, ring))
 
     def _control(self, kind: Kind, tensor: Tensor, name: str) -> Handle:
         if self.size > 1:
             self.counters.control_messages += 1
             self.counters.control_bytes += sent_bytes(kind, tensor.nbytes, self.size)
+        return self._begin(name, lambda: self._carry(kind, tensor, name, None))
+
+    def _begin(self, name: str, start: Callable[[], Handle]) -> Handle:
+        """Start any collective: an engine may refuse it already here, because a rank is gone. Raises RankLost."""
         try:
-            return self._carry(kind, tensor, name, None)
+            return start()
         except Exception as error:
             raise self._lost(name, error) from error
 
@@ -238,6 +242,11 @@ class World:
 
 def waiting(watch: Watch | None, what: str) -> AbstractContextManager[Any]:
     return watch.waiting(what) if watch is not None else nullcontext()
+
+
+def unhurried(watch: Watch | None, name: str) -> AbstractContextManager[Any]:
+    """Return the block around what may take as long as it needs."""
+    return watch.unhurried(name) if watch is not None else nullcontext()
 
 
 def lost(watch: Watch | None, rank: int, name: str, error: Exception) -> RankLost:

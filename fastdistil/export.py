@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+import yaml
 
 from fastdistil import __version__, models
 from fastdistil.checkpoint import atomic_directory
 from fastdistil.evaluate import HeldOut
 from fastdistil.inputs import Inputs
 from fastdistil.recipe import Recipe
+from fastdistil.redaction import redacted
 
 
 def export_student(inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut | None, *, updates: int, tokens: int) -> None:
@@ -21,7 +23,8 @@ def export_student(inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut 
 
 
 def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: int, tokens: int) -> str:
-    teacher = f"distilled from `{recipe.teacher.path}`" if recipe.teacher is not None else "trained without a teacher"
+    public = redacted(recipe.model_dump(mode="json"))
+    teacher = f"distilled from `{public['teacher']['path']}`" if recipe.teacher is not None else "trained without a teacher"
     tag = "text-generation" if inputs.student.causal else "fill-mask"
     lines = [
         "---",
@@ -51,10 +54,11 @@ def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: i
             f"| {found.loss:.4f} ± {found.loss_se:.4f} | {found.perplexity:.2f} | {found.labels:,} | "
             + (f"{found.kl:.4f} ± {found.kl_se:.4f} |" if found.kl is not None else "not measured |"),
             "",
-            f"Corpus: `{recipe.data.heldout}`, {found.sequences:,} sequences; ± is one standard error.",
+            f"Corpus: `{public['data']['heldout']}`, {found.sequences:,} sequences; ± is one standard error.",
             "",
         ]
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""])
+    text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "## Recipe", "", "```yaml", text.rstrip(), "```", ""])
 
 
 def target_name(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ started with more ranks.
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 from fastdistil.attempts import INTERRUPTED, LOST, SAVED, SSH_FAILED, Attempt, Interrupts, Start, run_ranks
 from fastdistil.errors import UserError
-from fastdistil.processes import Slot, Voices, supervise, tie_to_launcher
+from fastdistil.processes import Slot, Voices, on_host, supervise, tie_to_launcher
 from fastdistil.ranks import find_place
 
 RESTARTS = 10
@@ -66,7 +67,7 @@ def parse_hosts(text: str) -> tuple[Slot, ...]:
     slots: list[Slot] = []
     for part in text.split(","):
         host, colon, count = part.strip().partition(":")
-        if not host or host.startswith("-") or (colon and not (count.isdecimal() and int(count))):
+        if not re.fullmatch(r"(?!-)[\w.@%+-]+", host) or (colon and not (count.isdecimal() and int(count))):
             raise UserError(f"--hosts {text!r}: {part!r} is not HOST or HOST:RANKS with at least one rank; wanted e.g. a:8,b:8")
         name = None if host in own_names() else host
         if any(slot.host == name for slot in slots):
@@ -212,8 +213,8 @@ class AbsentSlots:
         ssh = Start(command=(), slots=(), timeout_s=0, logs=Path(), environ=os.environ).ssh
         for host in {slot.host for slot in due}:
             slots = [slot for slot in due if slot.host == host]
-            answer = 0 if host is None else subprocess.run([*ssh, host, "true"], capture_output=True, check=False).returncode
-            if answer == 0:
+            probe = None if host is None else subprocess.run(on_host(ssh, host, "true"), capture_output=True, check=False)
+            if probe is None or probe.returncode == 0:
                 self._back += slots
             else:
                 for slot in slots:

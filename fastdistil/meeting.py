@@ -1,13 +1,18 @@
 """Where ranks meet before an engine runs: a torch TCPStore that rank 0 serves at the place's address.
 
 It starts the engines, and carries the monitor's beats. Nothing here loads an engine.
+
+The store has no password: whoever reaches the port can read and write. So ranks that share a secret (FASTDISTIL_STORE_SECRET,
+which our launcher makes for every start) name their keys after it and sign what they write; what anybody else writes is passed
+over, and told. It keeps others from steering a run, not from disturbing it, and not from reading.
 """
 
+import hmac
 import itertools
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,10 +22,89 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from fastdistil.errors import RankLost, UserError
 from fastdistil.ranks import Place
+from fastdistil.verdicts import gone
 
 T = TypeVar("T")
-Connect = Callable[[], Any]
-"""Opens one more client connection to the store, a torch.distributed.Store."""
+
+
+class SharedStore:
+    """One connection to the ranks' store, in which a rank finds what ranks with the same secret wrote.
+
+    `scope` comes before all keys, where the store is not the run's alone. Without a secret nothing is signed. Errors are
+    torch's RuntimeErrors.
+    """
+
+    def __init__(self, store: Any, secret: str = "", scope: str = "") -> None:
+        self._secret = secret.encode()
+        names = [hmac.digest(self._secret, b"scope", "sha256").hex()[:16]] if secret else []
+        self._scope = "/".join([*names, *filter(None, [scope])])
+        self._everything, self._store = store, PrefixStore(self._scope, store) if self._scope else store
+        self._foreign: set[str] = set()
+        # A launcher's own store, where all keys have a scope, has others' by rights.
+        self._alone = bool(secret) and not scope and hasattr(store, "list_keys")
+
+    def of_engine(self, name: str) -> Any:
+        """Return a torch.distributed.Store for an engine's own keys, which are not signed."""
+        return PrefixStore(name, self._store)
+
+    def set(self, key: str, text: str) -> None:
+        self._store.set(key, self._signed(key, text))
+
+    def set_first(self, key: str, text: str) -> None:
+        """Write unless a rank has done so before."""
+        signed = self._signed(key, text)
+        if self._text(key, self._store.compare_set(key, "", signed)) is None:
+            self._store.set(key, signed)
+
+    def create(self, keys: Iterable[str]) -> None:
+        """Make keys that are not there empty: `get_all` would wait for them."""
+        for key in keys:
+            self._store.compare_set(key, "", "")
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value and return it. Raises RuntimeError for one that no rank wrote."""
+        text = self._text(key, self._store.get(key))
+        if text is None:
+            raise RuntimeError(f"{key} in the ranks' store was written by somebody who is no rank of this run")
+        return text
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes]:
+        """Return the values, empty where no rank wrote one."""
+        values = self._store.multi_get(list(keys))
+        return [self._text(key, value) or b"" for key, value in zip(keys, values, strict=True)]
+
+    def add(self, key: str, number: int) -> int:
+        return int(self._store.add(key, number))
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Return whether all keys are there, without waiting."""
+        return bool(self._store.check(list(keys)))
+
+    def foreign_keys(self) -> list[str]:
+        """Return the keys that others than this run's ranks wrote, as far as torch can list them."""
+        others = self._everything.list_keys() if self._alone else []
+        return sorted(self._foreign.union(key for key in others if not key.startswith(f"{self._scope}/")))
+
+    def _signed(self, key: str, text: str) -> str:
+        return self._tag(key, text.encode()).decode() + text
+
+    def _text(self, key: str, value: bytes) -> bytes | None:
+        """The text of a signed value, or of an empty one; None: no rank wrote it."""
+        length = len(self._tag("", b""))
+        tag, text = value[:length], value[length:]
+        if not value or hmac.compare_digest(tag, self._tag(key, text)):
+            return text
+        self._foreign.add(key)
+        return None
+
+    def _tag(self, key: str, text: bytes) -> bytes:
+        if not self._secret:
+            return b""
+        return hmac.digest(self._secret, f"{self._scope}/{key}\0".encode() + text, "sha256").hex().encode()
+
+
+Connect = Callable[[], SharedStore]
+"""Opens one more client connection to the store."""
 _meetings = itertools.count()
 ANSWER_S = 5.0
 """Beyond the time that torch may take to connect: for an answer."""
@@ -37,12 +121,12 @@ def open_store(place: Place, timeout_s: float) -> Connect:
         )
     address, port, timeout = place.address, place.port, timedelta(seconds=timeout_s)
     # A launcher's own store outlives us: what was agreed in it before, in another attempt or earlier in this process, is over.
-    prefix = "" if place.serve_store else f"{place.attempt}/{next(_meetings)}"
+    scope = "" if place.serve_store else f"{place.attempt}/{next(_meetings)}"
     served = []
     if place.rank == 0 and place.serve_store:
         served.append(_serve(place, address, port, timeout))
 
-    def connect() -> Any:
+    def connect() -> SharedStore:
         kept = served  # the server lives as long as somebody may connect
         assert kept or place.rank or not place.serve_store
         try:
@@ -51,17 +135,15 @@ def open_store(place: Place, timeout_s: float) -> Connect:
                 timeout_s + ANSWER_S,
                 lambda: TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False),
             )
-            return PrefixStore(prefix, store) if prefix else store
+            return SharedStore(store, place.secret, scope)
         except TimeoutError as error:
             raise RankLost(
                 f"rank {place.rank}: what listens at {address}:{port} does not answer as rank 0 does: rank 0 stands still, or "
                 "another program has that port; choose another (MASTER_PORT), or start with --np, which finds a free one"
             ) from error
         except (dist.DistError, RuntimeError) as error:
-            raise RankLost(
-                f"rank {place.rank} cannot reach rank 0 at {address}:{port} within {timeout_s:g} s: it did not start, or a "
-                "firewall is between; look at rank 0's messages"
-            ) from error
+            why = f"no connection to it at {address}:{port} within {timeout_s:g} s: not started, killed or behind a firewall"
+            raise RankLost(f"{gone(0, why).text}; look at rank 0's messages") from error
 
     connect()
     return connect

@@ -23,17 +23,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter
 
 from fastdistil.errors import RankLost, UserError
-from fastdistil.verdicts import Beat, Kind, Verdict, View, compact_stack, judge, rank_list, silent
+from fastdistil.meeting import SharedStore
+from fastdistil.verdicts import Beat, Kind, Verdict, View, compact_stack, gone, judge, rank_list, silent
 
 GRACE_S = 5.0
 """From a verdict until a process that has not ended by itself is ended."""
 LINGER_S = 3.0
 """After a verdict rank 0, which serves the store, stays at most this long for the others to hear it."""
+FOREIGN_BEATS = 20
+"""Beats from one look for what others than the run's ranks wrote to the next."""
 VERDICT, STOP = "monitor/verdict", "monitor/stop"
+_BEAT, _VERDICT, _AGREED = TypeAdapter(Beat), TypeAdapter(Verdict), TypeAdapter(dict[str, str])
+T = TypeVar("T")
 
 
 class _Now(NamedTuple):
@@ -66,15 +72,15 @@ class _RunningClock:
 class Monitor:
     """One rank's part. Made on the thread that trains; its methods belong to that thread and to hooks that it waits for.
 
-    `connect` opens a connection of our own to the store (torch.distributed.TCPStore) of rank 0. `note` hears on rank 0 of
-    ranks that have used up half of their time. Every rank ends with `finished` or `failed` (or by a RankLost), then `close`.
-    After a verdict the process ends within GRACE_S, with code 12, even when its main thread is in a call that never returns;
-    once closed, within GRACE_S of its main thread's end.
+    `store` is a connection of the monitor's own to the store of rank 0, opened already: from the first moment on rank 0's end
+    shows as its end. `note` hears on rank 0 of ranks that have used up half of their time. Every rank ends with `finished` or
+    `failed` (or by a RankLost), then `close`. After a verdict the process ends within GRACE_S, with code 12, even when its
+    main thread is in a call that never returns; once closed, within GRACE_S of its main thread's end.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Any],
+        store: SharedStore,
         rank: int,
         size: int,
         *,
@@ -86,7 +92,7 @@ class Monitor:
         self.timeout_s = timeout_s
         self.stop_requested: str | None = None
         """What some rank was told by `request_stop`: the same text on all ranks."""
-        self._connect, self._rank, self._beat_s = connect, rank, beat_s
+        self._store, self._rank, self._beat_s = store, rank, beat_s
         self._quick_s = min(timeout_s, max(2.0, 4 * beat_s))  # beats come late while a C call holds the interpreter's lock
         self._hard_exit, self._note = hard_exit, note
         self._thread = threading.get_ident()
@@ -106,7 +112,7 @@ class Monitor:
         self._verdict: Verdict | None = None
         self._verdict_lock = threading.Lock()
         self._exit_code = RankLost.exit_code
-        self._told = self._closed = False
+        self._told = self._closed = self._strange = self._warned_of_strangers = False
         self._courier = threading.Thread(target=self._correspond, name="fastdistil-beats", daemon=True)
         self._courier.start()
         threading.Thread(target=self._watch, name="fastdistil-watch", daemon=True).start()
@@ -158,11 +164,16 @@ class Monitor:
         self._settle(Verdict(self._rank, words))
 
     def lost(self, error: BaseException) -> RankLost:
-        """A collective failed here. Which rank is gone? Waits `timeout_s` at most for the answer."""
-        self._broken = " ".join(str(error).split()) or type(error).__name__
-        self._hurry.set()
+        """Return the error that says which rank is gone, after something that needs the others failed here with `error`.
+
+        Waits `timeout_s` at most for the verdict; the same one, whatever failed first.
+        """
+        if self._verdict is None:
+            self._broken = " ".join(str(error).split()) or type(error).__name__
+            self._hurry.set()
         if not self._ended.wait(self.timeout_s):
-            self._settle(Verdict(None, f"a collective failed on rank {self._rank}, but every rank answers: {self._broken}"))
+            words = f"a collective failed on rank {self._rank}, but every rank answers: {self._broken}; {self._beat().where()}"
+            self._settle(Verdict(None, words))
             self._tell(LINGER_S)
         return self._lost()
 
@@ -271,10 +282,7 @@ class Monitor:
     def _judge_cut_off(self, why: str) -> Verdict:
         if self._rank == 0:
             return Verdict(None, f"rank 0 cannot reach the store that it serves: {why}")
-        beat = self._views[0].beat
-        if beat is None:
-            return Verdict(None, f"rank {self._rank} cannot reach rank 0: {why}")
-        return Verdict(0, f"rank 0 is gone (its connection is closed: killed or crashed); {beat.where()}")
+        return gone(0, "its connection is closed: killed or crashed", self._views[0].beat)
 
     def _worry(self, worry: Verdict | None) -> None:
         if worry is not None and (self._worried is None or worry.rank != self._worried.rank):
@@ -295,11 +303,9 @@ class Monitor:
 
     def _correspond(self) -> None:
         errands: list[threading.Event] = []
+        store = self._store
         try:
-            store = self._connect()
-            # Keys that are not there would be waited for.
-            for key in (VERDICT, STOP, *map(_beat_key, self._views)):
-                store.compare_set(key, "", "")
+            store.create((VERDICT, STOP, *map(_beat_key, self._views)))
             last = False
             while not last:
                 self._hurry.clear()
@@ -315,87 +321,103 @@ class Monitor:
             for done in (*errands, *self._errands):
                 done.set()
 
-    def _exchange(self, store: Any) -> bool:
+    def _exchange(self, store: SharedStore) -> bool:
         """One beat. True after the last one."""
         self._beats += 1
         beat, verdict, closed = self._beat(), self._verdict, self._closed
         self._sent = beat
         store.set(_beat_key(self._rank), json.dumps(vars(beat)))
         if verdict is not None:
-            store.compare_set(VERDICT, "", json.dumps(verdict))
+            store.set_first(VERDICT, json.dumps(verdict))
         if self._stop_wanted is not None and self.stop_requested is None:
-            store.compare_set(STOP, "", self._stop_wanted)
-        published, stop, *beats = store.multi_get([VERDICT, STOP, *map(_beat_key, self._views)])
+            store.set_first(STOP, self._stop_wanted)
+        published, stop, *beats = store.get_all([VERDICT, STOP, *map(_beat_key, self._views)])
         for rank, text in zip(self._views, beats, strict=True):
             self._see(rank, text)
         if stop and self.stop_requested is None:
-            self.stop_requested = stop.decode()
-        if published and verdict is None:
-            self._settle(Verdict(*json.loads(published)))
+            self.stop_requested = stop.decode(errors="replace")
+        if published and verdict is None and (heard := self._read(_VERDICT, published)) is not None:
+            self._settle(heard)
+        if self._rank == 0 and self._beats % FOREIGN_BEATS == 1:
+            self._tell_of_strangers(store)
         return closed or (self._rank != 0 and beat.kind in ("finished", "ended"))
 
     def _see(self, rank: int, text: bytes) -> None:
-        if not text:
+        beat = self._read(_BEAT, text) if text else None
+        if beat is None:
             return
-        beat = Beat(**json.loads(text))
         known = self._views[rank].beat
         if known is None or known.number != beat.number:
             self._views[rank] = View(self._clock.seconds, beat)
+
+    def _read(self, kind: TypeAdapter[T], text: bytes) -> T | None:
+        """What a rank wrote; None where it is nothing of the kind: without a secret, anybody may have written it."""
+        try:
+            return kind.validate_json(text)
+        except ValueError:
+            self._strange = True
+            return None
+
+    def _tell_of_strangers(self, store: SharedStore) -> None:
+        """Note once that others than this run's ranks write to its store."""
+        foreign = store.foreign_keys()
+        if (foreign or self._strange) and not self._warned_of_strangers:
+            self._warned_of_strangers = True
+            where = f" ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})" if foreign else ""
+            self._note(
+                f"somebody who is no rank of this run writes to the ranks' store{where}: ignored; ranks of another run that "
+                "were given the same MASTER_PORT, or ranks of this one without its FASTDISTIL_STORE_SECRET?"
+            )
 
 
 def _beat_key(rank: int) -> str:
     return f"monitor/beat/{rank}"
 
 
-def agree_equal(store: Any, rank: int, size: int, what: Mapping[str, str], timeout_s: float) -> None:
-    """Every rank calls this with values that must be the same on all, by name. `store`: a connection of the caller's own.
+def agree_equal(store: SharedStore, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> None:
+    """Compare values that must be the same on all ranks, by name; every rank calls this, with a connection of its own.
 
-    Raises UserError on all ranks, naming who differs from rank 0 in what, and RankLost naming who did not come in time.
+    Raises UserError on all ranks, naming who differs from rank 0 in what, and RankLost naming who is gone, or does not come.
     """
     try:
-        lost, differing = _agree(store, rank, size, what, timeout_s)
-    except RuntimeError as error:  # torch's DistError is one
-        reason = str(error).partition("\n")[0]
-        raise RankLost(f"rank 0 did not say whether all ranks have the same {', '.join(what)}: {reason}") from error
-    if lost:
-        raise RankLost(f"{rank_list(lost)} did not start within {timeout_s:g} s")
+        with monitor.waiting(f"every rank's {', '.join(what)}"):
+            differing = _agree(store, rank, size, what, monitor)
+    except (RuntimeError, ValueError) as error:  # torch's DistError is one; what is no rank's is no JSON of the kind
+        raise monitor.lost(error) from error
     if differing:
         parts = ", ".join(f"another {name} on {rank_list(ranks)}" for name, ranks in differing.items())
         raise UserError(f"{parts} than on rank 0; start every rank with the same command, on the same files")
 
 
-def _agree(
-    store: Any, rank: int, size: int, what: Mapping[str, str], timeout_s: float
-) -> tuple[list[int], dict[str, list[int]]]:
-    """What _compared found, on every rank."""
+def _agree(store: SharedStore, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> dict[str, list[int]]:
+    """Return, on every rank: name -> ranks whose value is not rank 0's."""
     turn = store.add(f"agree/calls/{rank}", 1)
     keys = [f"agree/{turn}/{other}" for other in range(size)]
     result, heard = f"agree/{turn}/result", f"agree/{turn}/heard"
     store.set(keys[rank], json.dumps(dict(what)))
-    if rank == 0:
-        found = _compared(store, keys, timeout_s)
-        store.set(result, json.dumps(found))
-        if any(found):  # all will raise, and the store may go with rank 0: not before the others have heard
-            until = time.monotonic() + LINGER_S
-            while store.add(heard, 0) < size - 1 - len(found[0]) and time.monotonic() < until:
-                time.sleep(0.02)
-        return found
-    store.wait([result], timedelta(seconds=timeout_s + LINGER_S))
-    lost, differing = json.loads(store.get(result))
-    if lost or differing:
-        store.add(heard, 1)
-    return lost, differing
-
-
-def _compared(store: Any, keys: Sequence[str], timeout_s: float) -> tuple[list[int], dict[str, list[int]]]:
-    """Ranks that did not come, and name -> ranks whose value is not rank 0's."""
-    try:
-        store.wait(list(keys), timedelta(seconds=timeout_s))
-    except RuntimeError:
-        lost = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        if lost:
-            return lost, {}
-    first, *others = (json.loads(text) for text in store.multi_get(list(keys)))
+    if rank != 0:
+        _await_keys(store, [result], monitor)
+        differing = TypeAdapter(dict[str, list[int]]).validate_json(store.get(result))
+        if differing:
+            store.add(heard, 1)
+        return differing
+    _await_keys(store, keys, monitor)
+    first, *others = (_AGREED.validate_json(store.get(key)) for key in keys)
     names = dict.fromkeys(name for values in (first, *others) for name in values)
-    differing = {name: [rank for rank, values in enumerate(others, 1) if values.get(name) != first.get(name)] for name in names}
-    return [], {name: ranks for name, ranks in differing.items() if ranks}
+    by_name = {name: [rank for rank, values in enumerate(others, 1) if values.get(name) != first.get(name)] for name in names}
+    differing = {name: ranks for name, ranks in by_name.items() if ranks}
+    store.set(result, json.dumps(differing))
+    if differing:  # all will raise, and the store goes with rank 0: not before the others have heard
+        until = time.monotonic() + LINGER_S
+        while store.add(heard, 0) < size - 1 and time.monotonic() < until:
+            time.sleep(0.02)
+    return differing
+
+
+def _await_keys(store: SharedStore, keys: Sequence[str], monitor: Monitor) -> None:
+    """Wait until the store has all keys. Without a limit: who does not come, the monitor says, here as everywhere."""
+    pause_s = 0.01
+    while not store.check(keys):
+        monitor.check()
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.2)

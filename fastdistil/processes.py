@@ -154,7 +154,7 @@ def start(
             environ = rank_environment(base, own, devices)
             process = _popen(list(command), stdout, environ)
         else:
-            process = _popen([*ssh, slot.host, remote_line(base)], stdout, None)
+            process = _popen(on_host(ssh, slot.host, remote_line(base)), stdout, None)
             request = {
                 "command": list(command),
                 "environ": {name: value for name, value in base.items() if CARRIED.fullmatch(name)} | dict(own),
@@ -185,6 +185,11 @@ def _pump(pipe: IO[bytes], out: TextIO) -> None:
     while chunk := os.read(pipe.fileno(), 65536):
         out.write(chunk.decode(errors="replace"))
         out.flush()
+
+
+def on_host(ssh: Sequence[str], host: str, line: str) -> list[str]:
+    """Return the command by which `ssh` has `host`, which is never one of its options, run a line of its shell."""
+    return [*ssh, "--", host, line]
 
 
 def remote_line(base: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastdistil.errors import UserError
@@ -22,7 +22,7 @@ SLURM_SHELLS = frozenset({"4294967290", "4294967291"})
 # Set for each rank by one launcher or another: a launcher of ranks must not pass on its own.
 RANK_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|FASTDISTIL_LAUNCHER"
-    r"|FASTDISTIL_LAUNCHER_PID|TORCHELASTIC_.*|HOROVOD_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE)"
+    r"|FASTDISTIL_LAUNCHER_PID|FASTDISTIL_STORE_SECRET|TORCHELASTIC_.*|HOROVOD_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE)"
     r"|OMPI_COMM_WORLD_.*|PMI_RANK|PMI_SIZE|MPI_LOCALRANKID|MPI_LOCALNRANKS)"
 )
 
@@ -45,6 +45,8 @@ class Place:
     """On `address`: where the ranks' store is, or is to be."""
     serve_store: bool = True
     """Whether rank 0 is to serve the store at `port`; False: the launcher does already."""
+    secret: str = field(default="", repr=False)
+    """What only this run's ranks have: their store takes no other's word. Empty: the launcher gave them none."""
     attempt: str = ""
     """Prefix of all keys in a store that outlives the ranks: torchrun starts them again (--max-restarts) with the same one."""
 
@@ -68,6 +70,11 @@ def environment_of_no_rank(environ: Mapping[str, str] = os.environ) -> dict[str,
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
     """This process's place, or None if nobody started it as a rank. Raises UserError that names the variable at fault."""
+    place = _find_place(environ)
+    return place and replace(place, secret=environ.get("FASTDISTIL_STORE_SECRET", ""))
+
+
+def _find_place(environ: Mapping[str, str]) -> Place | None:
     if environ.get("FASTDISTIL_LAUNCHER") == "fastdistil":
         return _from_torch_names(environ, "fastdistil")
     if "TORCHELASTIC_RUN_ID" in environ:

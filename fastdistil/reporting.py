@@ -5,6 +5,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from fastdistil import models
@@ -12,6 +13,7 @@ from fastdistil.compression import starts_at
 from fastdistil.errors import translated
 from fastdistil.loop_state import Run
 from fastdistil.recipe import Objective
+from fastdistil.redaction import redacted
 from fastdistil.saving import count, rolling_back
 
 
@@ -37,7 +39,7 @@ def announce(run: Run) -> None:
     )
     run.event("environment", **run.instruments.survey(run.team, run.console.note))
     if run.board is not None:
-        run.board.text("recipe", run.recipe.to_yaml())
+        run.board.text("recipe", yaml.safe_dump(redacted(run.recipe.model_dump(mode="json")), sort_keys=False))
     if not run.team.alone:
         kind = run.recipe.compression.kind
         run.console.note(f"{world.size} ranks over {world.engine}, compression {kind}")

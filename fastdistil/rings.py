@@ -36,7 +36,10 @@ class _Buffer(NamedTuple):
 
 
 class RingProcesses:
-    """The rank's side: one process for each of `environments`, which its engine reads when it starts."""
+    """The rank's side: one process for each of `environments`, which its engine reads when it starts.
+
+    They are of use after `wait_until_loaded` and `connect`.
+    """
 
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in environments]
@@ -58,8 +61,18 @@ class RingProcesses:
         self._known: list[set[int]] = [set() for _ in pairs]
         self._staging: dict[str, Tensor] = {}
         self._answers: dict[str, dict[str, Any]] = {}
+
+    def wait_until_loaded(self) -> None:
+        """Wait until every process has loaded its engine's library, which concerns no other rank. Raises ConnectionError."""
         for each in self._sockets:
-            self._receive(each)  # its engine is up
+            self._receive(each)
+
+    def connect(self) -> None:
+        """Have every process connect to those of the other ranks, which are to do the same now. Raises ConnectionError."""
+        for each in self._sockets:
+            each.send(b'{"kind": "connect"}')
+        for each in self._sockets:
+            self._receive(each)
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeros in memory that the ring processes see too."""
@@ -175,9 +188,11 @@ def serve(begin: Callable[[], object], start: Start, end: Callable[[], object]) 
     with socket.socket(fileno=sockets[mine]) as rank:
         try:
             os.environ.update(environments[mine])
-            begin()
             rank.send(b"{}")
-            orderly = _carry_all(rank, start)
+            if rank.recv(_MESSAGE_BYTES):  # the word to connect; nothing: the rank is gone
+                begin()
+                rank.send(b"{}")
+                orderly = _carry_all(rank, start)
         except Exception as error:  # noqa: BLE001 (the rank has to hear of it, whatever it is)
             told = f"a communicator process failed: {' '.join(str(error).split())[:2000]}"
             with suppress(OSError):  # the rank is gone too

@@ -43,9 +43,8 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
     def met(connect: Connect) -> Monitor:
         nonlocal monitor
         assert place is not None
-        monitor = Monitor(connect, place.rank, place.size, timeout_s=options.timeout_s, note=told)
-        with monitor.waiting("all ranks to start"):
-            agree_equal(connect(), place.rank, place.size, equal, options.timeout_s)
+        monitor = Monitor(connect(), place.rank, place.size, timeout_s=options.timeout_s, note=told)
+        agree_equal(connect(), place.rank, place.size, equal, monitor)
         return monitor
 
     try:
@@ -56,8 +55,10 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
         except (errors.Stopped, errors.NonFinite):  # on all ranks alike
             _leave(world, monitor)
             raise
-        except RankLost:
-            raise
+        except RankLost as error:  # of whatever needed the lost rank first: the verdict's words are the same for all
+            if monitor is None:
+                raise
+            raise monitor.lost(error) from error
         except BaseException as error:
             if monitor is not None:
                 monitor.failed(error)
@@ -160,7 +161,7 @@ class Team:
             assert self.world.connect is not None
             self.world.barrier("fastdistil.ready")  # some load for longer, and have all the time that they need
             store = self.world.connect()
-            agree_equal(store, self.world.rank, self.world.size, facts, self.monitor.timeout_s)
+            agree_equal(store, self.world.rank, self.world.size, facts, self.monitor)
 
     def prepare_node(self, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
         """pre_run's commands and data.cache_dir's copies, once on each node; the recipe with the local copies' paths."""

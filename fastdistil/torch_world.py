@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fastdistil.collectives import Handle, Kind, Watch, World, starting
 from fastdistil.meeting import Connect
@@ -36,7 +35,7 @@ class TorchWorld(World):
         with starting(watch, self.rank):
             dist.init_process_group(
                 "gloo",
-                store=PrefixStore("torch", connect()),
+                store=connect().of_engine("torch"),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=options.timeout_s),

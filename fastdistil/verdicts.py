@@ -74,9 +74,16 @@ def silent(views: Mapping[int, View], now: float, limit_s: float) -> Verdict | N
         return None
     rank = max(ages, key=ages.__getitem__)
     beat = views[rank].beat
-    if beat is None:
-        return Verdict(rank, f"rank {rank} gave no sign of life for {age:.0f} s (not started, killed or cut off)")
-    return Verdict(rank, f"rank {rank} is silent for {age:.0f} s (killed, stopped or cut off); {beat.where()}")
+    if beat is not None:
+        return Verdict(rank, f"rank {rank} is silent for {age:.0f} s (killed, stopped or cut off); {beat.where()}")
+    absent = [other for other, view in views.items() if view.beat is None]
+    verb = "is" if len(absent) == 1 else "are"
+    return Verdict(rank, f"{rank_list(absent)} {verb} silent for {age:.0f} s (not started, killed, stopped or cut off)")
+
+
+def gone(rank: int, why: str, beat: Beat | None = None) -> Verdict:
+    """Return the verdict on a rank whose process cannot be reached any more, in the same words at every moment of a run."""
+    return Verdict(rank, f"rank {rank} is gone ({why})" + (f"; {beat.where()}" if beat is not None else ""))
 
 
 def _stuck(beats: Mapping[int, Beat], timeout_s: float) -> Verdict | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdistil import rings
 from fastdistil.build_horovod import HOW_TO_BUILD, IDLE_CYCLES
-from fastdistil.collectives import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting
+from fastdistil.collectives import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting, unhurried
 from fastdistil.errors import UserError
 from fastdistil.meeting import Connect, choose_interface, open_store, own_address
 from fastdistil.monitor import GRACE_S
@@ -38,6 +38,8 @@ from fastdistil.recipe import World as Options
 from fastdistil.torch_world import TorchWorld
 
 __all__ = ["Counters", "Handle", "Kind", "World", "join", "sent_bytes"]
+
+_RING_COMMAND = (sys.executable, "-m", "fastdistil.world")
 
 
 class HorovodWorld(World):
@@ -73,7 +75,15 @@ class HorovodWorld(World):
             store.set("horovod/rings", ",".join(map(str, ports)))
         ports = [int(port) for port in store.get("horovod/rings").decode().split(",")]
         _idle_seldom(self.device)
-        return rings.RingProcesses([sys.executable, "-m", "fastdistil.world"], [_horovod_environment(place, p) for p in ports])
+        processes = rings.RingProcesses(_RING_COMMAND, [_horovod_environment(place, port) for port in ports])
+        # A busy machine or a slow disk may load the library for longer than timeout_s: nobody is lost by that, and nobody
+        # connects, for which Gloo has its limit, before all others can.
+        with unhurried(self.watch, "loading the rings' processes"):
+            processes.wait_until_loaded()
+        ready = torch.zeros(1)
+        self.wait(self._begin("fastdistil.rings", lambda: self._carry("allreduce", ready, "fastdistil.rings", None)))
+        processes.connect()
+        return processes
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         if self._processes is None:
@@ -168,8 +178,9 @@ def _join_horovod(place: Place, options: Options, device: torch.device, met: Met
     if place.address is None:
         if os.environ.get("HOROVOD_CONTROLLER") == "gloo":
             _idle_seldom(device)
-        hvd.init()  # horovodrun, or MPI, knows how
-        place = _agree_on_address(hvd, place)
+        with starting(None, place.rank):
+            hvd.init()  # horovodrun, or MPI, knows how
+            place = _agree_on_address(hvd, place)
         connect = open_store(place, options.timeout_s)
         watch = met(connect)
     else:

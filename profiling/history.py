@@ -15,6 +15,7 @@ import yaml
 from fastdistil.errors import UserError, translated
 from fastdistil.metrics import effective_events, read_events
 from fastdistil.profiling.values import real
+from fastdistil.redaction import redacted
 
 Outcome = Literal["done", "stopped", "nonfinite", "open"]
 Event = dict[str, Any]
@@ -27,7 +28,7 @@ class History:
     directory: Path
     name: str
     recipe: dict[str, Any]
-    """recipe.yaml as it lies there, not validated: an older or newer fastdistil may have written it."""
+    """recipe.yaml as it lies there but for its secrets, not validated: an older or newer fastdistil may have written it."""
     start: Event
     """The last `start` or `resume`; empty if the run died before it."""
     starts: list[Event]
@@ -84,14 +85,14 @@ def load_history(path: str | Path) -> History:
     return History(
         directory=directory,
         name=directory.resolve().name,
-        recipe=_recipe(directory / "recipe.yaml"),
+        recipe=redacted(_recipe(directory / "recipe.yaml")),
         start=starts[-1] if starts else {},
         starts=starts,
         environment=environments[-1] if environments else {},
         environments=_environments(events),
         lines=_of(events, "train"),
         evaluations=_of(events, "evaluation"),
-        notes=_of(events, "note"),
+        notes=[redacted(note) for note in _of(events, "note")],
         checkpoints=_of(events, "checkpoint"),
         memory=memories[-1] if memories else None,
         trace=traces[-1] if traces else None,

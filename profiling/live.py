@@ -36,6 +36,7 @@ import yaml
 
 from fastdistil.profiling.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
 from fastdistil.profiling.values import real
+from fastdistil.redaction import redacted
 
 RECENT = 20
 """Log lines."""
@@ -216,7 +217,7 @@ class Live:
                 "kind": kind,
                 "time": at if math.isfinite(at) else None,
                 "update": update if isinstance(update, int) else None,
-                "text": text,
+                "text": redacted(text),
             }
         )
         if len(self._log) > 2 * LOG_ENTRIES:
@@ -304,7 +305,7 @@ class Live:
         elif self._outcome is not None:
             outcome = self._outcome
             message = outcome.get("why") or outcome.get("message") or ""
-            status |= {"kind": outcome["event"], "message": str(message)}
+            status |= {"kind": outcome["event"], "message": redacted(str(message))}
         elif not self._start:
             status |= {"kind": "waiting", "message": str(self.directory / "events.jsonl")}
         elif self._lock_seen and not self._locked:

@@ -3,8 +3,7 @@
 The file needs nothing else: no script, no request, no font of its own. It follows the reader's light or dark setting, and
 prints. The first run is the baseline of the differences. Equal runs give equal bytes.
 
-Of what surrounds a run only versions and devices are shown. Values of a recipe whose key names a secret, and credentials inside
-URLs, are replaced by [redacted].
+Of what surrounds a run only versions and devices are shown, and no secrets (redaction.py).
 """
 
 import json
@@ -33,12 +32,7 @@ from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.summary import PHASES, slowed_down, summarise
 from fastdistil.profiling.values import at, real
 
-REDACTED = "[redacted]"
 NOTES_SHOWN = 100
-_SECRET = frozenset(
-    {"token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "auth", "apikey", "key"}
-)
-_IN_VALUES = re.compile(r"(?<=://)[^/\s@]+(?=@)|\b(?:hf|ghp|gho|github_pat|sk|xox[abp])[_-][A-Za-z0-9_-]{16,}")
 TILES = {
     "speed.tokens_per_s": "throughput",
     "speed.step_p50_s": "step, median",
@@ -226,7 +220,7 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
                 "bottleneck": run.summary["bottleneck"],
                 "cautions": cautions(run),
                 "trace": run.summary["trace"],
-                "recipe": redacted(run.history.recipe),
+                "recipe": run.history.recipe,
             }
             for run in runs
         ],
@@ -355,23 +349,6 @@ def kernels(run: Reported) -> list[tuple[str, int, float, float]]:
     return [(charts.printable(str(each["name"])), each["calls"], each["ms"] / 1e3, each["share"]) for each in found]
 
 
-def redacted(recipe: Any, key: str = "") -> Any:
-    """A recipe without its secrets; `key`: under which it lies."""
-    words = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
-    match recipe:
-        case Mapping():
-            return {str(name): redacted(value, str(name)) for name, value in recipe.items()}
-        case list() | tuple():
-            return [redacted(value, key) for value in recipe]
-        # Numbers are settings: no secret is one, and `micro_batch_tokens` is none.
-        case str() if words & _SECRET or ("tokens" in words):
-            return REDACTED
-        case str():
-            return _IN_VALUES.sub(REDACTED, recipe)
-        case _:
-            return recipe
-
-
 def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(values, Mapping) and values:
         for name, value in values.items():
@@ -382,7 +359,7 @@ def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def recipe_differences(runs: Sequence[Reported]) -> list[tuple[str, list[str]]]:
     """(key, value in each run) of the recipes' fields that differ."""
-    flat = [dict(_leaves(redacted(run.history.recipe))) for run in runs]
+    flat = [dict(_leaves(run.history.recipe)) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each)
     rows = [(key, [charts.printable(str(each[key])) if key in each else "" for each in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -398,7 +375,7 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
         known = [update for update in updates if update is not None]
         where = f"update {known[0]:,}" if known else ""
         where += f", and {len(updates) - 1:,} more" if len(updates) > 1 else ""
-        found.append((where, charts.printable(_IN_VALUES.sub(REDACTED, message))))
+        found.append((where, charts.printable(message)))
     return found[:NOTES_SHOWN], max(0, len(found) - NOTES_SHOWN)
 
 
@@ -450,7 +427,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
     found, more = notes(history)
     done = history.lines[-1]["update"] if history.lines else history.start.get("update", 0)
     planned = history.start.get("updates")
-    recipe = yaml.safe_dump(redacted(history.recipe), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(history.recipe, sort_keys=False, allow_unicode=True)
     return {
         "name": run.name,
         "swatch": charts.swatch(index),

@@ -37,6 +37,7 @@ from fastdistil.profiling.scale_points import (
 )
 from fastdistil.profiling.scaling import Point, Sample, Workload
 from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
+from fastdistil.redaction import redacted
 
 WARMUP = 2
 """First updates of each run that are not counted: allocations, connections, the order of buckets."""
@@ -298,7 +299,7 @@ def as_json(study: Study, recipe: Recipe, points: Sequence[Measured], baseline: 
     return {
         "fastdistil": __version__,
         "recipe": study.recipe,
-        "overrides": list(study.overrides),
+        "overrides": redacted(list(study.overrides)),
         "device": {
             "kind": start.get("device"),
             "name": points[0].rounds[0].device,

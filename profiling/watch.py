@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 import socket
 import socketserver
@@ -43,6 +44,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+_REQUEST = re.compile(rb"[!-~]+ /[!-~]* HTTP/1\.[01]\r?\n")
 OTHER_PORTS = 50
 """Tried when the wanted one is in use, to name a free one."""
 
@@ -98,16 +100,26 @@ class Watch(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return f"port {port} cannot be had ({error.strerror}); --port 0 takes any that is free"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a page that was closed meanwhile
+        if not isinstance(sys.exception(), OSError):  # a page that was closed meanwhile, or reads no more
             super().handle_error(request, client_address)
 
 
 class _Answer(BaseHTTPRequestHandler):
     server: Watch
+    raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "fastdistil", ""
     timeout = 60.0
     disable_nagle_algorithm = True
+
+    def parse_request(self) -> bool:
+        """Refuse, before more of it is read, what asks for no path of this server: HTTP/0.9, addresses of others, noise."""
+        if _REQUEST.fullmatch(self.raw_requestline):
+            return super().parse_request()
+        self.command = self.requestline = ""
+        self.request_version, self.close_connection = self.protocol_version, True
+        self._refuse(HTTPStatus.BAD_REQUEST, "wanted GET /PATH HTTP/1.1")
+        return False
 
     def do_GET(self) -> None:
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
@@ -117,16 +129,16 @@ class _Answer(BaseHTTPRequestHandler):
                 HTTPStatus.FORBIDDEN, "this name is not this machine's; open the address that fastdistil watch printed"
             )
             return
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
+        path, _, fields = self.path.partition("#")[0].partition("?")
+        query = parse_qs(fields)
         if self.server.token is not None and not self._has_cookie():
             if _same(query.get("token", [""])[0], self.server.token):
                 self._take_in()
             else:
                 self._refuse(HTTPStatus.FORBIDDEN, "open the whole URL that fastdistil watch printed, with its token")
-        elif url.path == "/api/state":
+        elif path == "/api/state":
             self._state(query.get("since", [""])[0])
-        elif (file := self.server.files.get(url.path)) is not None:
+        elif (file := self.server.files.get(path)) is not None:
             self._file(*file)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")

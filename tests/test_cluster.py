@@ -264,6 +264,64 @@ def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], 
     assert (tmp_path / "Mine.yaml").read_text() == own_recipe.read_text()
 
 
+NASTY = [
+    "name=it's",
+    'data.train="$(touch pwned)" `touch pwned` $HOME ${HOME} $$ $(HOSTNAME) \\',
+    "a\nEND_OF_RECIPE\ntouch pwned\n",
+    "END_OF_RECIPE_",
+    "  - {x: y} # &a *a !b %c @d | > \t é \U0001f600 \x85 \u2028 \x07",
+    "",
+]
+CLUSTER = {
+    "skypilot": {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1"},
+    "dstack": {"DSTACK_NODES_NUM": "1", "DSTACK_NODE_RANK": "0", "DSTACK_MASTER_NODE_IP": "10.0.0.1"},
+    "mpijob": {},
+    "slurm": {},
+}
+
+
+def kubernetes_expands(text: str) -> str:
+    """As in a container's arguments: $$ is $, and $(NAME) the value of a variable that the container has."""
+    return re.sub(r"\$\$|\$\(HOSTNAME\)", lambda match: "$" if match[0] == "$$" else "pwned", text)
+
+
+@pytest.mark.parametrize("own", ["", "  \n# END_OF_RECIPE\n", "#\tx\n\tEND_OF_RECIPE\nEND_OF_RECIPE\n$(touch pwned) '\"`\n\n"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_reach_the_ranks_as_they_are(kind: Kind, own: str, tmp_path: Path) -> None:
+    """Whatever quotes, expansions, lines and marks of YAML or of a here-document they hold."""
+    recipe = "distilbert"
+    if own:
+        path = tmp_path / "Mine.yaml"
+        path.write_text(own)
+        recipe = str(path)
+    more = {"image": None} if kind in ("skypilot", "dstack") else {}
+    overrides = NASTY if own else NASTY[:3]  # the others show nowhere, and quote the whole script
+    text = made(kind, recipe=recipe, overrides=overrides, gpus="0", **more)
+    if kind == "slurm":
+        script = text
+    else:
+        *first, document = yaml.safe_load_all(text)
+        check(document, SCHEMAS[kind], kind)
+        script = shell_of(kind, document)
+        if kind == "mpijob":
+            assert [each["data"] for each in first] == ([{"Mine.yaml": own}] if own else [])
+            script = kubernetes_expands(script)
+    there = tmp_path / "there"
+    there.mkdir()
+    heard = tmp_path / "heard"
+    hears = f'printf "%s\\0" "$FASTDISTIL_STORE_SECRET" "$@" > {heard}'
+    done = run_script(
+        script, there, CLUSTER[kind], python3=hears, mpirun=hears, srun=hears, pip="true", python="true", scontrol="true"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.name for each in there.iterdir()) == ["Mine.yaml"] * bool(own and more) + ["tools"]
+    if own and more:
+        assert (there / "Mine.yaml").read_text() == own
+    secret, *arguments = heard.read_text().removesuffix("\0").split("\0")
+    assert arguments[arguments.index("train") + 2 :][: len(overrides)] == overrides
+    assert bool(re.fullmatch("[0-9a-f]{32}", secret)) == (kind in ("slurm", "mpijob"))
+
+
 def test_mpirun_starts_the_ranks_of_a_kubernetes_job(tmp_path: Path) -> None:
     script = shell_of("mpijob", documents("mpijob")[0])
     hostfile = tmp_path / "hostfile"
@@ -313,6 +371,11 @@ def run_script(script: str, folder: Path, environ: dict[str, str], **programs: s
         ("mpijob", {"gpus": "H100:8"}, "--gpus 8"),
         ("skypilot", {"gpus": "8"}, "H100:8"),
         ("skypilot", {"time": "8h"}, "--time"),
+        ("slurm", {"run_name": "x\n#SBATCH --uid=0"}, "name=NAME"),
+        ("slurm", {"recipe": "a\nb.yaml"}, "recipe"),
+        ("dstack", {"storage": "x\ny: z"}, "--storage"),
+        ("skypilot", {"image": "x\0"}, "--image"),
+        ("mpijob", {"recipe": "a b.yaml"}, "rename it"),
     ],
 )
 def test_what_cannot_be_had_is_refused(kind: Kind, wrong: dict[str, Any], says: str) -> None:

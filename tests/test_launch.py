@@ -66,6 +66,9 @@ exec(deed)
 """
 # A shell instead of another machine; what it is asked to run comes as ssh's does, as one string after the host's name.
 FAKE_SSH = """#!/bin/sh
+echo "$*" >> "$SSH_FOLDER/commands"
+[ "$1" = -- ] || exit 64
+shift
 echo "$1" >> "$SSH_FOLDER/hosts"
 [ -e "$SSH_FOLDER/down-$1" ] && { echo "ssh: connect to host $1 port 22: No route to host" >&2; exit 255; }
 shift
@@ -172,9 +175,12 @@ def test_every_rank_is_told_its_place(ranks: Ranks, monkeypatch: pytest.MonkeyPa
         assert environ["FASTDISTIL_LAUNCHER"] == "fastdistil" and "TORCHELASTIC_RUN_ID" not in environ
         assert 1 <= int(environ["OMP_NUM_THREADS"]) <= max(1, cores // 2)
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    assert first["FASTDISTIL_STORE_SECRET"] == second["FASTDISTIL_STORE_SECRET"]
+    assert len(bytes.fromhex(first["FASTDISTIL_STORE_SECRET"])) == 16
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert launch(ranks.job(2)) == 0
     assert ranks.starts[-1]["environ"]["OMP_NUM_THREADS"] == "3"
+    assert ranks.starts[-1]["environ"]["FASTDISTIL_STORE_SECRET"] != first["FASTDISTIL_STORE_SECRET"]
 
 
 def test_the_launcher_does_not_load_torch() -> None:
@@ -471,6 +477,8 @@ def test_other_hosts(ranks: Ranks, ssh: Path, capsys: pytest.CaptureFixture[str]
     carried = ["a", "WARN", "it's secret"]
     assert places == [["0", "2", "0", "2", *carried], ["1", "2", "0", "2", *carried], ["0", "1", "1", "2", *carried]]
     assert {start["cwd"] for start in ranks.starts} == {str(folder)}
+    (secret,) = {environ["FASTDISTIL_STORE_SECRET"] for environ in by_rank}
+    assert secret not in (ssh / "commands").read_text()  # nor in any list of processes
 
 
 def test_a_host_that_cannot_be_reached_is_named(ranks: Ranks, ssh: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -621,7 +629,24 @@ def test_hosts_and_numbers() -> None:
     assert parse_elastic("2:8") == (2, 8)
 
 
-@pytest.mark.parametrize("text", ["", "a:0", "a:", "a:x", ":2", "a,,b", "a:2,a:2", "localhost,localhost", "-oProxyCommand=x:1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a:0",
+        "a:",
+        "a:x",
+        ":2",
+        "a,,b",
+        "a:2,a:2",
+        "localhost,localhost",
+        "-oProxyCommand=x:1",
+        "a;b",
+        "a b",
+        "$(x)",
+        "a\0",
+    ],
+)
 def test_hosts_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="--hosts"):
         parse_hosts(text)

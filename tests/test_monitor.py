@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from fastdistil.errors import RankLost, UserError
+from fastdistil.meeting import SharedStore
 from fastdistil.monitor import GRACE_S, Monitor, agree_equal
 
 TIMEOUT_S = 4.0
@@ -59,8 +60,9 @@ class Rank:
     def __init__(self, scenario: str, rank: int, size: int, port: int, folder: Path) -> None:
         self.scenario, self.rank, self.size, self.port, self.folder = scenario, rank, size, port, folder
 
-    def connect(self) -> dist.TCPStore:
-        return dist.TCPStore("127.0.0.1", self.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+    def connect(self) -> SharedStore:
+        store = dist.TCPStore("127.0.0.1", self.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        return SharedStore(store, "secret")
 
     @staticmethod
     def note(text: str) -> None:
@@ -74,9 +76,9 @@ class Rank:
         # Connected first: the name look-ups of slow name servers are no part of what is timed here.
         connections = [self.connect(), self.connect()]
         if self.scenario != "never started":
-            store = dist.PrefixStore("gloo", connections.pop())
+            store = connections.pop().of_engine("gloo")
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
-        self.monitor = Monitor(connections.pop, self.rank, self.size, timeout_s=TIMEOUT_S, note=self.note)
+        self.monitor = Monitor(connections.pop(), self.rank, self.size, timeout_s=TIMEOUT_S, note=self.note)
         code = 0
         try:
             self.mark("begun")
@@ -408,7 +410,7 @@ def test_a_long_evaluation_and_a_held_interpreter_lock_are_no_loss(results: Resu
 def test_a_rank_that_never_starts(results: Results) -> None:
     (alone,) = results["never started"]
     assert alone.code == 12, alone.words
-    assert re_match(r"rank 1 gave no sign of life for [4-6] s", alone.message)
+    assert re_match(r"rank 1 is silent for [4-6] s \(not started, killed, stopped or cut off\)", alone.message)
 
 
 def test_a_program_that_goes_on_after_its_error_is_left_alone(results: Results) -> None:
@@ -425,18 +427,27 @@ def test_rank_0_warns_before_it_gives_a_rank_up(results: Results) -> None:
 
 # --- agreement at the start ---
 
+Call = Callable[[SharedStore, int, Monitor], None]
 
-def on_ranks(size: int, call: Callable[[dist.TCPStore, int], None], absent: tuple[int, ...] = ()) -> list[BaseException | None]:
-    """What `call` raises on each rank, each on a thread and a connection of its own."""
+
+def on_ranks(size: int, call: Call, absent: tuple[int, ...] = ()) -> list[BaseException | None]:
+    """What `call` raises on each rank, each on a thread, with a connection and a monitor of its own."""
     server = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
     raised: list[BaseException | None] = [None] * size
 
-    def one(rank: int) -> None:
+    def connect() -> SharedStore:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        return SharedStore(store, "secret")
+
+    def one(rank: int) -> None:
+        monitor = Monitor(connect(), rank, size, timeout_s=2, beat_s=0.05, hard_exit=lambda _: None)
         try:
-            call(store, rank)
+            call(connect(), rank, monitor)
         except (RankLost, UserError) as error:
             raised[rank] = error
+            if isinstance(error, UserError):
+                monitor.failed(error)
+        monitor.close()
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size) if rank not in absent]
     for thread in threads:
@@ -448,28 +459,29 @@ def on_ranks(size: int, call: Callable[[dist.TCPStore, int], None], absent: tupl
 
 
 def test_equal_ranks_agree_more_than_once() -> None:
-    def call(store: dist.TCPStore, rank: int) -> None:
-        agree_equal(store, rank, 3, {"recipe": "a"}, 10)
-        agree_equal(store, rank, 3, {"recipe": "a", "corpus": str(time.time_ns() // 10**18)}, 10)
+    def call(store: SharedStore, rank: int, monitor: Monitor) -> None:
+        agree_equal(store, rank, 3, {"recipe": "a"}, monitor)
+        agree_equal(store, rank, 3, {"recipe": "a", "corpus": str(time.time_ns() // 10**18)}, monitor)
+        monitor.finished()
 
     assert on_ranks(3, call) == [None] * 3
 
 
 def test_unequal_ranks_all_learn_who_differs_and_in_what() -> None:
-    def call(store: dist.TCPStore, rank: int) -> None:
+    def call(store: SharedStore, rank: int, monitor: Monitor) -> None:
         corpus = {} if rank == 3 else {"corpus": "x"}
-        agree_equal(store, rank, 5, {"recipe": "b" if rank in (1, 3, 4) else "a", "version": "1", **corpus}, 10)
+        agree_equal(store, rank, 5, {"recipe": "b" if rank in (1, 3, 4) else "a", "version": "1", **corpus}, monitor)
 
     raised = on_ranks(5, call)
     expected = "another recipe on ranks 1, 3, 4, another corpus on rank 3 than on rank 0; start every rank with the same"
     assert all(isinstance(error, UserError) and expected in str(error) for error in raised), raised
 
 
-def test_a_rank_that_does_not_come_to_the_agreement() -> None:
-    raised = on_ranks(4, lambda store, rank: agree_equal(store, rank, 4, {"recipe": "a"}, 1), absent=(2,))
-    assert raised[2] is None
-    assert all(isinstance(raised[rank], RankLost) for rank in (0, 1, 3))
-    assert {str(raised[rank]) for rank in (0, 1, 3)} == {"rank 2 did not start within 1 s"}
+def test_ranks_that_do_not_come_to_the_agreement() -> None:
+    raised = on_ranks(5, lambda store, rank, monitor: agree_equal(store, rank, 5, {"recipe": "a"}, monitor), absent=(2, 3))
+    assert all(isinstance(raised[rank], RankLost) for rank in (0, 1, 4)), raised
+    words = "ranks 2, 3 are silent for 2 s (not started, killed, stopped or cut off)"
+    assert {str(raised[rank]) for rank in (0, 1, 4)} == {words}
 
 
 if __name__ == "__main__":

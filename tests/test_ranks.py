@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil.errors import UserError
-from fastdistil.ranks import Place, expand_counts, expand_hosts, find_place
+from fastdistil.ranks import Place, environment_of_no_rank, expand_counts, expand_hosts, find_place
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = {
@@ -102,6 +102,14 @@ def test_one_node_needs_no_address() -> None:
     assert found(mpi).port == found({**mpi, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}).port
     slurm = {**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "4", "SLURM_LOCALID": "3"}
     assert found(slurm).address == "127.0.0.1"
+
+
+@pytest.mark.parametrize("launcher", ALL)
+def test_the_stores_secret_comes_from_the_environment_and_goes_no_further(launcher: str) -> None:
+    environ = {**ALL[launcher], "FASTDISTIL_STORE_SECRET": "s3cr3t"}
+    assert found(environ).secret == "s3cr3t" and found(ALL[launcher]).secret == ""
+    assert "s3cr3t" not in repr(found(environ))
+    assert "FASTDISTIL_STORE_SECRET" not in environment_of_no_rank(environ)
 
 
 def test_nobody_started_this_process_as_a_rank() -> None:

@@ -564,6 +564,53 @@ def test_two_requests_in_one_connection_and_a_body_that_nobody_asked_for(tmp_pat
     assert b"text/css" not in answer
 
 
+ODD_REQUESTS = {
+    "no version": (b"GET /\r\n", 400),  # HTTP/0.9, whose answer has no status
+    "no path": (b"GET\r\n\r\n", 400),
+    "an empty line": (b"\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", 400),
+    "version 2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "version 1.x": (b"GET / HTTP/1.x\r\nHost: localhost\r\n\r\n", 400),
+    "four words": (b"GET / HTTP/1.1 x\r\nHost: localhost\r\n\r\n", 400),
+    "no address": (b"GET http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "another's address": (b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "a proxy's": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "NUL": (b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "not ASCII": ("GET /\u2100 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), 400),
+    "percents": (b"GET /%zz%00%ff%?since=%ff%00% HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    "brackets": (b"GET //[/../ HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    "a long path": (b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"a" * 70_000), 414),
+    "a long header": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %b\r\n\r\n" % (b"a" * 70_000), 431),
+    "many headers": (b"GET / HTTP/1.1\r\nHost: localhost\r\n%b\r\n" % (b"X: y\r\n" * 300), 431),
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", 403),
+    "a host of bytes": (b"GET / HTTP/1.1\r\nHost: \xff\x00[\r\n\r\n", 403),
+    "no method": (b"__class__ / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    "a cursor of digits": (b"GET /api/state?since=%b HTTP/1.0\r\nHost: localhost\r\n\r\n" % (b"9" * 5_000), 200),
+    "a cookie of bytes": (b"GET / HTTP/1.0\r\nHost: localhost\r\nCookie: \xff=\x01;;==\r\n\r\n", 200),
+}
+
+
+def test_odd_requests_are_answered_with_a_status_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append(tmp_path, start(), train(1, 1.0))
+    with serving(tmp_path) as server:
+        for name, (request, status) in ODD_REQUESTS.items():
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+                peer.sendall(request)
+                assert peer.recv(65536).startswith(b"HTTP/1.1 %d " % status), name
+        assert ask(server)[0] == 200
+    assert capsys.readouterr().err == ""
+
+
+def test_a_page_that_reads_no_more_is_no_error_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Watch(tmp_path) as server:
+        for error in (TimeoutError("timed out"), BrokenPipeError()):
+            try:
+                raise error
+            except OSError:
+                server.handle_error(None, ("127.0.0.1", 1))
+    assert capsys.readouterr().err == ""
+
+
 # ---- how it is started and ended
 
 

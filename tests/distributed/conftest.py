@@ -29,6 +29,7 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
         **{name: str(value) for name, value in names.items()},
         "MASTER_ADDR": "127.0.0.1",
         "FASTDISTIL_LAUNCHER": "fastdistil",
+        "FASTDISTIL_STORE_SECRET": "0123456789abcdef",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }

@@ -6,18 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from fastdistil.errors import UserError
+from fastdistil import world
+from fastdistil.errors import RankLost, UserError
 from fastdistil.meeting import own_address
 from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
-from fastdistil.world import join, sent_bytes
+from fastdistil.world import Handle, World, join, sent_bytes
 
 Start = Callable[..., list["subprocess.Popen[str]"]]
 
@@ -226,7 +229,7 @@ def test_ranks_that_never_come_are_named(start_ranks: Start, tmp_path: Path) -> 
     ended = join_ranks(start_ranks, tmp_path, "if place.rank == 1: sys.exit(0)", 3, "torch")
     for rank in (0, 2):
         assert ended[rank].code == 12, ended[rank].said
-        assert re.search(r"rank 1 (did not start within 6 s|gave no sign of life for 6 s)", ended[rank].said), ended[rank].said
+        assert re.search(r"rank 1 is silent for \d+ s \(not started, killed", ended[rank].said), ended[rank].said
 
 
 @pytest.mark.parametrize("on", [0, 1])
@@ -330,7 +333,7 @@ from fastdistil.world import join
 
 place = find_place(os.environ)
 def met(connect):
-    return Monitor(connect, place.rank, place.size, timeout_s=20)
+    return Monitor(connect(), place.rank, place.size, timeout_s=20)
 world = join(place, Options(engine="horovod", timeout_s=20), torch.device("cpu"), met)
 world.barrier()
 if place.rank == 1:
@@ -353,6 +356,121 @@ def test_a_rank_that_enqueues_hears_of_a_lost_one(horovod: None, start_ranks: St
     out, err = survivor.communicate(timeout=60)
     assert lost.wait(60) == -signal.SIGKILL
     assert survivor.returncode == 12 and "rank 1 " in out, out + err
+
+
+class Refuses(World):
+    """Rank 1 of two, whose engine refuses every collective at its start, as Horovod does once a peer is gone."""
+
+    def _refuse(self, *_: object) -> Handle:
+        raise RuntimeError("Horovod has been shut down")
+
+    _carry = _broadcast = _move = _refuse  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda ranks: ranks.allreduce(torch.ones(4), name="x"),
+        lambda ranks: ranks.all_to_all(torch.ones(4), name="x"),
+        lambda ranks: ranks.all_gather(torch.ones(4), name="x"),
+        lambda ranks: ranks.sum([1], "x"),
+        lambda ranks: ranks.gather([1.0], "x"),
+        lambda ranks: ranks.sum_terms(torch.ones(2), "x"),
+        lambda ranks: ranks.broadcast(torch.ones(4), "x"),
+        lambda ranks: ranks.broadcast_bytes(b"x", "x"),
+        lambda ranks: ranks.move(torch.ones(4), "x", source=0, target=1),
+        lambda ranks: ranks.barrier("x"),
+    ],
+)
+def test_a_collective_that_does_not_even_start_is_a_lost_rank(collective: Callable[[World], object], watched: bool) -> None:
+    class Verdicts:
+        waiting = unhurried = staticmethod(nullcontext)
+
+        def check(self) -> None: ...
+
+        def lost(self, error: BaseException) -> RankLost:
+            return RankLost(f"rank 0 is silent; its last phase: saving ({error})")
+
+    ranks = Refuses(place(rank=1), CPU, watch=Verdicts() if watched else None)
+    with pytest.raises(RankLost, match="its last phase: saving" if watched else r"rank 1 could not finish x.*shut down"):
+        collective(ranks)
+
+
+@pytest.mark.parametrize("step", ["init", "broadcast_"])
+def test_an_engine_that_mpirun_connects_and_that_fails_is_a_lost_rank(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    engine = SimpleNamespace(**{"init": lambda: None, "broadcast_": lambda *_, **__: None, step: fail})
+    monkeypatch.setattr(world, "import_horovod", lambda: engine)
+    monkeypatch.setattr(world, "_set_horovod", lambda *_: None)
+    with pytest.raises(RankLost, match="rank 1 could not finish its connections: Connection reset by peer"):
+        join(place(rank=1, address=None, port=None), Options(engine="horovod"), CPU)
+
+
+# A ring's process: it has loaded once its rank is known to be unhurried, and connects once all ranks are ready.
+STAND_IN_RING = """
+import json, os, socket, sys, time
+
+def wait_for(name):
+    until = time.monotonic() + 20
+    while not os.path.exists(os.path.join(sys.argv[1], name)):
+        if time.monotonic() > until:
+            sys.exit(f"waited in vain for {name}")
+        time.sleep(0.01)
+
+sockets = [socket.socket(fileno=number) for number in json.loads(os.environ["FASTDISTIL_RING_SOCKETS"])]
+for step in ("unhurried", "ready"):
+    wait_for(step)
+    for each in sockets:
+        each.send(b"{}")
+    for each in sockets:
+        each.recv(1000)
+"""
+
+
+def test_ring_processes_load_unhurried_and_connect_once_all_have_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorder:
+        waiting = staticmethod(nullcontext)
+
+        @contextmanager
+        def unhurried(self, _: str) -> Iterator[None]:
+            (tmp_path / "unhurried").touch()
+            yield
+
+        def check(self) -> None: ...
+
+        def lost(self, error: BaseException) -> RankLost:
+            return RankLost(str(error))
+
+    def allreduce(tensor: torch.Tensor, **_: object) -> torch.Tensor:
+        (tmp_path / "ready").touch()
+        return tensor
+
+    engine = SimpleNamespace(
+        Sum=None, allreduce_async_=allreduce, poll=lambda _: True, synchronize=lambda tensor: tensor, shutdown=lambda: None
+    )
+    store: dict[str, bytes] = {}
+    connection = SimpleNamespace(set=lambda key, value: store.update({key: value.encode()}), get=store.__getitem__)
+    monkeypatch.setattr(world, "_serve_rendezvous", lambda *_: 1)
+    monkeypatch.setattr(world, "_RING_COMMAND", (sys.executable, "-c", STAND_IN_RING, str(tmp_path)))
+    ranks = world.HorovodWorld(place(), CPU, Options(engine="horovod", rings=2), lambda: connection, engine, [], Recorder())
+    ranks.close()
+
+
+@pytest.mark.slow
+def test_ring_processes_may_load_for_longer_than_the_timeout(horovod: None, start_ranks: Start, tmp_path: Path) -> None:
+    slowly = """
+if place.rank == 1:
+    later = "import time; time.sleep(9); from fastdistil import world; world._ring_main()"
+    world._RING_COMMAND = (sys.executable, "-c", later)
+settings += ["world.rings=2"]
+"""
+    for ended in join_ranks(start_ranks, tmp_path, slowly, 2, "horovod"):
+        assert ended.code == 0 and "met" in ended.said, ended.said
 
 
 def test_a_rank_may_load_for_longer_than_the_timeout(start_ranks: Start, tmp_path: Path) -> None:

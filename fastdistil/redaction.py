@@ -1,0 +1,66 @@
+"""Secrets, taken out of what a run shows to others: the student's README.md, reports, comparisons, the watched page.
+
+What is replaced by [redacted]:
+
+    in a mapping        a text under a key that names a secret (hub.token, api_key, accessToken), anything under one that names
+                        a password, and every command of pre_run
+    https://me:pw@host  what stands before the @ of an address
+    token=..., key: ... the value of a parameter, a variable or an option whose name says secret, and of ?key= in an address
+    Bearer ...          what follows it, and the whole value of an Authorization header
+    hf_..., sk-..., ... what begins as the tokens of widespread services do, JSON web tokens, private keys
+    pre_run: ...        the command that a note or an error repeats
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+REDACTED = "[redacted]"
+
+_NEVER_SHOWN = frozenset({"password", "passwd", "passphrase", "secret"})
+_SECRET = _NEVER_SHOWN | {"token", "tokens", "credential", "credentials", "auth", "authorization", "apikey", "key"}
+_NAME = r"[\w.-]{0,64}(?:password|passwd|passphrase|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)[\w.-]{0,64}"
+_TOKEN = r"[\w.-]{0,64}(?:token|auth|signature)"  # noqa: S105 - a pattern
+_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'&#,;})\]]+)"""
+# Numbers are settings: batch_tokens=4096.
+_NO_NUMBER = r"(?!-?[\d.,_]+(?![\w-]))"
+_PREFIXES = (
+    r"(?:hf|api_org|gh[oprsu]|github_pat|glpat|sk|pk|rk|xox[abeoprs]|npm|pypi|dckr_pat|ya29)[._-][\w-]{16,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"
+)
+_PATTERNS = [
+    (re.compile(pattern, flags), replacement)
+    for pattern, flags, replacement in (
+        (r"(?<=://)(?:[^\s/?#]*|[^\s/:@]+:(?!\d+/)[^\s@]*)@", 0, f"{REDACTED}@"),
+        (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL, REDACTED),
+        (r"""(authorization["']?\s*[:=]\s*["']?)[^"'\n]+""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (r"\b(bearer\s+)[\w.~+/=-]{6,}", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"""(\b{_NAME}["']?\s*[:=]\s*){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"""(\b{_TOKEN}["']?=){_NO_NUMBER}{_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"""(\s--?(?:{_NAME}|{_TOKEN})\s+){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (r"([?&;](?:key|sig|code|pass|pwd)=)[^\s&#]+", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"\b(?:{_PREFIXES})", 0, REDACTED),
+        (r"(pre_run(?: command|:|=) ?).*", re.DOTALL, rf"\1{REDACTED}"),
+    )
+]
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """Return a text, a recipe or an event without its secrets; `key` is the name under which it lies."""
+    words = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
+    match value:
+        case Mapping():
+            return {redacted(str(name)): redacted(inner, str(name)) for name, inner in value.items()}
+        case list() | tuple():
+            return [redacted(inner, key) for inner in value]
+        case None | bool():
+            return value
+        case str() if words & _SECRET or key == "pre_run":
+            return REDACTED
+        case str():
+            for pattern, replacement in _PATTERNS:
+                value = pattern.sub(replacement, value)
+            return value
+        case _:
+            # Other numbers are settings, as micro_batch_tokens.
+            return REDACTED if words & _NEVER_SHOWN else value
