@@ -289,6 +289,8 @@ def text_of(raw: bytes, text_field: str) -> str:
         record = json.loads(raw.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError(f"{json_kind(record)}, wanted an object")
     if text_field not in record:
