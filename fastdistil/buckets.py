@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.compression import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.errors import CorruptData
 from fastdistil.profiling.spans import Name, Spans
 from fastdistil.world import Handle, World
 
@@ -218,7 +219,9 @@ class Buckets:
 
         If it is not, its buckets are kept where compression's states lie in them, and made anew, in its order, where none do.
         """
-        assert sorted(layout["order"]) == list(range(len(self.parameters))), "the order is of other parameters"
+        dtypes = {parameter.dtype for parameter in self.parameters}
+        if sorted(layout["order"]) != list(range(len(self.parameters))) or len(layout.get("cuts") or ()) != len(dtypes):
+            raise CorruptData("the checkpoint's buckets are of other parameters; start anew")
         self._ordered, self._order, self._cuts = True, list(layout["order"]), None
         made_for = list(layout.get("made_for") or [])
         fits = made_for == self._options_and_rings
@@ -372,7 +375,9 @@ class Buckets:
         for number in order:
             starts[number] = numel
             numel += -(-self.parameters[number].numel() // unit) * unit
-        cuts = cuts or self._cut([starts[number] for number in order], numel, dtype.itemsize)
+        cuts = self._cut([starts[number] for number in order], numel, dtype.itemsize) if cuts is None else cuts
+        if len(cuts) < 2 or (cuts[0], cuts[-1]) != (0, numel) or any(first >= end for first, end in pairwise(cuts)):
+            raise CorruptData(f"the checkpoint's buckets do not hold {numel} elements, one after the other; start anew")
         if dtype not in self._flats:
             self._flats[dtype] = self.world.empty(numel, dtype)
         flat = self._flats[dtype].zero_()  # another order has its padding elsewhere

@@ -27,8 +27,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
+from fastdistil.untrusted import PlainName, Sha256, Whole, check, read_json, reason
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,6 +39,29 @@ _STEP = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HASH_CHUNK_BYTES = 1 << 22
+
+
+class FileFacts(TypedDict):
+    """What a manifest knows of a file."""
+
+    bytes: Whole
+    sha256: Sha256
+
+
+class Manifest(TypedDict):
+    """manifest.json; `sha256` is of all else in it."""
+
+    format: Whole
+    update: Whole
+    files: dict[PlainName, FileFacts]
+    sha256: Sha256
+
+
+class _Sealed(TypedDict):
+    """What the manifest of every format has."""
+
+    format: Whole
+    sha256: Sha256
 
 
 class Deferred(NamedTuple):
@@ -56,8 +81,7 @@ class Loaded:
 
     def read(self, group: str) -> dict[str, Tensor]:
         """One that was not loaded, on the CPU. Its file has been checked."""
-        with translated("reading a checkpoint", self.path):
-            return load_file(self.path / f"{group}.safetensors")
+        return _tensors(self.path / f"{group}.safetensors", "cpu")
 
 
 def save(
@@ -110,14 +134,25 @@ def load(path: Path, device: str | torch.device = "cpu", groups: Collection[str]
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}; give a directory such as checkpoints/step-00000500 of a run")
     manifest = _verified(path)
+    names = {name.removesuffix(".safetensors"): name for name in manifest["files"] if name.endswith(".safetensors")}
+    chosen = names if groups is None else {group: names[group] for group in names if group in groups}
+    tensors = {group: _tensors(path / name, str(device)) for group, name in chosen.items()}
     with translated("reading a checkpoint", path):
-        tensors = {
-            name.removesuffix(".safetensors"): load_file(path / name, device=str(device))
-            for name in manifest["files"]
-            if name.endswith(".safetensors") and (groups is None or name.removesuffix(".safetensors") in groups)
-        }
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        try:
+            state = read_json(path / STATE)
+            check(dict[str, Any], state)
+        except (FileNotFoundError, ValueError) as error:
+            raise CorruptData(f"{path / STATE} is no state of a run ({reason(error)})") from error
     return Loaded(manifest["update"], tensors, state, path)
+
+
+def _tensors(path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a file. Raises CorruptData where it is none of safetensors', or missing."""
+    with translated("reading a checkpoint", path):
+        try:
+            return load_file(path, device=device)
+        except (FileNotFoundError, SafetensorError, ValueError) as error:
+            raise CorruptData(f"{path} holds no tensors ({reason(error)})") from error
 
 
 def latest(
@@ -245,8 +280,8 @@ def _check_space(directory: Path, needed: int) -> None:
 
 def _write_manifest(directory: Path, update: int, names: list[str]) -> None:
     files = {name: {"sha256": _sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
-    manifest: dict[str, Any] = {"format": FORMAT, "update": update, "files": files}
-    manifest["sha256"] = _own_sha256(manifest)
+    values = {"format": FORMAT, "update": update, "files": files}
+    manifest = {**values, "sha256": _own_sha256(values)}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -264,15 +299,16 @@ def _own_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        found, expected = _own_sha256(manifest), manifest["sha256"]
+        manifest: Manifest = read_json(path)
+        check(_Sealed, manifest)
     except FileNotFoundError as error:
         raise CorruptData(f"{path} is missing: {directory} is not a whole checkpoint") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptData(f"{path} is not a manifest ({error})") from error
+    except ValueError as error:
+        raise CorruptData(f"{path} is not a manifest ({reason(error)})") from error
+    found, expected = _own_sha256(manifest), manifest["sha256"]
     if found != expected:
         raise CorruptData(f"{path} is corrupt: expected sha256 {expected}, found {found}")
     if manifest["format"] > FORMAT:
@@ -280,10 +316,14 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} is a checkpoint of format {manifest['format']}, this fastdistil reads up to {FORMAT}; "
             "upgrade fastdistil"
         )
+    try:
+        check(Manifest, manifest)
+    except ValueError as error:
+        raise CorruptData(f"{path} is not a manifest ({reason(error)})") from error
     return manifest
 
 
-def _verified(directory: Path) -> dict[str, Any]:
+def _verified(directory: Path) -> Manifest:
     with translated("checking a checkpoint", directory):
         manifest = _read_manifest(directory)
         for name, expected in manifest["files"].items():

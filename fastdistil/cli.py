@@ -332,7 +332,7 @@ def evaluate(
     from fastdistil import evaluate as evaluation
     from fastdistil.errors import UserError
 
-    if positions != "all" and not positions.isdecimal():
+    if positions != "all" and not (positions.isdecimal() and len(positions) <= 15):
         raise UserError(f"--positions is a number or all, got {positions!r}")
     options = evaluation.EvaluateOptions(
         positions="all" if positions == "all" else int(positions),

@@ -15,16 +15,19 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.masking import ranges
+from fastdistil.untrusted import PlainName, Sha256, Whole, check, converted, read_json, reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,43 +42,68 @@ FastTokenizer: TypeAlias = "PreTrainedTokenizerFast"
 """A name for annotations that costs no import of transformers."""
 
 
+class FileFacts(TypedDict):
+    """What a manifest knows of a file."""
+
+    bytes: Whole
+    sha256: Sha256
+
+
+class ShardFacts(TypedDict):
+    tokens: Whole
+    sequences: Whole
+
+
+def _corpus_name(name: str) -> str:
+    first, *others = name.split("/")
+    for part in (first, *others):
+        check(PlainName, part)
+    if others and first != "tokenizer":
+        raise ValueError("wanted the name of a file of a corpus, or of one in its tokenizer/")
+    return name
+
+
+CorpusName = Annotated[str, AfterValidator(_corpus_name)]
+"""A file within a corpus's directory: nothing else may be read, copied or written by a manifest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """manifest.json: these fields, `format`, and `sha256` of them all as JSON with sorted keys and no spaces."""
 
-    sequences: int
-    tokens: int
-    documents: int
+    sequences: Whole
+    tokens: Whole
+    documents: Whole
     """With at least one token; a document of more than a block counts once for each part."""
-    dropped: int
+    dropped: Whole
     """Pieces dropped by min_tokens and max_unknown."""
-    records: int
+    records: Whole
     """Lines of .txt, records of JSON lines and parquet, read or not."""
-    bad_records: int
-    unmarked_files: int
+    bad_records: Whole
+    unmarked_files: Whole
     """Files in which strip_gutenberg found nothing to strip."""
-    vocab_size: int
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=2**32)]
     fingerprint: str
     """vocabulary_fingerprint of the tokenizer."""
     tokenizer_sha256: str
     """Of the tokenizer's whole definition."""
-    dtype: str
+    dtype: Annotated[str, Field(pattern="^uint(16|32)$")]
     """Of the token shards."""
     options: dict[str, Any]
     """PrepareOptions without workers and max_bad_fraction."""
     inputs: list[dict[str, Any]]
     """path, bytes, mtime_ns of each input, in the order read."""
-    shards: list[dict[str, int]]
+    shards: Annotated[list[ShardFacts], Field(min_length=1)]
     """tokens, sequences of each shard."""
-    files: dict[str, dict[str, Any]]
+    files: dict[CorpusName, FileFacts]
     """bytes, sha256 of every file but the manifest, by name."""
-    passed_over_files: int = 0
+    passed_over_files: Whole = 0
     """Hidden and backup files of the directories given."""
-    half_marked_files: int = 0
+    half_marked_files: Whole = 0
     """Files in which strip_gutenberg found a header without its footer, or a footer without its header."""
-    gutenberg_characters: int = 0
+    gutenberg_characters: Whole = 0
     """Characters that strip_gutenberg looked through."""
-    gutenberg_removed: int = 0
+    gutenberg_removed: Whole = 0
     """Of these, those of headers, footers and licences."""
 
     def to_json(self) -> str:
@@ -86,18 +114,32 @@ class Manifest:
     def read(cls, path: Path) -> Self:
         """Raises CorruptData where the file does not match its own checksum, UserError where a newer fastdistil wrote it."""
         try:
-            values = json.loads(path.read_bytes())
-            found = values["format"]
-            expected = values.pop("sha256")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptData(f"{path} is damaged ({error}); {PREPARE_AGAIN}") from error
-        if isinstance(found, int) and found > FORMAT:
-            raise UserError(f"{path} has format {found}, this fastdistil reads up to {FORMAT}; upgrade fastdistil")
+            values = read_json(path)
+            check(_Sealed, values)
+        except ValueError as error:
+            raise CorruptData(f"{path} is damaged ({reason(error)}); {PREPARE_AGAIN}") from error
+        if values["format"] > FORMAT:
+            raise UserError(f"{path} has format {values['format']}, this fastdistil reads up to {FORMAT}; upgrade fastdistil")
+        expected = values.pop("sha256")
         actual = text_sha256(canonical(values))
         if actual != expected:
             raise CorruptData(f"{path} is damaged: sha256 expected {expected}, found {actual}; {PREPARE_AGAIN}")
-        # What an older fastdistil did not count keeps its default.
-        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values or item.default is MISSING})
+        try:
+            manifest = converted(cls, values)
+            shards = range(len(manifest.shards))
+            needed = ["counts.bin", *map(tokens_name, shards), *map(lengths_name, shards)]
+            if missing := [name for name in needed if name not in manifest.files]:
+                raise ValueError(f"files.{missing[0]} is missing")
+        except ValueError as error:
+            raise CorruptData(f"{path} is no manifest ({reason(error)}); {PREPARE_AGAIN}") from error
+        return manifest
+
+
+class _Sealed(TypedDict):
+    """What the manifest of every format has."""
+
+    format: Whole
+    sha256: Sha256
 
 
 PREPARE_AGAIN = "restore the directory from a copy, or delete it and run fastdistil prepare again"
@@ -132,10 +174,15 @@ class Corpus:
         parts = [np.fromfile(path / lengths_name(shard), "<i4") for shard in names]
         self.lengths: Lengths = np.concatenate(parts)
         """int32 [n_sequences], special tokens included."""
+        if not len(self.lengths) or self.lengths.min() < 1:
+            raise CorruptData(f"{path} has a sequence without tokens, or no sequence at all; {PREPARE_AGAIN}")
         self._offsets: Integers = np.zeros(len(self.lengths) + 1, np.int64)
         np.cumsum(self.lengths, out=self._offsets[1:])
         little = np.dtype(manifest.dtype).newbyteorder("<")
-        self._shards = [np.memmap(path / tokens_name(shard), little, "r") for shard in names]
+        try:
+            self._shards = [np.memmap(path / tokens_name(shard), little, "r") for shard in names]
+        except ValueError as error:  # empty, or with a part of a token at its end
+            raise CorruptData(f"{path} has a shard that holds no whole tokens ({error}); {PREPARE_AGAIN}") from error
         self._first_sequence = np.cumsum([0, *(len(part) for part in parts)])
         held = [len(tokens) for tokens in self._shards]
         described = self._offsets[self._first_sequence[1:]] - self._offsets[self._first_sequence[:-1]]
@@ -180,10 +227,13 @@ class Corpus:
                 tokens[:] = self._shards[shard][source]
             else:
                 tokens[ranges(ends_n[here] - lengths_n[here], lengths_n[here])] = self._shards[shard][source]
+        if len(tokens) and (largest := int(tokens.max())) >= self.manifest.vocab_size:  # where only sizes were verified
+            vocabulary = self.manifest.vocab_size
+            raise CorruptData(f"{self.path} holds token {largest}, its vocabulary has {vocabulary}; {PREPARE_AGAIN}")
         return tokens
 
 
-def check_file(path: Path, expected: dict[str, Any], full: bool) -> None:
+def check_file(path: Path, expected: FileFacts, full: bool) -> None:
     if not path.is_file():
         raise CorruptData(f"{path} is missing; {PREPARE_AGAIN}")
     size = path.stat().st_size

@@ -84,7 +84,8 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             place = error.filename or path
             raise UserError(f"no permission while {doing}: {place}; choose a directory you can write to") from error
-        if error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):  # a file for a directory, or the other way round
+        # A file for a directory, or the other way round; a name that no file system has.
+        if error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             place = error.filename2 or error.filename or path
             raise UserError(f"{error.strerror} while {doing}: {place}; name another path") from error
         raise

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdistil.buckets import MIB, BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
 from fastdistil.cost import Measured, choose
-from fastdistil.errors import UserError
+from fastdistil.errors import CorruptData, UserError
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, Recipe
 from fastdistil.team import Team
@@ -86,10 +86,9 @@ class OneRank:
         compressor = make_compressor(config, ranks=state["ranks"], rank=0, engine="torch", seed=self._recipe.seed)
         if set(compressor.state_kinds.values()) <= {"shared"}:
             return []
-        ranks = [read(rank) for rank in range(state["ranks"])]
         buckets = Buckets(self._parameters, team.world, compressor=compressor, uncompressed=compressor)
         buckets.set_layout(state["layout"])
-        buckets.fill_with_owed(ranks)
+        buckets.fill_with_owed([_complete(read(rank), buckets.states(), rank) for rank in range(state["ranks"])])
         buckets.close()
         self._owed = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._optimizer.zero_grad(set_to_none=True)
@@ -236,13 +235,21 @@ class Several(OneRank):
         if state["ranks"] != self._world.size:
             told += [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
             if self._world.is_chief:
-                read = self._buckets.redistributed([read(rank) for rank in range(state["ranks"])]).__getitem__
-        team.send_each(read, own, "residuals")
+                states = [_complete(read(rank), own, rank) for rank in range(state["ranks"])]
+                read = self._buckets.redistributed(states).__getitem__
+        team.send_each(lambda rank: _complete(read(rank), own, rank), own, "residuals")
         self._buckets.load_states(own)
         return told
 
 
 Exchange = OneRank
+
+
+def _complete(states: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int) -> Mapping[str, Tensor]:
+    """The states of a rank that a checkpoint holds. Raises CorruptData where it lacks one that this run's ranks have."""
+    if missing := sorted(own.keys() - states.keys()):
+        raise CorruptData(f"the checkpoint's rank-{rank}.safetensors lacks {missing[0]}; start anew")
+    return states
 
 
 def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer, spans: Spans | None = None) -> Exchange:

@@ -27,9 +27,12 @@ from fastdistil.attempts import INTERRUPTED, LOST, SAVED, SSH_FAILED, Attempt, I
 from fastdistil.errors import UserError
 from fastdistil.processes import Slot, Voices, on_host, supervise, tie_to_launcher
 from fastdistil.ranks import find_place
+from fastdistil.untrusted import shown
 
 RESTARTS = 10
 """Elastic: starts in a row without a new checkpoint, after which the run is given up."""
+MOST_RANKS = 2**16
+"""More are a mistake: each is a process, and rank 0 holds a connection to each."""
 BUG = 1
 
 
@@ -67,13 +70,22 @@ def parse_hosts(text: str) -> tuple[Slot, ...]:
     slots: list[Slot] = []
     for part in text.split(","):
         host, colon, count = part.strip().partition(":")
-        if not re.fullmatch(r"(?!-)[\w.@%+-]+", host) or (colon and not (count.isdecimal() and int(count))):
-            raise UserError(f"--hosts {text!r}: {part!r} is not HOST or HOST:RANKS with at least one rank; wanted e.g. a:8,b:8")
+        if not re.fullmatch(r"(?!-)[\w.@%+-]+", host) or (colon and not _is_count(count)):
+            raise UserError(
+                f"--hosts {shown(text)}: {shown(part)} is not HOST or HOST:RANKS with 1 to {MOST_RANKS:,} ranks; "
+                "wanted e.g. a:8,b:8"
+            )
         name = None if host in own_names() else host
         if any(slot.host == name for slot in slots):
-            raise UserError(f"--hosts {text!r} names {host} twice; give it once, with all its ranks")
+            raise UserError(f"--hosts {shown(text)} names {shown(host)} twice; give it once, with all its ranks")
         slots += [Slot(name, index) for index in range(int(count or 1))]
+        if len(slots) > MOST_RANKS:
+            raise UserError(f"--hosts {shown(text)} has room for more than {MOST_RANKS:,} ranks; give fewer")
     return tuple(slots)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_RANKS)) and 1 <= int(text) <= MOST_RANKS
 
 
 def own_names() -> set[str]:
@@ -83,8 +95,8 @@ def own_names() -> set[str]:
 
 def choose_slots(np: int | None, hosts: str | None) -> tuple[tuple[Slot, ...], int]:
     """(slots, ranks to start) for np and hosts as users give them. Raises UserError."""
-    if np is not None and np < 1:
-        raise UserError(f"the number of ranks is at least 1, got {np}")
+    if np is not None and not 1 <= np <= MOST_RANKS:
+        raise UserError(f"the number of ranks is 1 to {MOST_RANKS:,}, got {shown(np)}")
     if hosts is None:
         return tuple(Slot(None, index) for index in range(np or 1)), np or 1
     slots = parse_hosts(hosts)
@@ -96,8 +108,8 @@ def choose_slots(np: int | None, hosts: str | None) -> tuple[tuple[Slot, ...], i
 def parse_elastic(text: str) -> tuple[int, int]:
     """`2:8` as (2, 8). Raises UserError."""
     low, _, high = text.partition(":")
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise UserError(f"--elastic {text!r} is not MIN:MAX with 1 <= MIN <= MAX, e.g. 2:8")
+    if not (_is_count(low) and _is_count(high) and int(low) <= int(high)):
+        raise UserError(f"--elastic {shown(text)} is not MIN:MAX with 1 <= MIN <= MAX, e.g. 2:8")
     return int(low), int(high)
 
 

@@ -24,7 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.events import LINE_BYTES, check_fields, parse_event
 from fastdistil.profiling.memory import device_memory, host_memory
+from fastdistil.untrusted import reason
 from fastdistil.watchdog import FiniteGuard
 
 
@@ -77,17 +79,19 @@ def read_events(path: Path, effective: bool = False) -> Iterator[dict[str, Any]]
 
 def _parsed(path: Path) -> Iterator[dict[str, Any]]:
     with translated("reading the event log", path), path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+            if len(line) == LINE_BYTES:
+                raise CorruptData(f"{path} line {number} is not an event: it has {LINE_BYTES:,} bytes or more")
             if not line.endswith(b"\n"):
                 return
             try:
-                event = json.loads(line)
+                event = parse_event(line)
+                check_fields(event)
             except ValueError as error:
-                raise CorruptData(f"{path} line {number} is not JSON ({error})") from error
-            if not isinstance(event, dict):
-                raise CorruptData(f"{path} line {number} is not a JSON object: {line[:60]!r}")
-            if not isinstance(event.get("event"), str) or not isinstance(event.get("update"), int | None):
-                raise CorruptData(f"{path} line {number} is not an event: {line[:60]!r}")
+                raise CorruptData(
+                    f"{path} line {number} is not an event ({reason(error)}): {line[:60]!r}; it was damaged, or a newer "
+                    "fastdistil wrote it"
+                ) from error
             yield event
 
 

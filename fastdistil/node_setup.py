@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
-from fastdistil.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
+from fastdistil.corpus import PREPARE_AGAIN, FileFacts, Manifest, check_file, text_sha256
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
 from fastdistil.ranks import environment_of_no_rank
 
@@ -176,7 +176,7 @@ def _copy(source: Path, target: Path, manifest: Manifest) -> None:
     _sync(target.parent)
 
 
-def _matches(path: Path, expected: dict[str, Any]) -> bool:
+def _matches(path: Path, expected: FileFacts) -> bool:
     try:
         check_file(path, expected, full=True)
     except CorruptData:

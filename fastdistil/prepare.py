@@ -6,7 +6,6 @@ blocks are done; a later call with the same inputs and options reads over those 
 """
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+from typing_extensions import TypedDict
+
 from fastdistil.corpus import (
     FORMAT,
     FastTokenizer,
     Manifest,
+    canonical,
     check_file,
     file_sha256,
+    lengths_name,
     load_tokenizer,
     plain,
     text_sha256,
     token_dtype,
+    tokens_name,
     vocabulary_fingerprint,
     vocabulary_size,
 )
@@ -34,6 +38,7 @@ from fastdistil.shards import HashedFile, Shards, Written, counted, write_atomic
 from fastdistil.textfiles import LARGE_SHARE, Block, Documents, Reading
 from fastdistil.textinputs import Source, TextKind, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks
+from fastdistil.untrusted import check, converted, read_json, reason
 
 BYTES_PER_WORKER = 8_000_000
 """Without `workers`, one process more for every so many bytes of input: starting one takes seconds."""
@@ -294,21 +299,35 @@ def finished_before(out: Path, identity: dict[str, Any]) -> Manifest | None:
     return None
 
 
+class _Progress(TypedDict):
+    """What is read of progress.json: an identity (identity_of), and what finished shards hold."""
+
+    options: dict[str, Any]
+    written: dict[str, Any]
+
+
 def resumed(out: Path, identity: dict[str, Any]) -> Written:
     """What an interrupted call left: verified, and of the same inputs and options. Raises UserError, CorruptData."""
     path = out / "progress.json"
     if not path.is_file():
         return Written()
     try:
-        found = json.loads(path.read_bytes())
-        written = Written(**found["written"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptData(f"{path} is damaged ({error}); delete {out} and run fastdistil prepare again") from error
+        found = read_json(path)
+        check(_Progress, found)
+        expected = found.pop("sha256", None)  # which earlier versions did not write
+        if expected not in (None, text_sha256(canonical(found))):
+            raise ValueError("sha256")
+        written = converted(Written, found["written"])
+        names = [name(shard) for shard in range(len(written.shards)) for name in (tokens_name, lengths_name)]
+        if sorted(names) != sorted(written.files):
+            raise ValueError(f"written.files are not those of {len(written.shards)} shards")
+    except ValueError as error:
+        raise CorruptData(f"{path} is damaged ({reason(error)}); delete {out} and run fastdistil prepare again") from error
     if not written.shards:
         return Written()
     refuse_other(out, identity, found)
-    for name, expected in written.files.items():
-        check_file(out / name, expected, full=True)
+    for name, facts in written.files.items():
+        check_file(out / name, facts, full=True)
     return written
 
 

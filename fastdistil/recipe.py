@@ -7,26 +7,20 @@ birth, and written back as `recipe.yaml` into the run's directory. Nothing downs
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from fastdistil.errors import UserError
+from fastdistil.untrusted import parse_yaml, read_yaml, reason, shown
 
 RECIPES = Path(__file__).parent / "recipes"
 VERSION = 1
 Fraction = Field(ge=0.0, le=1.0)
+# A count that floating point and every array of 64 bits hold.
+PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Section(BaseModel):
@@ -211,10 +205,13 @@ class World(Section):
     """Updates between comparisons of the ranks' weights by a hash; null: never."""
 
 
+CompressionKind = Literal["none", "auto", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign"]
+
+
 class Compression(Section):
     """Of gradients on their way between ranks. A bare name (compression: int8) is short for its kind."""
 
-    kind: Literal["none", "auto", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign"] = "none"
+    kind: CompressionKind = "none"
     warmup_updates: NonNegativeInt = 10
     """Updates that are sent uncompressed first."""
     block: PositiveInt = 1024
@@ -286,10 +283,10 @@ class Profile(Section):
 
 class Recipe(Section):
     version: Literal[1] = 1
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Directory of the run below runs_dir; null: the recipe's name and the next free number."""
     runs_dir: str = "runs"
-    seed: NonNegativeInt = Field(default=56, lt=2**63)
+    seed: int = Field(default=56, ge=0, lt=2**63)
     pre_run: tuple[str, ...] = ()
     """Shell commands that run once on every node before training, e.g. to bring data to its disk."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -341,31 +338,38 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(named_recipes())}; or give a .yaml file"
         raise UserError(f"no recipe {name_or_path!r}; {hint}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); a recipe is a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(path)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}; a recipe is a YAML file") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, wanted a mapping of recipe keys")
-    found = values.get("version", VERSION)
-    if isinstance(found, int) and found > VERSION:
-        raise UserError(f"{path} is a recipe of version {found}, this fastdistil reads up to {VERSION}; upgrade fastdistil")
+    check_version(values, path)
     for override in overrides:
         apply_override(values, override)
     changed = " ".join(overrides)
-    return validated(values, f"recipe {name_or_path} with {changed}" if changed else str(path))
+    return validated(values, f"recipe {name_or_path} with {shortened(changed)}" if changed else str(path))
+
+
+def check_version(values: Any, path: Path) -> None:
+    """Raise UserError where a newer fastdistil wrote the recipe."""
+    version = values.get("version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f"{path} is a recipe of version {version}, this fastdistil reads up to {VERSION}; upgrade fastdistil")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `a.b=value` in nested dictionaries, refusing names that no recipe has."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")
+        raise UserError(f"override {shown(override)} is not of the form key=value, e.g. optim.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {shown(override)}: {reason(error)}; quote it if it is text") from error
     parts = key.split(".")
     if parts[:2] != ["student", "config"]:
         _check_key(key)
@@ -398,10 +402,10 @@ def _check_key(key: str) -> None:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5) if len(key) < 100 else []
     if not near:  # a bare or misplaced last part: lr -> optim.lr
         near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    return f"unknown recipe key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; --dry-run prints all keys")
+    return f"unknown recipe key {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else "; --dry-run prints all keys")
 
 
 def all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -419,7 +423,7 @@ def validated(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_describe(problem) for problem in error.errors())) from error
+        raise UserError(shortened(f"{where}: " + "; ".join(_describe(problem) for problem in error.errors()))) from error
 
 
 def _describe(problem: Any) -> str:
@@ -432,5 +436,5 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     if problem["type"] == "string_pattern_mismatch":
-        return f"{key}: only letters, digits and . _ - (not first) make a name, got {problem['input']!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+        return f"{key}: only letters, digits and . _ - (not first) make a name, got {shown(problem['input'])}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}"

@@ -4,7 +4,6 @@ runs/<name>/ holds recipe.yaml, events.jsonl, checkpoints/ and student/, and is 
 """
 
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastdistil.errors import UserError, translated
-from fastdistil.recipe import VERSION, Recipe, validated
+from fastdistil.events import parse_event
+from fastdistil.recipe import Recipe, check_version, validated
+from fastdistil.untrusted import read_yaml, reason
 
 PAUSE = "PAUSE"
 """A file of this name in its directory asks a run to stop."""
@@ -120,11 +119,10 @@ def sole_user(run: Path) -> Iterator[None]:
 def stored_recipe(run: Path) -> Recipe:
     path = run / "recipe.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
-        raise UserError(f"{path} is of version {values['version']}, written by a newer fastdistil; upgrade fastdistil")
+        values = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    check_version(values, path)
     return validated(values, str(path))
 
 
@@ -164,10 +162,10 @@ def request_pause(run_dir: Path) -> None:
 
 def _is_done(run_dir: Path) -> bool:
     try:
-        event = json.loads((run_dir / "events.jsonl").read_bytes().splitlines()[-1])
+        event = parse_event((run_dir / "events.jsonl").read_bytes().splitlines()[-1])
     except (OSError, IndexError, ValueError):
         return False  # what cannot be read is no reason not to pause
-    return isinstance(event, dict) and event.get("event") == "done"
+    return bool(event["event"] == "done")
 
 
 def _in_use(run_dir: Path) -> bool:

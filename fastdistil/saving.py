@@ -7,13 +7,54 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fastdistil import checkpoint
-from fastdistil.errors import NonFinite, UserError
+from fastdistil.errors import CorruptData, NonFinite, UserError
+from fastdistil.events import Fields
 from fastdistil.loop_state import Run
+from fastdistil.recipe import CompressionKind
 from fastdistil.state import LEARNT, learnt_tensors, load_learnt
+from fastdistil.untrusted import Amount, Whole, check, reason
 from fastdistil.watchdog import FiniteGuard
+
+
+class ScaleState(Fields):
+    """Of the loss scale (optim.LossScale)."""
+
+    scale: Amount
+    good: Amount
+    bad: Amount
+
+
+class LayoutState(Fields):
+    """Of the buckets (buckets.Buckets.layout)."""
+
+    order: list[Whole]
+    cuts: list[list[Whole]] | None = None
+    made_for: list[Whole] | None = None
+
+
+class ExchangeState(Fields):
+    """Of the exchange of gradients."""
+
+    kind: CompressionKind
+    ranks: Annotated[int, Field(strict=True, ge=1, le=2**16)]
+    layout: LayoutState | None
+
+
+class SavedState(Fields):
+    """What a checkpoint of this version, or an earlier one, holds beside tensors."""
+
+    tokens: Whole
+    best_update: Whole | None
+    best_loss: Annotated[float, Field(strict=True)] | None
+    corpus: str
+    skipped: Whole
+    loss_scale: ScaleState | None
+    exchange: ExchangeState | None = None
 
 
 def save(run: Run) -> None:
@@ -65,6 +106,7 @@ def restore(run: Run, path: Path | None) -> None:
         if loaded is None:
             run.console.note(f"{run.directory} has no checkpoint yet: starting at its first update")
             return None
+        _check_loaded(run, loaded)
         if loaded.state["corpus"] != run.inputs.source.identity:
             raise UserError(
                 f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; "
@@ -93,6 +135,18 @@ def restore(run: Run, path: Path | None) -> None:
     run.saved_update = run.update  # with what several ranks owed, which is in memory from here on
     run.best_update, run.best_loss = state["best_update"], state["best_loss"]
     run.console.note(f"continuing {run.directory} after update {run.update}")
+
+
+def _check_loaded(run: Run, loaded: checkpoint.Loaded) -> None:
+    """Raise CorruptData unless a checkpoint holds all that a run continues from."""
+    try:
+        check(SavedState, loaded.state)
+        if missing := [group for group in LEARNT if group not in loaded.tensors]:
+            raise ValueError(f"{missing[0]}.safetensors is missing")
+        if run.loss_scale is not None and loaded.state["loss_scale"] is None:
+            raise ValueError("loss_scale is null")
+    except ValueError as error:
+        raise CorruptData(f"{loaded.path} holds no state of this run ({reason(error)}); start anew") from error
 
 
 def _newest(run: Run, path: Path | None) -> checkpoint.Loaded | None:

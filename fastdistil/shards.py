@@ -11,21 +11,32 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastdistil.corpus import Integers, lengths_name, token_dtype, tokens_name
+from fastdistil.corpus import (
+    CorpusName,
+    FileFacts,
+    Integers,
+    ShardFacts,
+    canonical,
+    lengths_name,
+    text_sha256,
+    token_dtype,
+    tokens_name,
+)
 from fastdistil.tokenising import Encoded
+from fastdistil.untrusted import Whole
 
 
 @dataclass
 class Written:
     """What finished shards hold; progress.json keeps it."""
 
-    blocks: int = 0
-    documents: int = 0
-    dropped: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    shards: list[dict[str, int]] = field(default_factory=list)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: Whole = 0
+    documents: Whole = 0
+    dropped: Whole = 0
+    sequences: Whole = 0
+    tokens: Whole = 0
+    shards: list[ShardFacts] = field(default_factory=list)
+    files: dict[CorpusName, FileFacts] = field(default_factory=dict)
 
 
 class HashedFile:
@@ -43,7 +54,7 @@ class HashedFile:
         self._sha256.update(little.data)
         self.bytes += little.nbytes
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> FileFacts:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -91,7 +102,8 @@ class Shards:
             self.save_progress()
 
     def save_progress(self) -> None:
-        write_atomically(self.out / "progress.json", json.dumps({**self.identity, "written": asdict(self.written)}))
+        values = {**self.identity, "written": asdict(self.written)}
+        write_atomically(self.out / "progress.json", json.dumps({**values, "sha256": text_sha256(canonical(values))}))
 
     def abandon(self) -> None:
         for file in self._open or ():

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil import models
+from fastdistil.errors import CorruptData
 
 Modules = Mapping[str, nn.Module | None]
 """Name -> module that is trained; None where the run has none."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a weight."""
 LEARNT = ("model", "optimizer")
 """The groups of `learnt_tensors`."""
 
@@ -29,14 +32,23 @@ def learnt_tensors(modules: Modules, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: Modules, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `learnt_tensors` gave, in place. Raises UserError if it is of other modules."""
+    """Put back what `learnt_tensors` gave, in place. Raises UserError if it is of other modules, CorruptData for moments that
+    belong to no weight."""
     for part, module in modules.items():
         if module is not None:
             models.load_own_state(module, _below(tensors["model"], part))
     states: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {f"{index}.{key}": (index, key) for index in range(len(parameters)) for key in MOMENTS}
     for name, tensor in tensors["optimizer"].items():
-        index, _, key = name.partition(".")
-        states.setdefault(int(index), {})[key] = tensor
+        index, key = places.get(name, (0, ""))
+        if not key or tensor.shape != (() if key == "step" else parameters[index].shape):
+            raise CorruptData(
+                f"the checkpoint's optimizer holds {name} of shape {list(tensor.shape)}, which belongs to no weight; start anew"
+            )
+        states.setdefault(index, {})[key] = tensor
+    if any(len(moments) != len(MOMENTS) for moments in states.values()):
+        raise CorruptData(f"the checkpoint's optimizer lacks one of {', '.join(MOMENTS)} of a weight; start anew")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -15,15 +15,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
-from fastdistil.corpus import Corpus, canonical, file_sha256, text_sha256
-from fastdistil.errors import CorruptData, UserError
+from fastdistil.corpus import Corpus, FileFacts, canonical, file_sha256, text_sha256
+from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.masking import Ints, offsets
 from fastdistil.recipe import Recipe
+from fastdistil.untrusted import Sha256, check, read_json, reason
 
 FORMAT = 1
 SHARD_TOKENS = 2**18
@@ -84,19 +87,31 @@ def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabul
     }
 
 
+class _Identity(TypedDict):
+    """identity.json: what a cache was made of, and its checksum."""
+
+    identity: dict[str, Any]
+    sha256: Sha256
+
+
 def check_identity(directory: Path, wanted: Mapping[str, Any]) -> None:
     """Raises UserError where a cache was made of something else, CorruptData where its identity cannot be read."""
     path = directory / IDENTITY
     if not path.is_file():
         raise UserError(f"no teacher cache at {directory}; make one with `fastdistil cache-teacher` and the run's recipe")
     try:
-        values = json.loads(path.read_bytes())
+        with translated("reading a teacher cache", path):
+            values = read_json(path)
+        check(_Identity, values)
         found = values["identity"]
-        broken = text_sha256(canonical(found)) != values["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptData(f"{path} is damaged ({error}); delete {directory} and run fastdistil cache-teacher again") from error
-    if broken:
-        raise CorruptData(f"{path} is damaged (sha256); delete {directory} and run fastdistil cache-teacher again")
+        if text_sha256(canonical(found)) != values["sha256"]:
+            raise ValueError("sha256")
+    except UserError:  # a ValueError too
+        raise
+    except ValueError as error:
+        raise CorruptData(
+            f"{path} is damaged ({reason(error)}); delete {directory} and run fastdistil cache-teacher again"
+        ) from error
     for key in dict.fromkeys([*wanted, *found]):
         if wanted.get(key) != found.get(key):
             raise UserError(
@@ -121,6 +136,7 @@ class TeacherCache:
     """First token of each sequence, and the total."""
     causal: bool
     tail: bool
+    vocabulary: int
 
     @classmethod
     def open(cls, directory: Path, wanted: Mapping[str, Any], corpus: Corpus, epochs: int, verify: str) -> "TeacherCache":
@@ -139,7 +155,7 @@ class TeacherCache:
                         "run fastdistil cache-teacher with this run's recipe, which continues what is there"
                     )
                 check_shard(path, full=verify == "full")
-                values = np.load(path, mmap_mode="r")
+                values = _mapped(path)
                 rows = int(bounds[starts[shard + 1]] - bounds[starts[shard]])
                 if values.dtype != dtype or values.shape != (rows,):
                     raise CorruptData(
@@ -147,7 +163,8 @@ class TeacherCache:
                         "run fastdistil cache-teacher again"
                     )
                 shards[epoch, shard] = values
-        return cls(shards, np.array(starts), bounds, causal, wanted["teacher.min_probability"] is None)
+        tail = wanted["teacher.min_probability"] is None
+        return cls(shards, np.array(starts), bounds, causal, tail, wanted["vocabulary"])
 
     def rows(self, epoch: int, sequences_n: Ints) -> Cached:
         """Of the tokens of these sequences, end to end."""
@@ -158,18 +175,36 @@ class TeacherCache:
             begin, end = self.offsets_n[sequence] - first, self.offsets_n[sequence + 1] - first
             parts.append(self.shards[epoch, int(shard)][begin:end])
         joined = np.concatenate(parts)
+        indices_TK = joined["index"].astype(np.int64)
+        if indices_TK.size and not 0 <= (least := indices_TK.min()) <= (largest := indices_TK.max()) < self.vocabulary:
+            raise CorruptData(  # which data.verify=size lets pass
+                f"the teacher cache lists tokens {least} to {largest} of a vocabulary of {self.vocabulary}; delete it and run "
+                "fastdistil cache-teacher again"
+            )
         tail_T = np.ascontiguousarray(joined["tail"]) if self.tail else None
-        return Cached(joined["index"].astype(np.int64), joined["log_probability"].astype(np.float32), tail_T)
+        return Cached(indices_TK, joined["log_probability"].astype(np.float32), tail_T)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """A shard's array. Raises CorruptData where the file is none of numpy's."""
+    try:
+        values: NDArray[Any] = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, TokenError) as error:  # of a header
+        raise CorruptData(
+            f"{path} holds no records ({reason(error)}); delete it and run fastdistil cache-teacher again"
+        ) from error
+    return values
 
 
 def check_shard(path: Path, full: bool) -> None:
     """Against the sha256 (full) or size beside it. Raises CorruptData."""
     again = "run fastdistil cache-teacher again, which makes it anew"
     try:
-        expected = json.loads(path.with_suffix(".json").read_bytes())
-        size, sha256 = int(expected["bytes"]), str(expected["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptData(f"{path.with_suffix('.json')} is damaged ({error}); {again}") from error
+        expected = read_json(path.with_suffix(".json"))
+        check(FileFacts, expected)
+    except ValueError as error:
+        raise CorruptData(f"{path.with_suffix('.json')} is damaged ({reason(error)}); {again}") from error
+    size, sha256 = expected["bytes"], expected["sha256"]
     if not path.is_file() or (found := path.stat().st_size) != size:
         raise CorruptData(f"{path} is damaged: expected {size} bytes, found {found if path.is_file() else 'no file'}; {again}")
     if full and (actual := file_sha256(path)) != sha256:

@@ -154,7 +154,7 @@ def _why_slow(found: Mapping[str, Any]) -> tuple[str, str | None]:
     mean = sum(worked) / len(worked)
     if waits and waits[rank] - sum(waits) / len(waits) >= (worked[rank] - mean) / 2:
         return "most of it is its wait for data", "data.cache_dir"
-    if tokens and tokens[rank] / (sum(tokens) / len(tokens)) - 1 >= found["share"] / 2:
+    if tokens and sum(tokens) and tokens[rank] / (sum(tokens) / len(tokens)) - 1 >= found["share"] / 2:
         return "it has that many more tokens", "data.layout"
     return "its tokens and data are as the others': look at that machine's clocks and neighbours", None
 

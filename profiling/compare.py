@@ -17,14 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rich.markup
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from fastdistil.errors import FellShort, UserError, translated
+from fastdistil.profiling.charts import printable
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.intervals import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
+from fastdistil.profiling.measurement_files import Benchmarks, Profile
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.summary import slowed_down, summarise
+from fastdistil.profiling.values import real
+from fastdistil.untrusted import check, read_json, reason
 
 SAME_WORK = (
     "device",
@@ -112,18 +118,28 @@ def load_measurement(path: Path) -> Measurement:
         return Measurement(str(path), "run", summarise(load_history(path)))
     if not path.is_file():
         raise UserError(f"nothing at {path}; give a run's directory, a profile.json or a file of pytest --benchmark-json")
+    with translated("reading", path):
+        try:
+            content = read_json(path)
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not JSON ({reason(error)}); give a run's directory, a profile.json or a pytest-benchmark file"
+            ) from error
+    names = content.keys() if isinstance(content, dict) else set()
+    kind: type[BaseModel]
+    if names >= {"benchmarks", "machine_info"}:
+        name, kind = "benchmarks", Benchmarks
+    elif names >= {"fastdistil", "step_s"}:
+        name, kind = "run", Profile
+    else:
+        raise UserError(f"{path} is neither a profile.json of `fastdistil profile` nor a file of pytest --benchmark-json")
     try:
-        with translated("reading", path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
+        check(kind, content)
+    except ValueError as error:
         raise UserError(
-            f"{path} is not JSON ({error}); give a run's directory, a profile.json or a pytest-benchmark file"
+            f"{path} cannot be read ({reason(error)}): it was damaged, or another version wrote it; measure again"
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("benchmarks"), list) and "machine_info" in content:
-        return Measurement(str(path), "benchmarks", content)
-    if isinstance(content, dict) and "fastdistil" in content and "step_s" in content:
-        return Measurement(str(path), "run", content)
-    raise UserError(f"{path} is neither a profile.json of `fastdistil profile` nor a file of pytest --benchmark-json")
+    return Measurement(str(path), name, content)
 
 
 def _about(side: Measurement) -> dict[str, Any]:
@@ -234,7 +250,7 @@ def _plain(a: float | None, b: float | None) -> dict[str, Any]:
 def _scaled(steps: Ratio | None, a: float | None, b: float | None) -> dict[str, Any]:
     """The ratio of rates with the relative width that the steps' means have."""
     found, interval = _plain(a, b), _interval(steps)
-    if found["ratio"] is not None and steps is not None and interval is not None:
+    if found["ratio"] is not None and steps is not None and steps.value and interval is not None:
         found["interval"] = [found["ratio"] * bound / steps.value for bound in interval]
     return found
 
@@ -252,7 +268,9 @@ def _machine(content: Mapping[str, Any]) -> dict[str, Any]:
     cpu, own = info.get("cpu") or {}, info.get("fastdistil")
     if own is None:
         return {"processor": cpu.get("brand_raw"), "usable_cores": cpu.get("count")}
-    return {name: [gpu.get("name") for gpu in own["gpus"]] if name == "gpus" else own.get(name) for name in SAME_MACHINE}
+    return {
+        name: [gpu.get("name") for gpu in own.get("gpus") or ()] if name == "gpus" else own.get(name) for name in SAME_MACHINE
+    }
 
 
 def _machine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
@@ -316,11 +334,11 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name in ("a", "b"):
         side = found[name]
         facts = ", ".join(f"{key} {value}" for key, value in side.items() if key != "path" and value is not None)
-        console.print(f"{name.upper()}: {side['path']}: {facts}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"{name.upper()}: {side['path']}: {facts}", console)
     for text in [f"{each['key']}: {each['a']} against {each['b']}" for each in found["differences"]]:
-        console.print(f"differs: {text}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"differs: {text}", console)
     for text in found["warnings"]:
-        console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"warning: {text}", console)
     title = f"B over A; medians with 95% intervals, of the last {MAX_SAMPLES:,} samples at most"
     table = Table(title=title, title_justify="left")
     for column in ("", "A", "B", "B - A", "95% interval", "samples"):
@@ -328,7 +346,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for row in found["rows"]:
         interval = row["interval"]
         table.add_row(
-            row["name"],
+            rich.markup.escape(printable(row["name"])),
             *(_MISSING if row[side] is None else quantity(row[side], row["unit"]) for side in ("a", "b")),
             _MISSING if row["ratio"] is None else _change(row["ratio"]),
             "" if interval is None else " to ".join(map(_change, interval)),
@@ -337,11 +355,15 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if losses := found.get("losses"):
         terms = [name for name in losses["a"] if name != "update" and name in losses["b"]]
-        text = ", ".join(f"{name} {float(losses['a'][name]):.5g} and {float(losses['b'][name]):.5g}" for name in terms)
-        console.print(f"losses of A and B at update {losses['update']}: {text}", markup=False, highlight=False, soft_wrap=True)
+        text = ", ".join(f"{name} {real(losses['a'][name]):.5g} and {real(losses['b'][name]):.5g}" for name in terms)
+        _say(f"losses of A and B at update {losses['update']}: {text}", console)
     for side, names in (found.get("only_in") or {}).items():
         if names:
-            console.print(f"only in {side.upper()}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+            _say(f"only in {side.upper()}: {', '.join(names)}", console)
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _change(ratio: float) -> str:

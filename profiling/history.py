@@ -5,22 +5,54 @@ guessed. A run that died within a write loses its torn last line, as everywhere 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from pydantic import Field
 
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.events import Fields
 from fastdistil.metrics import effective_events, read_events
 from fastdistil.profiling.values import real
 from fastdistil.redaction import redacted
+from fastdistil.untrusted import Positive, check, read_yaml, reason
 
 Outcome = Literal["done", "stopped", "nonfinite", "open"]
 Event = dict[str, Any]
 # Of a start: when and where it was, not how it ran.
 _POSITION = frozenset({"event", "time", "update", "updates"})
+_BY_RANK = ("rank_worked_s", "rank_tokens", "rank_data_wait_s")
+
+
+class StoredTeacher(Fields):
+    path: str | None = None
+    cache: str | None = None
+
+
+class StoredStudent(Fields):
+    path: str | None = None
+    architecture: str | None = None
+
+
+class StoredData(Fields):
+    train: str | None = None
+    micro_batch_tokens: Positive | None = None
+
+
+class StoredLoop(Fields):
+    accumulation: Positive | None = None
+
+
+class StoredRecipe(Fields):
+    """What is read of a run's recipe.yaml, of any version."""
+
+    teacher: StoredTeacher | None = None
+    student: StoredStudent = Field(default_factory=StoredStudent)
+    data: StoredData = Field(default_factory=StoredData)
+    loop: StoredLoop = Field(default_factory=StoredLoop)
+    objective: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +96,7 @@ class History:
             ({name: value for name, value in start.items() if name not in _POSITION}, _hardware(environment))
             for start, environment in zip(self.starts, environments, strict=False)
         ]
-        begins = [start["update"] for start in self.starts]
+        begins = [start.get("update", 0) for start in self.starts]
         spans = [
             (begin, min(begins[number + 1 :], default=math.inf))  # a later start may have gone back behind this one
             for number, begin in enumerate(begins)
@@ -80,6 +112,7 @@ def load_history(path: str | Path) -> History:
         raise UserError(f"{directory} is no run: wanted a directory with recipe.yaml and events.jsonl, e.g. runs/NAME")
     written = list(read_events(directory / "events.jsonl"))
     events = effective_events(written)
+    _check_ranks(events, directory / "events.jsonl")
     starts = _of(events, "start", "resume")
     environments, memories, traces = _of(events, "environment"), _of(events, "memory"), _of(events, "trace")
     return History(
@@ -90,7 +123,7 @@ def load_history(path: str | Path) -> History:
         starts=starts,
         environment=environments[-1] if environments else {},
         environments=_environments(events),
-        lines=_of(events, "train"),
+        lines=sorted(_of(events, "train"), key=lambda line: line["update"]),
         evaluations=_of(events, "evaluation"),
         notes=[redacted(note) for note in _of(events, "note")],
         checkpoints=_of(events, "checkpoint"),
@@ -99,6 +132,20 @@ def load_history(path: str | Path) -> History:
         wall_s=_wall_s(written),
         outcome=_outcome(events),
     )
+
+
+def _check_ranks(events: Sequence[Event], path: Path) -> None:
+    """Raise CorruptData unless the log lines of as many ranks tell of equally many."""
+    widths: dict[Any, int] = {}
+    ranks = None
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            ranks = event.get("ranks")
+        elif event["event"] == "train":
+            counts = {len(values) for name in _BY_RANK if (values := event.get(name))}
+            if counts and counts != {widths.setdefault(ranks, max(counts))}:
+                told = f"update {event['update']} tells of {max(counts)} ranks, other lines of {widths[ranks]}"
+                raise CorruptData(f"{path} is damaged: {told}")
 
 
 def _of(events: Iterable[Event], *kinds: str) -> list[Event]:
@@ -148,11 +195,10 @@ def _outcome(events: Iterable[Event]) -> Outcome:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    try:
-        with translated("reading the recipe", path):
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}; a run directory keeps it as it was") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, wanted the mapping of a recipe's keys")
+    with translated("reading the recipe", path):
+        try:
+            values: dict[str, Any] = read_yaml(path)
+            check(StoredRecipe, values)
+        except ValueError as error:
+            raise UserError(f"{path} is no recipe: {reason(error)}; a run directory keeps it as it was") from error
     return values

@@ -17,7 +17,6 @@ Nothing here waits, and nothing imports torch: following a run must not cost its
 """
 
 import itertools
-import json
 import math
 import os
 import re
@@ -32,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from fastdistil.events import parse_event
 from fastdistil.profiling.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
 from fastdistil.profiling.values import real
 from fastdistil.redaction import redacted
+from fastdistil.untrusted import read_yaml
 
 RECENT = 20
 """Log lines."""
@@ -124,8 +124,8 @@ class Live:
             return
         self._recipe_seen = seen
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError):
+            values = read_yaml(path)
+        except ValueError:
             values = None  # half written; its time changes when it is whole
         self._recipe = values if isinstance(values, dict) else {}
 
@@ -165,11 +165,8 @@ class Live:
     def _take(self, line: bytes) -> None:
         self._events += 1
         try:
-            event = json.loads(line)
+            event = parse_event(line)
         except ValueError:
-            event = None
-        well = isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("update"), int | None)
-        if not well:
             self._note("unreadable", {}, f"line {self._events} of events.jsonl is not an event and was left out")
             return
         at, update = real(event.get("time")), event.get("update")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def write_text(text: str, out: Path) -> None:
     with translated("writing the report", out):
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(text, encoding="utf-8")
+            out.write_text(text, encoding="utf-8", errors="replace")  # a log may hold half a surrogate pair
         except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"{out} cannot be written: {error.strerror}; name a file with --out") from error
 
@@ -281,7 +281,7 @@ def as_markdown(runs: Sequence[Reported]) -> str:
 
 def _cell(text: str) -> str:
     """One line that Markdown takes as it is, HTML and links included."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(charts.printable(text).split()))
 
 
 def change_text(difference: float | None) -> str:
@@ -379,8 +379,8 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
     return found[:NOTES_SHOWN], max(0, len(found) - NOTES_SHOWN)
 
 
-def as_html(runs: Sequence[Reported]) -> str:
-    histories = [run.history for run in runs]
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -389,9 +389,14 @@ def as_html(runs: Sequence[Reported]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"svg": Markup, "change": change_text}
+    return environment.get_template("report.html.j2")
+
+
+def as_html(runs: Sequence[Reported]) -> str:
+    histories = [run.history for run in runs]
     by_key = {table.key: table for table in tables(runs)}
     drawn = [(section, by_key[section.key]) for section in sections(histories)]
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         version=__version__,
         runs=[_head(index, run) for index, run in enumerate(runs)],
         several=len(runs) > 1,

@@ -20,6 +20,7 @@ from typing import Any, get_args
 from fastdistil import __version__
 from fastdistil.cost import touched_bytes
 from fastdistil.errors import FastdistilError, UserError, translated
+from fastdistil.events import Fields
 from fastdistil.launch import Job, choose_slots, launch
 from fastdistil.processes import Slot
 from fastdistil.profiling.device import usable_cores
@@ -35,9 +36,10 @@ from fastdistil.profiling.scale_points import (
     model_point,
     read_round,
 )
-from fastdistil.profiling.scaling import Point, Sample, Workload
+from fastdistil.profiling.scaling import Point, Workload
 from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
 from fastdistil.redaction import redacted
+from fastdistil.untrusted import Text, Whole, converted, read_json, reason
 
 WARMUP = 2
 """First updates of each run that are not counted: allocations, connections, the order of buckets."""
@@ -346,24 +348,52 @@ def _point_json(point: Measured) -> dict[str, Any]:
     }
 
 
+class _Device(Fields):
+    kind: Text | None
+    name: Text | None
+    threads_per_rank: Whole | None
+
+
+class _Shape(Fields):
+    micro_batch_tokens: Whole
+    student_parameters: Whole
+    teacher_parameters: Whole
+
+
+class _Study(Fields):
+    """What is read of a scale.json."""
+
+    device: _Device
+    dtype: Text | None
+    shape: _Shape
+    workload: Workload
+    model_points: tuple[Point, ...]
+
+
 def load_points(path: Path) -> tuple[list[Point], Workload, dict[str, Any]]:
     """(points of the model, workload, what it ran on: device, dtype and shape) of a scale.json. Raises UserError."""
-    try:
-        with translated("reading a study", path):
-            values = json.loads(path.read_text(encoding="utf-8"))
-        points = [
-            Point(**{**each, "samples": tuple(Sample(**sample) for sample in each["samples"])})
-            for each in values["model_points"]
-        ]
-        ran = {
-            "device": {name: values["device"][name] for name in ("kind", "name", "threads_per_rank")},
-            "dtype": values["dtype"],
-            "shape": {name: int(values["shape"][name]) for name in SHAPE},
-        }
-        return points, Workload(**values["workload"]), ran
-    except FileNotFoundError as error:
-        raise UserError(f"no study at {path}; give the scale.json that `fastdistil scale` wrote") from error
-    except UserError:  # a ValueError too
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a scale.json of this version ({type(error).__name__}: {error})") from error
+    with translated("reading a study", path):
+        try:
+            study = converted(_Study, read_json(path))
+            for number, point in enumerate(study.model_points):
+                _check_point(point, f"model_points.{number}")
+        except FileNotFoundError as error:
+            raise UserError(f"no study at {path}; give the scale.json that `fastdistil scale` wrote") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not a scale.json of this version ({reason(error)})") from error
+    ran = {
+        "device": {name: getattr(study.device, name) for name in ("kind", "name", "threads_per_rank")},
+        "dtype": study.dtype,
+        "shape": {name: getattr(study.shape, name) for name in SHAPE},
+    }
+    return list(study.model_points), study.workload, ran
+
+
+def _check_point(point: Point, place: str) -> None:
+    """Raise ValueError for numbers that no update has together."""
+    if not point.samples:
+        raise ValueError(f"{place}: wanted at least one sample")
+    if point.nodes > point.ranks:
+        raise ValueError(f"{place}: {point.ranks} ranks on {point.nodes} nodes")
+    if point.ranks > 1 and min(point.collectives, point.hops, point.sent_bytes) < 1:
+        raise ValueError(f"{place}: {point.ranks} ranks, and nothing that travels (collectives, hops, sent_bytes)")

@@ -22,6 +22,7 @@ from fastdistil.profiling.scale_points import LOSSES, MODELLED, Measured, Mode, 
 from fastdistil.profiling.scale_predict import FASTEST, FOREVER, BreakEven, Prediction, break_even, predict
 from fastdistil.profiling.scaling import Fit, Point, Workload, fit
 from fastdistil.runs import next_free
+from fastdistil.untrusted import shown
 
 SMALLER: tuple[Kind, ...] = ("fp16", "int8")
 """Compressors whose break-even points are worked out."""
@@ -59,8 +60,8 @@ def question(predict_text: str | None, network: str | None, compression: Sequenc
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """`1,2,4`. Raises UserError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"{option} wants whole numbers from 1 separated by commas, e.g. 1,2,4; got {text!r}")
+    if not all(part.isascii() and part.isdecimal() and len(part) <= 7 and 1 <= int(part) <= 10**6 for part in parts):
+        raise UserError(f"{option} wants whole numbers from 1 to 1,000,000 separated by commas, e.g. 1,2,4; got {shown(text)}")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

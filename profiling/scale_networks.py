@@ -2,25 +2,27 @@
 
 import math
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastdistil.errors import UserError, translated
+from fastdistil.untrusted import converted, read_yaml, reason
 
 NETWORKS = Path(__file__).parent / "networks"
 Side = Literal["low", "value", "high"]
 Model = TypeVar("Model", bound=BaseModel)
+Magnitude = Annotated[float, Field(ge=1e-18, le=1e18, allow_inf_nan=False)]
+"""Seconds, or bytes a second: a number that is no limit of floating point by itself."""
 
 
 class Constant(BaseModel):
     """`low` and `high` bound what was seen; without them the value is taken as certain."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    value: PositiveFloat
-    low: PositiveFloat | None = None
-    high: PositiveFloat | None = None
+    value: Magnitude
+    low: Magnitude | None = None
+    high: Magnitude | None = None
     source: str
 
     @model_validator(mode="after")
@@ -38,7 +40,7 @@ class Network(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     title: str
-    ranks_per_node: PositiveInt
+    ranks_per_node: Annotated[int, Field(ge=1, le=10**6)]
     link_bytes_per_s: Constant
     """Between two nodes, all rings together."""
     flow_bytes_per_s: Constant | None = None
@@ -72,11 +74,8 @@ def load_named(name_or_path: str, folder: Path, model: type[Model], kind: str, w
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
         raise UserError(f"no {kind} {name_or_path!r}; known names: {known}; or give a .yaml file")
-    try:
-        with translated(f"reading a {kind}", path):
-            return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
-        raise UserError(f"{path} is no {kind}: {told}; {wanted}") from error
+    with translated(f"reading a {kind}", path):
+        try:
+            return converted(model, read_yaml(path))
+        except ValueError as error:
+            raise UserError(f"{path} is no {kind}: {reason(error)}; {wanted}") from error

@@ -9,10 +9,10 @@ and an exchange that costs nothing at the base. Minutes were rounded: every numb
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastdistil.cost import allreduce_s
 from fastdistil.errors import UserError
@@ -25,8 +25,8 @@ TABLES = Path(__file__).parent / "tables"
 
 class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    gpus: PositiveInt
-    minutes: PositiveFloat
+    gpus: Annotated[int, Field(ge=1, le=10**6)]
+    minutes: Annotated[float, Field(gt=0, le=1e9)]
     rings: int | str = 1
     what: str = ""
 
@@ -36,12 +36,12 @@ class Table(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     title: str = "a table"
-    rows: tuple[Row, ...] = Field(min_length=2)
-    rounding: PositiveFloat = 0.5
+    rows: tuple[Row, ...] = Field(min_length=2, max_length=1000)
+    rounding: Annotated[float, Field(ge=1e-9, le=1e9)] = 0.5
     """Minutes that a number may be off by."""
-    accumulation: PositiveInt | None = None
-    gradient_bytes: PositiveInt | None = None
-    micro_batch_s: tuple[PositiveFloat, ...] = ()
+    accumulation: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    gradient_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
+    micro_batch_s: Annotated[tuple[Annotated[float, Field(ge=1e-9, le=1e9)], ...], Field(max_length=1000)] = ()
     """Readings of the time of a micro-batch; without it, and the two before, no bandwidth is worked out."""
 
     @model_validator(mode="after")

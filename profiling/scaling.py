@@ -20,14 +20,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fastdistil.cost import BACKWARD_SHARE, HIDING_SHARE, Kind, exposed_s, touched_bytes, wire
 from fastdistil.errors import UserError
+from fastdistil.untrusted import Text
 
 Floats = NDArray[np.float64]
+# Bounds of a study that somebody hands over: sums and products of such numbers neither overflow nor vanish.
+Count = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+Seconds = Annotated[float, Field(strict=True, ge=0, le=1e9)]
+Bytes = Annotated[float, Field(strict=True, ge=0, le=1e18)]
+MOST_RINGS = 8
+"""Different numbers of rings in one fit: each is a parameter, and solutions are sought among all subsets of the parameters."""
 HIDES = BACKWARD_SHARE * HIDING_SHARE
 OPEN = 1e-6
 """Singular values below this share of the largest are 0, and parts of a unit vector below it."""
@@ -58,12 +67,12 @@ REMEDY = {
 class Sample:
     """One round of a point: seconds of an update, and of what it is made where ranks recorded their own work."""
 
-    step_s: float
-    worked_s: float | None = None
+    step_s: Annotated[float, Field(strict=True, ge=1e-9, le=1e9)]
+    worked_s: Seconds | None = None
     """Mean over ranks."""
-    imbalance_s: float | None = None
+    imbalance_s: Seconds | None = None
     """Of the slowest rank over the mean."""
-    waited_s: float | None = None
+    waited_s: Seconds | None = None
     """What even the slowest rank waited."""
 
     @property
@@ -76,25 +85,25 @@ class Sample:
 class Point:
     """An update, as the model sees it."""
 
-    ranks: int
-    nodes: int
-    rings: int
-    accumulation: int
+    ranks: Count
+    nodes: Count
+    rings: Count
+    accumulation: Count
     """Micro-batches of a rank."""
-    exchanges: int
+    exchanges: Count
     """Of an update: 1, or one a micro-batch."""
-    sent_bytes: float
+    sent_bytes: Bytes
     """By a rank in an exchange."""
-    collectives: int
+    collectives: Annotated[int, Field(strict=True, ge=0, le=10**9)]
     """Of an exchange."""
-    hops: int
+    hops: Annotated[int, Field(strict=True, ge=0, le=10**12)]
     """Steps of its rings, one after another."""
-    touched_bytes: float = 0.0
+    touched_bytes: Bytes = 0.0
     """Of memory, by compressing an exchange."""
-    slowdown: float = 1.0
-    link_bytes_per_s: float | None = None
+    slowdown: Annotated[float, Field(strict=True, ge=1e-3, le=1e6)] = 1.0
+    link_bytes_per_s: Annotated[float, Field(strict=True, ge=1, le=1e18)] | None = None
     """Of the rings together between nodes, where it is known."""
-    name: str = ""
+    name: Text = ""
     samples: tuple[Sample, ...] = ()
 
 
@@ -102,12 +111,12 @@ class Point:
 class Workload:
     """What an update exchanges, whatever the ranks."""
 
-    gradient_bytes: int
+    gradient_bytes: Annotated[int, Field(strict=True, ge=4, le=10**18)]
     """float32"""
-    buckets: int
-    engine: str
-    accumulation: int
-    exchanges: int
+    buckets: Annotated[int, Field(strict=True, ge=1, le=10**6)]
+    engine: Annotated[str, Field(pattern=r"^(alone|torch|horovod)$")]
+    accumulation: Count
+    exchanges: Count
 
     def point(self, ranks: int, nodes: int, *, rings: int = 1, kind: Kind = "none", slowdown: float = 1.0) -> Point:
         """Of an update over other ranks or with another compression."""
@@ -199,6 +208,8 @@ def fit(points: Sequence[Point], *, on_cpu: bool) -> Fit:
     assert all(point.samples for point in points)
     if not points:
         raise UserError("no points to calibrate the model on: all are marked oversubscribed, or none was measured")
+    if (rings := len({point.rings for point in points if point.ranks > 1})) > MOST_RINGS:
+        raise UserError(f"the points have {rings} numbers of rings, one fit takes {MOST_RINGS}; give fewer studies")
     names = _names(points)
     exposed = [True] * len(points)
     seen: list[tuple[float, list[bool]]] = []

@@ -212,8 +212,10 @@ def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
             if name == "phase_peaks":
                 peaks = found.setdefault(name, {})
                 peaks.update({phase: max(size, peaks.get(phase, 0)) for phase, size in value.items()})
+            elif name.startswith("peak_") and isinstance(value, int | float):
+                found[name] = max(value, found.get(name, 0))
             else:
-                found[name] = max(value, found.get(name, 0)) if name.startswith("peak_") else value
+                found[name] = value
     if history.memory is not None:
         found |= {name: history.memory.get(name) for name in ("parts", "estimate", "peak_bytes")}
     return found or None
@@ -239,7 +241,7 @@ def _energy(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]:
     for line in alone:
         steps, device = _floats(line["step_s"]), line.get("device") or {}
         steps_s, updates = steps_s + sum(steps), updates + len(steps)
-        tokens += line.get("rank_tokens", [line["tokens"]])[0]
+        tokens += line["rank_tokens"][0] if line.get("rank_tokens") else line.get("tokens", 0)
         if device.get("energy_j") is not None and device.get("seconds"):
             seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
     nothing = {"j_per_update": None, "j_per_million_tokens": None, "seconds": seconds}
@@ -249,7 +251,8 @@ def _energy(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]:
     if seconds < ENERGY_MIN_S:
         return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {ENERGY_MIN_S:.0f} s"}
     spent = joules / seconds * steps_s
-    return {"j_per_update": spent / updates, "j_per_million_tokens": 1e6 * spent / tokens, "seconds": seconds}
+    per_token = spent / tokens if tokens else None
+    return {"j_per_update": spent / updates, "j_per_million_tokens": per_token and 1e6 * per_token, "seconds": seconds}
 
 
 def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any] | None:
@@ -265,7 +268,8 @@ def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]
         found["why"] = f"all {len(known)} log lines held more than updates"
     for name in names:
         devices = known if name == "temperature_c" else alone
-        values = [device[name] for device in devices if isinstance(device.get(name), int | float)]
+        told = [device for device in devices if isinstance(device.get(name), int | float)]
+        values = [device[name] for device in told]
         if not values:
             last = known[-1].get(name)
             found[name] = last if isinstance(last, str) else None
@@ -276,7 +280,7 @@ def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]
         elif name.endswith("_mhz"):
             found[name] = float(np.median(values))
         else:
-            found[name] = _mean(alone, _getter(name), _getter("seconds"))
+            found[name] = _mean(told, _getter(name), _getter("seconds"))
     return {**found, **_throttled(known)}
 
 

@@ -4,15 +4,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+LARGEST = 1e60
+"""Of a finite number: sums and squares of such numbers are finite too."""
+
 
 def real(value: object) -> float:
-    """Also of "nan" and "inf", as the log writes them; nan for what is no number."""
+    """Also of "nan" and "inf", as the log writes them; nan for what is no number, or beyond LARGEST."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:
-        return float(value)
+        number = float(value)
     except (ValueError, OverflowError):
         return math.nan
+    return math.nan if LARGEST < abs(number) < math.inf else number
 
 
 def at(values: object, *path: str) -> Any:

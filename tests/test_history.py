@@ -108,9 +108,9 @@ def test_the_last_environment_and_memory_count(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run: wanted a directory with recipe\.yaml and events\.jsonl"):
         load_history(tmp_path)
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match=r"wanted names with values, got \[1\]"):
         load_history(written(tmp_path / "a", recipe="- 1\n"))
-    with pytest.raises(UserError, match="is not YAML"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_history(written(tmp_path / "b", recipe="a: [\n"))
     (written(tmp_path / "c") / "events.jsonl").write_text("no JSON\n")
     with pytest.raises(CorruptData, match="line 1"):

@@ -19,7 +19,8 @@ LEAVES = ("fastdistil.kernels", "fastdistil.profiling")
 READERS = tuple(
     f"fastdistil.profiling.{name}"
     for name in (
-        *("history", "summary", "compare", "profile", "figures", "panels", "report", "watch"),
+        *("history", "summary", "compare", "profile", "figures", "panels", "report", "watch", "live"),
+        *("measurement_files",),
         *("scale", "scale_command", "scale_networks", "scale_plot", "scale_points", "scale_predict", "scale_table", "scaling"),
     )
 )

@@ -246,7 +246,7 @@ def test_named_networks_have_a_source_for_each_constant() -> None:
         ("title: x\nranks_per_node: 1\nlatency_s: {value: 1.0e-5, source: x}\n", "link_bytes_per_s"),
         ("title: x\nranks_per_node: 1\nlatency_s: {value: 1.0e-5}\nlink_bytes_per_s: {value: 1, source: x}\n", "source"),
         ("title: x\nranks_per_node: 1\nlatency_s: {value: 2, low: 3, source: x}\n", "low <= value <= high"),
-        ("a: [", "not YAML"),
+        ("a: [", "not valid YAML"),
     ],
 )
 def test_a_network_that_is_none_is_refused(text: str, complaint: str, tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""Lines of a run's event log, checked: what each kind of event holds, by name and type.
+
+metrics.EventLog writes them; watch, report, compare and scale read them, of any version: a field may be absent, and a field
+or a kind that is not listed here passes as it is. A number that is not finite is the text "nan", "inf" or "-inf" in the log.
+
+Without torch: following a run must not cost its machine anything.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fastdistil.untrusted import Amount, Positive, Real, Whole, check, parse_json
+
+LINE_BYTES = 2**26
+"""Of a log line: it holds a few numbers for each of its updates and ranks."""
+Event = dict[str, Any]
+
+
+def _recorded(value: Any) -> Any:
+    number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= 1e60
+    if value is not None and not number and value not in ("nan", "inf", "-inf"):
+        raise ValueError("wanted a number")
+    return value
+
+
+Recorded = Annotated[Any, AfterValidator(_recorded)]
+"""A number as the log writes it, or null."""
+Seconds = Annotated[float, Field(strict=True, gt=0, le=1e9)]
+Ranks = Annotated[int, Field(strict=True, ge=1, le=2**16)]
+Time = Annotated[float, Field(strict=True, ge=0, le=2e11)]
+"""Unix seconds, before the year 8307."""
+
+
+class Fields(BaseModel):
+    """Fields of an event or of an object in it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class AnyEvent(Fields):
+    """What makes an object an event."""
+
+    event: Annotated[str, Field(strict=True)]
+    update: Whole | None = None
+
+
+class Known(AnyEvent):
+    """An event of a kind, or of none that is listed here."""
+
+    time: Time | None = None
+
+
+class Start(Known):
+    update: Whole = 0
+    updates: Whole | None = None
+    ranks: Ranks | None = None
+    nodes: Ranks | None = None
+    rings: Ranks | None = None
+    threads: Whole | None = None
+    engine: str | None = None
+    sync: str | None = None
+    compression: str | None = None
+    device: str | None = None
+    torch: str | None = None
+    precision: str | None = None
+    kernels: str | None = None
+    student_parameters: Whole | None = None
+    teacher_parameters: Whole | None = None
+
+
+class Memory(Fields):
+    rss_bytes: Amount | None = None
+    peak_rss_bytes: Amount = 0
+    allocated_bytes: Amount | None = None
+    peak_allocated_bytes: Amount = 0
+    reserved_bytes: Amount | None = None
+    peak_reserved_bytes: Amount = 0
+    fragmented_bytes: Amount | None = None
+    used_bytes: Amount | None = None
+    outside_bytes: Amount | None = None
+    retries: Whole | None = None
+    ooms: Whole | None = None
+    phase_peaks: dict[str, Amount] = {}
+
+
+class Readings(Fields):
+    utilisation: Real | None = None
+    sm_clock_mhz: Real | None = None
+    sm_clock_min_mhz: Real | None = None
+    memory_clock_mhz: Real | None = None
+    clock_mhz: Real | None = None
+    power_w: Real | None = None
+    temperature_c: Real | None = None
+    memory_used_bytes: Real | None = None
+    pcie_tx_bytes_per_s: Real | None = None
+    pcie_rx_bytes_per_s: Real | None = None
+    nvlink_tx_bytes_per_s: Real | None = None
+    nvlink_rx_bytes_per_s: Real | None = None
+    samples: Whole = 0
+    seconds: Amount | None = None
+    energy_j: Amount | None = None
+    energy_source: str | None = None
+    throttled: dict[str, Amount] | None = None
+
+
+class Utilisation(Fields):
+    student: Recorded = None
+    with_teacher: Recorded = None
+    hfu: Recorded = None
+    peak_flops: Amount | None = None
+    peak_source: str | None = None
+    refused: str | None = None
+    measured: "Utilisation | None" = None
+
+
+class Train(Known):
+    update: Whole
+    updates: Positive = 1
+    tokens: Whole = 0
+    tokens_per_s: Recorded = None
+    warmup: Whole = 0
+    step_s: list[Seconds] = []
+    phases: dict[str, list[Amount]] = {}
+    memory: Memory | None = None
+    device: Readings | None = None
+    flops: dict[str, Amount | None] | None = None
+    mfu: Utilisation | None = None
+    rank_worked_s: list[Amount] = []
+    rank_tokens: list[Whole] = []
+    rank_data_wait_s: list[Amount] = []
+    rank_0_waited_s: Amount = 0.0
+    slowest_rank: Whole | None = None
+    ring_bytes: list[Amount] | None = None
+    gradient_bytes: Amount = 0
+    gradient_collectives: Amount | None = None
+    control_bytes: Amount | None = None
+    control_messages: Amount | None = None
+    exchange_wait_s: Recorded = None
+    imbalance_time: Recorded = None
+    imbalance_tokens: Recorded = None
+    data_wait_share: Recorded = None
+    host_peak_bytes: Amount = 0
+    device_peak_bytes: Amount = 0
+    device_allocated_bytes: Amount = 0
+    total: Recorded = None
+    soft: Recorded = None
+    hard: Recorded = None
+    cosine: Recorded = None
+    mse: Recorded = None
+    grad_norm: Recorded = None
+    grad_norm_max: Recorded = None
+    lr: Recorded = None
+    skipped: Recorded = None
+    skipped_in_all: Recorded = None
+
+    @model_validator(mode="after")
+    def _alike(self) -> "Train":
+        steps = len(self.step_s)
+        for name, seconds in self.phases.items() if steps else ():
+            if len(seconds) != steps:
+                raise ValueError(f"phases.{name} has {len(seconds)} updates, step_s {steps}")
+        lists = (self.rank_worked_s, self.rank_tokens, self.rank_data_wait_s)
+        if len({len(values) for values in lists if values}) > 1:
+            raise ValueError("rank_worked_s, rank_tokens and rank_data_wait_s are of different numbers of ranks")
+        return self
+
+
+class Evaluation(Known):
+    update: Whole
+    seconds: Amount = 0.0
+    labels: Whole | None = None
+    kl_tokens: Whole | None = None
+    loss: Recorded = None
+    loss_se: Recorded = None
+    perplexity: Recorded = None
+    kl: Recorded = None
+    kl_se: Recorded = None
+
+
+class Checkpoint(Known):
+    update: Whole = 0
+    seconds: Amount = 0.0
+
+
+class Device(Fields):
+    rank: Whole | None = None
+    host: str | None = None
+    name: str | None = None
+    memory_bytes: Amount | None = None
+
+
+class Peaks(Fields):
+    flops: dict[str, Amount] | None = None
+    bytes: dict[str, Amount] | None = None
+
+
+class Environment(Known):
+    processor: str | None = None
+    cores: Amount | None = None
+    memory_bytes: Amount | None = None
+    devices: list[Device] | None = None
+    versions: dict[str, Any] | None = None
+    peaks: Peaks | None = None
+
+
+class MemoryParts(Known):
+    parts: dict[str, Amount | None] | None = None
+    estimate: dict[str, Amount | None] | None = None
+    peak_bytes: Amount | None = None
+
+
+class Kernel(Fields):
+    name: Any
+    calls: Whole
+    ms: Amount
+    share: Amount
+
+
+class Trace(Known):
+    first: Whole | None = None
+    last: Whole | None = None
+    kernels: list[Kernel] | None = None
+
+
+KINDS: dict[str, type[Known]] = {
+    "start": Start,
+    "resume": Start,
+    "train": Train,
+    "evaluation": Evaluation,
+    "checkpoint": Checkpoint,
+    "environment": Environment,
+    "memory": MemoryParts,
+    "trace": Trace,
+}
+
+
+def parse_event(line: bytes) -> Event:
+    """The event of a line, as it was written: its kind and its update are right. Raises ValueError where it is none."""
+    event: Event = parse_json(line)
+    check(AnyEvent, event)
+    return event
+
+
+def check_fields(event: Event) -> None:
+    """Raise ValueError unless an event holds what its kind does."""
+    check(KINDS.get(event["event"], Known), event)
