@@ -78,6 +78,8 @@ def json_text(record: str, text_field: str) -> str:
         value = json.loads(record)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"{json_kind(value)}, wanted an object")
     if text_field not in value:

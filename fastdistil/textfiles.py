@@ -166,7 +166,7 @@ class Reading:
                 self.records += 1
                 try:
                     text = json_text(decoded(raw), self.text_field)
-                except (ValueError, RecursionError) as error:
+                except ValueError as error:
                     self._set_aside(source, number, str(error), raw)
                 else:
                     yield text

@@ -667,7 +667,7 @@ def test_elastic_ranges_that_are_none(text: str) -> None:
 def test_more_ranks_than_room() -> None:
     with pytest.raises(UserError, match="5 ranks are more than the 4"):
         choose_slots(5, "a:2,b:2")
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="1 to 65,536"):
         choose_slots(0, None)
 
 
@@ -765,7 +765,7 @@ def test_errors_of_all_kinds(tmp_path: Path, kind: type[Exception], code: int, r
 def test_arguments_that_cannot_travel() -> None:
     with pytest.raises(UserError, match=r"file \(lock\) cannot be sent"):
         call(print, file=threading.Lock())
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="1 to 65,536"):
         call(print, np=0)
 
 
@@ -863,7 +863,7 @@ def test_an_elastic_run_has_one_directory(command_line: Callable[..., tuple[int,
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--np", "0"], "at least 1"),
+        (["--np", "0"], "1 to 65,536"),
         (["--elastic", "3:2"], "MIN:MAX"),
         (["--np", "8", "--elastic", "2:4"], "outside --elastic 2:4"),
         (["--hosts", "a:0"], "--hosts"),

@@ -12,11 +12,11 @@ import yaml
 from fastdistil import checkpoint
 from fastdistil.corpus import Corpus
 from fastdistil.errors import CorruptData, FastdistilError, UserError
+from fastdistil.jsontext import json_text
 from fastdistil.launch import MOST_RANKS, choose_slots, parse_elastic
 from fastdistil.node_setup import cached_corpus
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import stored_recipe
-from fastdistil.textfiles import text_of
 from fastdistil.untrusted import DEPTH, PlainName, Real, Whole, converted, parse_json, parse_yaml, reason
 from tests.damage import ALIASES
 from tests.test_damaged_files import facts, seal_checkpoint, sealed, small_corpus
@@ -116,7 +116,7 @@ def test_numbers_of_ranks_are_bounded() -> None:
 
 def test_a_line_that_is_nested_too_deeply_is_a_bad_record() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
-        text_of(b'{"text": ' + b"[" * 100_000, "text")
+        json_text('{"text": ' + "[" * 100_000, "text")
 
 
 # Names in manifests
