@@ -28,7 +28,7 @@ from fastdistil.processes import Slot, Voices, rank_environment
 
 # A rank: appends its environment to `starts`, then does what the plan says for it ("default" otherwise).
 STAND_IN = """
-import json, os, signal, sys, time
+import fcntl, json, os, signal, sys, time
 from pathlib import Path
 from fastdistil.processes import tie_to_launcher
 
@@ -37,10 +37,14 @@ folder, *arguments = sys.argv[1:]
 folder = Path(folder)
 rank = os.environ["RANK"]
 mine = {"pid": os.getpid(), "arguments": arguments, "cwd": os.getcwd(), "environ": dict(os.environ)}
-with open(folder / "starts.jsonl", "a") as file:
+with open(folder / "starts.jsonl", "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # another rank's line may be half written
     file.write(json.dumps(mine) + "\\n")
+    file.flush()
+    file.seek(0)
+    starts = [json.loads(line) for line in file]
 plan = json.loads((folder / "plan.json").read_text())
-start = sum(json.loads(line)["environ"]["RANK"] == rank for line in (folder / "starts.jsonl").read_text().splitlines())
+start = sum(each["environ"]["RANK"] == rank for each in starts)
 plans = plan.get(rank, plan["default"])
 deed = plans[min(start, len(plans)) - 1] if isinstance(plans, list) else plans
 
