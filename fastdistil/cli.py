@@ -43,6 +43,24 @@ ElasticRanks = Annotated[
     typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
 ]
 GrowAfter = Annotated[float, typer.Option(min=0, help="--elastic: seconds after which a lost rank's place is tried again.")]
+SpecialTokensInText = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens-in-text",
+        help="Parse special tokens that the text spells out, such as [MASK]; default: they are text.",
+    ),
+]
+Strip = Annotated[
+    bool | None,
+    typer.Option(
+        "--strip/--no-strip",
+        help="Take white space off both ends of documents; default: for masked models (tokenizers with a mask token) only.",
+        show_default=False,
+    ),
+]
+MaxUnknownShare = Annotated[
+    float, typer.Option(help="Stop if more of all tokens than this are unknown to the tokenizer; 1: never.")
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
@@ -229,9 +247,12 @@ def prepare(
         str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
     ] = None,
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    strip: Strip = None,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
+    special_tokens_in_text: SpecialTokensInText = False,
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
     max_unknown: Annotated[float, typer.Option(help="Drop pieces with this share of unknown tokens (the example: 0.5).")] = 1.0,
+    max_unknown_share: MaxUnknownShare = 0.2,
     max_bad_fraction: Annotated[float, typer.Option(help="Stop if more records than this are unreadable.")] = 0.001,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 64 * 2**20,
     workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
@@ -247,9 +268,12 @@ def prepare(
         text_field=text_field,
         read_as=read_as,  # type: ignore[arg-type]
         strip_gutenberg=strip_gutenberg,
+        strip=strip,
         special_tokens=special_tokens,
+        special_tokens_in_text=special_tokens_in_text,
         min_tokens=min_tokens,
         max_unknown=max_unknown,
+        max_unknown_share=max_unknown_share,
         max_bad_fraction=max_bad_fraction,
         shard_tokens=shard_tokens,
         workers=workers,
@@ -262,6 +286,12 @@ def prepare(
         + (f"; {manifest.bad_records:,} bad records in {out / 'quarantine.jsonl'}" if manifest.bad_records else "")
         + (f"; {manifest.passed_over_files:,} hidden or backup files passed over" if manifest.passed_over_files else "")
         + (gutenberg_summary(manifest) if strip_gutenberg else "")
+        + (
+            f"; {manifest.special_spellings:,} special tokens spelt out in the text, {manifest.special_spellings_became}"
+            if manifest.special_spellings
+            else ""
+        )
+        + (f"; {manifest.unknown_share:.2%} of the tokens unknown" if manifest.unknown_share is not None else "")
     )
 
 
@@ -323,6 +353,9 @@ def evaluate(
         str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
     ] = None,
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    strip: Strip = None,
+    special_tokens_in_text: SpecialTokensInText = False,
+    max_unknown_share: MaxUnknownShare = 0.2,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
@@ -344,6 +377,9 @@ def evaluate(
         text_field=text_field,
         read_as=read_as,  # type: ignore[arg-type]
         strip_gutenberg=strip_gutenberg,
+        strip=strip,
+        special_tokens_in_text=special_tokens_in_text,
+        max_unknown_share=max_unknown_share,
         device=device,
         precision=precision,
     )
@@ -419,7 +455,13 @@ def _print_report(report: "Report") -> None:
             table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
         if (causal := corpus.causal) is not None:
             table.add_row(corpus.corpus, "next token", _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
+    table.add_section()
+    for corpus in report.corpora:
+        table.add_row(corpus.corpus, "unknown tokens", "", "", f"{corpus.unknown_share:.2%}")
     rich.console.Console().print(table)
+    for corpus in report.corpora:
+        for note in corpus.notes:
+            print(note)
 
 
 def _loss(found: Any) -> str:

@@ -28,6 +28,7 @@ from typing_extensions import TypedDict
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.masking import ranges
 from fastdistil.untrusted import PlainName, Sha256, Whole, check, converted, read_json, reason
+from fastdistil.word_marks import word_marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,7 +91,7 @@ class Manifest:
     dtype: Annotated[str, Field(pattern="^uint(16|32)$")]
     """Of the token shards."""
     options: dict[str, Any]
-    """PrepareOptions without workers and max_bad_fraction."""
+    """PrepareOptions without workers, max_bad_fraction and max_unknown_share."""
     inputs: list[dict[str, Any]]
     """path, bytes, mtime_ns of each input, in the order read."""
     shards: Annotated[list[ShardFacts], Field(min_length=1)]
@@ -105,6 +106,14 @@ class Manifest:
     """Characters that strip_gutenberg looked through."""
     gutenberg_removed: Whole = 0
     """Of these, those of headers, footers and licences."""
+    special_spellings: Whole | None = None
+    """How often the text spells out a special token such as [MASK]; None where an earlier version did not count."""
+    unknown_share: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
+    """Of all tokens but the special ones added, from 0 to 1; None where an earlier version did not count."""
+
+    @property
+    def special_spellings_became(self) -> str:
+        return "parsed as these" if self.options.get("special_tokens_in_text", True) else "taken as text"
 
     def to_json(self) -> str:
         values = {"format": FORMAT, **asdict(self)}
@@ -213,6 +222,11 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def sample(self, sequences: int) -> list[Integers]:
+        """Tokens of up to so many sequences, int64 each, evenly spread over the corpus."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, sequences).astype(np.int64))
+        return [self.gather(chosen[[row]]) for row in range(len(chosen))]
+
     def gather(self, sequences: Integers) -> Integers:
         """Tokens of these sequences (int64 [n], any order), laid end to end: int64 [sum of their lengths]."""
         lengths_n = self.lengths[sequences].astype(np.int64)
@@ -269,10 +283,12 @@ class TokenFacts:
     special_ids: Integers
     """int64 [k], ascending."""
     continues: npt.NDArray[np.bool_]
-    """bool [V]: True where a token continues a word (##x of WordPiece; no leading white space mark in byte-level BPE and
+    """bool [V]: True where a token goes on with the word before it (##x of WordPiece; no leading blank in byte-level BPE and
     sentencepiece). Special tokens: False. All False for vocabularies without such marks; see marks_words."""
     marks_words: bool
     """Whether the vocabulary shows where words begin at all; if not, there is no whole-word masking."""
+    ends: npt.NDArray[np.bool_]
+    """bool [V]: True where a token ends its word (x</w>), so that the next one begins a word although it `continues`."""
 
 
 def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
@@ -284,18 +300,26 @@ def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
     vocab_size = vocabulary_size(tokenizer)
     marked = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = sorted({*tokenizer.all_special_ids, *marked.values()})
-    tokens = tokenizer.get_vocab()
-    continues = np.zeros(vocab_size, np.bool_)
-    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-    starts = next((marks for marks in WORD_STARTS if any(name.startswith(marks) for name in tokens)), None)
-    for token, index in tokens.items():
-        continues[index] = token.startswith(prefix) if prefix else starts is not None and not token.startswith(starts)
-    continues[special] = False
-    return TokenFacts(vocab_size, ids["mask"], pad_id, np.array(special, np.int64), continues, bool(prefix or starts))
+    marks = word_marks(tokenizer.backend_tokenizer, vocab_size)
+    marks.continues_V[special] = False
+    special_ids = np.array(special, np.int64)
+    return TokenFacts(vocab_size, ids["mask"], pad_id, special_ids, marks.continues_V, marks.marks_words, marks.ends_V)
 
 
-WORD_STARTS = (("\u0120", "\u010a", "\u0109", "\u010d"), ("\u2581",))
-"""Space, line feed, tab and carriage return as byte-level BPE spells them; sentencepiece's space."""
+def frame(tokenizer: FastTokenizer) -> tuple[int | None, int | None]:
+    """The special tokens that begin and end a sequence: [CLS] and [SEP], else bos and eos."""
+    front = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    return cast("int | None", front), cast("int | None", back)
+
+
+def unknown_id(tokenizer: FastTokenizer) -> int | None:
+    """The token that stands for unknown text; None where the model makes none (byte-level BPE), whatever unk_token says."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    if hasattr(backend.model, "unk_token"):
+        name = backend.model.unk_token
+        return backend.token_to_id(name) if name is not None else None
+    return cast("int | None", tokenizer.unk_token_id)  # Unigram does not show its own
 
 
 def vocabulary_size(tokenizer: FastTokenizer) -> int:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -24,12 +24,14 @@ from fastdistil.corpus import (
     canonical,
     check_file,
     file_sha256,
+    frame,
     lengths_name,
     load_tokenizer,
     plain,
     text_sha256,
     token_dtype,
     tokens_name,
+    unknown_id,
     vocabulary_fingerprint,
     vocabulary_size,
 )
@@ -38,6 +40,7 @@ from fastdistil.shards import HashedFile, Shards, Written, counted, write_atomic
 from fastdistil.textfiles import LARGE_SHARE, Block, Documents, Reading
 from fastdistil.textinputs import Source, TextKind, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks
+from fastdistil.unknown import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.untrusted import check, converted, read_json, reason
 
 BYTES_PER_WORKER = 8_000_000
@@ -56,11 +59,18 @@ class PrepareOptions:
     read_as: TextKind | None = None
     """What every input holds, whatever its name; null: what the end of its name says."""
     strip_gutenberg: bool = False
+    strip: bool | None = None
+    """Whether white space at both ends of documents is taken off. None: where the tokenizer has a mask token; causal models
+    learn and are judged on all of the text."""
     special_tokens: bool = True
+    special_tokens_in_text: bool = False
+    """Whether special tokens that the text spells out, such as [MASK], become these tokens and not the text's letters."""
     min_tokens: int = 0
     """Pieces with fewer tokens, special ones included, are dropped; the example: 12."""
     max_unknown: float = 1.0
     """Below 1, pieces with at least this share of unknown tokens are dropped; the example: 0.5."""
+    max_unknown_share: float = MAX_UNKNOWN_SHARE
+    """Of all tokens that are kept, special ones added aside; judged after each block. Above it, `prepare` raises UserError."""
     max_bad_fraction: float = 0.001
     shard_tokens: int = 64 * 2**20
     """A shard ends with the block that brings it to this many tokens."""
@@ -72,6 +82,7 @@ class PrepareOptions:
             ("max_length", 4, 2**31 - 1),
             ("min_tokens", 0, self.max_length),
             ("max_unknown", 0, 1),
+            ("max_unknown_share", 0, 1),
             ("max_bad_fraction", 0, 1),
             ("shard_tokens", 1, 2**40),
             ("workers", 1, 1024),
@@ -87,7 +98,8 @@ class PrepareOptions:
 
     def shaping(self) -> dict[str, Any]:
         """The options that decide which bytes are written: not how many processes do it, nor when to give up."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "max_bad_fraction")}
+        others = ("workers", "max_bad_fraction", "max_unknown_share")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,8 @@ def prepare(
         raise UserError(f"the inputs are empty ({len(sources)} files, 0 bytes); give files with text")
     tokenizer = load_tokenizer(options.tokenizer)
     plain(tokenizer.backend_tokenizer)
+    if options.strip is None:
+        options = replace(options, strip=tokenizer.mask_token_id is not None)
     identity = identity_of(sources, options, tokenizer)
     tell = Teller(progress, sources)
     if ignored:
@@ -146,15 +160,19 @@ def prepare(
             options.strip_gutenberg,
             options.max_bad_fraction,
             quarantine=out / "quarantine.jsonl",
+            strip=bool(options.strip),
         )
         workers = options.workers or min(len(os.sched_getaffinity(0)), 1 + tell.bytes_total // BYTES_PER_WORKER)
-        write_shards(shards, reader, plan, workers, tell)
+        unknown = UnknownTokens(tokenizer, shards, options)
+        write_shards(shards, reader, plan, workers, tell, unknown)
         if not written.sequences:
             raise UserError(
                 f"no usable sequence in {len(sources)} files ({written.documents} documents with tokens, {written.dropped} "
                 "pieces dropped by min_tokens and max_unknown); give more text or looser limits"
             )
-        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype, len(passed_over))
+        if unknown.share() > WARNING_SHARE:
+            tell(f"warning: {unknown_text(unknown.share(), tokenizer, str(out))}")
+        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype, len(passed_over), unknown.share())
 
 
 def listed(names: Sequence[str]) -> str:
@@ -175,8 +193,7 @@ def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastT
 def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
     front = back = None
     if options.special_tokens:
-        front = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-        back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        front, back = frame(tokenizer)
         if front is None and back is None:
             raise UserError(
                 f"the tokenizer {options.tokenizer!r} has no cls, sep, bos or eos token to begin and end sequences with; "
@@ -184,7 +201,7 @@ def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
             )
     dtype = token_dtype(vocabulary_size(tokenizer))
     limits = options.min_tokens, options.max_unknown
-    return Plan(options.max_length, front, back, tokenizer.unk_token_id, *limits, dtype)
+    return Plan(options.max_length, front, back, unknown_id(tokenizer), *limits, dtype, options.special_tokens_in_text)
 
 
 class Teller:
@@ -206,7 +223,23 @@ class Teller:
             self._progress(Progress(done, self._files, read, self.bytes_total, tokens, seconds, note))
 
 
-def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell: Teller) -> None:
+class UnknownTokens:
+    """Watches the share of unknown tokens in what has been written."""
+
+    def __init__(self, tokenizer: FastTokenizer, shards: Shards, options: PrepareOptions) -> None:
+        self._tokenizer, self._shards, self._options = tokenizer, shards, options
+
+    def share(self) -> float:
+        shards = self._shards
+        return unknown_share(self._tokenizer, shards.counts_V, shards.written.sequences, self._options.special_tokens)
+
+    def check(self) -> None:
+        """Raises UserError where it is too large."""
+        where = f"the first {self._shards.written.sequences:,} sequences"
+        check_unknown_share(self.share(), self._options.max_unknown_share, self._tokenizer, where)
+
+
+def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell: Teller, unknown: UnknownTokens) -> None:
     """Tokenise what `reader` gives behind the blocks that finished shards hold."""
     todo = islice(reader.blocks(), shards.written.blocks, None)
     tokenizer_file = str(shards.out / "tokenizer" / "tokenizer.json")
@@ -214,6 +247,7 @@ def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell
         with closing(encoded_blocks(todo, tokenizer_file, plan, workers)) as results:
             for block, encoded in results:
                 shards.append(encoded)
+                unknown.check()
                 tell("", block, shards.written.tokens)
         shards.finish_shard()
     finally:
@@ -233,7 +267,7 @@ def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell
         )
 
 
-def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, passed_over: int) -> Manifest:
+def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, passed_over: int, share: float) -> Manifest:
     """Write counts.bin and, last, the manifest."""
     out, written = shards.out, shards.written
     counts = HashedFile(out / "counts.bin")
@@ -264,6 +298,8 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, pas
         inputs=shards.identity["inputs"],
         shards=written.shards,
         files=dict(sorted(written.files.items())),
+        special_spellings=written.special_spellings,
+        unknown_share=share,
     )
     write_atomically(out / "manifest.json", manifest.to_json())
     (out / "progress.json").unlink()
@@ -331,9 +367,14 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
     return written
 
 
+EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
+"""What versions did that had no such options."""
+
+
 def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
-    options = {name for name in wanted["options"] if wanted["options"][name] != found["options"].get(name)}
+    before = {**EARLIER_OPTIONS, **found["options"]}
+    options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")

@@ -454,7 +454,7 @@ def test_pseudo_perplexity_refuses_what_it_cannot_do(corpus: Corpus, facts: Toke
         pseudo_perplexity(model, corpus, facts, positions=0)
     with pytest.raises(UserError, match="does not fit into batch_tokens 8"):
         pseudo_perplexity(model, corpus, facts, batch_tokens=8)
-    maskless = TokenFacts(facts.vocab_size, None, facts.pad_id, facts.special_ids, facts.continues, facts.marks_words)
+    maskless = replace(facts, mask_id=None)
     with pytest.raises(UserError, match="needs a tokenizer with a mask token, and this one has none"):
         pseudo_perplexity(model, corpus, maskless)
 
@@ -658,7 +658,7 @@ def test_evaluate_checks_everything_before_it_measures(
     refused(good, [here], "batch_tokens 8 is less than one sequence", EvaluateOptions(max_length=LENGTH, batch_tokens=8))
     refused(saved["gpt2"], [here], "stride must be less than the window of 16", EvaluateOptions(max_length=16, stride=16))
     other = train_wordpiece(["entirely different words"], 60, tmp_path / "other")
-    options = PrepareOptions(tokenizer=str(other), max_length=LENGTH, workers=1)
+    options = PrepareOptions(tokenizer=str(other), max_length=LENGTH, workers=1, max_unknown_share=1)
     prepare([str(text)], tmp_path / "foreign", options)
     refused(good, [here, str(tmp_path / "foreign")], "the model .* has another vocabulary than the corpus")
     prepare([str(text)], tmp_path / "long", PrepareOptions(tokenizer=good, max_length=64, workers=1))
