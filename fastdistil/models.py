@@ -308,8 +308,8 @@ def load_for_evaluation(path: str, dtype: torch.dtype = torch.float32) -> Langua
 @torch.no_grad()
 def _sees_later_tokens(model: AnyModel) -> bool:
     """Encoders loaded as causal models, and XLNet, would be given a perplexity that is far too low."""
-    ids_BS = torch.arange(8).repeat(2, 1) + model.vocabulary // 2
-    ids_BS[1, -1] -= 4
+    ids_BS = (torch.arange(8).repeat(2, 1) + model.vocabulary // 2) % model.vocabulary
+    ids_BS[1, -1] = (ids_BS[0, -1] + max(1, model.vocabulary // 2)) % model.vocabulary
     with _quiet():
         logits_BSV = model.module(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
     return bool((logits_BSV[0] - logits_BSV[1]).abs().max() > 1e-3 * logits_BSV.std())
