@@ -127,6 +127,7 @@ class LanguageModel(nn.Module):
         self.family = family_of(module.config)
         self.causal = self.family.causal
         self.module = module
+        _tie_as_weights(module, self.family)
         module.set_attn_implementation(ATTENTION)
         self.position_offset = self.family.position_offset(module.config)
         # A four-dimensional mask is handed down as it is: transformers then makes none, and our attention looks at `packing`
@@ -176,6 +177,25 @@ class LanguageModel(nn.Module):
         """[V]"""
         bias: Tensor | None = self._output.bias  # type: ignore[assignment]
         return bias
+
+
+def _tie_as_weights(module: PreTrainedModel, family: Family) -> None:
+    """Let the configuration say what the weights do: that embedding and vocabulary matrix are one tensor, or two.
+
+    transformers leaves two that differ in the files apart, whatever the configuration says. A model made from that
+    configuration, and this one saved and loaded again, would otherwise be another function.
+    """
+    tied = module.get_submodule(family.output).weight is module.get_input_embeddings().weight
+    if tied == bool(module.config.tie_word_embeddings):
+        return
+    partners = module.get_expanded_tied_weights_keys(all_submodels=True)
+    module.config.tie_word_embeddings = tied
+    module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in partners.items():  # of an untied model: its bias, too, is saved under both of its names
+        parameter = module.get_parameter(target)
+        if parameter is module.get_parameter(source):
+            owner, _, name = target.rpartition(".")
+            setattr(module.get_submodule(owner), name, nn.Parameter(parameter.detach().clone()))
 
 
 class AnyModel(nn.Module):
