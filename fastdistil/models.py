@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -377,31 +378,62 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def config_from(values: Mapping[str, Any], vocabulary: int, pad_id: int | None = None) -> PretrainedConfig:
-    """A configuration from a recipe's mapping; unknown options are refused. Raises UserError."""
+def config_from(
+    values: Mapping[str, Any], vocabulary: int, special_ids: Mapping[str, int | None] = MappingProxyType({})
+) -> PretrainedConfig:
+    """A configuration from a recipe's mapping; unknown options are refused. Raises UserError.
+
+    What the mapping leaves out and the architecture's defaults could only say for another tokenizer or another size:
+    special_ids: ids of the tokenizer's special tokens by their names in configurations (`bos_token_id`, ...); others are None
+    sizes: see `_fitting_sizes`
+    """
     values = dict(values)
     kind = values.pop("model_type", None)
     if kind not in FAMILIES:
         raise UserError(f"student.config.model_type is {kind!r}; wanted one of {', '.join(FAMILIES)}")
     config_class = transformers.AutoConfig.for_model(kind).__class__
-    known = config_class().to_dict()
-    known |= dict.fromkeys(getattr(config_class, "attribute_map", {}))
+    defaults = config_class()
+    options = defaults.to_dict() | dict.fromkeys(config_class.attribute_map)
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"student.config.{name} is not an option of a {kind} configuration{hint}")
     values.setdefault("vocab_size", vocabulary)
-    if pad_id is not None:
-        values.setdefault("pad_token_id", pad_id)
-    # The defaults are special tokens of the architecture's own tokenizer, which this vocabulary may not even reach.
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-        if isinstance(known.get(name), int) and isinstance(values["vocab_size"], int) and known[name] >= values["vocab_size"]:
-            values.setdefault(name, None)
+    size = values["vocab_size"]
+    for name in options:
+        if name.endswith("_token_id"):
+            number = special_ids.get(name)
+            values.setdefault(name, number if isinstance(size, int) and number is not None and number < size else None)
+    if kind == "roberta" and values["pad_token_id"] is None:
+        raise UserError(
+            "student.config: a roberta model numbers positions from its padding token's id on, and no token is for padding "
+            "alone; name a pad_token in tokenizer_config.json, or set student.config.pad_token_id"
+        )
     try:
-        return config_class(**values)
+        return config_class(**_fitting_sizes(defaults, values), **values)
     except Exception as error:  # validators of several libraries, each with its own exceptions
         raise UserError(f"student.config is not a valid {kind} configuration: {_reason(error)}") from error
+
+
+def _fitting_sizes(defaults: PretrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that `values` leaves out and that follow from those it gives; the architecture's defaults fit its own width only.
+
+    As many key/value heads as heads, heads that divide the width, and a feed-forward part in the architecture's proportion.
+    """
+    aliases = type(defaults).attribute_map
+    spelt = {aliases.get(name, name): value for name, value in values.items()}
+    names = {name: aliases.get(name, name) for name in ("hidden_size", "num_attention_heads")}
+    width, heads = (spelt.get(name, getattr(defaults, name)) for name in names.values())
+    inner = "hidden_dim" if defaults.model_type == "distilbert" else "intermediate_size"
+    sizes: dict[str, Any] = {}
+    if hasattr(defaults, "num_key_value_heads"):
+        sizes["num_key_value_heads"] = heads
+    if isinstance(width, int) and isinstance(heads, int) and hasattr(defaults, "head_dim") and heads > 0:
+        sizes["head_dim"] = width // heads
+    if isinstance(width, int) and isinstance(getattr(defaults, inner, None), int):
+        sizes[inner] = max(1, round(width * getattr(defaults, inner) / getattr(defaults, names["hidden_size"])))
+    return {name: size for name, size in sizes.items() if name not in spelt}
 
 
 def model_of(config: PretrainedConfig) -> LanguageModel:

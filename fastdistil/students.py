@@ -4,6 +4,8 @@ transformers itself is behind models.py; here its configurations and models are 
 """
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,27 +24,58 @@ from fastdistil.models import (
 )
 from fastdistil.recipe import Student
 
+SpecialIds = Mapping[str, int | None]
+"""Ids of a tokenizer's special tokens, by their names in configurations (`eos_token_id`)."""
+NO_IDS: SpecialIds = MappingProxyType({})
 
-def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int, pad_id: int | None = None) -> LanguageModel:
-    """The student a recipe asks for, float32. `vocabulary`, `pad_id`: of the tokenizer, where a configuration names none."""
+
+def make_student(
+    recipe: Student, teacher: LanguageModel | None, vocabulary: int, special_ids: SpecialIds = NO_IDS
+) -> LanguageModel:
+    """Make the student a recipe asks for, float32. Raises UserError.
+
+    `vocabulary`, `special_ids`: of the tokenizer, where a configuration names none.
+    """
     if recipe.path is not None:
-        return _with_options(load_model(recipe.path), recipe)
-    if recipe.config is not None:
-        return _with_options(model_of(config_from(recipe.config, vocabulary, pad_id)), recipe)
-    if teacher is None:
+        student = load_model(recipe.path)
+    elif recipe.config is not None:
+        student = model_of(config_from(recipe.config, vocabulary, special_ids))
+    elif teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
-    layers = student_layers(recipe, teacher.module.config)
-    if recipe.architecture == "distilbert":
-        return _with_options(distilbert_from_bert(teacher.module, layers, recipe.copy_head), recipe)
-    return _with_options(fewer_layers(teacher.module, layers, recipe.copy_head), recipe)
+    else:
+        layers = student_layers(recipe, teacher.module.config)
+        make = distilbert_from_bert if recipe.architecture == "distilbert" else fewer_layers
+        student = make(teacher.module, layers, recipe.copy_head)
+    train_every_embedding(student)
+    return _with_options(student, recipe)
 
 
-def student_config(recipe: Student, teacher: Any | None, vocabulary: int, pad_id: int | None = None) -> Any:
+def special_ids(tokenizer: Any) -> SpecialIds:
+    """The ids of a tokenizer's special tokens; a padding token that is another special token too is none.
+
+    Padding's embedding stays as it is drawn, and padding is taken out of a text: neither may happen to the end of a text.
+    """
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "cls", "sep", "unk", "mask")]
+    ids = {name: getattr(tokenizer, name) for name in names}
+    pad_id = tokenizer.pad_token_id
+    return {**ids, "pad_token_id": None if pad_id in ids.values() else pad_id}
+
+
+def train_every_embedding(student: LanguageModel) -> None:
+    """Give every token's embedding its gradient, also where a model's padding token stands for something else as well.
+
+    torch withholds it from a `padding_idx`. Real padding needs no such care: no loss term and no attention reads it.
+    """
+    embeddings: Any = student.module.get_input_embeddings()
+    embeddings.padding_idx = None
+
+
+def student_config(recipe: Student, teacher: Any | None, vocabulary: int, special_ids: SpecialIds = NO_IDS) -> Any:
     """The configuration of what `make_student` makes: for estimates, before there are weights."""
     if recipe.path is not None:
         return load_config(recipe.path)
     if recipe.config is not None:
-        return config_from(recipe.config, vocabulary, pad_id)
+        return config_from(recipe.config, vocabulary, special_ids)
     if teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
     layers = student_layers(recipe, teacher)

@@ -9,13 +9,18 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastdistil import models, students
 from fastdistil.models import LanguageModel
+from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.recipe import Student
+from tests.small_run import TINY, quiet, small
 from tests.test_models import (
+    CONFIGS,
     DEPTH,
     VOCABULARY,
     auto,
@@ -102,6 +107,78 @@ def test_a_model_given_from_python_is_tied_as_its_weights_are(says: bool) -> Non
     assert (student.weight is student.module.get_input_embeddings().weight) is not says
 
 
+# Padding and special tokens
+
+
+def tokenizer_of(tokens: list[str], **names: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=names.get("unk_token")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    make: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = make(tokenizer_object=tokenizer, **names)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"pad_token": "c", "eos_token": "b"}, {"pad_token_id": 2, "eos_token_id": 1}),
+        ({"pad_token": "b", "eos_token": "b", "bos_token": "a"}, {"eos_token_id": 1, "bos_token_id": 0}),
+        ({"pad_token": "a", "unk_token": "a", "cls_token": "c"}, {"unk_token_id": 0, "cls_token_id": 2}),
+        ({"eos_token": "b"}, {"eos_token_id": 1}),
+    ],
+)
+def test_padding_is_a_token_for_padding_alone(names: dict[str, str], expected: dict[str, int]) -> None:
+    ids = students.special_ids(tokenizer_of(["a", "b", "c"], **names))
+    assert {name: number for name, number in ids.items() if number is not None} == expected
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("way", ["config", "layers", "path"])
+def test_a_token_that_also_pads_is_learnt(kind: str, way: str, tmp_path: Path) -> None:
+    """Where the checkpoint or the recipe itself says so; untied, so that the embedding's gradient is all there is."""
+    values = {**CONFIGS[kind], "pad_token_id": 7, "tie_word_embeddings": False}
+    teacher = build(kind, **values)
+    recipe = {"config": {"model_type": kind, **values}, "layers": [0, 1], "path": str(tmp_path)}[way]
+    teacher.save_pretrained(tmp_path)
+    student = students.make_student(Student.model_validate({way: recipe}), LanguageModel(teacher), VOCABULARY)
+    texts = sequences()
+    texts[3][2] = 7
+    logits(student, batch_of(texts)).square().sum().backward()
+    gradient = student.module.get_input_embeddings().weight.grad
+    assert gradient is not None
+    assert gradient[7].abs().sum() > 0
+
+
+# Sizes that a configuration leaves out
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bert", "distilbert", "modernbert", "gpt2"])
+def test_sizes_left_out_fit_those_given(kind: str) -> None:
+    given = {"dim": 48, "n_heads": 4} if kind == "distilbert" else {"hidden_size": 48, "num_attention_heads": 4}
+    layers = {"n_layers": 1} if kind == "distilbert" else {"num_hidden_layers": 1}
+    values = {"model_type": kind, **given, **layers, "max_position_embeddings": 48}
+    config = students.make_student(Student(config=values), None, VOCABULARY).module.config
+    inner = {"distilbert": "hidden_dim", "gpt2": "n_inner"}.get(kind, "intermediate_size")
+    expected = {"llama": 129, "qwen2": 258, "qwen3": 258, "bert": 192, "distilbert": 192, "modernbert": 72, "gpt2": None}
+    assert getattr(config, inner) == expected[kind]  # as 11008 to 4096, 22016 to 4096, 3072 to 768, 1152 to 768
+    if kind in ("llama", "qwen2", "qwen3"):
+        assert config.num_key_value_heads == 4
+        assert getattr(config, "head_dim", 12) == 12
+    chosen = {**values, inner: 56, **({"num_key_value_heads": 2} if hasattr(config, "num_key_value_heads") else {})}
+    config = students.make_student(Student(config=chosen), None, VOCABULARY).module.config
+    assert getattr(config, inner) == 56
+    assert getattr(config, "num_key_value_heads", 2) == 2
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_a_configuration_of_no_sizes_is_the_architectures(kind: str) -> None:
+    ours = models.config_from({"model_type": kind, "pad_token_id": 1}, VOCABULARY).to_dict()
+    plain = transformers.AutoConfig.for_model(kind).to_dict()
+    assert {name: value for name, value in ours.items() if "token_id" not in name and name != "vocab_size"} == {
+        name: value for name, value in plain.items() if "token_id" not in name and name != "vocab_size"
+    }
+
+
 # Small vocabularies
 
 
@@ -121,3 +198,19 @@ def test_a_causal_model_of_few_tokens_is_evaluated(size: int) -> None:
     # What an encoder does: the first tokens' logits depend on the last one.
     encoder.module.forward = lambda input_ids, **keywords: real(input_ids=input_ids.flip(1), **keywords)
     assert models._sees_later_tokens(encoder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_dozen_tokens_are_trained_on(kind: str, tmp_path: Path) -> None:
+    names = {"unk_token": "<u>", "pad_token": "<p>", "eos_token": "</s>", "mask_token": "<m>"}
+    tokenizer_of([*names.values(), *"abcdefgh"], **names).save_pretrained(tmp_path / "tokenizer")
+    lines = [" ".join("abcdefgh"[(row * step) % 8] for step in range(3, 12)) for row in range(1, 30)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), max_length=16, workers=1, documents="line")
+    prepare([str(tmp_path / "text.txt")], tmp_path / "corpus", options)
+    objective = ["objective.a_mlm=0", "objective.a_clm=1"] if kind == "llama" else ["objective.a_mlm=1"]
+    config = json.dumps({**TINY, "model_type": kind})
+    recipe = [f"student.config={config}", "teacher=null", "objective.a_ce=0", "objective.a_cos=0", *objective]
+    folders = [f"data.train={tmp_path / 'corpus'}", f"data.heldout={tmp_path / 'corpus'}", "evaluation.every=null"]
+    result = quiet(small(tmp_path, tmp_path, *recipe, *folders, "loop.updates=2"))
+    assert result.evaluation is not None
