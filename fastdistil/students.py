@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdistil.errors import UserError
@@ -23,6 +24,7 @@ from fastdistil.models import (
     model_of,
 )
 from fastdistil.recipe import Student
+from fastdistil.student_checks import check_copied_parts, check_transformers_agrees
 
 SpecialIds = Mapping[str, int | None]
 """Ids of a tokenizer's special tokens, by their names in configurations (`eos_token_id`)."""
@@ -32,7 +34,7 @@ NO_IDS: SpecialIds = MappingProxyType({})
 def make_student(
     recipe: Student, teacher: LanguageModel | None, vocabulary: int, special_ids: SpecialIds = NO_IDS
 ) -> LanguageModel:
-    """Make the student a recipe asks for, float32. Raises UserError.
+    """Make the student a recipe asks for, float32, and check that it computes what it should. Raises UserError.
 
     `vocabulary`, `special_ids`: of the tokenizer, where a configuration names none.
     """
@@ -46,6 +48,8 @@ def make_student(
         layers = student_layers(recipe, teacher.module.config)
         make = distilbert_from_bert if recipe.architecture == "distilbert" else fewer_layers
         student = make(teacher.module, layers, recipe.copy_head)
+        check_copied_parts(teacher, student, layers, head=recipe.copy_head)
+    check_transformers_agrees(student)
     train_every_embedding(student)
     return _with_options(student, recipe)
 
@@ -91,11 +95,22 @@ def student_layers(recipe: Student, config: Any) -> list[int]:
 
 
 def config_with_layers(teacher: Any, layers: list[int]) -> Any:
+    """The teacher's configuration for some of its layers, each of which keeps its type."""
     config = copy.deepcopy(teacher)
     setattr(config, family_of(teacher).depth, len(layers))
     if getattr(config, "layer_types", None):
         config.layer_types = [teacher.layer_types[layer] for layer in layers]
+        # The same in older words, which some programs go by: they must not say otherwise.
+        if hasattr(config, "max_window_layers") and "sliding_attention" in config.layer_types:
+            config.max_window_layers = config.layer_types.count("full_attention")
+        cadence = getattr(config, "global_attn_every_n_layers", None)
+        if cadence and config.layer_types != [_type_by_cadence(cadence, place) for place in range(len(layers))]:
+            del config.global_attn_every_n_layers
     return config
+
+
+def _type_by_cadence(cadence: int, place: int) -> str:
+    return "sliding_attention" if place % cadence else "full_attention"
 
 
 def fewer_layers(teacher: Any, layers: list[int], copy_head: bool = True) -> LanguageModel:
@@ -112,8 +127,22 @@ def fewer_layers(teacher: Any, layers: list[int], copy_head: bool = True) -> Lan
                 continue
             name = f"{prefix}{place[int(number)]}.{rest}"
         weights[name] = tensor.float()
+    if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
+        _keep_attention_scales(weights, prefix, layers)
     _load(student, weights, () if copy_head else family.head)
     return LanguageModel(student)
+
+
+def _keep_attention_scales(weights: dict[str, Tensor], prefix: str, layers: list[int]) -> None:
+    """Let layers of a GPT-2 that divides attention scores by a layer's number (from 1) have the scores they had.
+
+    What the new number changes, the queries make up for: they are the first third of `c_attn`.
+    """
+    for place, layer in enumerate(layers):
+        for part in ("weight", "bias"):
+            name = f"{prefix}{place}.attn.c_attn.{part}"
+            queries, keys_and_values = weights[name].tensor_split([weights[name].shape[-1] // 3], dim=-1)
+            weights[name] = torch.cat([queries * ((place + 1) / (layer + 1)), keys_and_values], dim=-1)
 
 
 def distilbert_config(old: Any, layers: list[int]) -> Any:
