@@ -304,12 +304,26 @@ def _any_config(path: str) -> PretrainedConfig:
     return config
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError.
+def load_model(path: str, dtype: torch.dtype = torch.float32, *, draw_head: bool = False) -> LanguageModel:
+    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError, LacksWeights.
 
-    Weights the architecture needs and the files lack are an error, never drawn at random; unused ones are left out.
+    Weights the architecture needs and the files lack are an error, and are drawn with torch's generator only for the
+    language-model head and with `draw_head`; unused ones are left out.
     """
-    return LanguageModel(_pretrained(_auto(load_config(path)), path, dtype)).eval()
+    config = load_config(path)
+    return LanguageModel(_pretrained(_auto(config), path, dtype, head_names(config) if draw_head else ())).eval()
+
+
+def head_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """Prefixes of the parameters that the language-model head of an architecture adds to its body."""
+    family = family_of(config)
+    return (*family.head, f"{family.output}.")
+
+
+class LacksWeights(UserError):
+    """A checkpoint without some of its model's weights, whose names are `names`."""
+
+    names: tuple[str, ...] = ()
 
 
 def load_for_evaluation(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel | AnyModel:
@@ -336,7 +350,8 @@ def _sees_later_tokens(model: AnyModel) -> bool:
     return bool((logits_BSV[0] - logits_BSV[1]).abs().max() > 1e-3 * logits_BSV.std())
 
 
-def _pretrained(auto: Any, path: str, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(auto: Any, path: str, dtype: torch.dtype, may_lack: tuple[str, ...] = ()) -> PreTrainedModel:
+    """The model of `auto`'s class at a path; missing weights are drawn below the prefixes `may_lack`, else refused."""
     model: PreTrainedModel
     with translated(f"loading {path}"), _quiet():
         try:
@@ -349,13 +364,16 @@ def _pretrained(auto: Any, path: str, dtype: torch.dtype) -> PreTrainedModel:
             if "safetensor" in f"{type(error).__module__}{error}".lower() or "header" in str(error).lower():
                 raise UserError(f"the weights at {path!r} are damaged: {_reason(error)}; copy them again") from error
             raise
-    for problem, names in (("lacks", report["missing_keys"]), ("has another shape for", report["mismatched_keys"])):
+    missing = [name for name in report["missing_keys"] if not (may_lack and name.startswith(may_lack))]
+    for problem, names in (("lacks", missing), ("has another shape for", report["mismatched_keys"])):
         if names:
             first = min(name if isinstance(name, str) else name[0] for name in names)
-            raise UserError(
+            refusal = LacksWeights(
                 f"the checkpoint at {path!r} {problem} {len(names)} of the weights of {type(model).__name__} ({first}, ...); "
                 "give one that was saved with its language-model head and its own config.json"
             )
+            refusal.names = tuple(missing)
+            raise refusal
     return model
 
 

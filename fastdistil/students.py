@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from fastdistil.errors import UserError
 from fastdistil.models import (
     FAMILIES,
+    LacksWeights,
     LanguageModel,
     config_from,
     family_of,
     fresh_model,
+    head_names,
     is_number,
     load_config,
     load_model,
@@ -39,7 +41,7 @@ def make_student(
     `vocabulary`, `special_ids`: of the tokenizer, where a configuration names none.
     """
     if recipe.path is not None:
-        student = load_model(recipe.path)
+        student = _from_checkpoint(recipe.path, draw_head=recipe.head == "fresh")
     elif recipe.config is not None:
         student = model_of(config_from(recipe.config, vocabulary, special_ids))
     elif teacher is None:
@@ -72,6 +74,15 @@ def train_every_embedding(student: LanguageModel) -> None:
     """
     embeddings: Any = student.module.get_input_embeddings()
     embeddings.padding_idx = None
+
+
+def _from_checkpoint(path: str, draw_head: bool) -> LanguageModel:
+    try:
+        return load_model(path, draw_head=draw_head)
+    except LacksWeights as error:
+        if not error.names or not all(name.startswith(head_names(load_config(path))) for name in error.names):
+            raise
+        raise UserError(f"{error}, or set student.head=fresh to have the missing head drawn") from error
 
 
 def student_config(recipe: Student, teacher: Any | None, vocabulary: int, special_ids: SpecialIds = NO_IDS) -> Any:

@@ -18,7 +18,7 @@ from fastdistil import export, models, student_checks, students
 from fastdistil.errors import UserError
 from fastdistil.models import LanguageModel
 from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.recipe import Student
+from fastdistil.recipe import Student, load_recipe
 from tests.small_run import TINY, quiet, small
 from tests.test_models import (
     CONFIGS,
@@ -382,6 +382,77 @@ def test_an_exported_student_that_transformers_cannot_run_is_an_error_and_stays(
         assert "\n" not in str(caught.value)
         assert (tmp_path / f"run{number}" / "student" / "model.safetensors").exists()
         assert '"event": "done"' not in (tmp_path / f"run{number}" / "events.jsonl").read_text()
+
+
+# A checkpoint without a head
+
+
+@every_family
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_drawn_where_the_recipe_says_so(kind: str, tied: bool, tmp_path: Path) -> None:
+    teacher = build(kind, tie_word_embeddings=tied)
+    body = teacher.get_submodule(models.family_of(teacher.config).backbone)
+    body.save_pretrained(tmp_path)
+    path = str(tmp_path)
+    if not (kind in ("gpt2", "llama", "qwen2", "qwen3") and tied):  # else the embedding is all of the head
+        with pytest.raises(UserError, match="language-model head") as caught:
+            models.load_model(path)
+        assert "student.head" not in str(caught.value)  # a teacher's is never drawn
+        with pytest.raises(UserError, match=r"lacks .*, or set student\.head=fresh to have the missing head drawn"):
+            students.make_student(Student(path=path), None, VOCABULARY)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(students.make_student(Student(path=path, head="fresh"), None, VOCABULARY).module)
+    first, same, other = (model.state_dict() for model in drawn)
+    assert (drawn[0].get_input_embeddings().weight is LanguageModel(drawn[0]).weight) == tied
+    prefix = models.family_of(teacher.config).backbone + "."
+    source = teacher.state_dict()
+    head = [name for name in source if not name.startswith(prefix)]
+    for name, tensor in source.items():
+        assert torch.equal(first[name], same[name])
+        if name not in head:
+            assert torch.equal(first[name], tensor)
+    matrices = [name for name in head if tensor_is_drawn(first[name]) and not (tied and name.endswith(OUTPUTS))]
+    assert bool(matrices) == (not tied or kind in ("bert", "roberta", "distilbert", "modernbert"))
+    for name in matrices:
+        assert not torch.equal(first[name], other[name])
+        assert 0.005 < float(first[name].std()) < 0.05  # initializer_range is 0.02
+
+
+OUTPUTS = ("decoder.weight", "vocab_projector.weight", "lm_head.weight")
+
+
+def tensor_is_drawn(tensor: Tensor) -> bool:
+    return tensor.dim() == 2
+
+
+def test_a_body_without_a_weight_is_refused_all_the_same(tmp_path: Path) -> None:
+    build("bert").bert.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the weights .*layer\.1\.output\.dense\.weight"):
+        students.make_student(Student(path=str(tmp_path), head="fresh"), None, VOCABULARY)
+    with pytest.raises(UserError, match="lacks") as caught:
+        students.make_student(Student(path=str(tmp_path)), None, VOCABULARY)
+    assert "student.head" not in str(caught.value)
+
+
+def test_pretraining_and_distilling_from_a_bare_encoder(material: Path, tmp_path: Path) -> None:
+    transformers.AutoModelForMaskedLM.from_pretrained(material / "teacher").bert.save_pretrained(tmp_path / "bare")
+    given = [f"student.path={tmp_path / 'bare'}", "evaluation.every=null", "data.heldout=null", "loop.updates=1"]
+    with pytest.raises(UserError, match=r"student\.head=fresh"):
+        quiet(small(material, tmp_path, *given))
+    alone = ["teacher=null", "objective.a_ce=0", "objective.a_cos=0", "objective.a_mlm=1"]
+    for number, more in enumerate(([], alone)):
+        quiet(small(material, tmp_path, *given, *more, "student.head=fresh", f"name=fresh{number}"))
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / f"fresh{number}" / "student")
+
+
+def test_only_a_checkpoint_has_a_head_to_draw() -> None:
+    with pytest.raises(UserError, match=r"head: fresh is for a checkpoint without one \(path\), got every"):
+        load_recipe("distilbert", ["student.every=2", "student.head=fresh"])
 
 
 # Small vocabularies
