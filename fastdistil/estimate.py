@@ -60,7 +60,9 @@ def make_plan(
     check_cached(recipe, own_models=False)
     cached = recipe.teacher is not None and recipe.teacher.cache is not None
     corpus = open_corpus(recipe.data.train, "size", "data.train") if vocabulary is None else None
-    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir))) if corpus is not None else None
+    tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
+    facts = token_facts(tokenizer) if tokenizer is not None else None
+    special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
         teacher_config = models.load_config(recipe.teacher.path)
@@ -68,9 +70,7 @@ def make_plan(
             check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
     if recipe.data.heldout is not None and corpus is not None:
         open_corpus(recipe.data.heldout, "size", "data.heldout")
-    student_config = students.student_config(
-        recipe.student, teacher_config, vocabulary, facts.pad_id if facts is not None else None
-    )
+    student_config = students.student_config(recipe.student, teacher_config, vocabulary, special_ids)
     student_model = models.without_weights(student_config)
     teacher_model = models.without_weights(teacher_config) if teacher_config is not None else None
     check_models(recipe, teacher_model, student_model, corpus, facts)

@@ -11,15 +11,21 @@ from fastdistil.evaluate import HeldOut
 from fastdistil.inputs import Inputs
 from fastdistil.recipe import Recipe
 from fastdistil.redaction import redacted
+from fastdistil.student_checks import check_saved
 
 
 def export_student(inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut | None, *, updates: int, tokens: int) -> None:
-    """Write weights, configuration, tokenizer and README.md to `target`, all or nothing."""
+    """Write weights, configuration, tokenizer and README.md to `target`, all or nothing, and load them as a user will.
+
+    Raises UserError where transformers cannot load or run the student, or computes something else.
+    """
     with atomic_directory(target) as directory:
         models.save_pretrained(inputs.student, directory)
         if inputs.tokenizer is not None:
             inputs.tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(model_card(inputs, recipe, found, updates, tokens), encoding="utf-8")
+    if isinstance(inputs.student, models.LanguageModel):
+        check_saved(inputs.student, target)
 
 
 def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: int, tokens: int) -> str:

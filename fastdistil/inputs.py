@@ -238,11 +238,13 @@ def load_inputs(
     vocabulary = facts.vocab_size if facts is not None else 0
     if student is not None:
         student_model = models.as_language_model(student)
+        if isinstance(student_model, models.LanguageModel):
+            students.train_every_embedding(student_model)
     else:
         if recipe.student.path is not None and corpus is not None:
             check_tokenizer(recipe.student.path, corpus, "the student's model", note)
-        pad_id = facts.pad_id if facts is not None else None
-        student_model = students.make_student(recipe.student, teacher_model, vocabulary, pad_id)
+        special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
+        student_model = students.make_student(recipe.student, teacher_model, vocabulary, special_ids)
     if cached:
         teacher_model = None  # it was needed for its layers only
     projection = check_models(recipe, teacher_model, student_model, corpus, facts)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ class LanguageModel(nn.Module):
         self.family = family_of(module.config)
         self.causal = self.family.causal
         self.module = module
+        _tie_as_weights(module, self.family)
         module.set_attn_implementation(ATTENTION)
         self.position_offset = self.family.position_offset(module.config)
         # A four-dimensional mask is handed down as it is: transformers then makes none, and our attention looks at `packing`
@@ -176,6 +178,25 @@ class LanguageModel(nn.Module):
         """[V]"""
         bias: Tensor | None = self._output.bias  # type: ignore[assignment]
         return bias
+
+
+def _tie_as_weights(module: PreTrainedModel, family: Family) -> None:
+    """Let the configuration say what the weights do: that embedding and vocabulary matrix are one tensor, or two.
+
+    transformers leaves two that differ in the files apart, whatever the configuration says. A model made from that
+    configuration, and this one saved and loaded again, would otherwise be another function.
+    """
+    tied = module.get_submodule(family.output).weight is module.get_input_embeddings().weight
+    if tied == bool(module.config.tie_word_embeddings):
+        return
+    partners = module.get_expanded_tied_weights_keys(all_submodels=True)
+    module.config.tie_word_embeddings = tied
+    module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in partners.items():  # of an untied model: its bias, too, is saved under both of its names
+        parameter = module.get_parameter(target)
+        if parameter is module.get_parameter(source):
+            owner, _, name = target.rpartition(".")
+            setattr(module.get_submodule(owner), name, nn.Parameter(parameter.detach().clone()))
 
 
 class AnyModel(nn.Module):
@@ -283,12 +304,26 @@ def _any_config(path: str) -> PretrainedConfig:
     return config
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError.
+def load_model(path: str, dtype: torch.dtype = torch.float32, *, draw_head: bool = False) -> LanguageModel:
+    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError, LacksWeights.
 
-    Weights the architecture needs and the files lack are an error, never drawn at random; unused ones are left out.
+    Weights the architecture needs and the files lack are an error, and are drawn with torch's generator only for the
+    language-model head and with `draw_head`; unused ones are left out.
     """
-    return LanguageModel(_pretrained(_auto(load_config(path)), path, dtype)).eval()
+    config = load_config(path)
+    return LanguageModel(_pretrained(_auto(config), path, dtype, head_names(config) if draw_head else ())).eval()
+
+
+def head_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """Prefixes of the parameters that the language-model head of an architecture adds to its body."""
+    family = family_of(config)
+    return (*family.head, f"{family.output}.")
+
+
+class LacksWeights(UserError):
+    """A checkpoint without some of its model's weights, whose names are `names`."""
+
+    names: tuple[str, ...] = ()
 
 
 def load_for_evaluation(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel | AnyModel:
@@ -308,14 +343,15 @@ def load_for_evaluation(path: str, dtype: torch.dtype = torch.float32) -> Langua
 @torch.no_grad()
 def _sees_later_tokens(model: AnyModel) -> bool:
     """Encoders loaded as causal models, and XLNet, would be given a perplexity that is far too low."""
-    ids_BS = torch.arange(8).repeat(2, 1) + model.vocabulary // 2
-    ids_BS[1, -1] -= 4
+    ids_BS = (torch.arange(8).repeat(2, 1) + model.vocabulary // 2) % model.vocabulary
+    ids_BS[1, -1] = (ids_BS[0, -1] + max(1, model.vocabulary // 2)) % model.vocabulary
     with _quiet():
         logits_BSV = model.module(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
     return bool((logits_BSV[0] - logits_BSV[1]).abs().max() > 1e-3 * logits_BSV.std())
 
 
-def _pretrained(auto: Any, path: str, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(auto: Any, path: str, dtype: torch.dtype, may_lack: tuple[str, ...] = ()) -> PreTrainedModel:
+    """The model of `auto`'s class at a path; missing weights are drawn below the prefixes `may_lack`, else refused."""
     model: PreTrainedModel
     with translated(f"loading {path}"), _quiet():
         try:
@@ -328,13 +364,16 @@ def _pretrained(auto: Any, path: str, dtype: torch.dtype) -> PreTrainedModel:
             if "safetensor" in f"{type(error).__module__}{error}".lower() or "header" in str(error).lower():
                 raise UserError(f"the weights at {path!r} are damaged: {_reason(error)}; copy them again") from error
             raise
-    for problem, names in (("lacks", report["missing_keys"]), ("has another shape for", report["mismatched_keys"])):
+    missing = [name for name in report["missing_keys"] if not (may_lack and name.startswith(may_lack))]
+    for problem, names in (("lacks", missing), ("has another shape for", report["mismatched_keys"])):
         if names:
             first = min(name if isinstance(name, str) else name[0] for name in names)
-            raise UserError(
+            refusal = LacksWeights(
                 f"the checkpoint at {path!r} {problem} {len(names)} of the weights of {type(model).__name__} ({first}, ...); "
                 "give one that was saved with its language-model head and its own config.json"
             )
+            refusal.names = tuple(missing)
+            raise refusal
     return model
 
 
@@ -357,31 +396,62 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def config_from(values: Mapping[str, Any], vocabulary: int, pad_id: int | None = None) -> PretrainedConfig:
-    """A configuration from a recipe's mapping; unknown options are refused. Raises UserError."""
+def config_from(
+    values: Mapping[str, Any], vocabulary: int, special_ids: Mapping[str, int | None] = MappingProxyType({})
+) -> PretrainedConfig:
+    """A configuration from a recipe's mapping; unknown options are refused. Raises UserError.
+
+    What the mapping leaves out and the architecture's defaults could only say for another tokenizer or another size:
+    special_ids: ids of the tokenizer's special tokens by their names in configurations (`bos_token_id`, ...); others are None
+    sizes: see `_fitting_sizes`
+    """
     values = dict(values)
     kind = values.pop("model_type", None)
     if kind not in FAMILIES:
         raise UserError(f"student.config.model_type is {kind!r}; wanted one of {', '.join(FAMILIES)}")
     config_class = transformers.AutoConfig.for_model(kind).__class__
-    known = config_class().to_dict()
-    known |= dict.fromkeys(getattr(config_class, "attribute_map", {}))
+    defaults = config_class()
+    options = defaults.to_dict() | dict.fromkeys(config_class.attribute_map)
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"student.config.{name} is not an option of a {kind} configuration{hint}")
     values.setdefault("vocab_size", vocabulary)
-    if pad_id is not None:
-        values.setdefault("pad_token_id", pad_id)
-    # The defaults are special tokens of the architecture's own tokenizer, which this vocabulary may not even reach.
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-        if isinstance(known.get(name), int) and isinstance(values["vocab_size"], int) and known[name] >= values["vocab_size"]:
-            values.setdefault(name, None)
+    size = values["vocab_size"]
+    for name in options:
+        if name.endswith("_token_id"):
+            number = special_ids.get(name)
+            values.setdefault(name, number if isinstance(size, int) and number is not None and number < size else None)
+    if kind == "roberta" and values["pad_token_id"] is None:
+        raise UserError(
+            "student.config: a roberta model numbers positions from its padding token's id on, and no token is for padding "
+            "alone; name a pad_token in tokenizer_config.json, or set student.config.pad_token_id"
+        )
     try:
-        return config_class(**values)
+        return config_class(**_fitting_sizes(defaults, values), **values)
     except Exception as error:  # validators of several libraries, each with its own exceptions
         raise UserError(f"student.config is not a valid {kind} configuration: {_reason(error)}") from error
+
+
+def _fitting_sizes(defaults: PretrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that `values` leaves out and that follow from those it gives; the architecture's defaults fit its own width only.
+
+    As many key/value heads as heads, heads that divide the width, and a feed-forward part in the architecture's proportion.
+    """
+    aliases = type(defaults).attribute_map
+    spelt = {aliases.get(name, name): value for name, value in values.items()}
+    names = {name: aliases.get(name, name) for name in ("hidden_size", "num_attention_heads")}
+    width, heads = (spelt.get(name, getattr(defaults, name)) for name in names.values())
+    inner = "hidden_dim" if defaults.model_type == "distilbert" else "intermediate_size"
+    sizes: dict[str, Any] = {}
+    if hasattr(defaults, "num_key_value_heads"):
+        sizes["num_key_value_heads"] = heads
+    if isinstance(width, int) and isinstance(heads, int) and hasattr(defaults, "head_dim") and heads > 0:
+        sizes["head_dim"] = width // heads
+    if isinstance(width, int) and isinstance(getattr(defaults, inner, None), int):
+        sizes[inner] = max(1, round(width * getattr(defaults, inner) / getattr(defaults, names["hidden_size"])))
+    return {name: size for name, size in sizes.items() if name not in spelt}
 
 
 def model_of(config: PretrainedConfig) -> LanguageModel:

@@ -67,6 +67,9 @@ class Student(Section):
     architecture: Literal["same", "distilbert"] = "same"
     copy_head: bool = True
     """Start the head's transform (dense and norm before the vocabulary) from the teacher's too."""
+    head: Literal["checkpoint", "fresh"] = "checkpoint"
+    """fresh: draw what the checkpoint at `path` lacks of a language-model head, all of it for a bare encoder.
+    checkpoint: refuse it. A body that lacks weights is always refused."""
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Overrides every dropout probability of the student's configuration."""
     freeze_positions: bool = False
@@ -78,6 +81,8 @@ class Student(Section):
             raise ValueError(f"give exactly one of path, config, layers, every; got {', '.join(given) or 'none'}")
         if self.architecture == "distilbert" and given[0] in ("path", "config"):
             raise ValueError("architecture: distilbert is for students made from a BERT teacher's layers (layers or every)")
+        if self.head == "fresh" and given[0] != "path":
+            raise ValueError(f"head: fresh is for a checkpoint without one (path), got {given[0]}; see copy_head for layers")
         return self
 
 

@@ -4,45 +4,93 @@ transformers itself is behind models.py; here its configurations and models are 
 """
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdistil.errors import UserError
 from fastdistil.models import (
     FAMILIES,
+    LacksWeights,
     LanguageModel,
     config_from,
     family_of,
     fresh_model,
+    head_names,
     is_number,
     load_config,
     load_model,
     model_of,
 )
 from fastdistil.recipe import Student
+from fastdistil.student_checks import check_copied_parts, check_transformers_agrees
+
+SpecialIds = Mapping[str, int | None]
+"""Ids of a tokenizer's special tokens, by their names in configurations (`eos_token_id`)."""
+NO_IDS: SpecialIds = MappingProxyType({})
 
 
-def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int, pad_id: int | None = None) -> LanguageModel:
-    """The student a recipe asks for, float32. `vocabulary`, `pad_id`: of the tokenizer, where a configuration names none."""
+def make_student(
+    recipe: Student, teacher: LanguageModel | None, vocabulary: int, special_ids: SpecialIds = NO_IDS
+) -> LanguageModel:
+    """Make the student a recipe asks for, float32, and check that it computes what it should. Raises UserError.
+
+    `vocabulary`, `special_ids`: of the tokenizer, where a configuration names none.
+    """
     if recipe.path is not None:
-        return _with_options(load_model(recipe.path), recipe)
-    if recipe.config is not None:
-        return _with_options(model_of(config_from(recipe.config, vocabulary, pad_id)), recipe)
-    if teacher is None:
+        student = _from_checkpoint(recipe.path, draw_head=recipe.head == "fresh")
+    elif recipe.config is not None:
+        student = model_of(config_from(recipe.config, vocabulary, special_ids))
+    elif teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
-    layers = student_layers(recipe, teacher.module.config)
-    if recipe.architecture == "distilbert":
-        return _with_options(distilbert_from_bert(teacher.module, layers, recipe.copy_head), recipe)
-    return _with_options(fewer_layers(teacher.module, layers, recipe.copy_head), recipe)
+    else:
+        layers = student_layers(recipe, teacher.module.config)
+        make = distilbert_from_bert if recipe.architecture == "distilbert" else fewer_layers
+        student = make(teacher.module, layers, recipe.copy_head)
+        check_copied_parts(teacher, student, layers, head=recipe.copy_head)
+    check_transformers_agrees(student)
+    train_every_embedding(student)
+    return _with_options(student, recipe)
 
 
-def student_config(recipe: Student, teacher: Any | None, vocabulary: int, pad_id: int | None = None) -> Any:
+def special_ids(tokenizer: Any) -> SpecialIds:
+    """The ids of a tokenizer's special tokens; a padding token that is another special token too is none.
+
+    Padding's embedding stays as it is drawn, and padding is taken out of a text: neither may happen to the end of a text.
+    """
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "cls", "sep", "unk", "mask")]
+    ids = {name: getattr(tokenizer, name) for name in names}
+    pad_id = tokenizer.pad_token_id
+    return {**ids, "pad_token_id": None if pad_id in ids.values() else pad_id}
+
+
+def train_every_embedding(student: LanguageModel) -> None:
+    """Give every token's embedding its gradient, also where a model's padding token stands for something else as well.
+
+    torch withholds it from a `padding_idx`. Real padding needs no such care: no loss term and no attention reads it.
+    """
+    embeddings: Any = student.module.get_input_embeddings()
+    embeddings.padding_idx = None
+
+
+def _from_checkpoint(path: str, draw_head: bool) -> LanguageModel:
+    try:
+        return load_model(path, draw_head=draw_head)
+    except LacksWeights as error:
+        if not error.names or not all(name.startswith(head_names(load_config(path))) for name in error.names):
+            raise
+        raise UserError(f"{error}, or set student.head=fresh to have the missing head drawn") from error
+
+
+def student_config(recipe: Student, teacher: Any | None, vocabulary: int, special_ids: SpecialIds = NO_IDS) -> Any:
     """The configuration of what `make_student` makes: for estimates, before there are weights."""
     if recipe.path is not None:
         return load_config(recipe.path)
     if recipe.config is not None:
-        return config_from(recipe.config, vocabulary, pad_id)
+        return config_from(recipe.config, vocabulary, special_ids)
     if teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
     layers = student_layers(recipe, teacher)
@@ -58,11 +106,22 @@ def student_layers(recipe: Student, config: Any) -> list[int]:
 
 
 def config_with_layers(teacher: Any, layers: list[int]) -> Any:
+    """The teacher's configuration for some of its layers, each of which keeps its type."""
     config = copy.deepcopy(teacher)
     setattr(config, family_of(teacher).depth, len(layers))
     if getattr(config, "layer_types", None):
         config.layer_types = [teacher.layer_types[layer] for layer in layers]
+        # The same in older words, which some programs go by: they must not say otherwise.
+        if hasattr(config, "max_window_layers") and "sliding_attention" in config.layer_types:
+            config.max_window_layers = config.layer_types.count("full_attention")
+        cadence = getattr(config, "global_attn_every_n_layers", None)
+        if cadence and config.layer_types != [_type_by_cadence(cadence, place) for place in range(len(layers))]:
+            del config.global_attn_every_n_layers
     return config
+
+
+def _type_by_cadence(cadence: int, place: int) -> str:
+    return "sliding_attention" if place % cadence else "full_attention"
 
 
 def fewer_layers(teacher: Any, layers: list[int], copy_head: bool = True) -> LanguageModel:
@@ -79,8 +138,22 @@ def fewer_layers(teacher: Any, layers: list[int], copy_head: bool = True) -> Lan
                 continue
             name = f"{prefix}{place[int(number)]}.{rest}"
         weights[name] = tensor.float()
+    if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
+        _keep_attention_scales(weights, prefix, layers)
     _load(student, weights, () if copy_head else family.head)
     return LanguageModel(student)
+
+
+def _keep_attention_scales(weights: dict[str, Tensor], prefix: str, layers: list[int]) -> None:
+    """Let layers of a GPT-2 that divides attention scores by a layer's number (from 1) have the scores they had.
+
+    What the new number changes, the queries make up for: they are the first third of `c_attn`.
+    """
+    for place, layer in enumerate(layers):
+        for part in ("weight", "bias"):
+            name = f"{prefix}{place}.attn.c_attn.{part}"
+            queries, keys_and_values = weights[name].tensor_split([weights[name].shape[-1] // 3], dim=-1)
+            weights[name] = torch.cat([queries * ((place + 1) / (layer + 1)), keys_and_values], dim=-1)
 
 
 def distilbert_config(old: Any, layers: list[int]) -> Any:

@@ -430,15 +430,38 @@ def test_layers_need_a_teacher_and_positions_to_freeze() -> None:
 
 
 @every_family
-def test_a_configuration_needs_no_special_tokens(kind: str, said: list[str]) -> None:
-    """The defaults may lie outside of a small vocabulary; padding is the tokenizer's where it is known."""
+def test_special_ids_of_a_new_configuration_are_the_tokenizers(kind: str, tmp_path: Path, said: list[str]) -> None:
+    """Never the defaults, which are those of the architecture's own tokenizer: neither in the model nor for generation."""
     sizes = {name: value for name, value in CONFIGS[kind].items() if not name.endswith("_token_id")}
-    plain = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY)
-    padded = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, pad_id=7)
-    config = plain.module.config.to_dict()
-    assert all(value is None or value < VOCABULARY for name, value in config.items() if name.endswith("_token_id"))
-    assert padded.module.config.pad_token_id == 7
+    padding = {"pad_token_id": 7}
+    everything = {**padding, "bos_token_id": 3, "eos_token_id": 4, "cls_token_id": 5, "sep_token_id": 6, "mask_token_id": 8}
+    for ids in (padding, everything):
+        student = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, ids)
+        models.save_pretrained(student, tmp_path)
+        for name in ("config.json", "generation_config.json"):
+            if (tmp_path / name).exists():
+                values = json.loads((tmp_path / name).read_text())
+                saved = {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
+                assert saved.items() <= ids.items(), name
+                if name == "config.json":
+                    assert saved["pad_token_id"] == 7
+        assert student.module.config.eos_token_id == ids.get("eos_token_id")
+    chosen = {"model_type": kind, **sizes, "pad_token_id": 9, "eos_token_id": 2}
+    config = students.make_student(Student(config=chosen), None, VOCABULARY, everything).module.config
+    assert (config.pad_token_id, config.eos_token_id) == (9, 2)
     assert said == []
+
+
+@every_family
+def test_a_configuration_needs_no_special_tokens(kind: str) -> None:
+    sizes = {name: value for name, value in CONFIGS[kind].items() if not name.endswith("_token_id")}
+    recipe = Student(config={"model_type": kind, **sizes})
+    if kind == "roberta":
+        with pytest.raises(UserError, match=r"numbers positions from its padding token's.*set student\.config\.pad_token_id"):
+            students.make_student(recipe, None, VOCABULARY)
+        return
+    config = students.make_student(recipe, None, VOCABULARY).module.config.to_dict()
+    assert [name for name, value in config.items() if name.endswith("_token_id") and value is not None] == []
 
 
 @every_family
