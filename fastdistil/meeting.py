@@ -136,17 +136,23 @@ def open_store(place: Place, timeout_s: float) -> Connect:
                 lambda: TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False),
             )
             return SharedStore(store, place.secret, scope)
-        except TimeoutError as error:
-            raise RankLost(
-                f"rank {place.rank}: what listens at {address}:{port} does not answer as rank 0 does: rank 0 stands still, or "
-                "another program has that port; choose another (MASTER_PORT), or start with --np, which finds a free one"
-            ) from error
-        except (dist.DistError, RuntimeError) as error:
-            why = f"no connection to it at {address}:{port} within {timeout_s:g} s: not started, killed or behind a firewall"
-            raise RankLost(f"{gone(0, why).text}; look at rank 0's messages") from error
+        except (TimeoutError, dist.DistError, RuntimeError) as error:
+            raise RankLost(_not_reached(address, port, timeout_s)) from error
 
     connect()
     return connect
+
+
+def _not_reached(address: str, port: int, timeout_s: float) -> str:
+    """Say why rank 0 cannot be reached there. How torch fails depends on the moment; whether anybody listens does not."""
+    try:
+        with socket.create_connection((address, port), ANSWER_S):
+            pass
+    except OSError:
+        why = f"no connection to it at {address}:{port} within {timeout_s:g} s: not started, killed or behind a firewall"
+        return f"{gone(0, why).text}; look at rank 0's messages"
+    why = f"what listens at {address}:{port} does not answer as rank 0 does: it stands still, or another program has that port"
+    return f"{gone(0, why).text}; choose another port (MASTER_PORT), or start with --np, which finds a free one"
 
 
 def own_address(name: str, nodes: int) -> str:
