@@ -106,11 +106,12 @@ def compare_words(tokenizer: "Tokenizer", table: MaskTable, texts: Iterable[str]
         encoding = tokenizer.encode(text, add_special_tokens=False)
         ids_T = np.array(encoding.ids, np.int64)
         starts = word_starts(table, ids_T, np.arange(len(ids_T))).tolist()
+        offsets, pretoken_ids = encoding.offsets, encoding.word_ids  # each access makes a list anew
         for first, last in pairwise([*starts, len(ids_T)]):
-            begin, end = encoding.offsets[first][0], encoding.offsets[last - 1][1]
+            begin, end = offsets[first][0], offsets[last - 1][1]
             word = text[begin:end].strip()
             after_blank = first == 0 or text[begin - 1].isspace() or text[begin : begin + 1].isspace()
-            begins_inside = not after_blank and encoding.word_ids[first] == encoding.word_ids[first - 1]
+            begins_inside = not after_blank and pretoken_ids[first] == pretoken_ids[first - 1]
             words += 1
             if begins_inside or len(word.split()) > 1:
                 wrong.append(word)
