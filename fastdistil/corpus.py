@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.masking import ranges
+from fastdistil.word_marks import word_marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -157,6 +158,11 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def sample(self, sequences: int) -> list[Integers]:
+        """Tokens of up to so many sequences, int64 each, evenly spread over the corpus."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, sequences).astype(np.int64))
+        return [self.gather(chosen[[row]]) for row in range(len(chosen))]
+
     def gather(self, sequences: Integers) -> Integers:
         """Tokens of these sequences (int64 [n], any order), laid end to end: int64 [sum of their lengths]."""
         lengths_n = self.lengths[sequences].astype(np.int64)
@@ -210,10 +216,12 @@ class TokenFacts:
     special_ids: Integers
     """int64 [k], ascending."""
     continues: npt.NDArray[np.bool_]
-    """bool [V]: True where a token continues a word (##x of WordPiece; no leading white space mark in byte-level BPE and
+    """bool [V]: True where a token goes on with the word before it (##x of WordPiece; no leading blank in byte-level BPE and
     sentencepiece). Special tokens: False. All False for vocabularies without such marks; see marks_words."""
     marks_words: bool
     """Whether the vocabulary shows where words begin at all; if not, there is no whole-word masking."""
+    ends: npt.NDArray[np.bool_]
+    """bool [V]: True where a token ends its word (x</w>), so that the next one begins a word although it `continues`."""
 
 
 def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
@@ -225,18 +233,10 @@ def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
     vocab_size = vocabulary_size(tokenizer)
     marked = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = sorted({*tokenizer.all_special_ids, *marked.values()})
-    tokens = tokenizer.get_vocab()
-    continues = np.zeros(vocab_size, np.bool_)
-    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-    starts = next((marks for marks in WORD_STARTS if any(name.startswith(marks) for name in tokens)), None)
-    for token, index in tokens.items():
-        continues[index] = token.startswith(prefix) if prefix else starts is not None and not token.startswith(starts)
-    continues[special] = False
-    return TokenFacts(vocab_size, ids["mask"], pad_id, np.array(special, np.int64), continues, bool(prefix or starts))
-
-
-WORD_STARTS = (("\u0120", "\u010a", "\u0109", "\u010d"), ("\u2581",))
-"""Space, line feed, tab and carriage return as byte-level BPE spells them; sentencepiece's space."""
+    marks = word_marks(tokenizer.backend_tokenizer, vocab_size)
+    marks.continues_V[special] = False
+    special_ids = np.array(special, np.int64)
+    return TokenFacts(vocab_size, ids["mask"], pad_id, special_ids, marks.continues_V, marks.marks_words, marks.ends_V)
 
 
 def vocabulary_size(tokenizer: FastTokenizer) -> int:

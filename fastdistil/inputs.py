@@ -24,10 +24,12 @@ from fastdistil.corpus import (
 from fastdistil.errors import UserError
 from fastdistil.kernels.handover import chosen_path
 from fastdistil.mappings import from_mappings
+from fastdistil.masking import mask_table
 from fastdistil.prefetch import prefetched
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Loop, Recipe, Teacher
 from fastdistil.teacher_cache import TeacherCache, identity, teacher_fingerprint
+from fastdistil.word_marks import check_words
 
 
 class Source(Protocol):
@@ -262,8 +264,11 @@ def load_inputs(
         update_batches = recipe.loop.accumulation * (recipe.world.ranks or ranks)
         source = MappingSource(batches, causal, models.shape(student_model)[0], update_batches, rank, ranks)
     else:
-        assert corpus is not None and facts is not None
+        assert corpus is not None and facts is not None and tokenizer is not None
         made = make_batches(recipe, corpus, facts, causal, rank, ranks)
+        if recipe.mask.whole_word and not causal:
+            table = mask_table(recipe.mask, facts, corpus.counts)
+            check_words(tokenizer.backend_tokenizer, table, corpus.sample(200), note)
         if cached:
             made.learn_from(open_cache(recipe, corpus, student_model, epochs_of(recipe, made)))
         source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)

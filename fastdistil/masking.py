@@ -45,6 +45,10 @@ class Facts(Protocol):
     def special_ids(self) -> Ints: ...
     @property
     def continues(self) -> Bools: ...
+    @property
+    def ends(self) -> Bools: ...
+    @property
+    def marks_words(self) -> bool: ...
 
 
 def hashed(*counters: ArrayLike) -> Hashes:
@@ -99,6 +103,7 @@ class MaskTable:
     ordinary_ids: Ints
     """The vocabulary without special tokens."""
     continues_V: Bools
+    ends_V: Bools
 
 
 def mask_table(mask: "Mask", facts: Facts, counts_V: Ints) -> MaskTable:
@@ -109,7 +114,7 @@ def mask_table(mask: "Mask", facts: Facts, counts_V: Ints) -> MaskTable:
         raise UserError(
             f"the corpus counts {len(counts_V)} token ids and the tokenizer has {facts.vocab_size}; prepare the corpus again"
         )
-    if mask.whole_word and not facts.continues.any():
+    if mask.whole_word and not facts.marks_words:
         raise UserError(
             "mask.whole_word needs a vocabulary that marks where words begin, and this one does not; set it to false"
         )
@@ -121,6 +126,7 @@ def mask_table(mask: "Mask", facts: Facts, counts_V: Ints) -> MaskTable:
         handicap_V=handicap_V,
         ordinary_ids=np.flatnonzero(np.isfinite(handicap_V)),
         continues_V=facts.continues,
+        ends_V=facts.ends,
     )
 
 
@@ -159,7 +165,7 @@ def choose_targets(table: MaskTable, ids_T: Ints, lengths_n: NDArray[Any], seque
         order_T = _by_segment(segments_T, arrivals_T, len(lengths_n))
         return np.sort(order_T[ranges(starts_n, wanted_n)])
 
-    words_W = _word_starts(table, ids_T, positions_T)
+    words_W = word_starts(table, ids_T, positions_T)
     word_lengths_W = np.diff(words_W, append=len(ids_T))
     handicap_W = np.log(word_lengths_W) - np.logaddexp.reduceat(-table.handicap_V[ids_T], words_W)
     segments_W = segments_T[words_W]
@@ -197,6 +203,14 @@ def mask_tokens(
     return seen_T, targets_M
 
 
+def word_starts(table: MaskTable, ids_T: Ints, positions_T: Ints) -> Ints:
+    """First token of every word, int64 [W]; a special token is a word of its own and ends the one before it."""
+    special_T = np.isinf(table.handicap_V)[ids_T]
+    starts_T = (positions_T == 0) | special_T | ~table.continues_V[ids_T]
+    starts_T[1:] |= (special_T | table.ends_V[ids_T])[:-1]
+    return np.flatnonzero(starts_T)
+
+
 def _log_exponential(keys: Hashes, positions: Ints) -> Floats:
     """Logarithms of exponentially distributed times, one for each (sequence's key, position)."""
     logs: Floats = np.log(-np.log(uniform(hashed(keys, positions))))
@@ -208,11 +222,3 @@ def _by_segment(segments: Ints, arrivals: Floats, n: int) -> Ints:
     by_arrival = np.argsort(arrivals)
     narrow = segments[by_arrival].astype(np.min_scalar_type(n))
     return by_arrival[np.argsort(narrow, kind="stable")]
-
-
-def _word_starts(table: MaskTable, ids_T: Ints, positions_T: Ints) -> Ints:
-    """First token of every word, int64 [W]; a special token is a word of its own and ends the one before it."""
-    special_T = np.isinf(table.handicap_V)[ids_T]
-    starts_T = (positions_T == 0) | special_T | ~table.continues_V[ids_T]
-    starts_T[1:] |= special_T[:-1]
-    return np.flatnonzero(starts_T)

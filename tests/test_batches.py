@@ -39,6 +39,8 @@ class Facts:
     def __post_init__(self):
         self.continues = np.arange(self.vocab_size) % 3 == 2
         self.continues[self.special_ids] = False
+        self.ends = np.zeros(self.vocab_size, bool)
+        self.marks_words = True
 
 
 class Memory:

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +454,7 @@ def test_pseudo_perplexity_refuses_what_it_cannot_do(corpus: Corpus, facts: Toke
         pseudo_perplexity(model, corpus, facts, positions=0)
     with pytest.raises(UserError, match="does not fit into batch_tokens 8"):
         pseudo_perplexity(model, corpus, facts, batch_tokens=8)
-    maskless = TokenFacts(facts.vocab_size, None, facts.pad_id, facts.special_ids, facts.continues, facts.marks_words)
+    maskless = replace(facts, mask_id=None)
     with pytest.raises(UserError, match="needs a tokenizer with a mask token, and this one has none"):
         pseudo_perplexity(model, corpus, maskless)
 

@@ -29,6 +29,8 @@ class Facts:
     def __post_init__(self):
         self.special_ids = SPECIAL
         self.continues = np.arange(V) >= CONTINUES_FROM
+        self.ends = np.zeros(V, bool)
+        self.marks_words = True
 
 
 COUNTS = np.random.default_rng(3).integers(0, 10_000, V) ** 2
@@ -310,7 +312,7 @@ def test_refusals_say_what_to_do():
     with pytest.raises(UserError, match=rf"59 token ids and the tokenizer has {V}; prepare"):
         mask_table(Mask(), Facts(), COUNTS[1:])
     unmarked = Facts()
-    unmarked.continues = np.zeros(V, bool)
+    unmarked.marks_words = False
     with pytest.raises(UserError, match=r"mask\.whole_word needs a vocabulary that marks"):
         mask_table(Mask(whole_word=True), unmarked, COUNTS)
     mask_table(Mask(), unmarked, COUNTS)
