@@ -41,6 +41,13 @@ ElasticRanks = Annotated[
     typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
 ]
 GrowAfter = Annotated[float, typer.Option(min=0, help="--elastic: seconds after which a lost rank's place is tried again.")]
+SpecialTokensInText = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens-in-text",
+        help="Parse special tokens that the text spells out, such as [MASK]; default: they are text.",
+    ),
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
@@ -208,6 +215,7 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
+    special_tokens_in_text: SpecialTokensInText = False,
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
     max_unknown: Annotated[float, typer.Option(help="Drop pieces with this share of unknown tokens (the example: 0.5).")] = 1.0,
     max_bad_fraction: Annotated[float, typer.Option(help="Stop if more records than this are unreadable.")] = 0.001,
@@ -225,6 +233,7 @@ def prepare(
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
         special_tokens=special_tokens,
+        special_tokens_in_text=special_tokens_in_text,
         min_tokens=min_tokens,
         max_unknown=max_unknown,
         max_bad_fraction=max_bad_fraction,
@@ -237,6 +246,11 @@ def prepare(
         f"{out}: {manifest.tokens:,} tokens in {manifest.sequences:,} sequences of {manifest.documents:,} documents"
         + (f"; {manifest.dropped:,} pieces dropped" if manifest.dropped else "")
         + (f"; {manifest.bad_records:,} bad records in {out / 'quarantine.jsonl'}" if manifest.bad_records else "")
+        + (
+            f"; {manifest.special_spellings:,} special tokens spelt out in the text, {manifest.special_spellings_became}"
+            if manifest.special_spellings
+            else ""
+        )
         + (f"; no Gutenberg markers in {manifest.unmarked_files} files" if manifest.unmarked_files else "")
     )
 
@@ -286,6 +300,7 @@ def evaluate(
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    special_tokens_in_text: SpecialTokensInText = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
@@ -306,6 +321,7 @@ def evaluate(
         documents=documents,  # type: ignore[arg-type]
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
+        special_tokens_in_text=special_tokens_in_text,
         device=device,
         precision=precision,
     )
@@ -382,6 +398,9 @@ def _print_report(report: "Report") -> None:
         if (causal := corpus.causal) is not None:
             table.add_row(corpus.corpus, "next token", _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
     rich.console.Console().print(table)
+    for corpus in report.corpora:
+        for note in corpus.notes:
+            print(note)
 
 
 def _loss(found: Any) -> str:

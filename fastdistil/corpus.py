@@ -70,6 +70,12 @@ class Manifest:
     """tokens, sequences of each shard."""
     files: dict[str, dict[str, Any]]
     """bytes, sha256 of every file but the manifest, by name."""
+    special_spellings: int | None = None
+    """How often the text spells out a special token such as [MASK]; None where an earlier version did not count."""
+
+    @property
+    def special_spellings_became(self) -> str:
+        return "parsed as these" if self.options.get("special_tokens_in_text", True) else "taken as text"
 
     def to_json(self) -> str:
         values = {"format": FORMAT, **asdict(self)}
@@ -89,7 +95,7 @@ class Manifest:
         actual = text_sha256(canonical(values))
         if actual != expected:
             raise CorruptData(f"{path} is damaged: sha256 expected {expected}, found {actual}; {PREPARE_AGAIN}")
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
 
 
 PREPARE_AGAIN = "restore the directory from a copy, or delete it and run fastdistil prepare again"

@@ -273,6 +273,8 @@ class EvaluateOptions:
     """What a document of a raw .txt file is."""
     text_field: str = "text"
     strip_gutenberg: bool = False
+    special_tokens_in_text: bool = False
+    """Whether special tokens that raw text spells out become these tokens."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
@@ -308,6 +310,10 @@ class CorpusReport:
     causal: CausalPerplexity | None
     """Causal models."""
     seconds: float
+    special_spellings: int | None
+    """How often the text spells out a special token; None where an earlier version prepared it."""
+    notes: tuple[str, ...]
+    """What a reader of the numbers should know of the text."""
 
 
 @dataclass(frozen=True)
@@ -421,7 +427,11 @@ def _evaluate_one(
                 model, corpus, facts, positions=options.positions, seed=options.seed, progress=told, **common
             )
     seconds = time.perf_counter() - begun
-    return CorpusReport(given, len(corpus), int(corpus.lengths.sum()), heldout, pseudo, causal, seconds)
+    spellings, notes = corpus.manifest.special_spellings, []
+    if spellings:
+        notes.append(f"{given} spells out {spellings:,} special tokens, {corpus.manifest.special_spellings_became}")
+    tokens = int(corpus.lengths.sum())
+    return CorpusReport(given, len(corpus), tokens, heldout, pseudo, causal, seconds, spellings, tuple(notes))
 
 
 def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:
@@ -469,6 +479,7 @@ def _preparation(options: EvaluateOptions, model_path: str, size: int, causal: b
         documents=options.documents,
         text_field=options.text_field,
         strip_gutenberg=options.strip_gutenberg,
+        special_tokens_in_text=options.special_tokens_in_text,
     )
 
 

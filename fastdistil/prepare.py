@@ -49,6 +49,8 @@ class PrepareOptions:
     text_field: str = "text"
     strip_gutenberg: bool = False
     special_tokens: bool = True
+    special_tokens_in_text: bool = False
+    """Whether special tokens that the text spells out, such as [MASK], become these tokens and not the text's letters."""
     min_tokens: int = 0
     """Pieces with fewer tokens, special ones included, are dropped; the example: 12."""
     max_unknown: float = 1.0
@@ -168,7 +170,7 @@ def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
             )
     dtype = token_dtype(vocabulary_size(tokenizer))
     limits = options.min_tokens, options.max_unknown
-    return Plan(options.max_length, front, back, tokenizer.unk_token_id, *limits, dtype)
+    return Plan(options.max_length, front, back, tokenizer.unk_token_id, *limits, dtype, options.special_tokens_in_text)
 
 
 class Teller:
@@ -233,6 +235,7 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> 
         inputs=shards.identity["inputs"],
         shards=written.shards,
         files=dict(sorted(written.files.items())),
+        special_spellings=written.special_spellings,
     )
     write_atomically(out / "manifest.json", manifest.to_json())
     (out / "progress.json").unlink()
@@ -286,9 +289,14 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
     return written
 
 
+EARLIER_OPTIONS = {"special_tokens_in_text": True}
+"""What versions did that had no such options."""
+
+
 def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
-    options = {name for name in wanted["options"] if wanted["options"][name] != found["options"].get(name)}
+    before = {**EARLIER_OPTIONS, **found["options"]}
+    options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")

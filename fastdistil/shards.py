@@ -22,6 +22,7 @@ class Written:
     blocks: int = 0
     documents: int = 0
     dropped: int = 0
+    special_spellings: int = 0
     sequences: int = 0
     tokens: int = 0
     shards: list[dict[str, int]] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Shards:
         self.written.sequences += len(encoded.lengths)
         self.written.documents += encoded.documents
         self.written.dropped += encoded.dropped
+        self.written.special_spellings += encoded.special_spellings
         if self._tokens >= self.shard_tokens:
             self.finish_shard()
 

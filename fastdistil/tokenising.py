@@ -7,6 +7,7 @@ next). Tokenizers without [CLS] and [SEP] use their bos and eos; those with only
 Shapes: d documents, p pieces.
 """
 
+import json
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain
 from multiprocessing import get_context, parent_process
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from fastdistil.corpus import Integers, Lengths, Tokens, plain
 from fastdistil.errors import OutOfMemory
 from fastdistil.masking import ranges
 from fastdistil.textfiles import Block
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PIECE_CHARACTERS = 32_768
 """Long documents are tokenised in stretches of this size: a megabyte in one call takes up to 1.6 times as long."""
@@ -41,6 +45,8 @@ class Plan(NamedTuple):
     min_tokens: int
     max_unknown: float
     dtype: str
+    special_tokens_in_text: bool = False
+    """Whether special tokens that the text spells out become these tokens, and not the tokens of their letters."""
 
 
 class Encoded(NamedTuple):
@@ -50,6 +56,8 @@ class Encoded(NamedTuple):
     """[sequences]"""
     documents: int
     dropped: int
+    special_spellings: int = 0
+    """How often the documents spell out a special token."""
 
 
 class Encoder:
@@ -61,6 +69,9 @@ class Encoder:
         self.tokenizer = Tokenizer.from_file(tokenizer_file)
         plain(self.tokenizer)
         self.plan = plan
+        self.special = special_names(self.tokenizer)
+        if not plan.special_tokens_in_text:
+            read_special_tokens_as_text(self.tokenizer)
         # A tokenizer that marks the beginning of every text would mark the stretches too.
         probe = self.tokenizer.encode_batch_fast(["one two three four", "one two", " three four"], add_special_tokens=False)
         whole, first, second = (part.ids for part in probe)
@@ -76,7 +87,46 @@ class Encoder:
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
         tokens = np.fromiter(ids, self.plan.dtype, int(lengths.sum()))
-        return pieces(tokens, np.add.reduceat(lengths, firsts), self.plan)
+        text = "\n".join(documents)
+        spellings = sum(text.count(name) for name in self.special)
+        return pieces(tokens, np.add.reduceat(lengths, firsts), self.plan)._replace(special_spellings=spellings)
+
+
+def special_names(tokenizer: "Tokenizer") -> set[str]:
+    return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special and token.content}
+
+
+def read_special_tokens_as_text(tokenizer: "Tokenizer") -> None:
+    """Make a tokenizer encode what spells a special token, such as [MASK], as it encodes other text; ids stay the same.
+
+    encode_special_tokens keeps the tokenizer from looking for them, but most are entries of its model too, which may come upon
+    them by itself: as a word, or by merging. There they are renamed. One of a single character stays what it also is, a
+    letter of the alphabet.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer.encode_special_tokens = True
+    definition = json.loads(tokenizer.to_str())
+    model = definition["model"]
+    merges, prefix = model.get("merges", []), model.get("continuing_subword_prefix") or ""
+    entries = model["vocab"] if model["type"] == "Unigram" else list(model["vocab"].items())  # pairs of name and score, or id
+    reachable = {name for name, _ in entries}
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        reachable = {left + right.removeprefix(prefix) for left, right in merges}
+    hidden = {name: UNMATCHABLE + name for name in special_names(tokenizer) if len(name) > 1 and name in reachable}
+    if not hidden:
+        return
+    renamed = [(hidden.get(name, name), value) for name, value in entries]
+    model["vocab"] = renamed if model["type"] == "Unigram" else dict(renamed)
+    if "unk_token" in model:
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    if merges:
+        model["merges"] = [pair for pair in merges if hidden.keys().isdisjoint((*pair, pair[0] + pair[1].removeprefix(prefix)))]
+    tokenizer.model = Tokenizer.from_str(json.dumps({**definition, "added_tokens": []})).model
+
+
+UNMATCHABLE = "\U0010fffe\U0010ffff"
+"""Noncharacters: no text that is exchanged holds them."""
 
 
 def cut_at_spaces(text: str, stretch: int) -> Iterator[str]:
