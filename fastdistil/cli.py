@@ -48,6 +48,9 @@ SpecialTokensInText = Annotated[
         help="Parse special tokens that the text spells out, such as [MASK]; default: they are text.",
     ),
 ]
+MaxUnknownShare = Annotated[
+    float, typer.Option(help="Stop if more of all tokens than this are unknown to the tokenizer; 1: never.")
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
@@ -218,6 +221,7 @@ def prepare(
     special_tokens_in_text: SpecialTokensInText = False,
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
     max_unknown: Annotated[float, typer.Option(help="Drop pieces with this share of unknown tokens (the example: 0.5).")] = 1.0,
+    max_unknown_share: MaxUnknownShare = 0.2,
     max_bad_fraction: Annotated[float, typer.Option(help="Stop if more records than this are unreadable.")] = 0.001,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 64 * 2**20,
     workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
@@ -236,6 +240,7 @@ def prepare(
         special_tokens_in_text=special_tokens_in_text,
         min_tokens=min_tokens,
         max_unknown=max_unknown,
+        max_unknown_share=max_unknown_share,
         max_bad_fraction=max_bad_fraction,
         shard_tokens=shard_tokens,
         workers=workers,
@@ -251,6 +256,7 @@ def prepare(
             if manifest.special_spellings
             else ""
         )
+        + (f"; {manifest.unknown_share:.2%} of the tokens unknown" if manifest.unknown_share is not None else "")
         + (f"; no Gutenberg markers in {manifest.unmarked_files} files" if manifest.unmarked_files else "")
     )
 
@@ -301,6 +307,7 @@ def evaluate(
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
     special_tokens_in_text: SpecialTokensInText = False,
+    max_unknown_share: MaxUnknownShare = 0.2,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
@@ -322,6 +329,7 @@ def evaluate(
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
         special_tokens_in_text=special_tokens_in_text,
+        max_unknown_share=max_unknown_share,
         device=device,
         precision=precision,
     )
@@ -397,6 +405,9 @@ def _print_report(report: "Report") -> None:
             table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
         if (causal := corpus.causal) is not None:
             table.add_row(corpus.corpus, "next token", _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
+    table.add_section()
+    for corpus in report.corpora:
+        table.add_row(corpus.corpus, "unknown tokens", "", "", f"{corpus.unknown_share:.2%}")
     rich.console.Console().print(table)
     for corpus in report.corpora:
         for note in corpus.notes:

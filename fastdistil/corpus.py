@@ -63,7 +63,7 @@ class Manifest:
     dtype: str
     """Of the token shards."""
     options: dict[str, Any]
-    """PrepareOptions without workers and max_bad_fraction."""
+    """PrepareOptions without workers, max_bad_fraction and max_unknown_share."""
     inputs: list[dict[str, Any]]
     """path, bytes, mtime_ns of each input, in the order read."""
     shards: list[dict[str, int]]
@@ -72,6 +72,8 @@ class Manifest:
     """bytes, sha256 of every file but the manifest, by name."""
     special_spellings: int | None = None
     """How often the text spells out a special token such as [MASK]; None where an earlier version did not count."""
+    unknown_share: float | None = None
+    """Of all tokens but the special ones added, from 0 to 1; None where an earlier version did not count."""
 
     @property
     def special_spellings_became(self) -> str:
@@ -243,6 +245,22 @@ def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
     marks.continues_V[special] = False
     special_ids = np.array(special, np.int64)
     return TokenFacts(vocab_size, ids["mask"], pad_id, special_ids, marks.continues_V, marks.marks_words, marks.ends_V)
+
+
+def frame(tokenizer: FastTokenizer) -> tuple[int | None, int | None]:
+    """The special tokens that begin and end a sequence: [CLS] and [SEP], else bos and eos."""
+    front = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    return cast("int | None", front), cast("int | None", back)
+
+
+def unknown_id(tokenizer: FastTokenizer) -> int | None:
+    """The token that stands for unknown text; None where the model makes none (byte-level BPE), whatever unk_token says."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    if hasattr(backend.model, "unk_token"):
+        name = backend.model.unk_token
+        return backend.token_to_id(name) if name is not None else None
+    return cast("int | None", tokenizer.unk_token_id)  # Unigram does not show its own
 
 
 def vocabulary_size(tokenizer: FastTokenizer) -> int:

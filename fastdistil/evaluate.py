@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fastdistil import models
 from fastdistil.batches import Batch, Layout, Tokens, assemble, evaluation_batches
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts, vocabulary_fingerprint
+from fastdistil.corpus import Corpus, FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
 from fastdistil.errors import UserError, translated
 from fastdistil.masking import Facts, Ints, offsets, ranges
 from fastdistil.prepare import PrepareOptions, prepare
@@ -47,6 +47,7 @@ from fastdistil.scoring import (
     sliding_windows,
 )
 from fastdistil.textfiles import Documents, find_inputs
+from fastdistil.unknown import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,8 @@ class EvaluateOptions:
     strip_gutenberg: bool = False
     special_tokens_in_text: bool = False
     """Whether special tokens that raw text spells out become these tokens."""
+    max_unknown_share: float = MAX_UNKNOWN_SHARE
+    """A corpus with a larger share of unknown tokens raises UserError."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
@@ -294,6 +297,8 @@ class EvaluateOptions:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} must be at least {low}, got {value}")
+        if not 0 <= self.max_unknown_share <= 1:
+            raise UserError(f"max_unknown_share must be from 0 to 1, got {self.max_unknown_share:g}")
 
 
 @dataclass(frozen=True)
@@ -310,6 +315,8 @@ class CorpusReport:
     causal: CausalPerplexity | None
     """Causal models."""
     seconds: float
+    unknown_share: float
+    """Unknown tokens among all but the special ones added, from 0 to 1."""
     special_spellings: int | None
     """How often the text spells out a special token; None where an earlier version prepared it."""
     notes: tuple[str, ...]
@@ -359,9 +366,11 @@ def evaluate(
     tell(0.0, f"loading {model_path}")
     model = models.load_for_evaluation(model_path).to(device)
     size = _size(model, options, causal)
-    for corpus in opened.values():
+    for given, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
-        _check_corpus(model, lengths_n, token_facts(load_tokenizer(corpus.tokenizer_dir)))
+        tokenizer = load_tokenizer(corpus.tokenizer_dir)
+        _check_corpus(model, lengths_n, token_facts(tokenizer))
+        check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, given)
     with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):
         for number, given in enumerate(dict.fromkeys(raw)):
             tell(0.0, f"preparing {given}")
@@ -407,7 +416,8 @@ def _evaluate_one(
     precision: str,
     share: _Share,
 ) -> CorpusReport:
-    facts = token_facts(load_tokenizer(corpus.tokenizer_dir))
+    tokenizer = load_tokenizer(corpus.tokenizer_dir)
+    facts = token_facts(tokenizer)
     begun = time.perf_counter()
     common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": device, "precision": precision}
     heldout, pseudo, causal = None, None, None
@@ -427,11 +437,16 @@ def _evaluate_one(
                 model, corpus, facts, positions=options.positions, seed=options.seed, progress=told, **common
             )
     seconds = time.perf_counter() - begun
-    spellings, notes = corpus.manifest.special_spellings, []
+    unknown, spellings = _unknown_share(corpus, tokenizer), corpus.manifest.special_spellings
+    notes = [f"warning: {unknown_text(unknown, tokenizer, given)}"] if unknown > WARNING_SHARE else []
     if spellings:
         notes.append(f"{given} spells out {spellings:,} special tokens, {corpus.manifest.special_spellings_became}")
     tokens = int(corpus.lengths.sum())
-    return CorpusReport(given, len(corpus), tokens, heldout, pseudo, causal, seconds, spellings, tuple(notes))
+    return CorpusReport(given, len(corpus), tokens, heldout, pseudo, causal, seconds, unknown, spellings, tuple(notes))
+
+
+def _unknown_share(corpus: Corpus, tokenizer: FastTokenizer) -> float:
+    return unknown_share(tokenizer, corpus.counts, len(corpus), corpus.manifest.options["special_tokens"])
 
 
 def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:
@@ -480,6 +495,7 @@ def _preparation(options: EvaluateOptions, model_path: str, size: int, causal: b
         text_field=options.text_field,
         strip_gutenberg=options.strip_gutenberg,
         special_tokens_in_text=options.special_tokens_in_text,
+        max_unknown_share=options.max_unknown_share,
     )
 
 

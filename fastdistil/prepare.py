@@ -22,10 +22,12 @@ from fastdistil.corpus import (
     Manifest,
     check_file,
     file_sha256,
+    frame,
     load_tokenizer,
     plain,
     text_sha256,
     token_dtype,
+    unknown_id,
     vocabulary_fingerprint,
     vocabulary_size,
 )
@@ -33,6 +35,7 @@ from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.shards import HashedFile, Shards, Written, counted, write_atomically
 from fastdistil.textfiles import Block, Documents, Reading, Source, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks
+from fastdistil.unknown import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 
 BYTES_PER_WORKER = 8_000_000
 """Without `workers`, one process more for every so many bytes of input: starting one takes seconds."""
@@ -55,6 +58,8 @@ class PrepareOptions:
     """Pieces with fewer tokens, special ones included, are dropped; the example: 12."""
     max_unknown: float = 1.0
     """Below 1, pieces with at least this share of unknown tokens are dropped; the example: 0.5."""
+    max_unknown_share: float = MAX_UNKNOWN_SHARE
+    """Of all tokens that are kept, special ones added aside; judged after each block. Above it, `prepare` raises UserError."""
     max_bad_fraction: float = 0.001
     shard_tokens: int = 64 * 2**20
     """A shard ends with the block that brings it to this many tokens."""
@@ -66,6 +71,7 @@ class PrepareOptions:
             ("max_length", 4, 2**31 - 1),
             ("min_tokens", 0, self.max_length),
             ("max_unknown", 0, 1),
+            ("max_unknown_share", 0, 1),
             ("max_bad_fraction", 0, 1),
             ("shard_tokens", 1, 2**40),
             ("workers", 1, 1024),
@@ -79,7 +85,8 @@ class PrepareOptions:
 
     def shaping(self) -> dict[str, Any]:
         """The options that decide which bytes are written: not how many processes do it, nor when to give up."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "max_bad_fraction")}
+        others = ("workers", "max_bad_fraction", "max_unknown_share")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 @dataclass(frozen=True)
@@ -139,13 +146,16 @@ def prepare(
             quarantine=out / "quarantine.jsonl",
         )
         workers = options.workers or min(len(os.sched_getaffinity(0)), 1 + tell.bytes_total // BYTES_PER_WORKER)
-        write_shards(shards, reader, plan, workers, tell)
+        unknown = UnknownTokens(tokenizer, shards, options)
+        write_shards(shards, reader, plan, workers, tell, unknown)
         if not written.sequences:
             raise UserError(
                 f"no usable sequence in {len(sources)} files ({written.documents} documents with tokens, {written.dropped} "
                 "pieces dropped by min_tokens and max_unknown); give more text or looser limits"
             )
-        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype)
+        if unknown.share() > WARNING_SHARE:
+            tell(f"warning: {unknown_text(unknown.share(), tokenizer, str(out))}")
+        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype, unknown.share())
 
 
 def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
@@ -161,8 +171,7 @@ def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastT
 def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
     front = back = None
     if options.special_tokens:
-        front = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-        back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        front, back = frame(tokenizer)
         if front is None and back is None:
             raise UserError(
                 f"the tokenizer {options.tokenizer!r} has no cls, sep, bos or eos token to begin and end sequences with; "
@@ -170,7 +179,7 @@ def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
             )
     dtype = token_dtype(vocabulary_size(tokenizer))
     limits = options.min_tokens, options.max_unknown
-    return Plan(options.max_length, front, back, tokenizer.unk_token_id, *limits, dtype, options.special_tokens_in_text)
+    return Plan(options.max_length, front, back, unknown_id(tokenizer), *limits, dtype, options.special_tokens_in_text)
 
 
 class Teller:
@@ -192,7 +201,23 @@ class Teller:
             self._progress(Progress(done, self._files, read, self.bytes_total, tokens, seconds, note))
 
 
-def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell: Teller) -> None:
+class UnknownTokens:
+    """Watches the share of unknown tokens in what has been written."""
+
+    def __init__(self, tokenizer: FastTokenizer, shards: Shards, options: PrepareOptions) -> None:
+        self._tokenizer, self._shards, self._options = tokenizer, shards, options
+
+    def share(self) -> float:
+        shards = self._shards
+        return unknown_share(self._tokenizer, shards.counts_V, shards.written.sequences, self._options.special_tokens)
+
+    def check(self) -> None:
+        """Raises UserError where it is too large."""
+        where = f"the first {self._shards.written.sequences:,} sequences"
+        check_unknown_share(self.share(), self._options.max_unknown_share, self._tokenizer, where)
+
+
+def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell: Teller, unknown: UnknownTokens) -> None:
     """Tokenise what `reader` gives behind the blocks that finished shards hold."""
     todo = islice(reader.blocks(), shards.written.blocks, None)
     tokenizer_file = str(shards.out / "tokenizer" / "tokenizer.json")
@@ -200,6 +225,7 @@ def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell
         with closing(encoded_blocks(todo, tokenizer_file, plan, workers)) as results:
             for block, encoded in results:
                 shards.append(encoded)
+                unknown.check()
                 tell("", block, shards.written.tokens)
         shards.finish_shard()
     finally:
@@ -208,7 +234,7 @@ def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell
         tell(f"{len(reader.unmarked)} files have no Project Gutenberg lines and are kept whole: {reader.unmarked[0]}, ...")
 
 
-def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> Manifest:
+def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, share: float) -> Manifest:
     """Write counts.bin and, last, the manifest."""
     out, written = shards.out, shards.written
     counts = HashedFile(out / "counts.bin")
@@ -236,6 +262,7 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> 
         shards=written.shards,
         files=dict(sorted(written.files.items())),
         special_spellings=written.special_spellings,
+        unknown_share=share,
     )
     write_atomically(out / "manifest.json", manifest.to_json())
     (out / "progress.json").unlink()

@@ -434,7 +434,8 @@ def test_a_tokenizer_without_any_frame_is_refused_unless_none_is_wanted(lines: P
     make(tokenizer_object=tokenizer, unk_token="a").save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="no cls, sep, bos or eos token"):
         prepare([str(lines)], tmp_path / "out", options(tmp_path / "tokenizer"))
-    assert prepare([str(lines)], tmp_path / "out", options(tmp_path / "tokenizer", special_tokens=False)).sequences
+    bare = options(tmp_path / "tokenizer", special_tokens=False, max_unknown_share=1)
+    assert prepare([str(lines)], tmp_path / "out", bare).sequences
 
 
 @pytest.mark.parametrize(
@@ -444,6 +445,7 @@ def test_a_tokenizer_without_any_frame_is_refused_unless_none_is_wanted(lines: P
         ("min_tokens", 17),
         ("max_unknown", 1.1),
         ("max_bad_fraction", -0.1),
+        ("max_unknown_share", 1.1),
         ("shard_tokens", 0),
         ("workers", 0),
     ],

@@ -649,7 +649,7 @@ def test_evaluate_checks_everything_before_it_measures(
     refused(good, [here], "batch_tokens 8 is less than one sequence", EvaluateOptions(max_length=LENGTH, batch_tokens=8))
     refused(saved["gpt2"], [here], "stride must be less than the window of 16", EvaluateOptions(max_length=16, stride=16))
     other = train_wordpiece(["entirely different words"], 60, tmp_path / "other")
-    options = PrepareOptions(tokenizer=str(other), max_length=LENGTH, workers=1)
+    options = PrepareOptions(tokenizer=str(other), max_length=LENGTH, workers=1, max_unknown_share=1)
     prepare([str(text)], tmp_path / "foreign", options)
     refused(good, [here, str(tmp_path / "foreign")], "the model .* has another vocabulary than the corpus")
     prepare([str(text)], tmp_path / "long", PrepareOptions(tokenizer=good, max_length=64, workers=1))

@@ -1,4 +1,4 @@
-"""What of a text becomes tokens: special tokens spelt out."""
+"""What of a text becomes tokens: special tokens spelt out, unknown text."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastdistil import textfiles
 from fastdistil.cli import app
-from fastdistil.corpus import Corpus, Manifest, canonical, load_tokenizer, text_sha256, token_facts, train_wordpiece
+from fastdistil.corpus import Corpus, Manifest, canonical, load_tokenizer, text_sha256, token_facts, train_wordpiece, unknown_id
 from fastdistil.errors import UserError
+from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.prepare import PrepareOptions, Progress, prepare
 from fastdistil.tokenising import Encoder, Plan
 
@@ -73,7 +76,7 @@ def spelt(text: str, kind: Kind) -> str:
 def test_special_tokens_spelt_out_are_text_unless_parsed(kind: Kind, tmp_path: Path) -> None:
     folder = make_tokenizer(kind, tmp_path)
     tokenizer = load_tokenizer(folder)
-    special = set(token_facts(tokenizer).special_ids.tolist()) - {tokenizer.unk_token_id if kind != "byte-level" else None}
+    special = set(token_facts(tokenizer).special_ids.tolist()) - {unknown_id(tokenizer)}
     text, backend = spelt(TEXT, kind), Tokenizer.from_file(str(folder / "tokenizer.json"))
     as_text, parsed = encoder(folder, parse=False)([text, PLAIN]), encoder(folder, parse=True)([text, PLAIN])
     assert as_text.special_spellings == parsed.special_spellings == 5
@@ -110,7 +113,7 @@ def test_added_tokens_that_are_not_special_and_special_ones_of_one_letter_keep_t
 def test_several_processes_and_one_count_and_encode_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_tokenizer("Unigram", tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text(f"{TEXT}\n{PLAIN}\n")
-    common = [str(tmp_path / "text.txt"), "--tokenizer", str(folder)]
+    common = [str(tmp_path / "text.txt"), "--tokenizer", str(folder), "--max-unknown-share", "1"]
     for workers in ("1", "2"):
         app(["prepare", *common, "--out", str(tmp_path / workers), "--workers", workers], standalone_mode=False)
         assert "; 5 special tokens spelt out in the text, taken as text" in capsys.readouterr().out
@@ -124,6 +127,19 @@ def test_several_processes_and_one_count_and_encode_alike(tmp_path: Path, capsys
     assert int(one.counts[[0, 4]].sum()) == 0
 
 
+# Unknown tokens
+
+
+def word_level(folder: Path, words: str, **parts: Any) -> Path:
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if "normalizer" in parts:
+        tokenizer.normalizer = parts["normalizer"]
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return save(tokenizer, folder, **names)
+
+
 def prepared(text: str, tokenizer: Path, out: Path, **changes: Any) -> tuple[Manifest, list[str]]:
     out.parent.mkdir(exist_ok=True)
     file = out.parent / f"{out.name}.txt"
@@ -134,17 +150,104 @@ def prepared(text: str, tokenizer: Path, out: Path, **changes: Any) -> tuple[Man
     return manifest, [progress.note for progress in notes if "unknown" in progress.note]
 
 
+def test_the_share_of_unknown_tokens_leaves_out_the_special_ones_added(tmp_path: Path) -> None:
+    tokenizer = word_level(tmp_path / "tokenizer", "a b")
+    cases = (("a b a b a b a b a x\n", 0.1), ("a b\na x b a b a b\nb\n", 0.1), ("a b\n", 0.0), ("a b " * 99 + "x a", 1 / 200))
+    for number, (text, share) in enumerate(cases):
+        for special_tokens in (True, False):
+            out = tmp_path / f"{number}-{special_tokens}"
+            manifest, notes = prepared(text, tokenizer, out, special_tokens=special_tokens, max_length=400)
+            assert manifest.unknown_share == pytest.approx(share)
+            assert Corpus.open(out).manifest.unknown_share == manifest.unknown_share
+            assert len(notes) == (share > 0.01)
+            assert all(note.startswith("warning: 10.0% of the tokens of") for note in notes)
+    # What max_unknown drops is not counted.
+    assert prepared("a b a b\nx x x\n", tokenizer, tmp_path / "dropped", max_unknown=0.5)[0].unknown_share == 0.0
+
+
+def test_byte_level_tokens_are_never_unknown_whatever_frames_them(tmp_path: Path) -> None:
+    folder = make_tokenizer("byte-level", tmp_path / "tokenizer")
+    manifest, _ = prepared("字\n" * 20, folder, tmp_path / "out", max_unknown=0.5)
+    assert (manifest.unknown_share, manifest.dropped) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "normalizer", "text", "reason"),
+    [
+        ("The Cat Sat Down", normalizers.Lowercase(), "The Cat Sat Down\n", "lower-cases the text and its vocabulary is cased"),
+        ("the cat sat down", None, "The Cat Sat down\n", "keeps capitals and its vocabulary has none"),
+        ("the Cat sat down", None, "猫 は 座 る\n", "another script, language or kind of text"),
+    ],
+)
+def test_a_text_that_is_mostly_unknown_is_refused_with_the_likely_reason(
+    words: str, normalizer: Any, text: str, reason: str, tmp_path: Path
+) -> None:
+    parts = {"normalizer": normalizer} if normalizer is not None else {}
+    tokenizer = word_level(tmp_path / "tokenizer", words, **parts)
+    with pytest.raises(UserError, match=rf"% of the tokens of .* are unknown.*{reason}.*--max-unknown-share") as caught:
+        prepared(text, tokenizer, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert prepared(text, tokenizer, tmp_path / "out", max_unknown_share=1)[0].unknown_share > 0.7
+
+
+def test_unknown_text_stops_early_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 40)
+    tokenizer = word_level(tmp_path / "tokenizer", "a b")
+    text = "a b a b\n" * 100 + "x x x x\n" * 1000
+    blocks: list[Progress] = []
+    file = tmp_path / "out.txt"
+    file.write_text(text)
+    options: dict[str, Any] = {"tokenizer": str(tokenizer), "documents": "line", "workers": 1, "shard_tokens": 100}
+    with pytest.raises(UserError, match="tokens of the first 130 sequences"):
+        prepare([str(file)], tmp_path / "out", PrepareOptions(**options), blocks.append)
+    assert len(list((tmp_path / "out").glob("tokens-*.bin"))) > 5
+    allowing = PrepareOptions(max_unknown_share=1, **options)
+    more, entire = (prepare([str(file)], tmp_path / name, allowing) for name in ("out", "entire"))
+    shards = [name for name in entire.files if name.endswith(".bin")]
+    assert [more.files[name] for name in shards] == [entire.files[name] for name in shards]
+    assert more.unknown_share == entire.unknown_share == pytest.approx(1000 / 1100)
+
+
+def test_evaluate_reports_unknown_tokens_of_raw_and_prepared_text_and_refuses_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = word_level(tmp_path / "model", "a b")
+    config = transformers.BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    prepared("a b a b a b a b a x [MASK]\n" * 10, folder, tmp_path / "some")
+    prepared("a x\n" * 30, folder, tmp_path / "many", max_unknown_share=1)
+    common: dict[str, Any] = {"positions": 0, "device": "cpu", "precision": "fp32", "documents": "line"}
+    names = [str(tmp_path / name) for name in ("some", "some.txt")]
+    report = evaluate(str(folder), names, EvaluateOptions(**common))
+    for values, name in zip(json.loads(report.to_json())["corpora"], names, strict=True):
+        assert values["unknown_share"] == pytest.approx(2 / 11)  # [MASK] is an unknown word
+        assert values["special_spellings"] == 10
+        assert values["notes"][0].startswith(f"warning: 18.2% of the tokens of {name} are unknown ([UNK])")
+        assert values["notes"][1] == f"{name} spells out 10 special tokens, taken as text"
+    parsed = evaluate(str(folder), [names[1]], EvaluateOptions(special_tokens_in_text=True, **common)).corpora[0]
+    assert parsed.unknown_share == pytest.approx(1 / 11)
+    for name in ("many", "many.txt"):
+        with pytest.raises(UserError, match=r"50\.0% of the tokens of .*--max-unknown-share"):
+            evaluate(str(folder), [str(tmp_path / name)], EvaluateOptions(**common))
+    command = ["evaluate", str(folder), str(tmp_path / "many"), "--max-unknown-share", "1", "--positions", "0"]
+    app([*command, "--device", "cpu"], standalone_mode=False)
+    assert "unknown tokens" in (out := " ".join(capsys.readouterr().out.split()))
+    assert "warning: 50.0% of the tokens of" in out
+
+
 def test_what_an_earlier_version_prepared_is_up_to_date_with_its_options_and_refused_with_others(tmp_path: Path) -> None:
     tokenizer = train_wordpiece([PLAIN] * 5, 80, tmp_path / "tokenizer")
     out, file = tmp_path / "out", tmp_path / "out.txt"
     manifest, _ = prepared(PLAIN, tokenizer, out, special_tokens_in_text=True)
     values = json.loads((out / "manifest.json").read_text())
-    for name in ("sha256", "special_spellings"):
+    for name in ("sha256", "special_spellings", "unknown_share"):
         del values[name]
     del values["options"]["special_tokens_in_text"]
     (out / "manifest.json").write_text(json.dumps({**values, "sha256": text_sha256(canonical(values))}))
     common: dict[str, Any] = {"tokenizer": str(tokenizer), "documents": "line", "workers": 1}
     again = prepare([str(file)], out, PrepareOptions(special_tokens_in_text=True, **common))
-    assert (again.tokens, again.special_spellings) == (manifest.tokens, None)
+    assert (again.tokens, again.unknown_share, again.special_spellings) == (manifest.tokens, None, None)
     with pytest.raises(UserError, match="prepared with other special_tokens_in_text; choose"):
         prepare([str(file)], out, PrepareOptions(**common))
