@@ -48,6 +48,14 @@ SpecialTokensInText = Annotated[
         help="Parse special tokens that the text spells out, such as [MASK]; default: they are text.",
     ),
 ]
+Strip = Annotated[
+    bool | None,
+    typer.Option(
+        "--strip/--no-strip",
+        help="Take white space off both ends of documents; default: for masked models (tokenizers with a mask token) only.",
+        show_default=False,
+    ),
+]
 MaxUnknownShare = Annotated[
     float, typer.Option(help="Stop if more of all tokens than this are unknown to the tokenizer; 1: never.")
 ]
@@ -217,6 +225,7 @@ def prepare(
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    strip: Strip = None,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
     special_tokens_in_text: SpecialTokensInText = False,
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
@@ -236,6 +245,7 @@ def prepare(
         documents=documents,  # type: ignore[arg-type]
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
+        strip=strip,
         special_tokens=special_tokens,
         special_tokens_in_text=special_tokens_in_text,
         min_tokens=min_tokens,
@@ -306,6 +316,7 @@ def evaluate(
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    strip: Strip = None,
     special_tokens_in_text: SpecialTokensInText = False,
     max_unknown_share: MaxUnknownShare = 0.2,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
@@ -328,6 +339,7 @@ def evaluate(
         documents=documents,  # type: ignore[arg-type]
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
+        strip=strip,
         special_tokens_in_text=special_tokens_in_text,
         max_unknown_share=max_unknown_share,
         device=device,

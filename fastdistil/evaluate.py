@@ -274,6 +274,8 @@ class EvaluateOptions:
     """What a document of a raw .txt file is."""
     text_field: str = "text"
     strip_gutenberg: bool = False
+    strip: bool | None = None
+    """Whether white space at both ends of raw documents is taken off; None: for masked models."""
     special_tokens_in_text: bool = False
     """Whether special tokens that raw text spells out become these tokens."""
     max_unknown_share: float = MAX_UNKNOWN_SHARE
@@ -494,6 +496,7 @@ def _preparation(options: EvaluateOptions, model_path: str, size: int, causal: b
         documents=options.documents,
         text_field=options.text_field,
         strip_gutenberg=options.strip_gutenberg,
+        strip=not causal if options.strip is None else options.strip,
         special_tokens_in_text=options.special_tokens_in_text,
         max_unknown_share=options.max_unknown_share,
     )

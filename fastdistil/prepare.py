@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,9 @@ class PrepareOptions:
     """What a document is in a .txt file: the whole file, a paragraph (between blank lines) or a line."""
     text_field: str = "text"
     strip_gutenberg: bool = False
+    strip: bool | None = None
+    """Whether white space at both ends of documents is taken off. None: where the tokenizer has a mask token; causal models
+    learn and are judged on all of the text."""
     special_tokens: bool = True
     special_tokens_in_text: bool = False
     """Whether special tokens that the text spells out, such as [MASK], become these tokens and not the text's letters."""
@@ -121,6 +124,8 @@ def prepare(
         raise UserError(f"the inputs are empty ({len(sources)} files, 0 bytes); give files with text")
     tokenizer = load_tokenizer(options.tokenizer)
     plain(tokenizer.backend_tokenizer)
+    if options.strip is None:
+        options = replace(options, strip=tokenizer.mask_token_id is not None)
     identity = identity_of(sources, options, tokenizer)
     tell = Teller(progress, sources)
     if ignored:
@@ -144,6 +149,7 @@ def prepare(
             options.strip_gutenberg,
             options.max_bad_fraction,
             quarantine=out / "quarantine.jsonl",
+            strip=bool(options.strip),
         )
         workers = options.workers or min(len(os.sched_getaffinity(0)), 1 + tell.bytes_total // BYTES_PER_WORKER)
         unknown = UnknownTokens(tokenizer, shards, options)
@@ -316,7 +322,7 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
     return written
 
 
-EARLIER_OPTIONS = {"special_tokens_in_text": True}
+EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
 """What versions did that had no such options."""
 
 

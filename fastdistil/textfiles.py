@@ -61,6 +61,8 @@ class Reading:
     max_bad_fraction: float
     quarantine: Path
     """Rewritten by every pass; absent when nothing was set aside."""
+    strip: bool = True
+    """Whether outer white space of documents is taken off."""
     records: int = 0
     """Lines of plain text, records of JSON lines and parquet."""
     bad: Counter[str] = field(default_factory=Counter)
@@ -72,7 +74,7 @@ class Reading:
     first_reason: str = ""
 
     def blocks(self) -> Iterator[Block]:
-        """Every document of every source, stripped of outer white space, none empty, about BLOCK_CHARACTERS a block.
+        """Every document of every source, none of white space alone, about BLOCK_CHARACTERS a block.
 
         Raises UserError where a file cannot be read at all or too many records are bad.
         """
@@ -81,7 +83,8 @@ class Reading:
         size = 0
         for document in self._all_documents():
             for part in cut_long(document):
-                if text := part.strip():
+                text = part.strip() if self.strip else part
+                if text and not text.isspace():
                     gathered.append(text)
                     size += len(text) + 1
                 if size >= BLOCK_CHARACTERS:
@@ -325,7 +328,8 @@ def cut_documents(texts: Iterable[str], documents: Documents) -> Iterator[str]:
             case "line":
                 *done, pending = pending.split("\n")
             case "paragraph":
-                *done, pending = re.split(r"\n[^\S\n]*\n\s*", pending)
+                pending = re.sub(r"\A(?:[^\S\n]*\n)+", "", pending)  # blank lines after a paragraph of the chunk before
+                *done, pending = re.split(r"\n(?:[^\S\n]*\n)+", pending)
             case "file":
                 done = []
         yield from done
@@ -333,7 +337,7 @@ def cut_documents(texts: Iterable[str], documents: Documents) -> Iterator[str]:
             end = cut_position(pending)
             yield pending[:end]
             pending = pending[end:]
-    yield pending
+    yield re.sub(r"\n[^\S\n]*\Z", "", pending) if documents == "paragraph" else pending
 
 
 def cut_long(document: str) -> Iterator[str]:

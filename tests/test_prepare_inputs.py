@@ -93,7 +93,7 @@ def test_documents_do_not_depend_on_the_chunks(text: str, sizes: list[int], docu
     for size in [*sizes, len(text) + 1]:
         chunks.append("".join(lines[:size]))
         lines = lines[size:]
-    cut = [document.strip() for document in cut_documents(iter(chunks), documents) if document.strip()]
+    cut = [document for document in cut_documents(iter(chunks), documents) if document.strip()]
     paragraphs: list[list[str]] = [[]]
     for line in text.split("\n"):
         if line.strip():
@@ -101,9 +101,9 @@ def test_documents_do_not_depend_on_the_chunks(text: str, sizes: list[int], docu
         else:
             paragraphs.append([])
     expected = {
-        "file": [text.strip()] if text.strip() else [],
-        "line": [line.strip() for line in text.split("\n") if line.strip()],
-        "paragraph": ["\n".join(lines).strip() for lines in paragraphs if lines],
+        "file": [text] if text.strip() else [],
+        "line": [line for line in text.split("\n") if line.strip()],
+        "paragraph": ["\n".join(lines) for lines in paragraphs if lines],
     }
     assert cut == expected[documents]
 

@@ -1,4 +1,4 @@
-"""What of a text becomes tokens: special tokens spelt out, unknown text."""
+"""What of a text becomes tokens: special tokens spelt out, unknown text, outer white space."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -237,6 +238,79 @@ def test_evaluate_reports_unknown_tokens_of_raw_and_prepared_text_and_refuses_ma
     assert "warning: 50.0% of the tokens of" in out
 
 
+# Outer white space
+
+
+def blanks_model(folder: Path) -> tuple[Path, Any]:
+    make_tokenizer("byte-level", folder)
+    torch.manual_seed(0)
+    size = max(load_tokenizer(folder).get_vocab().values()) + 1
+    config = transformers.GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+LINES = ["  the cat", " = at = ", "a tent \t", "\u00a0the mat", "on the mat", "   ", ""]
+
+
+@torch.no_grad()
+def loss_by_hand(model: Any, tokenizer: Any, lines: list[str]) -> float:
+    losses = []
+    for line in lines:
+        ids = torch.tensor(tokenizer(line, add_special_tokens=False)["input_ids"])[None]
+        if ids.shape[1] > 1:
+            losses += torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
+    return sum(losses) / len(losses)
+
+
+def test_causal_models_are_judged_on_outer_white_space_unless_it_is_stripped(tmp_path: Path) -> None:
+    folder, model = blanks_model(tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(LINES) + "\n")
+    common: dict[str, Any] = {"documents": "line", "device": "cpu", "precision": "fp32", "batch_tokens": 64, "max_length": 64}
+    losses = []
+    for strip in (None, False, True):
+        report = evaluate(str(folder), [str(text)], EvaluateOptions(strip=strip, **common)).corpora[0]
+        assert report.causal is not None
+        losses.append(report.causal.loss)
+        assert report.sequences == 5  # lines of white space alone are no documents
+    lines = [line for line in LINES if line.strip()]
+    assert losses[0] == losses[1] == pytest.approx(loss_by_hand(model, tokenizer, lines), rel=1e-5)
+    assert losses[2] == pytest.approx(loss_by_hand(model, tokenizer, [line.strip() for line in lines]), rel=1e-5)
+    assert abs(losses[2] - losses[0]) > 1e-3
+    prepared_corpus = tmp_path / "corpus"
+    options = PrepareOptions(tokenizer=str(folder), documents="line", special_tokens=False, workers=1)
+    prepare([str(text)], prepared_corpus, options)
+    measured = evaluate(str(folder), [str(prepared_corpus)], EvaluateOptions(**common)).corpora[0].causal
+    assert measured is not None
+    assert measured.loss == losses[0]
+
+
+def test_the_tokenizer_decides_what_is_stripped_unless_told(tmp_path: Path) -> None:
+    masked = make_tokenizer("byte-level", tmp_path / "masked")
+    tokenizer: Any = load_tokenizer(masked)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.save_pretrained(masked)
+    causal = make_tokenizer("byte-level", tmp_path / "causal")
+    text = "  the cat \n\n\n  \n sat\n"
+    for folder, strip, expected in ((masked, None, "the cat"), (masked, False, "  the cat "), (causal, None, "  the cat ")):
+        for documents, last in (("line", " sat"), ("paragraph", " sat"), ("file", " sat\n")):
+            out = tmp_path / f"{folder.name}-{strip}-{documents}"
+            manifest, _ = prepared(text, folder, out, strip=strip, documents=documents, special_tokens=False)
+            corpus = Corpus.open(out)
+            texts = [tokenizer.decode(corpus.gather(np.array([row]))) for row in range(len(corpus))]
+            assert manifest.options["strip"] == (expected == "the cat")
+            if documents == "file":
+                assert texts == [text.strip() if expected == "the cat" else text]
+            else:
+                assert texts == [expected, last.strip() if expected == "the cat" else last]
+
+
 def test_what_an_earlier_version_prepared_is_up_to_date_with_its_options_and_refused_with_others(tmp_path: Path) -> None:
     tokenizer = train_wordpiece([PLAIN] * 5, 80, tmp_path / "tokenizer")
     out, file = tmp_path / "out", tmp_path / "out.txt"
@@ -244,10 +318,12 @@ def test_what_an_earlier_version_prepared_is_up_to_date_with_its_options_and_ref
     values = json.loads((out / "manifest.json").read_text())
     for name in ("sha256", "special_spellings", "unknown_share"):
         del values[name]
-    del values["options"]["special_tokens_in_text"]
+    for name in ("strip", "special_tokens_in_text"):
+        del values["options"][name]
     (out / "manifest.json").write_text(json.dumps({**values, "sha256": text_sha256(canonical(values))}))
     common: dict[str, Any] = {"tokenizer": str(tokenizer), "documents": "line", "workers": 1}
     again = prepare([str(file)], out, PrepareOptions(special_tokens_in_text=True, **common))
     assert (again.tokens, again.unknown_share, again.special_spellings) == (manifest.tokens, None, None)
-    with pytest.raises(UserError, match="prepared with other special_tokens_in_text; choose"):
-        prepare([str(file)], out, PrepareOptions(**common))
+    for changes, name in (({}, "special_tokens_in_text"), ({"special_tokens_in_text": True, "strip": False}, "strip")):
+        with pytest.raises(UserError, match=f"prepared with other {name}; choose"):
+            prepare([str(file)], out, PrepareOptions(**common, **changes))
