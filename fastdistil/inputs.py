@@ -240,7 +240,7 @@ def load_inputs(
         if recipe.student.path is not None and corpus is not None:
             check_tokenizer(recipe.student.path, corpus, "the student's model", note)
         pad_id = facts.pad_id if facts is not None else None
-        student_model = students.make_student(recipe.student, teacher_model, vocabulary, pad_id)
+        student_model = students.make_student(recipe.student, teacher_model, vocabulary, pad_id, note)
     if cached:
         teacher_model = None  # it was needed for its layers only
     projection = check_models(recipe, teacher_model, student_model, corpus, facts)
@@ -351,7 +351,7 @@ def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None, not
     models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
     if corpus is not None:
         check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
-    return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype])
+    return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note)
 
 
 def check_tokenizer(path: str, corpus: Corpus, who: str, note: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ transformers itself is behind models.py; here its configurations and models are 
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,14 +20,24 @@ from fastdistil.models import (
     load_config,
     load_model,
     model_of,
+    silent,
 )
 from fastdistil.recipe import Student
 
 
-def make_student(recipe: Student, teacher: LanguageModel | None, vocabulary: int, pad_id: int | None = None) -> LanguageModel:
-    """The student a recipe asks for, float32. `vocabulary`, `pad_id`: of the tokenizer, where a configuration names none."""
+def make_student(
+    recipe: Student,
+    teacher: LanguageModel | None,
+    vocabulary: int,
+    pad_id: int | None = None,
+    note: Callable[[str], None] = silent,
+) -> LanguageModel:
+    """The student a recipe asks for, float32. `vocabulary`, `pad_id`: of the tokenizer, where a configuration names none.
+
+    `note` is called with what a user should hear of the checkpoint it is loaded from (see `load_model`).
+    """
     if recipe.path is not None:
-        return _with_options(load_model(recipe.path), recipe)
+        return _with_options(load_model(recipe.path, note=note), recipe)
     if recipe.config is not None:
         return _with_options(model_of(config_from(recipe.config, vocabulary, pad_id)), recipe)
     if teacher is None:
