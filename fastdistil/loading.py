@@ -186,6 +186,8 @@ def read_weights(auto: Any, path: str, dtype: torch.dtype, note: Callable[[str],
         raise
     unexpected = sorted(report["unexpected_keys"])
     needed = [name for name in unexpected if not any(re.search(pattern, name) for pattern in HARMLESS)]
+    if needed or report["missing_keys"] or report["mismatched_keys"]:
+        _check_pickles(path)
     if needed and ADAPTER.search(" ".join(needed)):
         raise UserError(
             f"the checkpoint at {path!r} holds an adapter's weights beside the model's ({_some(needed)}); merge the adapter "
@@ -193,7 +195,6 @@ def read_weights(auto: Any, path: str, dtype: torch.dtype, note: Callable[[str],
         )
     for problem, names in (("lacks", report["missing_keys"]), ("has another shape for", report["mismatched_keys"])):
         if names:
-            _check_pickles(path)
             first = min(name if isinstance(name, str) else name[0] for name in names)
             raise UserError(
                 f"the checkpoint at {path!r} {problem} {len(names)} of the weights of {type(model).__name__} ({first}, ...); "
@@ -250,7 +251,7 @@ def _beyond(names: Iterable[str], model: PreTrainedModel) -> str:
 
 
 def _check_pickles(path: str) -> None:
-    """Say what is in the way in .bin files; called where loading failed, as it reads them whole."""
+    """Say what is in the way in .bin files; called where loading fell short, as it reads them whole."""
     for file in _weight_files(Path(path)):
         if file.suffix == ".safetensors":
             continue
@@ -264,7 +265,7 @@ def _check_pickles(path: str) -> None:
                 raise
             raise UserError(f"{file} holds other objects than tensors ({foreign[1]}); {advice}") from error
         if not isinstance(contents, Mapping):
-            raise UserError(f"{file} holds a {type(contents).__name__}, not a dictionary of tensors; {advice}")
+            raise UserError(f"{file} holds an object of type {type(contents).__name__}, not a dictionary of tensors; {advice}")
         for name, value in contents.items():
             if not isinstance(value, Tensor):
-                raise UserError(f"{file} holds a {type(value).__name__} under {name!r}, not a tensor; {advice}")
+                raise UserError(f"{file} holds an object of type {type(value).__name__} under {name!r}, not a tensor; {advice}")

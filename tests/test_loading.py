@@ -1,6 +1,10 @@
 """What is wrong with a checkpoint: refused on one line by evaluation, training and --dry-run, never taken for another model."""
 
+import argparse
+import errno
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdistil import models
-from fastdistil.errors import UserError
+from fastdistil.errors import DiskFull, OutOfMemory, UserError
 from fastdistil.estimate import make_plan
 from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.inputs import resolve
@@ -193,3 +197,218 @@ def test_positions_that_transformers_no_longer_has_are_refused(kind: str, materi
 def test_absolute_positions_may_be_spelt_out(material: Path, tmp_path: Path) -> None:
     path = copied(material / "teacher", tmp_path / "model", position_embedding_type="absolute")
     dry_run(material, path, tmp_path)
+
+
+# Configurations that transformers refuses
+
+STRICT: dict[str, dict[str, Any]] = {
+    "heads that do not divide": {"hidden_size": 30, "num_attention_heads": 4},
+    "no heads": {"num_attention_heads": 0},
+    "a number in quotes": {"num_hidden_layers": "2"},
+    "an int for a float": {"layer_norm_eps": 0},
+    "null": {"hidden_dropout_prob": None},
+    "a float for an int": {"max_position_embeddings": 48.0},
+    "a list of labels": {"id2label": ["a"]},
+    "an unknown activation": {"hidden_act": "gelu_newest"},
+    "an activation that is none": {"hidden_act": 3},
+    "a negative size": {"intermediate_size": -64},
+    "a vocabulary of text": {"vocab_size": "300"},
+    "an unknown dtype": {"dtype": "float12"},
+    "a padding token that is none": {"pad_token_id": 300},
+    "a list of sizes": {"hidden_size": [32]},
+    "a kind that is no text": {"model_type": 7},
+    "an empty kind": {"model_type": ""},
+    "a width of truth": {"hidden_size": True},
+    "an unfit initializer": {"initializer_range": "small"},
+    "positions of nobody": {"position_embedding_type": ["absolute"]},
+}
+
+
+@pytest.mark.parametrize("values", STRICT.values(), ids=STRICT)
+def test_a_configuration_that_makes_no_model_is_one_line(values: dict[str, Any], material: Path, tmp_path: Path) -> None:
+    path = copied(material / "teacher", tmp_path / "model", **values)
+    for call in (lambda: measure(material, path), lambda: dry_run(material, path, tmp_path)):
+        assert str(path) in refusal(call)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"7", b"null", b'"bert"', b"{}", b"\xff\xfe{", b"[" * 100_000], ids=lambda text: str(text[:8])
+)
+def test_a_file_that_is_no_configuration_is_one_line(text: bytes, material: Path, tmp_path: Path) -> None:
+    path = copied(material / "teacher", tmp_path / "model")
+    (path / "config.json").write_bytes(text)
+    for call in (lambda: measure(material, path), lambda: dry_run(material, path, tmp_path)):
+        assert str(path) in refusal(call)
+
+
+def test_a_roberta_without_padding_has_no_positions(material: Path, tmp_path: Path) -> None:
+    path = copied(material / "teacher", tmp_path / "model", model_type="roberta", pad_token_id=None)
+    assert "pad_token_id" in refusal(lambda: dry_run(material, path, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["bert", "nobody"])
+def test_code_of_a_checkpoint_is_never_run_and_nobody_is_asked(
+    kind: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    code = {"AutoConfig": "code.Own", "AutoModelForMaskedLM": "code.Own"}
+    path = copied(material / "teacher", tmp_path / "model", model_type=kind, auto_map=code)
+    (path / "code.py").write_text("raise SystemExit('the code was run')\n")
+    if kind == "bert":
+        measure(material, path)
+        return
+    for call in (lambda: measure(material, path), lambda: dry_run(material, path, tmp_path)):
+        assert "runs no code that comes with a checkpoint" in refusal(call)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "complaint"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "optimum|gptqmodel"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel|autoawq"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "quanto", "weights": "int8"}, "quanto|accelerate"),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao"),
+        ({"quant_method": "tomorrow's"}, 'no quant_method "tomorrow\'s"'),
+        ({"bits": 4}, "quant_method"),
+        ({}, "quant_method"),
+        ("int8", "quantised"),
+    ],
+    ids=str,
+)
+def test_a_quantised_checkpoint_without_its_package_is_one_line(
+    quantisation: Any, complaint: str, material: Path, tmp_path: Path
+) -> None:
+    path = copied(material / "teacher", tmp_path / "model", quantization_config=quantisation)
+    for call in (lambda: measure(material, path), lambda: dry_run(material, path, tmp_path)):
+        line = refusal(call)
+        assert re.search(complaint, line)
+        assert str(path) in line
+
+
+# Damaged weights
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 440473133\n"
+PAGE = b"\n<!DOCTYPE html><html><body>Access denied</body></html>"
+
+
+def pickled(value: object, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+def halved(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+SAFETENSORS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "pointer": (lambda whole: POINTER, "is a Git LFS pointer.*git lfs pull"),
+    "page": (lambda whole: PAGE, "is a web page"),
+    "half": (halved, "damaged"),
+    "nothing": (lambda whole: b"", "the file is empty"),
+    "noise": (lambda whole: b"\x80" * 500, "damaged"),
+    "a header of no JSON": (lambda whole: whole[:8] + b"[" * (len(whole) - 8), "damaged"),
+}
+PICKLES: dict[str, tuple[Callable[[Weights], bytes], str]] = {
+    "pointer": (lambda tensors: POINTER, "is a Git LFS pointer.*git lfs pull"),
+    "page": (lambda tensors: PAGE, "is a web page"),
+    "half": (lambda tensors: halved(pickled(tensors)), "the end of the file is missing"),
+    "nothing": (lambda tensors: b"", "the file is empty"),
+}
+UNREAD_PICKLES: dict[str, tuple[Callable[[Weights], bytes], str]] = {
+    "half of an old one": (lambda tensors: halved(pickled(tensors, _use_new_zipfile_serialization=False)), "damaged"),
+    "noise": (lambda tensors: b"\x80\x02" + b"\x8a" * 500, "damaged"),
+    "arguments": (
+        lambda tensors: pickled({**tensors, "args": argparse.Namespace(lr=1)}),
+        r"argparse.Namespace.*state_dict",
+    ),
+    "a training state": (lambda tensors: pickled({"model": tensors, "step": 3}), "type dict under 'model', not a tensor"),
+    "a step": (lambda tensors: pickled({**tensors, "step": 3}), "type int under 'step', not a tensor"),
+    "a list": (lambda tensors: pickled(list(tensors.values())), "type list, not a dictionary"),
+    "one tensor": (lambda tensors: pickled(ZERO), "type Tensor, not a dictionary"),
+    "numbers for names": (lambda tensors: pickled(dict(enumerate(tensors.values()))), "cannot be loaded"),
+}
+"""What shows only when the tensors are read: --dry-run does not."""
+DAMAGED = [
+    *(("model.safetensors", what, False) for what in SAFETENSORS),
+    *(("pytorch_model.bin", what, False) for what in PICKLES | UNREAD_PICKLES),
+    *(("model.safetensors", what, True) for what in ("pointer", "half")),
+    *(("pytorch_model.bin", what, True) for what in ("pointer", "half", "a training state")),
+]
+
+
+@pytest.mark.parametrize(("name", "what", "sharded"), DAMAGED, ids=str)
+def test_damaged_weights_are_one_line(name: str, what: str, sharded: bool, material: Path, tmp_path: Path) -> None:
+    path = copied(material / "teacher", tmp_path / "model")
+    whole = path / "model.safetensors"
+    tensors, data = load_file(whole), whole.read_bytes()
+    whole.unlink()
+    make: Any
+    if name == "model.safetensors":
+        (make, complaint), source = SAFETENSORS[what], data
+    else:
+        (make, complaint), source = (PICKLES | UNREAD_PICKLES)[what], tensors
+    if sharded:  # behind a shard that is whole
+        stem, suffix = name.split(".")
+        first, second = (f"{stem}-{number:05d}-of-00002.{suffix}" for number in (1, 2))
+        (path / first).write_bytes(data if name == "model.safetensors" else pickled(tensors))
+        places = dict.fromkeys(tensors, first) | {"another": second}
+        (path / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        name = second
+    (path / name).write_bytes(make(source))
+    line = refusal(lambda: measure(material, path))
+    assert re.search(complaint, line)
+    assert str(path) in line
+    if name.endswith(".bin") and what in UNREAD_PICKLES:
+        dry_run(material, path, tmp_path)
+    else:
+        assert refusal(lambda: dry_run(material, path, tmp_path)) == line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}', '{"weight_map": {"a": "gone.bin"}}'],
+)
+def test_a_damaged_index_is_one_line(text: str, material: Path, tmp_path: Path) -> None:
+    path = copied(material / "teacher", tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(text)
+    for call in (lambda: measure(material, path), lambda: dry_run(material, path, tmp_path)):
+        assert re.search("no index of weights|gone.bin is missing", refusal(call))
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (OSError(errno.EIO, "Input/output error"), UserError),
+        (EOFError(), UserError),
+        (RecursionError("maximum recursion depth exceeded"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=repr,
+)
+def test_what_is_no_fault_of_the_checkpoint_stays_what_it_is(
+    error: BaseException, wanted: type[BaseException], saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForMaskedLM.from_pretrained", fail)
+    with pytest.raises(wanted):
+        models.load_model(str(saved["bert"]))
+
+
+def test_an_error_of_our_own_is_not_told_as_the_users(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("fastdistil.models.LanguageModel.__init__", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        models.load_model(str(saved["bert"]))
