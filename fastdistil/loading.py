@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
 
-from fastdistil.errors import FastdistilError, UserError, translated
+from fastdistil.errors import FastdistilError, UserError, of_a_library, translated
+
+if TYPE_CHECKING:  # who reads a tokenizer alone need not wait for these
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @contextmanager
@@ -58,8 +59,7 @@ def library_call(doing: str, problem: str, advice: str) -> Iterator[None]:
         except FastdistilError:
             raise
         except BaseException as error:
-            # The Rust libraries' panics are no Exceptions, and of a class that cannot be imported.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not of_a_library(error):
                 raise
             if "trust_remote_code" in str(error):  # the library's advice is a switch that we do not have
                 advice = "fastdistil runs no code that comes with a checkpoint: give an architecture of transformers itself"
@@ -72,7 +72,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or len(text) < 3 else text
 
 
-def read_config(path: str) -> PretrainedConfig:
+def read_config(path: str) -> "PretrainedConfig":
     """Return the configuration of a hub id or local directory, of any architecture of transformers.
 
     Raises UserError, also for what is wrong with the files of a local directory and can be seen without loading them.
@@ -104,7 +104,7 @@ def read_config(path: str) -> PretrainedConfig:
 ABSOLUTE_POSITIONS = ("bert", "roberta", "distilbert")
 
 
-def _check_positions(config: PretrainedConfig, path: str) -> None:
+def _check_positions(config: "PretrainedConfig", path: str) -> None:
     """Refuse relative positions that transformers had once: it now computes absolute ones, and says nothing."""
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind == "absolute":
@@ -116,8 +116,10 @@ def _check_positions(config: PretrainedConfig, path: str) -> None:
         )
 
 
-def _check_quantisation(config: PretrainedConfig, path: str) -> None:
+def _check_quantisation(config: "PretrainedConfig", path: str) -> None:
     """Refuse a quantised checkpoint that this machine lacks the package or the device for, before its weights are read."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
     quantisation: Any = getattr(config, "quantization_config", None)
     if quantisation is None:
         quantisation = getattr(config.get_text_config(), "quantization_config", None)
@@ -168,7 +170,7 @@ def _check_weight_file(file: Path) -> None:
         raise UserError(f"{damaged}: the end of the file is missing; copy them again")
 
 
-def read_weights(auto: Any, path: str, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
+def read_weights(auto: Any, path: str, dtype: torch.dtype, note: Callable[[str], None]) -> "PreTrainedModel":
     """Return the model of an Auto class with the weights at `path`, every one of them, and no weight left over.
 
     `note` hears on one line of weights that were passed over because no logit depends on them. Raises FastdistilError.
@@ -239,7 +241,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _beyond(names: Iterable[str], model: PreTrainedModel) -> str:
+def _beyond(names: Iterable[str], model: "PreTrainedModel") -> str:
     """Say so where the names are those of layers behind the last one, as where config.json has too small a depth."""
     depths = {name: len(part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
     for name in names:
