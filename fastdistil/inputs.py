@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdistil import models, students
 from fastdistil.batches import Batch, Batches, Counts, Window
+from fastdistil.compiling import check_compiler
 from fastdistil.corpus import (
     Corpus,
     TokenFacts,
@@ -216,6 +217,7 @@ def load_inputs(
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
     check_cached(recipe, own_models=teacher is not None or batches is not None)
+    check_compiler(recipe)
     corpus = None if batches is not None else open_corpus(recipe.data.train, recipe.data.verify, "data.train")
     heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
