@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def cache_teacher(
     device = indexed_device(recipe.device)
     corpus = open_corpus(recipe.data.train, recipe.data.verify, "data.train")
     models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
-    check_tokenizer(recipe.teacher.path, corpus, "the teacher", lambda text: progress(0.0, text))
+    note = partial(progress, 0.0)
+    check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
-    teacher = models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype]).to(device)
+    teacher = models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note).to(device)
     vocabulary, longest = models.shape(teacher)[0], models.max_length(teacher)
     if longest is not None and int(corpus.lengths.max()) > longest:
         raise UserError(

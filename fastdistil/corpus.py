@@ -354,6 +354,8 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
     """
     from transformers import AutoTokenizer
 
+    from fastdistil.loading import library_call
+
     name = str(path)
     folder = Path(path)
     if folder.is_dir():
@@ -361,11 +363,9 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
             raise UserError(f"{folder} holds no tokenizer; wanted one of {', '.join(TOKENIZER_FILES)}")
     elif folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no tokenizer directory {name}; give a directory or a hub id such as bert-base-uncased")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the library raises many kinds, all for what was given
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load the tokenizer {name!r}: {reason}; give a directory or a reachable hub id") from error
+    problem, advice = f"cannot load the tokenizer {name!r}", "give a directory or a reachable hub id"
+    with library_call(f"loading the tokenizer {name}", problem, advice):
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer {name!r} has no fast (Rust) version; save one with convert_slow_tokenizer")
     if not tokenizer.all_special_ids:

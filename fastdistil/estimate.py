@@ -10,6 +10,7 @@ import rich.table
 import torch
 
 from fastdistil import models, students
+from fastdistil.compiling import check_compiler
 from fastdistil.corpus import load_tokenizer, token_facts
 from fastdistil.inputs import (
     CorpusSource,
@@ -58,6 +59,7 @@ def make_plan(
     `vocabulary` stands in for a corpus, `teacher_config` for a teacher, that do not exist yet.
     """
     check_cached(recipe, own_models=False)
+    check_compiler(recipe)
     cached = recipe.teacher is not None and recipe.teacher.cache is not None
     corpus = open_corpus(recipe.data.train, "size", "data.train") if vocabulary is None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -370,7 +371,7 @@ def evaluate(
         token_facts(load_tokenizer(model_path))
     opened = {given: _open(given, model_path) for given in corpora if given not in raw}
     tell(0.0, f"loading {model_path}")
-    model = models.load_for_evaluation(model_path).to(device)
+    model = models.load_for_evaluation(model_path, note=partial(tell, 0.0)).to(device)
     size = _size(model, options, causal)
     for given, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths

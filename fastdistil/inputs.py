@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdistil import models, students
 from fastdistil.batches import Batch, Batches, Counts, Window
+from fastdistil.compiling import check_compiler
 from fastdistil.corpus import (
     Corpus,
     TokenFacts,
@@ -218,6 +219,7 @@ def load_inputs(
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
     check_cached(recipe, own_models=teacher is not None or batches is not None)
+    check_compiler(recipe)
     corpus = None if batches is not None else open_corpus(recipe.data.train, recipe.data.verify, "data.train")
     heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
@@ -244,7 +246,7 @@ def load_inputs(
         if recipe.student.path is not None and corpus is not None:
             check_tokenizer(recipe.student.path, corpus, "the student's model", note)
         special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
-        student_model = students.make_student(recipe.student, teacher_model, vocabulary, special_ids)
+        student_model = students.make_student(recipe.student, teacher_model, vocabulary, special_ids, note)
     if cached:
         teacher_model = None  # it was needed for its layers only
     projection = check_models(recipe, teacher_model, student_model, corpus, facts)
@@ -358,7 +360,7 @@ def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None, not
     models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
     if corpus is not None:
         check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
-    return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype])
+    return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note)
 
 
 def check_tokenizer(path: str, corpus: Corpus, who: str, note: Callable[[str], None]) -> None:

@@ -12,11 +12,8 @@ Legend: N = batch * length rows, D width, V vocabulary.
 
 import difflib
 import json
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from logging import ERROR, getLogger
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastdistil.attention import attention_keywords, packed_attention, padded_attention
 from fastdistil.batches import Batch
-from fastdistil.errors import FastdistilError, UserError, translated
+from fastdistil.errors import UserError
+from fastdistil.loading import library_call, quiet, read_config, read_weights, reason
 
 ATTENTION = "fastdistil"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -86,6 +84,13 @@ def _identity(model: Any, hidden_ND: Tensor) -> Tensor:
     return hidden_ND
 
 
+def _after_padding(config: PretrainedConfig) -> int:
+    """RoBERTa's positions start behind its padding index."""
+    if config.pad_token_id is None:
+        raise UserError("a RoBERTa's positions start behind its pad_token_id, and the configuration has none; set it")
+    return int(config.pad_token_id) + 1
+
+
 _DECODER = Family("model", "model.layers", "lm_head", _identity, causal=True)
 FAMILIES = {
     "bert": Family(
@@ -97,8 +102,7 @@ FAMILIES = {
         "lm_head.decoder",
         _roberta_transform,
         ("lm_head.",),
-        # RoBERTa's positions start behind its padding index.
-        position_offset=lambda config: int(config.pad_token_id) + 1,
+        position_offset=_after_padding,
     ),
     "distilbert": Family(
         "distilbert",
@@ -225,7 +229,7 @@ class AnyModel(nn.Module):
         length_B = batch.attention_mask_BS.sum(1)
         keywords = {"use_cache": False} if self.causal else {}
         logits_BSV: Tensor | None = None
-        with _quiet():
+        with quiet():
             for length in sorted(set(length_B.tolist())):
                 rows = (length_B == length).nonzero().squeeze(1)
                 found: Tensor = self.module(input_ids=batch.ids_BS[rows, :length], **keywords).logits
@@ -266,7 +270,7 @@ def as_language_model(model: Any) -> nn.Module:
 
 def load_config(path: str) -> PretrainedConfig:
     """The configuration of a hub id or local directory, of a supported architecture. Raises UserError."""
-    config = _any_config(path)
+    config = read_config(path)
     family_of(config)
     return config
 
@@ -276,7 +280,7 @@ def evaluation_config(path: str) -> tuple[PretrainedConfig, bool]:
 
     An architecture that transformers has as both is masked, unless the configuration names the causal class.
     """
-    config = _any_config(path)
+    config = read_config(path)
     kind = config.model_type
     if kind in FAMILIES:
         return config, FAMILIES[kind].causal
@@ -290,28 +294,22 @@ def evaluation_config(path: str) -> tuple[PretrainedConfig, bool]:
     return config, masked is None or named
 
 
-def _any_config(path: str) -> PretrainedConfig:
-    # The library would take a missing directory for a misspelt hub id, and say so.
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"no model directory {path}; give a hub id or a directory with config.json")
-    if Path(path).is_file():
-        raise UserError(f"the model {path} is a file; give a hub id or a directory with config.json and weights")
-    try:
-        with _quiet():
-            config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model at {path!r}: {_reason(error)}; give a hub id or a directory with config.json") from error
-    return config
+def silent(text: str) -> None:
+    """Say nothing: for callers that need no notes."""
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32, *, draw_head: bool = False) -> LanguageModel:
-    """A masked or causal language model from a hub id or local directory, in eval mode. Raises UserError, LacksWeights.
+def load_model(
+    path: str, dtype: torch.dtype = torch.float32, note: Callable[[str], None] = silent, *, draw_head: bool = False
+) -> LanguageModel:
+    """Load a masked or causal language model from a hub id or local directory, in eval mode. Raises UserError, LacksWeights.
 
     Weights the architecture needs and the files lack are an error, and are drawn with torch's generator only for the
-    language-model head and with `draw_head`; unused ones are left out.
+    language-model head and with `draw_head`; so are weights that the files have and the architecture has no place for,
+    unless no logit depends on them: `note` is called with a line that names those.
     """
     config = load_config(path)
-    return LanguageModel(_pretrained(_auto(config), path, dtype, head_names(config) if draw_head else ())).eval()
+    may_lack = head_names(config) if draw_head else ()
+    return LanguageModel(read_weights(_auto(config), path, dtype, note, may_lack)).eval()
 
 
 def head_names(config: PretrainedConfig) -> tuple[str, ...]:
@@ -320,18 +318,14 @@ def head_names(config: PretrainedConfig) -> tuple[str, ...]:
     return (*family.head, f"{family.output}.")
 
 
-class LacksWeights(UserError):
-    """A checkpoint without some of its model's weights, whose names are `names`."""
-
-    names: tuple[str, ...] = ()
-
-
-def load_for_evaluation(path: str, dtype: torch.dtype = torch.float32) -> LanguageModel | AnyModel:
+def load_for_evaluation(
+    path: str, dtype: torch.dtype = torch.float32, note: Callable[[str], None] = silent
+) -> LanguageModel | AnyModel:
     """As `load_model`, for any masked or causal language model of transformers."""
     config, causal = evaluation_config(path)
     if config.model_type in FAMILIES:
-        return load_model(path, dtype)
-    model = AnyModel(_pretrained(_auto_class(causal), path, dtype), causal).eval()
+        return load_model(path, dtype, note)
+    model = AnyModel(read_weights(_auto_class(causal), path, dtype, note), causal).eval()
     if causal and _sees_later_tokens(model):
         raise UserError(
             f"the model at {path!r} is a causal one by its configuration, and its predictions change with later tokens; "
@@ -345,55 +339,9 @@ def _sees_later_tokens(model: AnyModel) -> bool:
     """Encoders loaded as causal models, and XLNet, would be given a perplexity that is far too low."""
     ids_BS = (torch.arange(8).repeat(2, 1) + model.vocabulary // 2) % model.vocabulary
     ids_BS[1, -1] = (ids_BS[0, -1] + max(1, model.vocabulary // 2)) % model.vocabulary
-    with _quiet():
+    with quiet():
         logits_BSV = model.module(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
     return bool((logits_BSV[0] - logits_BSV[1]).abs().max() > 1e-3 * logits_BSV.std())
-
-
-def _pretrained(auto: Any, path: str, dtype: torch.dtype, may_lack: tuple[str, ...] = ()) -> PreTrainedModel:
-    """The model of `auto`'s class at a path; missing weights are drawn below the prefixes `may_lack`, else refused."""
-    model: PreTrainedModel
-    with translated(f"loading {path}"), _quiet():
-        try:
-            model, report = auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise UserError(f"the model at {path!r} cannot be loaded: {_reason(error)}") from error
-        except Exception as error:  # safetensors has its own exception type for a truncated file
-            if "safetensor" in f"{type(error).__module__}{error}".lower() or "header" in str(error).lower():
-                raise UserError(f"the weights at {path!r} are damaged: {_reason(error)}; copy them again") from error
-            raise
-    missing = [name for name in report["missing_keys"] if not (may_lack and name.startswith(may_lack))]
-    for problem, names in (("lacks", missing), ("has another shape for", report["mismatched_keys"])):
-        if names:
-            first = min(name if isinstance(name, str) else name[0] for name in names)
-            refusal = LacksWeights(
-                f"the checkpoint at {path!r} {problem} {len(names)} of the weights of {type(model).__name__} ({first}, ...); "
-                "give one that was saved with its language-model head and its own config.json"
-            )
-            refusal.names = tuple(missing)
-            raise refusal
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' progress bars and reports are not for our users: what matters in them is raised."""
-    logging: Any = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub = getLogger("huggingface_hub")  # a line a retry
-    hub_level = hub.level
-    hub.setLevel(ERROR)
-    try:
-        yield
-    finally:
-        hub.setLevel(hub_level)
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def config_from(
@@ -431,7 +379,7 @@ def config_from(
     try:
         return config_class(**_fitting_sizes(defaults, values), **values)
     except Exception as error:  # validators of several libraries, each with its own exceptions
-        raise UserError(f"student.config is not a valid {kind} configuration: {_reason(error)}") from error
+        raise UserError(f"student.config is not a valid {kind} configuration: {reason(error)}") from error
 
 
 def _fitting_sizes(defaults: PretrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -455,13 +403,8 @@ def _fitting_sizes(defaults: PretrainedConfig, values: Mapping[str, Any]) -> dic
 
 
 def model_of(config: PretrainedConfig) -> LanguageModel:
-    try:
-        with translated("making the student"):
-            return LanguageModel(fresh_model(config))
-    except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
-        if isinstance(error, FastdistilError) or (isinstance(error, RuntimeError) and "negative dimension" not in str(error)):
-            raise
-        raise UserError(f"student.config makes no {config.model_type} model: {_reason(error)}") from error
+    """A model of a configuration, with weights drawn at random. Raises UserError."""
+    return LanguageModel(fresh_model(config))
 
 
 def without_weights(config: PretrainedConfig) -> LanguageModel:
@@ -479,7 +422,11 @@ def _auto_class(causal: bool) -> Any:
 
 
 def fresh_model(config: PretrainedConfig) -> PreTrainedModel:
-    model: PreTrainedModel = _auto(config).from_config(config, dtype=torch.float32)
+    """A model of transformers with weights drawn at random, float32. Raises UserError for sizes that make none."""
+    auto, where = _auto(config), config.name_or_path or "student.config"
+    problem = f"the configuration {where} makes no {config.model_type} model"
+    with library_call("making a model", problem, "correct its sizes and names"):
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     return model
 
 
@@ -524,19 +471,13 @@ def has_tokenizer(path: str) -> bool:
 def save_pretrained(model: nn.Module, directory: Path) -> None:
     """Write a model so that transformers loads it without fastdistil; your own module as model.safetensors."""
     if isinstance(model, LanguageModel):
-        with _quiet():
+        with quiet():
             model.module.save_pretrained(directory)
         return
     from safetensors.torch import save_model
 
     save_model(model, str(directory / "model.safetensors"))
     (directory / "config.json").write_text(json.dumps({"module": type(model).__qualname__}) + "\n")
-
-
-def _reason(error: BaseException) -> str:
-    """What a library says, on one line."""
-    text = textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".")
-    return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
 
 
 def shape(model: nn.Module) -> tuple[int, int]:

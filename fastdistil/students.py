@@ -4,7 +4,7 @@ transformers itself is behind models.py; here its configurations and models are 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.errors import UserError
+from fastdistil.loading import LacksWeights
 from fastdistil.models import (
     FAMILIES,
-    LacksWeights,
     LanguageModel,
     config_from,
     family_of,
@@ -24,6 +24,7 @@ from fastdistil.models import (
     load_config,
     load_model,
     model_of,
+    silent,
 )
 from fastdistil.recipe import Student
 from fastdistil.student_checks import check_copied_parts, check_transformers_agrees
@@ -34,14 +35,19 @@ NO_IDS: SpecialIds = MappingProxyType({})
 
 
 def make_student(
-    recipe: Student, teacher: LanguageModel | None, vocabulary: int, special_ids: SpecialIds = NO_IDS
+    recipe: Student,
+    teacher: LanguageModel | None,
+    vocabulary: int,
+    special_ids: SpecialIds = NO_IDS,
+    note: Callable[[str], None] = silent,
 ) -> LanguageModel:
     """Make the student a recipe asks for, float32, and check that it computes what it should. Raises UserError.
 
-    `vocabulary`, `special_ids`: of the tokenizer, where a configuration names none.
+    `vocabulary`, `special_ids`: of the tokenizer, where a configuration names none. `note` is called with what a user should
+    hear of the checkpoint it is loaded from (see `load_model`).
     """
     if recipe.path is not None:
-        student = _from_checkpoint(recipe.path, draw_head=recipe.head == "fresh")
+        student = _from_checkpoint(recipe.path, recipe.head == "fresh", note)
     elif recipe.config is not None:
         student = model_of(config_from(recipe.config, vocabulary, special_ids))
     elif teacher is None:
@@ -76,9 +82,9 @@ def train_every_embedding(student: LanguageModel) -> None:
     embeddings.padding_idx = None
 
 
-def _from_checkpoint(path: str, draw_head: bool) -> LanguageModel:
+def _from_checkpoint(path: str, draw_head: bool, note: Callable[[str], None]) -> LanguageModel:
     try:
-        return load_model(path, draw_head=draw_head)
+        return load_model(path, note=note, draw_head=draw_head)
     except LacksWeights as error:
         if not error.names or not all(name.startswith(head_names(load_config(path))) for name in error.names):
             raise

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import chain
 from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,12 +25,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastdistil.corpus import Integers, Lengths, Tokens, plain
-from fastdistil.errors import OutOfMemory
+from fastdistil.errors import OutOfMemory, UserError, is_out_of_memory, of_a_library
 from fastdistil.masking import ranges
 from fastdistil.textfiles import Block
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 PIECE_CHARACTERS = 32_768
 """Long documents are tokenised in stretches of this size: a megabyte in one call takes up to 1.6 times as long."""
@@ -73,9 +74,10 @@ class Encoder:
         if not plan.special_tokens_in_text:
             read_special_tokens_as_text(self.tokenizer)
         # A tokenizer that marks the beginning of every text would mark the stretches too.
-        probe = self.tokenizer.encode_batch_fast(["one two three four", "one two", " three four"], add_special_tokens=False)
-        whole, first, second = (part.ids for part in probe)
-        self.stretch = PIECE_CHARACTERS if whole == first + second else sys.maxsize
+        self.stretch = sys.maxsize
+        with suppress(UserError):  # where it has no token for these words
+            whole, first, second = (part.ids for part in self.encode(["one two three four", "one two", " three four"]))
+            self.stretch = PIECE_CHARACTERS if whole == first + second else sys.maxsize
 
     def __call__(self, documents: list[str]) -> Encoded:
         stretches: list[str] = []
@@ -83,13 +85,29 @@ class Encoder:
         for document in documents:
             firsts.append(len(stretches))
             stretches += [document] if len(document) <= self.stretch else cut_at_spaces(document, self.stretch)
-        encodings = self.tokenizer.encode_batch_fast(stretches, add_special_tokens=False)
+        encodings = self.encode(stretches)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
         tokens = np.fromiter(ids, self.plan.dtype, int(lengths.sum()))
         text = "\n".join(documents)
         spellings = sum(text.count(name) for name in self.special)
         return pieces(tokens, np.add.reduceat(lengths, firsts), self.plan)._replace(special_spellings=spellings)
+
+    def encode(self, texts: list[str]) -> "list[Encoding]":
+        """Return the tokens of each text. Raises UserError where there are none for a text, as without an unknown token."""
+        try:
+            return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            if not of_a_library(error) or is_out_of_memory(error):
+                raise
+            if len(texts) > 1:
+                for text in texts:  # to name the first that fails
+                    self.encode([text])
+            start = " ".join(texts[0][:60].split())
+            raise UserError(
+                f"the tokenizer cannot encode the text {start!r}: {error}; "
+                "give one whose vocabulary has its unknown token, or text of known words alone"
+            ) from error
 
 
 def special_names(tokenizer: "Tokenizer") -> set[str]:
@@ -180,16 +198,16 @@ def pieces(tokens: Tokens, lengths_d: Integers, plan: Plan) -> Encoded:
     return Encoded(out[np.repeat(keep_p, framed_p)], framed_p[keep_p].astype(np.int32), documents, int((~keep_p).sum()))
 
 
-_encoder: Encoder
-"""A worker process's own."""
+@cache
+def _encoder(tokenizer_file: str, plan: Plan) -> Encoder:
+    """A worker process's own. (Made with its first block: what fails while it starts would be lost.)"""
+    return Encoder(tokenizer_file, plan)
 
 
-def _start_worker(tokenizer_file: str, plan: Plan) -> None:
-    global _encoder
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C means
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer_file, plan)
 
 
 def _leave_with_parent() -> None:
@@ -200,8 +218,8 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(documents: list[str]) -> Encoded:
-    return _encoder(documents)
+def _encode(tokenizer_file: str, plan: Plan, documents: list[str]) -> Encoded:
+    return _encoder(tokenizer_file, plan)(documents)
 
 
 def encoded_blocks(
@@ -214,11 +232,11 @@ def encoded_blocks(
             for block in blocks:
                 yield block, encoder(block.documents)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_file, plan))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
     waiting: deque[tuple[Block, Future[Encoded]]] = deque()
     try:
         for block in blocks:
-            waiting.append((block._replace(documents=[]), pool.submit(_encode, block.documents)))
+            waiting.append((block._replace(documents=[]), pool.submit(_encode, tokenizer_file, plan, block.documents)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()

@@ -427,6 +427,16 @@ def test_tokenizers_that_cannot_be_had(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_code_of_a_tokenizer_is_never_run_and_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
+    (tmp_path / "code.py").write_text("raise SystemExit('the code was run')\n")
+    values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="runs no code that comes with a checkpoint"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_without_any_frame_is_refused_unless_none_is_wanted(lines: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "the": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -436,6 +446,43 @@ def test_a_tokenizer_without_any_frame_is_refused_unless_none_is_wanted(lines: P
         prepare([str(lines)], tmp_path / "out", options(tmp_path / "tokenizer"))
     bare = options(tmp_path / "tokenizer", special_tokens=False, max_unknown_share=1)
     assert prepare([str(lines)], tmp_path / "out", bare).sequences
+
+
+FRAME = ("[CLS]", "[SEP]", "[PAD]", "[MASK]")
+LETTERS = {token: index for index, token in enumerate([*FRAME, "the", "dog", *"thedog", "do"])}
+NO_UNKNOWN: dict[str, Any] = {
+    "WordPiece": models.WordPiece(LETTERS, unk_token="[UNK]"),
+    "WordLevel": models.WordLevel(LETTERS, unk_token="[UNK]"),
+    "BPE": models.BPE(LETTERS, [("d", "o")], unk_token="<unk>"),
+    "Unigram": models.Unigram([(token, -1.0) for token in LETTERS], None, False),
+}
+
+
+def without_unknown(kind: str, folder: Path) -> Path:
+    tokenizer = Tokenizer(NO_UNKNOWN[kind])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    make: Any = PreTrainedTokenizerFast
+    names = dict(zip(("cls_token", "sep_token", "pad_token", "mask_token"), FRAME, strict=True))
+    make(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "workers"), [*((kind, 1) for kind in NO_UNKNOWN), ("WordPiece", 2)])
+def test_a_tokenizer_without_its_unknown_token_says_what_it_cannot_encode(kind: str, workers: int, tmp_path: Path) -> None:
+    folder, text = without_unknown(kind, tmp_path / "tokenizer"), tmp_path / "text.txt"
+    text.write_text("the dog\n" * 40 + "the zebra\n" + "dog\n")
+    line = "the tokenizer cannot encode the text 'the zebra': .*; give one whose vocabulary has its unknown token"
+    with pytest.raises(UserError, match=line) as caught:
+        prepare([str(text)], tmp_path / "out", options(folder, documents="line", workers=workers))
+    assert "\n" not in str(caught.value)
+    assert "memory" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", NO_UNKNOWN)
+def test_text_of_known_words_alone_needs_no_unknown_token(kind: str, tmp_path: Path) -> None:
+    folder, text = without_unknown(kind, tmp_path / "tokenizer"), tmp_path / "text.txt"
+    text.write_text("the dog\n" * 3 + "dog\n")
+    assert prepare([str(text)], tmp_path / "out", options(folder, documents="line", min_tokens=1)).sequences
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ FOREIGN = {"kernels", "profiling"}
 DOORS = {
     "triton": ("fastdistil.kernels",),
     "horovod": ("fastdistil.world", "fastdistil.launch"),
-    "transformers": ("fastdistil.models", "fastdistil.corpus", "fastdistil.evaluate"),
+    "transformers": ("fastdistil.models", "fastdistil.loading", "fastdistil.corpus", "fastdistil.evaluate"),
 }
 # Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {

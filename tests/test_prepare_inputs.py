@@ -374,6 +374,25 @@ def test_what_cannot_be_read_is_one_line_with_a_way_out(tokenizer: str, tmp_path
     )
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_parquet_is_refused_or_read(tokenizer: str, tmp_path: Path, damage: str) -> None:
+    """Whatever pyarrow raises for it; where a byte changed that no check covers, other text may be read."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=7)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for number, place in enumerate(rng.integers(0, len(whole), 40)):
+        data = bytearray(whole[:place] if damage == "cut" else whole)
+        if damage == "changed":
+            data[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+        try:
+            prepare([str(path)], tmp_path / str(number), PrepareOptions(tokenizer=tokenizer, workers=1))
+        except UserError:
+            refused += 1
+    assert refused == 40 if damage == "cut" else refused > 5
+
+
 def test_no_inputs(tokenizer: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no inputs"):
         prepare([], tmp_path / "out", PrepareOptions(tokenizer=tokenizer))

@@ -20,6 +20,8 @@ from fastdistil import distil, train
 from fastdistil.checkpoint import list_updates
 from fastdistil.corpus import train_wordpiece
 from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
+from fastdistil.estimate import make_plan
+from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
 from fastdistil.optim import LossScale
 from fastdistil.prepare import PrepareOptions, prepare
@@ -577,6 +579,26 @@ def test_another_tokenizer_is_refused(material: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="another vocabulary"):
         quiet(small(material, tmp_path, f"data.train={tmp_path / 'corpus'}", "data.heldout=null"))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "breaks"])
+def test_compiling_without_a_compiler_is_refused_before_there_is_a_run(compiler: str, material: Path, tmp_path: Path) -> None:
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    if compiler == "breaks":  # it names its version and compiles nothing
+        script = tmp_path / "g++"
+        script.write_text('#!/bin/sh\ntest "$1" = --version\n')
+        script.chmod(0o755)
+        compiler = str(script)
+    torch.compiler.reset()
+    recipe = small(material, tmp_path / "runs", "loop.compile=true")
+    with fresh_cache(), config.patch({"cpp.cxx": (None, compiler)}):
+        for call in (lambda: quiet(recipe), lambda: make_plan(resolve(recipe), print)):
+            with pytest.raises(UserError, match=r"loop\.compile: .*CXX, g\+\+") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
