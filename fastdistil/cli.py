@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Self
 
@@ -11,7 +10,7 @@ import rich.console
 import typer
 
 from fastdistil import __version__
-from fastdistil.errors import EXIT_CODES, UNREAD, FastdistilError, RankLost
+from fastdistil.errors import EXIT_CODES, FastdistilError, RankLost
 
 if TYPE_CHECKING:
     from fastdistil.corpus import Manifest
@@ -74,19 +73,11 @@ def main() -> NoReturn:
         code = app(standalone_mode=False) or 0
         if code == 130:  # typer makes that of KeyboardInterrupt; older ones raise Abort
             raise typer.Abort
-        sys.stdout.flush()  # what cannot be printed is noticed here, not when the interpreter ends
         sys.exit(code)
     except FastdistilError as error:
         _fail(str(error), error.exit_code)
     except typer.Abort:
         _fail("interrupted; what was saved before is whole", 130)
-    except BrokenPipeError:
-        _end_unread()
-    except SystemExit as stop:
-        # typer and rich answer a closed pipe with exit 1, each in its own place.
-        if stop.code == 1 and isinstance(stop.__context__, BrokenPipeError):
-            _end_unread()
-        raise
     except Exception as error:
         # Wrong arguments: click's exceptions, or typer's own copies of them, which are not public.
         show = getattr(error, "show", None)
@@ -96,17 +87,8 @@ def main() -> NoReturn:
         sys.exit(2)
 
 
-def _end_unread() -> NoReturn:
-    """End without a word, as programs do whose output nobody reads any more (`fastdistil report ... | head`)."""
-    with Path(os.devnull).open("wb") as nowhere:  # what is still held would be written at the interpreter's end
-        for number in (1, 2):
-            os.dup2(nowhere.fileno(), number)
-    sys.exit(UNREAD)
-
-
 def _fail(message: str, code: int) -> NoReturn:
-    with suppress(OSError):  # nobody reads it: the exit code says the rest
-        print(f"fastdistil: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"fastdistil: {' '.join(message.split())}", file=sys.stderr)
     if code == RankLost.exit_code:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -21,10 +21,7 @@ EXIT_CODES = {
     14: "corrupt data: a shard or checkpoint does not match its checksum",
     75: "stopped and saved: continue with --resume auto",
     130: "interrupted before there was anything to save",
-    141: "a command that prints: nobody read its output to the end (training goes on)",
 }
-UNREAD = 141
-"""What shells make of a program that SIGPIPE ended."""
 
 
 class FastdistilError(Exception):

@@ -85,12 +85,8 @@ class Run:
         self.console.note(text)
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        if self.events is None:
-            return
-        if (failure := self.console.take_failure()) is not None:
-            text = f"nobody reads the console any more ({failure}): from here on this log alone has what is said"
-            self.events.write("note", update=self.update, message=text)
-        self.events.write(kind, **fields)
+        if self.events is not None:
+            self.events.write(kind, **fields)
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:

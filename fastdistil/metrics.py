@@ -13,10 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, cast
+from typing import Any, Self, TextIO
 
 import rich.console
 import torch
@@ -232,50 +232,12 @@ class Meter:
         return fields
 
 
-class _Outlet:
-    """A text stream whose reader may go away: from then on what is written is dropped, and `failure` says why."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.failure: str | None = None
-
-    def write(self, text: str) -> int:
-        if self.failure is None:
-            with self._noticing_failure():
-                self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        if self.failure is None:
-            with self._noticing_failure():
-                self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextmanager
-    def _noticing_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # EPIPE of a pipe, EIO of a terminal that was closed, ENOSPC of a file
-            self.failure = error.strerror or str(error)
-            # What Python still holds for it, and what others print there until the process ends, goes nowhere.
-            with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
-
-
 class Console:
-    """A progress bar with the time left on a terminal, one plain line per log event elsewhere, nothing when `quiet`.
-
-    Where nobody reads any more (`train ... | head`, a closed terminal), what is said is dropped and training goes on;
-    `take_failure` tells whoever keeps the log.
-    """
+    """A progress bar with the time left on a terminal, one plain line per log event elsewhere, nothing when `quiet`."""
 
     def __init__(self, quiet: bool = False, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._quiet = quiet
-        self._outlet = _Outlet(file if file is not None else sys.stdout)
-        self._file = cast(TextIO, self._outlet)
-        self._failure_taken = False
+        self._file = file if file is not None else sys.stdout
         self._clock = clock
         self._rich = rich.console.Console(file=self._file, highlight=False)  # NO_COLOR and TERM=dumb are rich's to obey
         self._progress: Progress | None = None
@@ -323,13 +285,6 @@ class Console:
             self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
             print(text, file=self._file, flush=True)
-
-    def take_failure(self) -> str | None:
-        """Return why nothing can be printed any more, once; None where all is well or it was said before."""
-        if self._failure_taken or self._outlet.failure is None:
-            return None
-        self._failure_taken = True
-        return self._outlet.failure
 
     def close(self) -> None:
         if self._progress is not None:
