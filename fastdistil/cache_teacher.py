@@ -23,13 +23,13 @@ from fastdistil import models
 from fastdistil.batches import Batches, ascending_starts
 from fastdistil.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
 from fastdistil.errors import CorruptData, DiskFull, UserError
+from fastdistil.files import write_atomically
 from fastdistil.inputs import cache_identity, check_tokenizer, epochs_of, indexed_device, make_batches, open_corpus, resolve
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.masking import offsets
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
-from fastdistil.shards import write_atomically
 from fastdistil.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
 
 
@@ -86,7 +86,7 @@ def cache_teacher(
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{directory} cannot be a directory: a file is in the way; choose another --out") from error
-    with sole_user(directory):
+    with sole_user(directory, note=lambda text: progress(0.0, text)):
         if (directory / IDENTITY).exists():
             check_identity(directory, wanted)
         elif any(path.name != f"{IDENTITY}.tmp" for path in directory.iterdir()):

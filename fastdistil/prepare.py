@@ -5,7 +5,6 @@ the bytes do not depend on the number of processes. A shard ends with a block. A
 blocks are done; a later call with the same inputs and options reads over those and goes on.
 """
 
-import fcntl
 import json
 import os
 import time
@@ -30,7 +29,8 @@ from fastdistil.corpus import (
     vocabulary_size,
 )
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.shards import HashedFile, Shards, Written, counted, write_atomically
+from fastdistil.files import locked, write_atomically
+from fastdistil.shards import HashedFile, Shards, Written, counted
 from fastdistil.textfiles import Block, Documents, Reading, Source, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks
 
@@ -117,7 +117,7 @@ def prepare(
     if ignored:
         names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         tell(f"ignored {len(ignored)} files of other kinds: {names}")
-    with translated("writing the prepared corpus", out), locked(out):
+    with translated("writing the prepared corpus", out), sole_writer(out, tell):
         if (manifest := finished_before(out, identity)) is not None:
             tell(f"{out} is up to date")
             return manifest
@@ -240,20 +240,14 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str) -> 
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def sole_writer(out: Path, note: Callable[[str], None]) -> Iterator[None]:
     """Hold the output directory, made if need be, against a second prepare."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out} cannot be a directory: a file is in the way; choose another --out") from error
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(out, f"another fastdistil prepare is writing {out}; wait for it or choose another --out", note):
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another fastdistil prepare is writing {out}; wait for it or choose another --out") from error
-    finally:
-        os.close(handle)
 
 
 def finished_before(out: Path, identity: dict[str, Any]) -> Manifest | None:

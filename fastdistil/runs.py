@@ -3,11 +3,9 @@
 runs/<name>/ holds recipe.yaml, events.jsonl, checkpoints/ and student/, and is the product's memory: every tool reads it.
 """
 
-import fcntl
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import yaml
 
 from fastdistil.errors import UserError, translated
+from fastdistil.files import locked
 from fastdistil.recipe import VERSION, Recipe, validated
 
 PAUSE = "PAUSE"
@@ -103,18 +102,11 @@ def create_run(run: Path, recipe: Recipe) -> None:
 
 
 @contextmanager
-def sole_user(run: Path) -> Iterator[None]:
-    """Hold the run against a second process. Raises UserError if there is one."""
-    handle = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def sole_user(run: Path, note: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the run against a second process. Raises UserError if there is one; `note` hears of file systems without locks."""
+    busy = f"another process is at work in {run}; wait until it has stopped, or choose another name=... (cache-teacher: --out)"
+    with locked(run, busy, note):
         yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process is at work in {run}; wait until it has stopped, or choose another name=... (cache-teacher: --out)"
-        ) from error
-    finally:
-        os.close(handle)
 
 
 def stored_recipe(run: Path) -> Recipe:
@@ -172,7 +164,7 @@ def _is_done(run_dir: Path) -> bool:
 
 def _in_use(run_dir: Path) -> bool:
     try:
-        with sole_user(run_dir):
+        with sole_user(run_dir, note=lambda _: None):  # nothing is written
             return False
     except UserError:
         return True

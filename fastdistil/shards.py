@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdistil.corpus import Integers, lengths_name, token_dtype, tokens_name
+from fastdistil.files import write_atomically
 from fastdistil.tokenising import Encoded
 
 
@@ -106,18 +107,3 @@ def counted(out: Path, written: Written, vocab_size: int) -> Integers:
         for start in range(0, len(tokens), 2**22):
             counts_V += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
     return counts_V
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole new file or the old one, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -88,7 +88,7 @@ def train(
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
         local = team.prepare_node(recipe, console.note if team.is_chief else partial(_note_of_node, place))
         if continued and team.is_chief:
-            stack.enter_context(sole_user(directory))
+            stack.enter_context(sole_user(directory, console.note))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
         loading = partial(naming, lambda: "loading", MemoryMeter(team.world.device))
         with translated("loading the models and the corpus"), loading(recipe), team.unhurried("loading"):
@@ -99,7 +99,7 @@ def train(
         if not continued:
             team.chief_does("create", lambda: create_run(directory, recipe))
             if team.is_chief:
-                stack.enter_context(sole_user(directory))
+                stack.enter_context(sole_user(directory, console.note))
         # Until the ranks have left together: a signal that comes while rank 0 still saves must not end the others.
         signals = last.enter_context(Signals(console.note))
         with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
