@@ -10,7 +10,6 @@ imported here, only by child processes.
 """
 
 import argparse
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -30,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fastdistil import files
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.horovod_tools import Cuda, cuda_home, cxx, find_cuda, first_line, found, nccl_home, nccl_version, require_tools
 from fastdistil.installed_horovod import (
@@ -371,12 +371,8 @@ def cached_wheel(directory: Path) -> Path | None:
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; a dead one's lock is gone with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another process that prepares Horovod")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    path.touch()
+    with files.locked(path, "waiting for another process that prepares Horovod", say, wait=True):
         yield
 
 

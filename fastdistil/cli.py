@@ -10,7 +10,9 @@ import rich.console
 import typer
 
 from fastdistil import __version__
-from fastdistil.errors import EXIT_CODES, FastdistilError, RankLost
+from fastdistil.errors import EXIT_CODES, DiskFull, FastdistilError, RankLost
+from fastdistil.signals import stopping_as_interrupts
+from fastdistil.streams import lasting_output
 
 if TYPE_CHECKING:
     from fastdistil.corpus import Manifest
@@ -70,30 +72,43 @@ def main() -> NoReturn:
 
         tie_to_launcher(os.environ)
     try:
-        code = app(standalone_mode=False) or 0
+        with lasting_output():
+            code = _exit_code()
+    except DiskFull as error:
+        code = _fail(str(error), error.exit_code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command; what goes wrong is said on standard error."""
+    try:
+        with stopping_as_interrupts():
+            code = app(standalone_mode=False) or 0
         if code == 130:  # typer makes that of KeyboardInterrupt; older ones raise Abort
             raise typer.Abort
-        sys.exit(code)
+        return int(code)
     except FastdistilError as error:
-        _fail(str(error), error.exit_code)
-    except typer.Abort:
-        _fail("interrupted; what was saved before is whole", 130)
+        return _fail(str(error), error.exit_code)
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # typer takes the end of any file for the end of what is typed
+            raise abort.__cause__ from None
+        return _fail("interrupted; what was saved before is whole", 130)
     except Exception as error:
         # Wrong arguments: click's exceptions, or typer's own copies of them, which are not public.
         show = getattr(error, "show", None)
         if not callable(show):
             raise
         show()
-        sys.exit(2)
+        return 2
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> int:
     print(f"fastdistil: {' '.join(message.split())}", file=sys.stderr)
     if code == RankLost.exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # other threads may hang in a collective, and would be waited for
-    sys.exit(code)
+    return code
 
 
 @app.callback(invoke_without_command=True)
@@ -133,8 +148,11 @@ def _train_or_pretrain(
 ) -> None:
     from fastdistil.errors import UserError
     from fastdistil.recipe import load_recipe
+    from fastdistil.runs import restore_recipe
 
     command, options = str(context.command.name), RankOptions(np, hosts, elastic, grow_after)
+    if resume is not None and Path(recipe).name == "recipe.yaml":
+        restore_recipe(Path(recipe).parent, note=lambda text: print(text, file=sys.stderr))
     loaded = load_recipe(recipe, overrides or ())
     if command == "train" and recipe == "demo":
         _demo(loaded, resume, dry_run, options)
@@ -187,7 +205,7 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
     """Start the ranks: each runs this same command without the options that start ranks. Returns the exit code."""
     from fastdistil.errors import UserError
     from fastdistil.launch import Elastic, Job, choose_slots, launch, parse_elastic
-    from fastdistil.runs import choose_run
+    from fastdistil.runs import choose_run, is_run
 
     elastic, np = None, options.np
     own = [sys.executable, "-m", "fastdistil", command, name]
@@ -204,7 +222,7 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
 
         def again() -> tuple[str, ...]:
             # Once there is a run, a rank 0 that does not find it (on another host's own disk) must not begin anew.
-            return (*own, *pinned, "--resume", str(directory) if (directory / "recipe.yaml").is_file() else "auto")
+            return (*own, *pinned, "--resume", str(directory) if is_run(directory) else "auto")
 
         first = [*own, *pinned, *(["--resume", resume] if resume else [])]
         elastic = Elastic(
@@ -471,7 +489,7 @@ def cluster(
     from datetime import UTC, datetime
 
     from fastdistil.cluster import KINDS, Cluster, cluster_file, local_paths
-    from fastdistil.errors import UserError, translated
+    from fastdistil.errors import UserError, printable, translated
     from fastdistil.recipe import load_recipe
 
     chosen = next((known for known in KINDS if known == kind), None)
@@ -509,7 +527,7 @@ def cluster(
         return
     with translated("writing the cluster's file", out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        out.write_text(printable(text), encoding="utf-8")
     print(f"{out}: its first lines say how to start it")
 
 

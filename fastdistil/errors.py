@@ -14,7 +14,7 @@ EXIT_CODES = {
     1: "a bug of fastdistil (a traceback is printed: please report it)",
     2: "bad input: recipe, arguments, corpus, model",
     3: "a comparison fell short",
-    10: "a loss or gradient was not finite",
+    10: "a loss, gradient or measure was not finite",
     11: "out of memory",
     12: "a rank was lost or stalled",
     13: "the disk is full",
@@ -39,10 +39,20 @@ class FellShort(FastdistilError):
 
 
 class NonFinite(FastdistilError):
-    """`update`: the first bad one, where the weights were kept as they were before it."""
+    """A loss, a gradient, a measure or what a teacher gives is not finite. `cause` is the message without its advice.
+
+    Of training, `first` is the first bad update, and `update` the same where the weights were kept as they were before it. Of
+    an evaluation, `sequence` is the first bad one of the corpus.
+    """
 
     exit_code = 10
+    first: int | None = None
     update: int | None = None
+    sequence: int | None = None
+
+    def __init__(self, cause: str, advice: str = "") -> None:
+        super().__init__(f"{cause}; {advice}" if advice else cause)
+        self.cause = cause
 
 
 class OutOfMemory(FastdistilError):
@@ -69,6 +79,11 @@ class Stopped(FastdistilError):
     exit_code = 75
 
 
+def printable(text: object) -> str:
+    """Return a path or text as one that can be printed and written as UTF-8: what is not UTF-8 of a file's name is escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def translated(doing: str, path: Path | None = None) -> Iterator[None]:
     """Turn the operating system's and the allocator's refusals into ours; `doing` completes "while ..."."""
@@ -86,6 +101,12 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
             place = error.filename2 or error.filename or path
             raise UserError(f"{error.strerror} while {doing}: {place}; name another path") from error
         raise
+    except UnicodeEncodeError as error:
+        if error.reason != "surrogates not allowed":
+            raise
+        raise UserError(
+            f"a library takes no name that is not UTF-8, as {printable(error.object)[:200]}{where} is, while {doing}; rename it"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise OutOfMemory(out_of_memory_text(doing)) from error

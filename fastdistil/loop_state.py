@@ -55,6 +55,8 @@ class Run:
     saved_update: int | None = None
     histograms_at: int = 0
     """Update of TensorBoard's last histograms."""
+    teacher: dict[str, Any] | None = None
+    """See teacher_identity; None but on rank 0, and without a teacher."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -66,7 +68,7 @@ class Run:
 
     @property
     def stop_wanted(self) -> str | None:
-        """SIGTERM, SIGINT or PAUSE, here or on another rank."""
+        """SIGTERM, SIGINT, SIGHUP or PAUSE, here or on another rank."""
         own = self.signals.requested
         if own is None and self.team.is_chief and pause_requested(self.directory):
             own = PAUSE

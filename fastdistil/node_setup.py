@@ -8,7 +8,6 @@ Files are checked against the manifest's sha256 while they are copied, and a cop
 the disk. A corpus that changes gets another place; older copies stay until someone deletes them.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,13 +16,14 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
 from fastdistil.corpus import PREPARE_AGAIN, FileFacts, Manifest, check_file, text_sha256
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
+from fastdistil.files import locked
 from fastdistil.ranks import environment_of_no_rank
 
 LAST_LINES = 5
@@ -106,7 +106,9 @@ def cached_corpus(
         target = cache_dir / f"{path.resolve().name}-{text_sha256(manifest.to_json())[:16]}"
         if local_rank == 0:
             _make_directory(cache_dir)
-            with _locked(_hidden(target, "lock"), note):
+            lock = _hidden(target, "lock")
+            lock.touch()
+            with locked(lock, f"another run makes or checks the copy that {lock} guards: waiting for it", note, wait=True):
                 if not _whole(target, manifest, verify == "full", note):
                     note(f"copying {path} to {target}")
                     _copy(path, target, manifest)
@@ -119,18 +121,6 @@ def _make_directory(cache_dir: Path) -> None:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"data.cache_dir={cache_dir} must be a directory, and a file is in the way; name another") from error
-
-
-@contextmanager
-def _locked(path: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """The kernel lets go of the lock when its holder dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(f"another run makes or checks the copy that {path} guards: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _hidden(target: Path, kind: str) -> Path:

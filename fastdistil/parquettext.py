@@ -20,7 +20,8 @@ def column_rows(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
     Strings and binary values of any width, also in dictionaries; fixed-size ones without the NUL bytes that fill them up.
     Raises UserError where the file is damaged, or the column is missing or of another type.
     """
-    with reading(path, pa.ArrowException), pq.ParquetFile(path) as file:
+    # pyarrow's own open() takes no name that is not UTF-8.
+    with reading(path, pa.ArrowException), path.open("rb") as stream, pq.ParquetFile(stream) as file:
         schema = file.schema_arrow
         usable = ", ".join(name for name in schema.names if is_text(schema.field(name).type)) or "none"
         if column not in schema.names:

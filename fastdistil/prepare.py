@@ -5,7 +5,6 @@ the bytes do not depend on the number of processes. A shard ends with a block. A
 blocks are done; a later call with the same inputs and options reads over those and goes on.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +34,9 @@ from fastdistil.corpus import (
     vocabulary_fingerprint,
     vocabulary_size,
 )
-from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.shards import HashedFile, Shards, Written, counted, write_atomically
+from fastdistil.errors import CorruptData, UserError, printable, translated
+from fastdistil.files import locked, write_atomically
+from fastdistil.shards import HashedFile, Shards, Written, counted
 from fastdistil.textfiles import LARGE_SHARE, Block, Documents, Reading
 from fastdistil.textinputs import Source, TextKind, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks
@@ -139,10 +139,11 @@ def prepare(
     identity = identity_of(sources, options, tokenizer)
     tell = Teller(progress, sources)
     if ignored:
-        tell(f"ignored {len(ignored)} files of other kinds: {listed([path.name for path in ignored])}")
+        tell(f"ignored {len(ignored)} files of other kinds: {listed([printable(path.name) for path in ignored])}")
     if passed_over:
-        tell(f"passed over {len(passed_over)} hidden or backup files: {listed([path.name for path in passed_over])}")
-    with translated("writing the prepared corpus", out), locked(out):
+        names = [printable(path.name) for path in passed_over]
+        tell(f"passed over {len(passed_over)} hidden or backup files: {listed(names)}")
+    with translated("writing the prepared corpus", out), sole_writer(out, tell):
         if (manifest := finished_before(out, identity)) is not None:
             tell(f"{out} is up to date")
             return manifest
@@ -185,7 +186,7 @@ def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastT
     return {
         "format": FORMAT,
         "options": options.shaping(),
-        "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime, _ in sources],
+        "inputs": [{"path": printable(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime, _ in sources],
         "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
     }
 
@@ -307,20 +308,14 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, pas
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def sole_writer(out: Path, note: Callable[[str], None]) -> Iterator[None]:
     """Hold the output directory, made if need be, against a second prepare."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out} cannot be a directory: a file is in the way; choose another --out") from error
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(out, f"another fastdistil prepare is writing {out}; wait for it or choose another --out", note):
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another fastdistil prepare is writing {out}; wait for it or choose another --out") from error
-    finally:
-        os.close(handle)
 
 
 def finished_before(out: Path, identity: dict[str, Any]) -> Manifest | None:
@@ -375,6 +370,7 @@ def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> No
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
     before = {**EARLIER_OPTIONS, **found["options"]}
     options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
+    found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found.get("inputs", ())]}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")

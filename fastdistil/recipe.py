@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
-from fastdistil.errors import UserError
+from fastdistil.errors import UserError, printable
 from fastdistil.untrusted import parse_yaml, read_yaml, reason, shown
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -368,6 +368,8 @@ def shortened(text: str) -> str:
 
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `a.b=value` in nested dictionaries, refusing names that no recipe has."""
+    if printable(override) != override:
+        raise UserError(f"override {override!r} is not UTF-8, as recipes are; rename the file or directory it names")
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {shown(override)} is not of the form key=value, e.g. optim.lr=1e-4")

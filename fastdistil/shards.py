@@ -17,11 +17,13 @@ from fastdistil.corpus import (
     Integers,
     ShardFacts,
     canonical,
+    check_mapped,
     lengths_name,
     text_sha256,
     token_dtype,
     tokens_name,
 )
+from fastdistil.files import write_atomically
 from fastdistil.tokenising import Encoded
 from fastdistil.untrusted import Whole
 
@@ -118,20 +120,6 @@ def counted(out: Path, written: Written, vocab_size: int) -> Integers:
     for shard in range(len(written.shards)):
         tokens = np.memmap(out / tokens_name(shard), np.dtype(token_dtype(vocab_size)).newbyteorder("<"), "r")
         for start in range(0, len(tokens), 2**22):
+            check_mapped([tokens])
             counts_V += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
     return counts_V
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole new file or the old one, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

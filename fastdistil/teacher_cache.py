@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from fastdistil.corpus import Corpus, FileFacts, canonical, file_sha256, text_sha256
+from fastdistil.corpus import Corpus, FileFacts, canonical, check_mapped, file_sha256, text_sha256
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.masking import Ints, offsets
 from fastdistil.recipe import Recipe
@@ -65,8 +65,12 @@ def teacher_fingerprint(path: str, config: Any) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
-    files = sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
-    return text_sha256(canonical([[file.name, file_sha256(file)] for file in files]))
+    return text_sha256(canonical([[file.name, file_sha256(file)] for file in teacher_files(folder)]))
+
+
+def teacher_files(folder: Path) -> list[Path]:
+    """Return the files of a model's directory that decide what it computes, by name; empty for a hub id."""
+    return sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
 
 
 def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def _short(value: Any) -> str:
 class TeacherCache:
     """Reads shards, memory-mapped. Make one with `TeacherCache.open`."""
 
-    shards: Mapping[tuple[int, int], NDArray[Any]]
+    shards: Mapping[tuple[int, int], "np.memmap[Any, Any]"]
     starts: Ints
     """First sequence of each shard, and n."""
     offsets_n: Ints
@@ -167,14 +171,18 @@ class TeacherCache:
         return cls(shards, np.array(starts), bounds, causal, tail, wanted["vocabulary"])
 
     def rows(self, epoch: int, sequences_n: Ints) -> Cached:
-        """Of the tokens of these sequences, end to end."""
+        """Of the tokens of these sequences, end to end. Raises CorruptData where a shard was shortened since it was opened."""
         epoch = 0 if self.causal else epoch
         parts = []
-        for sequence, shard in zip(sequences_n, self.starts.searchsorted(sequences_n, side="right") - 1, strict=True):
+        shards_n = self.starts.searchsorted(sequences_n, side="right") - 1
+        mapped = [self.shards[epoch, int(shard)] for shard in np.unique(shards_n)]
+        check_mapped(mapped)
+        for sequence, shard in zip(sequences_n, shards_n, strict=True):
             first = self.offsets_n[self.starts[shard]]
             begin, end = self.offsets_n[sequence] - first, self.offsets_n[sequence + 1] - first
             parts.append(self.shards[epoch, int(shard)][begin:end])
         joined = np.concatenate(parts)
+        check_mapped(mapped)
         indices_TK = joined["index"].astype(np.int64)
         if indices_TK.size and not 0 <= (least := indices_TK.min()) <= (largest := indices_TK.max()) < self.vocabulary:
             raise CorruptData(  # which data.verify=size lets pass
@@ -185,10 +193,10 @@ class TeacherCache:
         return Cached(indices_TK, joined["log_probability"].astype(np.float32), tail_T)
 
 
-def _mapped(path: Path) -> NDArray[Any]:
+def _mapped(path: Path) -> "np.memmap[Any, Any]":
     """A shard's array. Raises CorruptData where the file is none of numpy's."""
     try:
-        values: NDArray[Any] = np.load(path, mmap_mode="r")
+        values: np.memmap[Any, Any] = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, TokenError) as error:  # of a header
         raise CorruptData(
             f"{path} holds no records ({reason(error)}); delete it and run fastdistil cache-teacher again"

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fastdistil.errors import UserError
+from fastdistil.errors import UserError, printable
 from fastdistil.gutenberg import GutenbergText
 from fastdistil.jsontext import array_elements, json_text, whole_lines
 from fastdistil.textinputs import LINE_SUFFIXES, Source, decompressed, kind_suffix, reading
@@ -121,7 +121,7 @@ class Reading:
             self.files_done += 1
 
     def _count_stripped(self, source: Source, stripper: GutenbergText) -> None:
-        name = str(source.path)
+        name = printable(source.path)
         self.gutenberg_characters += stripper.characters
         self.gutenberg_removed += stripper.removed
         if not stripper.removed:
@@ -208,11 +208,11 @@ class Reading:
 
     def _set_aside(self, source: Source, line: int, reason: str, raw: bytes) -> None:
         """One JSON object a line: file, line or row (from 1), reason, and the record's bytes in base64, whole."""
-        entry = {"file": str(source.path), "line": line, "reason": reason, "bytes_base64": base64.b64encode(raw).decode()}
+        entry = {"file": printable(source.path), "line": line, "reason": reason, "bytes_base64": base64.b64encode(raw).decode()}
         with self.quarantine.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        self.first_reason = self.first_reason or f"{source.path} line {line}: {reason}"
-        self.bad[str(source.path)] += 1
+        self.first_reason = self.first_reason or f"{printable(source.path)} line {line}: {reason}"
+        self.bad[printable(source.path)] += 1
 
     def _stop_early(self) -> None:
         """Give up once even twice as many records as the bytes still to come promise would not save the corpus."""

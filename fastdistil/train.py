@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastdistil import metrics, models
 from fastdistil.batches import Batch, Counts, Window
-from fastdistil.errors import Stopped, translated
+from fastdistil.errors import NonFinite, Stopped, translated
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
@@ -43,9 +43,10 @@ from fastdistil.profiling.memory import MemoryMeter
 from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
 from fastdistil.reporting import announce, finish_trace, log, start_trace
-from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, sole_user, stored_recipe
-from fastdistil.saving import restore, resume_command, rolling_back, save
+from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, restore_recipe, sole_user, stored_recipe
+from fastdistil.saving import give_up_evaluation, restore, resume_command, rolling_back, save
 from fastdistil.state import learnt_tensors
+from fastdistil.teacher_identity import identify_teacher
 from fastdistil.team import Team, joined
 from fastdistil.watchdog import FiniteGuard, Signals
 
@@ -83,12 +84,12 @@ def train(
         console = console or metrics.Console(quiet=place is not None and place.rank > 0)
         stack.callback(console.close)
         team = stack.enter_context(joined(place, recipe, console.note))
-        chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size))
+        chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size, console.note))
         directory, continued = Path(chosen["directory"]), chosen["continued"]
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
         local = team.prepare_node(recipe, console.note if team.is_chief else partial(_note_of_node, place))
         if continued and team.is_chief:
-            stack.enter_context(sole_user(directory))
+            stack.enter_context(sole_user(directory, console.note))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
         loading = partial(naming, lambda: "loading", MemoryMeter(team.world.device))
         with translated("loading the models and the corpus"), loading(recipe), team.unhurried("loading"):
@@ -99,16 +100,21 @@ def train(
         if not continued:
             team.chief_does("create", lambda: create_run(directory, recipe))
             if team.is_chief:
-                stack.enter_context(sole_user(directory))
+                stack.enter_context(sole_user(directory, console.note))
         # Until the ranks have left together: a signal that comes while rank 0 still saves must not end the others.
         signals = last.enter_context(Signals(console.note))
         with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
+            console.when_lost(lambda message: run.event("note", update=run.update, message=message))
+            stack.callback(console.close)  # before the log
             if continued:
                 with team.unhurried("restoring"):
-                    restore(run, None if resume == "auto" else Path(resume or directory))
+                    restore(run, None if resume == "auto" else Path(resume or directory), teacher)
             else:
-                team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
+                with team.unhurried("starting"):
+                    if team.is_chief:
+                        run.teacher = identify_teacher(recipe, teacher)
+                    team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
             announce(run)
         with translated("training", directory), run.instruments.naming_out_of_memory():
             _loop(run)
@@ -122,11 +128,14 @@ def _note_of_node(place: Place | None, text: str) -> None:
     print(f"{label}{text}", file=sys.stderr, flush=True)
 
 
-def _choose(recipe: Recipe, recipe_name: str, resume: str | Path | None, ranks: int) -> dict[str, Any]:
+def _choose(
+    recipe: Recipe, recipe_name: str, resume: str | Path | None, ranks: int, note: Callable[[str], None]
+) -> dict[str, Any]:
     """The run's directory, whether it is continued, and the ranks that its updates are counted for."""
     directory, continued = choose_run(recipe, recipe_name, resume)
     counted_for = recipe.world.ranks or ranks
     if continued:
+        restore_recipe(directory, note)
         counted_for = recipe.world.ranks or stored_recipe(directory).world.ranks or 1
         check_same_recipe(directory, recipe.with_(world={"ranks": counted_for}))
     return {"directory": str(directory), "continued": continued, "ranks": counted_for}
@@ -304,7 +313,7 @@ def _assemble(
 
 
 def _evaluate(run: Run) -> HeldOut | None:
-    """Evaluate on the held-out corpus; a new best is saved and kept."""
+    """Evaluate on the held-out corpus; a new best is saved and kept. None where there is none, or where one was given up."""
     inputs, evaluation = run.inputs, run.recipe.evaluation
     if inputs.heldout is None or inputs.facts is None:
         return None
@@ -313,23 +322,27 @@ def _evaluate(run: Run) -> HeldOut | None:
         run.guard.read()
     heldout, facts = inputs.heldout, inputs.facts
     begun = time.perf_counter()
-    with run.aside("evaluation"):
-        measured = run.team.chief_does(
-            "evaluation",
-            lambda: asdict(
-                held_out(
-                    inputs.student,
-                    heldout,
-                    facts,
-                    teacher=inputs.teacher,
-                    max_sequences=evaluation.max_sequences,
-                    batch_tokens=evaluation.batch_tokens,
-                    layout=run.recipe.data.layout,
-                    device=inputs.device,
-                    precision=run.recipe.loop.precision,
-                )
-            ),
-        )
+    try:
+        with run.aside("evaluation"):
+            measured = run.team.chief_does(
+                "evaluation",
+                lambda: asdict(
+                    held_out(
+                        inputs.student,
+                        heldout,
+                        facts,
+                        teacher=inputs.teacher,
+                        max_sequences=evaluation.max_sequences,
+                        batch_tokens=evaluation.batch_tokens,
+                        layout=run.recipe.data.layout,
+                        device=inputs.device,
+                        precision=run.recipe.loop.precision,
+                    )
+                ),
+            )
+    except NonFinite as error:
+        give_up_evaluation(run, error)
+        return None
     found = HeldOut(**measured)
     run.event("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(found))
     run.console.note(
@@ -365,6 +378,7 @@ def _finish(run: Run) -> Result:
     if run.team.is_chief:
         with translated("saving the student", run.directory), run.team.unhurried("saving"):
             export_student(run.inputs, run.recipe, run.directory / "student", found, updates=run.update, tokens=run.tokens)
+    run.console.close()  # if it is gone, the log says so before its last line
     run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
     student = run.inputs.student
     module = student.module if isinstance(student, models.LanguageModel) else student

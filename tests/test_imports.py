@@ -40,7 +40,7 @@ TOP = {
     "fastdistil.calls": ("fastdistil.launch",),
     "fastdistil.train": ("fastdistil.api", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
     "fastdistil.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
-    "fastdistil.shards": ("fastdistil.prepare", "fastdistil.cache_teacher"),
+    "fastdistil.shards": ("fastdistil.prepare",),
     "fastdistil.cache_teacher": ("fastdistil.cli",),
     "fastdistil.tokenising": ("fastdistil.prepare", "fastdistil.shards"),
 }

@@ -1,0 +1,71 @@
+"""Files that survive other processes and power cuts: locks, and texts that are written whole or not at all.
+
+The kernel lets go of a lock when its holder ends, however it ends. Some cluster file systems have no locks at all: there work
+goes on, with a note that says what is not protected.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdistil.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What `flock` answers where the file system, or a network server behind it, has no locks."""
+TEMPORARY = ".tmp"
+"""What the name of a file ends with while it is written."""
+
+
+@contextmanager
+def locked(path: Path, busy: str, note: Callable[[str], None], *, wait: bool = False) -> Iterator[None]:
+    """Hold `path`, which exists, against other processes until the block ends.
+
+    Where another process holds it: raises UserError with the text `busy`, or with `wait` notes that text and waits. Where the
+    file system has no locks, a note says what is not protected.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            _lock(handle, busy, note, wait)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            note(
+                f"the file system of {path} has no locks ({error.strerror}): nothing keeps a second process from writing "
+                "there, so start no other one"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, busy: str, note: Callable[[str], None], wait: bool) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if not wait:
+            raise UserError(busy) from error
+        note(busy)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that then holds the whole text, or what it held before: also after a power cut or on a full disk."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
