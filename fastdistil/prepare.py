@@ -24,6 +24,7 @@ from fastdistil.corpus import (
     file_sha256,
     load_tokenizer,
     plain,
+    save_tokenizer,
     text_sha256,
     token_dtype,
     vocabulary_fingerprint,
@@ -125,7 +126,7 @@ def prepare(
         if written.shards:
             tell(f"going on after {len(written.shards)} finished shards")
         plan = make_plan(tokenizer, options)
-        tokenizer.save_pretrained(out / "tokenizer")
+        save_tokenizer(tokenizer, out / "tokenizer")
         shards = Shards(out, written, counted(out, written, vocabulary_size(tokenizer)), identity, options.shard_tokens)
         shards.save_progress()
         reader = Reading(
