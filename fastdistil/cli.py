@@ -41,6 +41,19 @@ ElasticRanks = Annotated[
     typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
 ]
 GrowAfter = Annotated[float, typer.Option(min=0, help="--elastic: seconds after which a lost rank's place is tried again.")]
+PrepareBos = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|yes|no",
+        help="[CLS] or BOS in front of each piece; auto: with --special-tokens, BOS only if the tokenizer's own call puts it.",
+    ),
+]
+EvaluateBos = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|yes|no", help="Causal models, raw text: BOS before each document; auto: as the tokenizer's own call does."
+    ),
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
@@ -208,6 +221,7 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
+    bos: PrepareBos = "auto",
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
     max_unknown: Annotated[float, typer.Option(help="Drop pieces with this share of unknown tokens (the example: 0.5).")] = 1.0,
     max_bad_fraction: Annotated[float, typer.Option(help="Stop if more records than this are unreadable.")] = 0.001,
@@ -225,6 +239,7 @@ def prepare(
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
         special_tokens=special_tokens,
+        bos=bos,  # type: ignore[arg-type]
         min_tokens=min_tokens,
         max_unknown=max_unknown,
         max_bad_fraction=max_bad_fraction,
@@ -286,6 +301,7 @@ def evaluate(
     documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
     strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    bos: EvaluateBos = "auto",
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
@@ -306,6 +322,7 @@ def evaluate(
         documents=documents,  # type: ignore[arg-type]
         text_field=text_field,
         strip_gutenberg=strip_gutenberg,
+        bos=bos,  # type: ignore[arg-type]
         device=device,
         precision=precision,
     )
@@ -365,6 +382,7 @@ class EvaluateBar:
 
 
 def _print_report(report: "Report") -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -380,7 +398,8 @@ def _print_report(report: "Report") -> None:
         if (pseudo := corpus.pseudo) is not None:
             table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
         if (causal := corpus.causal) is not None:
-            table.add_row(corpus.corpus, "next token", _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
+            measure = f"next token, behind {corpus.bos}" if corpus.bos is not None else "next token, no BOS"
+            table.add_row(corpus.corpus, escape(measure), _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
     rich.console.Console().print(table)
 
 

@@ -239,6 +239,18 @@ WORD_STARTS = (("\u0120", "\u010a", "\u0109", "\u010d"), ("\u2581",))
 """Space, line feed, tab and carriage return as byte-level BPE spells them; sentencepiece's space."""
 
 
+def front_token(tokenizer: FastTokenizer) -> int | None:
+    """The token that can begin a text: [CLS], else BOS."""
+    token = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    return cast("int | None", token)
+
+
+def begins_texts(tokenizer: FastTokenizer) -> bool:
+    """Whether a call of the tokenizer puts its `front_token` in front of a text."""
+    front, ids = front_token(tokenizer), cast(Any, tokenizer)("a").input_ids
+    return front is not None and bool(ids) and ids[0] == front
+
+
 def vocabulary_size(tokenizer: FastTokenizer) -> int:
     """One more than the largest id: vocabularies may have gaps."""
     return int(max(tokenizer.get_vocab().values())) + 1

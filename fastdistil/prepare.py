@@ -14,14 +14,16 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fastdistil.corpus import (
     FORMAT,
     FastTokenizer,
     Manifest,
+    begins_texts,
     check_file,
     file_sha256,
+    front_token,
     load_tokenizer,
     plain,
     save_tokenizer,
@@ -39,6 +41,9 @@ BYTES_PER_WORKER = 8_000_000
 """Without `workers`, one process more for every so many bytes of input: starting one takes seconds."""
 
 
+Bos = Literal["auto", "yes", "no"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     tokenizer: str
@@ -50,6 +55,10 @@ class PrepareOptions:
     text_field: str = "text"
     strip_gutenberg: bool = False
     special_tokens: bool = True
+    """Whether a piece is framed: [CLS] or BOS in front, [SEP] or EOS behind."""
+    bos: Bos = "auto"
+    """Whether [CLS] or BOS stands in front of each piece. auto: with `special_tokens`, but for causal models (tokenizers
+    without [CLS] and mask token) only where a call of the tokenizer puts it there: Llama's does, GPT-2's does not."""
     min_tokens: int = 0
     """Pieces with fewer tokens, special ones included, are dropped; the example: 12."""
     max_unknown: float = 1.0
@@ -75,6 +84,7 @@ class PrepareOptions:
                 raise UserError(f"{name} must be from {low} to {high}, got {value}")
         if self.documents not in ("file", "paragraph", "line"):
             raise UserError(f"documents must be file, paragraph or line, got {self.documents!r}")
+        check_bos(self.bos)
 
     def shaping(self) -> dict[str, Any]:
         """The options that decide which bytes are written: not how many processes do it, nor when to give up."""
@@ -126,6 +136,11 @@ def prepare(
         if written.shards:
             tell(f"going on after {len(written.shards)} finished shards")
         plan = make_plan(tokenizer, options)
+        if tokenizer.cls_token_id is None:
+            front, back = (
+                None if token is None else tokenizer.convert_ids_to_tokens(token) for token in (plan.front, plan.back)
+            )
+            tell(f"in front of each piece: {front or 'no BOS'}; behind it: {back or 'no EOS'}")
         save_tokenizer(tokenizer, out / "tokenizer")
         shards = Shards(out, written, counted(out, written, vocabulary_size(tokenizer)), identity, options.shard_tokens)
         shards.save_progress()
@@ -149,20 +164,43 @@ def prepare(
 
 def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
     """All that decides which bytes are written: a directory goes on, or is up to date, only with the same."""
+    front, special_tokens = front_token(tokenizer), options.special_tokens
     return {
         "format": FORMAT,
-        "options": options.shaping(),
+        "options": {**options.shaping(), "bos": "no" if front_of_pieces(tokenizer, options) is None else "yes"},
+        # What the options say that earlier versions did not write.
+        "earlier_options": {"bos": "yes" if special_tokens and front is not None else "no"},
         "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime in sources],
         "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
     }
 
 
+def check_bos(bos: str) -> None:
+    if bos not in get_args(Bos):
+        raise UserError(f"bos must be auto, yes or no, got {bos!r}")
+
+
+def front_of_pieces(tokenizer: FastTokenizer, options: PrepareOptions) -> int | None:
+    """The token in front of each piece; see `PrepareOptions.bos`. Raises UserError where it is wanted and there is none."""
+    front = front_token(tokenizer)
+    if options.bos == "yes":
+        if front is None:
+            raise UserError(
+                f"bos is yes and the tokenizer {options.tokenizer!r} has no bos or cls token; "
+                "name one as bos_token in tokenizer_config.json, or use bos no"
+            )
+        return front
+    if options.bos == "no" or not options.special_tokens:
+        return None
+    masked = tokenizer.cls_token_id is not None or tokenizer.mask_token_id is not None
+    return front if masked or begins_texts(tokenizer) else None
+
+
 def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
-    front = back = None
+    front, back = front_of_pieces(tokenizer, options), None
     if options.special_tokens:
-        front = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
         back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-        if front is None and back is None:
+        if front_token(tokenizer) is None and back is None:
             raise UserError(
                 f"the tokenizer {options.tokenizer!r} has no cls, sep, bos or eos token to begin and end sequences with; "
                 "name them in tokenizer_config.json, or prepare without special tokens"
@@ -289,7 +327,8 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
 
 def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
-    options = {name for name in wanted["options"] if wanted["options"][name] != found["options"].get(name)}
+    written = {**wanted["earlier_options"], **found["options"]}
+    options = {name for name in wanted["options"] if wanted["options"][name] != written.get(name)}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")
