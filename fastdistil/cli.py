@@ -62,6 +62,19 @@ Strip = Annotated[
 MaxUnknownShare = Annotated[
     float, typer.Option(help="Stop if more of all tokens than this are unknown to the tokenizer; 1: never.")
 ]
+PrepareBos = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|yes|no",
+        help="[CLS] or BOS in front of each piece; auto: with --special-tokens, BOS only if the tokenizer's own call puts it.",
+    ),
+]
+EvaluateBos = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|yes|no", help="Causal models, raw text: BOS before each document; auto: as the tokenizer's own call does."
+    ),
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or the path of a .yaml file.")]
 
 
@@ -250,6 +263,7 @@ def prepare(
     strip: Strip = None,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
     special_tokens_in_text: SpecialTokensInText = False,
+    bos: PrepareBos = "auto",
     min_tokens: Annotated[int, typer.Option(help="Drop shorter pieces (the Hugging Face example: 12).")] = 0,
     max_unknown: Annotated[float, typer.Option(help="Drop pieces with this share of unknown tokens (the example: 0.5).")] = 1.0,
     max_unknown_share: MaxUnknownShare = 0.2,
@@ -271,6 +285,7 @@ def prepare(
         strip=strip,
         special_tokens=special_tokens,
         special_tokens_in_text=special_tokens_in_text,
+        bos=bos,  # type: ignore[arg-type]
         min_tokens=min_tokens,
         max_unknown=max_unknown,
         max_unknown_share=max_unknown_share,
@@ -356,6 +371,7 @@ def evaluate(
     strip: Strip = None,
     special_tokens_in_text: SpecialTokensInText = False,
     max_unknown_share: MaxUnknownShare = 0.2,
+    bos: EvaluateBos = "auto",
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
@@ -380,6 +396,7 @@ def evaluate(
         strip=strip,
         special_tokens_in_text=special_tokens_in_text,
         max_unknown_share=max_unknown_share,
+        bos=bos,  # type: ignore[arg-type]
         device=device,
         precision=precision,
     )
@@ -439,6 +456,7 @@ class EvaluateBar:
 
 
 def _print_report(report: "Report") -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -454,7 +472,8 @@ def _print_report(report: "Report") -> None:
         if (pseudo := corpus.pseudo) is not None:
             table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
         if (causal := corpus.causal) is not None:
-            table.add_row(corpus.corpus, "next token", _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
+            measure = f"next token, behind {corpus.bos}" if corpus.bos is not None else "next token, no BOS"
+            table.add_row(corpus.corpus, escape(measure), _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
     table.add_section()
     for corpus in report.corpora:
         table.add_row(corpus.corpus, "unknown tokens", "", "", f"{corpus.unknown_share:.2%}")

@@ -13,7 +13,7 @@ Written by prepare.py.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -330,9 +330,17 @@ def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
 
 def frame(tokenizer: FastTokenizer) -> tuple[int | None, int | None]:
     """The special tokens that begin and end a sequence: [CLS] and [SEP], else bos and eos."""
-    front = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    return cast("int | None", front), cast("int | None", back)
+    return front_token(tokenizer), cast("int | None", back)
+
+
+def added_tokens(tokenizer: FastTokenizer, options: Mapping[str, Any]) -> list[int]:
+    """Return the special tokens that `prepare` puts around each sequence, by the options that a manifest holds."""
+    front, back = frame(tokenizer)
+    # Earlier versions had no such option.
+    has_front = options.get("bos", "yes" if options["special_tokens"] else "no") == "yes"
+    tokens = (front if has_front else None, back if options["special_tokens"] else None)
+    return [token for token in tokens if token is not None]
 
 
 def unknown_id(tokenizer: FastTokenizer) -> int | None:
@@ -342,6 +350,18 @@ def unknown_id(tokenizer: FastTokenizer) -> int | None:
         name = backend.model.unk_token
         return backend.token_to_id(name) if name is not None else None
     return cast("int | None", tokenizer.unk_token_id)  # Unigram does not show its own
+
+
+def front_token(tokenizer: FastTokenizer) -> int | None:
+    """The token that can begin a text: [CLS], else BOS."""
+    token = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    return cast("int | None", token)
+
+
+def begins_texts(tokenizer: FastTokenizer) -> bool:
+    """Whether a call of the tokenizer puts its `front_token` in front of a text."""
+    front, ids = front_token(tokenizer), cast(Any, tokenizer)("a").input_ids
+    return front is not None and bool(ids) and ids[0] == front
 
 
 def vocabulary_size(tokenizer: FastTokenizer) -> int:
@@ -370,12 +390,10 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def load_tokenizer(path: str | Path) -> FastTokenizer:
-    """A fast tokenizer from a directory or by its hub id. Raises UserError.
+    """A fast tokenizer from a directory or by its hub id, as its tokenizer.json says. Raises UserError.
 
     Where the directory names no special tokens, those of BERT, RoBERTa or GPT-2 are taken if the vocabulary has them all.
     """
-    from transformers import AutoTokenizer
-
     from fastdistil.loading import library_call
 
     name = str(path)
@@ -387,7 +405,7 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
         raise UserError(f"no tokenizer directory {name}; give a directory or a hub id such as bert-base-uncased")
     problem, advice = f"cannot load the tokenizer {name!r}", "give a directory or a reachable hub id"
     with library_call(f"loading the tokenizer {name}", problem, advice):
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = _read_tokenizer(name)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer {name!r} has no fast (Rust) version; save one with convert_slow_tokenizer")
     if not tokenizer.all_special_ids:
@@ -396,6 +414,74 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
         length = tokenizer.model_max_length
         tokenizer = fast_tokenizer(tokenizer.backend_tokenizer, length, named)
     return cast(FastTokenizer, tokenizer)
+
+
+def _read_tokenizer(name: str) -> Any:
+    """Read tokenizer.json where there is one; elsewhere AutoTokenizer makes the tokenizer from the older files.
+
+    AutoTokenizer chooses a class by the model's type, and some classes (Qwen2's) build their own pre-tokenizer, normalizer and
+    special tokens in place of the file's. Of such a class only the roles of special tokens are taken that no file names.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
+
+    by_type, by_file = cast(Any, AutoTokenizer), cast(Any, PreTrainedTokenizerFast)
+    try:
+        cached_file(name, "tokenizer.json")
+    except OSError:
+        return by_type.from_pretrained(name, trust_remote_code=False)
+    tokenizer = by_file.from_pretrained(name)
+    vocabulary = tokenizer.get_vocab()
+    try:
+        usual = by_type.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # noqa: BLE001 - a class that cannot build this vocabulary, with whichever exception, is not needed
+        return tokenizer
+    for role in by_file.SPECIAL_TOKENS_ATTRIBUTES:
+        token = getattr(usual, role, None)
+        if getattr(tokenizer, role) is None and token in vocabulary:
+            setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: FastTokenizer, folder: Path) -> None:
+    """Write a tokenizer so that AutoTokenizer reads it back from tokenizer.json, whatever kind of model lies beside it.
+
+    The name of a class that builds its own would have it built; transformers before 5 do not know the name that 5 writes.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = {"model_input_names": ["input_ids", "attention_mask"], **json.loads(path.read_text(encoding="utf-8"))}
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def difference_as_loaded(tokenizer: FastTokenizer, folder: Path, texts: Iterable[str]) -> str | None:
+    """Say how AutoTokenizer, which users call, reads `folder` otherwise than `tokenizer` is: a vocabulary or a text's ids."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = cast(Any, AutoTokenizer).from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds
+        return f"it fails with {type(error).__name__}"
+    if vocabulary_size(loaded) != vocabulary_size(tokenizer):
+        return f"{vocabulary_size(loaded)} entries, not {vocabulary_size(tokenizer)}"
+    if loaded.get_vocab() != tokenizer.get_vocab():
+        return "other tokens for the same ids"
+    for text in (*PROBES, *texts):
+        for add_special_tokens in (True, False):
+            ids = loaded(text, add_special_tokens=add_special_tokens).input_ids
+            if ids != cast(Any, tokenizer)(text, add_special_tokens=add_special_tokens).input_ids:
+                return f"other ids for {text[:40]!r}"
+    return None
+
+
+PROBES = (
+    "",
+    " two  spaces\tand a tab\n\n and lines\r\n",
+    "don't 1234,567 (\ufb01) na\u00efve NA\u00cfVE cafe\u0301",
+    "\uff21\uff11 \u4e2d\u6587 \u03a9\u03bc\u03ad \u0434\u0430 \U0001f642",
+)
+"""White space, digits, contractions, ligatures, composed and decomposed letters, other scripts: where tokenizers differ."""
 
 
 def fast_tokenizer(tokenizer: "Tokenizer", model_max_length: int, special_tokens: dict[str, str]) -> FastTokenizer:

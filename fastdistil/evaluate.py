@@ -27,10 +27,17 @@ from numpy.typing import NDArray
 
 from fastdistil import models
 from fastdistil.batches import Batch, Layout, Tokens, assemble, evaluation_batches
-from fastdistil.corpus import Corpus, FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
+from fastdistil.corpus import (
+    Corpus,
+    FastTokenizer,
+    front_token,
+    load_tokenizer,
+    token_facts,
+    vocabulary_fingerprint,
+)
 from fastdistil.errors import NonFinite, UserError, translated
 from fastdistil.masking import Facts, Ints, offsets, ranges
-from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.prepare import Bos, PrepareOptions, check_bos, front_of_pieces, prepare
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Mask
 from fastdistil.scoring import (
@@ -216,7 +223,8 @@ def causal_perplexity(
 
     A window scores the tokens that those before it have not, so behind the first window a token sees at least
     max_length - stride others. max_length: None for the model's; stride: None for half of it. The corpus should be prepared
-    without special tokens and with whole documents. Raises UserError as `held_out` does, and for masked models.
+    with whole documents and without special tokens, but for the BOS of models that were trained with one. Raises UserError as
+    `held_out` does, and for masked models.
     """
     if not model.causal:
         raise UserError("sliding-window perplexity is for causal models; a masked one has held-out loss and pseudo-perplexity")
@@ -291,6 +299,9 @@ class EvaluateOptions:
     """Whether special tokens that raw text spells out become these tokens."""
     max_unknown_share: float = MAX_UNKNOWN_SHARE
     """A corpus with a larger share of unknown tokens raises UserError."""
+    bos: Bos = "auto"
+    """Whether BOS (or [CLS]) stands in front of each raw document; auto: as `PrepareOptions.bos` has it, so where a call of
+    the tokenizer puts it there. Causal models only; prepared corpora have it or not."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
@@ -307,6 +318,7 @@ class EvaluateOptions:
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+        check_bos(self.bos)
         for name, low in (("seed", 0), ("batch_tokens", 1), ("max_length", 4), ("stride", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -328,6 +340,8 @@ class CorpusReport:
     """Masked models, unless left out."""
     causal: CausalPerplexity | None
     """Causal models."""
+    bos: str | None
+    """Causal models: the token that every text begins with, which is not predicted itself; None: a text's own first token."""
     seconds: float
     unknown_share: float
     """Unknown tokens among all but the special ones added, from 0 to 1."""
@@ -376,7 +390,15 @@ def evaluate(
         find_inputs([given], Path(given), options.read_as)
     if raw:
         token_facts(load_tokenizer(model_path))
+    if options.bos != "auto" and not causal:
+        raise UserError(f"bos is for causal models, and {model_path} is a masked one; leave it out")
     opened = {given: _open(given, model_path) for given in corpora if given not in raw}
+    for given, corpus in opened.items():
+        has = "no" if beginning(corpus, load_tokenizer(corpus.tokenizer_dir)) is None else "yes"
+        if options.bos not in ("auto", has):
+            raise UserError(
+                f"bos is {options.bos} and {given} was prepared with bos {has}; prepare it with --bos {options.bos}"
+            )
     tell(0.0, f"loading {model_path}")
     model = models.load_for_evaluation(model_path, note=partial(tell, 0.0)).to(device)
     size = _size(model, options, causal)
@@ -468,11 +490,21 @@ def _evaluate_one(
     if spellings:
         notes.append(f"{given} spells out {spellings:,} special tokens, {corpus.manifest.special_spellings_became}")
     tokens = int(corpus.lengths.sum())
-    return CorpusReport(given, len(corpus), tokens, heldout, pseudo, causal, seconds, unknown, spellings, tuple(notes))
+    bos = beginning(corpus, tokenizer) if model.causal else None
+    return CorpusReport(given, len(corpus), tokens, heldout, pseudo, causal, bos, seconds, unknown, spellings, tuple(notes))
 
 
 def _unknown_share(corpus: Corpus, tokenizer: FastTokenizer) -> float:
-    return unknown_share(tokenizer, corpus.counts, len(corpus), corpus.manifest.options["special_tokens"])
+    return unknown_share(tokenizer, corpus.counts, len(corpus), corpus.manifest.options)
+
+
+def beginning(corpus: Corpus, tokenizer: FastTokenizer) -> str | None:
+    """The BOS or [CLS] in front of every sequence, as it is spelt; None where there is none."""
+    front = front_token(tokenizer)
+    # `prepare` puts it in front of all or none: a hundred sequences tell which.
+    sequences = np.arange(min(len(corpus), 100))
+    firsts = corpus.gather(sequences)[offsets(corpus.lengths[sequences])[:-1]]
+    return str(tokenizer.convert_ids_to_tokens(front)) if front is not None and (firsts == front).all() else None
 
 
 def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:
@@ -512,11 +544,15 @@ def _size(model: models.LanguageModel | models.AnyModel, options: EvaluateOption
 
 
 def _preparation(options: EvaluateOptions, model_path: str, size: int, causal: bool) -> PrepareOptions:
+    bos = options.bos
+    if causal and bos == "auto":  # as in the corpora that such models are trained on
+        bos = "no" if front_of_pieces(load_tokenizer(model_path), PrepareOptions(tokenizer=model_path)) is None else "yes"
     return PrepareOptions(
         tokenizer=model_path,
         # Windows slide over whole documents; a masked model sees pieces.
         max_length=2**31 - 1 if causal else size,
         special_tokens=not causal,
+        bos=bos,
         documents=options.documents,
         text_field=options.text_field,
         read_as=options.read_as,

@@ -1,33 +1,62 @@
 """The finished student as a directory that transformers loads without fastdistil, with a card that says how it was made."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
 from fastdistil import __version__, models
 from fastdistil.checkpoint import atomic_directory
+from fastdistil.corpus import difference_as_loaded, save_tokenizer
 from fastdistil.errors import printable
 from fastdistil.evaluate import HeldOut
-from fastdistil.inputs import Inputs
+from fastdistil.inputs import CorpusSource, Inputs
 from fastdistil.recipe import Recipe
 from fastdistil.redaction import redacted
 from fastdistil.student_checks import check_saved
 
 
-def export_student(inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut | None, *, updates: int, tokens: int) -> None:
+def export_student(
+    inputs: Inputs,
+    recipe: Recipe,
+    target: Path,
+    found: HeldOut | None,
+    *,
+    updates: int,
+    tokens: int,
+    note: Callable[[str], None] = print,
+) -> None:
     """Write weights, configuration, tokenizer and README.md to `target`, all or nothing, and load them as a user will.
 
+    The tokenizer is read again as users read it; where that gives other ids than the corpus has, `note` and README.md say so.
     Raises UserError where transformers cannot load or run the student, or computes something else.
     """
     with atomic_directory(target) as directory:
         models.save_pretrained(inputs.student, directory)
+        card = model_card(inputs, recipe, found, updates, tokens)
         if inputs.tokenizer is not None:
-            inputs.tokenizer.save_pretrained(directory)
-        card = printable(model_card(inputs, recipe, found, updates, tokens))
-        (directory / "README.md").write_text(card, encoding="utf-8")
+            save_tokenizer(inputs.tokenizer, directory)
+            if (difference := difference_as_loaded(inputs.tokenizer, directory, _texts(inputs))) is not None:
+                advice = (
+                    f"AutoTokenizer makes another tokenizer of these files than the model was trained with ({difference}); "
+                    "load them with PreTrainedTokenizerFast.from_pretrained"
+                )
+                note(f"the student's tokenizer: {advice}")
+                card += f"\n## Tokenizer\n\n{advice}.\n"
+        (directory / "README.md").write_text(printable(card), encoding="utf-8")
     if isinstance(inputs.student, models.LanguageModel):
         check_saved(inputs.student, target)
+
+
+def _texts(inputs: Inputs) -> list[str]:
+    """Some texts of the run, as its tokens spell them."""
+    corpus = inputs.source.corpus if isinstance(inputs.source, CorpusSource) else inputs.heldout
+    if corpus is None or inputs.tokenizer is None:
+        return []
+    sequences = np.unique(np.linspace(0, len(corpus) - 1, 20).astype(np.int64))
+    return [inputs.tokenizer.decode(corpus.gather(sequences[[i]]), skip_special_tokens=True) for i in range(len(sequences))]
 
 
 def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: int, tokens: int) -> str:

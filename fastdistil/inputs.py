@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastdistil import models, students
-from fastdistil.batches import Batch, Batches, Counts, Window
+from fastdistil.batches import Batch, Batches, Counts, Tokens, Window
 from fastdistil.compiling import check_compiler
 from fastdistil.corpus import (
     Corpus,
@@ -55,6 +55,10 @@ class CorpusSource:
     def __init__(self, batches: Batches, identity: str, device: torch.device) -> None:
         self.identity, self.replayable = identity, True
         self._batches, self._device = batches, device
+
+    @property
+    def corpus(self) -> Tokens:
+        return self._batches.corpus
 
     @property
     def longest(self) -> int:

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
@@ -20,13 +20,16 @@ from fastdistil.corpus import (
     FORMAT,
     FastTokenizer,
     Manifest,
+    begins_texts,
     canonical,
     check_file,
     file_sha256,
     frame,
+    front_token,
     lengths_name,
     load_tokenizer,
     plain,
+    save_tokenizer,
     text_sha256,
     token_dtype,
     tokens_name,
@@ -47,6 +50,9 @@ BYTES_PER_WORKER = 8_000_000
 """Without `workers`, one process more for every so many bytes of input: starting one takes seconds."""
 
 
+Bos = Literal["auto", "yes", "no"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     tokenizer: str
@@ -63,8 +69,12 @@ class PrepareOptions:
     """Whether white space at both ends of documents is taken off. None: where the tokenizer has a mask token; causal models
     learn and are judged on all of the text."""
     special_tokens: bool = True
+    """Whether a piece is framed: [CLS] or BOS in front, [SEP] or EOS behind."""
     special_tokens_in_text: bool = False
     """Whether special tokens that the text spells out, such as [MASK], become these tokens and not the text's letters."""
+    bos: Bos = "auto"
+    """Whether [CLS] or BOS stands in front of each piece. auto: with `special_tokens`, but for causal models (tokenizers
+    without [CLS] and mask token) only where a call of the tokenizer puts it there: Llama's does, GPT-2's does not."""
     min_tokens: int = 0
     """Pieces with fewer tokens, special ones included, are dropped; the example: 12."""
     max_unknown: float = 1.0
@@ -95,6 +105,7 @@ class PrepareOptions:
             raise UserError(f"documents must be file, paragraph or line, got {self.documents!r}")
         if self.read_as not in (None, *get_args(TextKind)):
             raise UserError(f"read_as must be {', '.join(get_args(TextKind))} or null, got {self.read_as!r}")
+        check_bos(self.bos)
 
     def shaping(self) -> dict[str, Any]:
         """The options that decide which bytes are written: not how many processes do it, nor when to give up."""
@@ -151,7 +162,12 @@ def prepare(
         if written.shards:
             tell(f"going on after {len(written.shards)} finished shards")
         plan = make_plan(tokenizer, options)
-        tokenizer.save_pretrained(out / "tokenizer")
+        if tokenizer.cls_token_id is None:
+            front, back = (
+                None if token is None else tokenizer.convert_ids_to_tokens(token) for token in (plan.front, plan.back)
+            )
+            tell(f"in front of each piece: {front or 'no BOS'}; behind it: {back or 'no EOS'}")
+        save_tokenizer(tokenizer, out / "tokenizer")
         shards = Shards(out, written, counted(out, written, vocabulary_size(tokenizer)), identity, options.shard_tokens)
         shards.save_progress()
         reader = Reading(
@@ -183,19 +199,43 @@ def listed(names: Sequence[str]) -> str:
 
 def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
     """All that decides which bytes are written: a directory goes on, or is up to date, only with the same."""
+    front, special_tokens = front_token(tokenizer), options.special_tokens
     return {
         "format": FORMAT,
-        "options": options.shaping(),
+        "options": {**options.shaping(), "bos": "no" if front_of_pieces(tokenizer, options) is None else "yes"},
+        # What the options say that earlier versions did not write.
+        "earlier_options": {"bos": "yes" if special_tokens and front is not None else "no"},
         "inputs": [{"path": printable(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime, _ in sources],
         "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
     }
 
 
+def check_bos(bos: str) -> None:
+    if bos not in get_args(Bos):
+        raise UserError(f"bos must be auto, yes or no, got {bos!r}")
+
+
+def front_of_pieces(tokenizer: FastTokenizer, options: PrepareOptions) -> int | None:
+    """The token in front of each piece; see `PrepareOptions.bos`. Raises UserError where it is wanted and there is none."""
+    front = front_token(tokenizer)
+    if options.bos == "yes":
+        if front is None:
+            raise UserError(
+                f"bos is yes and the tokenizer {options.tokenizer!r} has no bos or cls token; "
+                "name one as bos_token in tokenizer_config.json, or use bos no"
+            )
+        return front
+    if options.bos == "no" or not options.special_tokens:
+        return None
+    masked = tokenizer.cls_token_id is not None or tokenizer.mask_token_id is not None
+    return front if masked or begins_texts(tokenizer) else None
+
+
 def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
-    front = back = None
+    front, back = front_of_pieces(tokenizer, options), None
     if options.special_tokens:
-        front, back = frame(tokenizer)
-        if front is None and back is None:
+        back = frame(tokenizer)[1]
+        if frame(tokenizer) == (None, None):
             raise UserError(
                 f"the tokenizer {options.tokenizer!r} has no cls, sep, bos or eos token to begin and end sequences with; "
                 "name them in tokenizer_config.json, or prepare without special tokens"
@@ -232,7 +272,7 @@ class UnknownTokens:
 
     def share(self) -> float:
         shards = self._shards
-        return unknown_share(self._tokenizer, shards.counts_V, shards.written.sequences, self._options.special_tokens)
+        return unknown_share(self._tokenizer, shards.counts_V, shards.written.sequences, shards.identity["options"])
 
     def check(self) -> None:
         """Raises UserError where it is too large."""
@@ -368,7 +408,7 @@ EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
 
 def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
-    before = {**EARLIER_OPTIONS, **found["options"]}
+    before = {**EARLIER_OPTIONS, **wanted["earlier_options"], **found["options"]}
     options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
     found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found.get("inputs", ())]}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]

@@ -2,7 +2,8 @@
 
 A document becomes pieces as in the Hugging Face distillation example: [CLS] tokens [SEP] if that fits into max_length, else
 chunks of max_length - 2 of it, each given the special tokens it lacks (so the first piece is one token shorter than the
-next). Tokenizers without [CLS] and [SEP] use their bos and eos; those with only one of them get that one alone.
+next). Tokenizers without [CLS] and [SEP] use their bos, where they put it in front of texts themselves, and eos; those with
+only one of them get that one alone.
 
 Shapes: d documents, p pieces.
 """

@@ -377,7 +377,8 @@ def _finish(run: Run) -> Result:
     speed = run.logged_tokens / run.logged_s if run.logged_s else 0.0
     if run.team.is_chief:
         with translated("saving the student", run.directory), run.team.unhurried("saving"):
-            export_student(run.inputs, run.recipe, run.directory / "student", found, updates=run.update, tokens=run.tokens)
+            counts = {"updates": run.update, "tokens": run.tokens}
+            export_student(run.inputs, run.recipe, run.directory / "student", found, **counts, note=run.tell)
     run.console.close()  # if it is gone, the log says so before its last line
     run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
     student = run.inputs.student

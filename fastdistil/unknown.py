@@ -4,7 +4,10 @@ It is of all tokens but those that `prepare` puts around the pieces. PrepareOpti
 single pieces.
 """
 
-from fastdistil.corpus import FastTokenizer, Integers, frame, unknown_id
+from collections.abc import Mapping
+from typing import Any
+
+from fastdistil.corpus import FastTokenizer, Integers, added_tokens, unknown_id
 from fastdistil.errors import UserError
 from fastdistil.word_marks import normalized
 
@@ -14,12 +17,12 @@ CAPITALS = 0.02
 """A vocabulary of cased text has a larger share of entries with capitals."""
 
 
-def unknown_share(tokenizer: FastTokenizer, counts_V: Integers, sequences: int, framed: bool) -> float:
+def unknown_share(tokenizer: FastTokenizer, counts_V: Integers, sequences: int, options: Mapping[str, Any]) -> float:
     """Return the share of unknown tokens, from 0 to 1, from the counts of all tokens, int64 [V], in so many sequences.
 
-    framed: whether special tokens were put around each sequence; these are left out.
+    options: of the manifest; they say which special tokens stand around each sequence, and these are left out.
     """
-    added = [token for token in frame(tokenizer) if token is not None] if framed else []
+    added = added_tokens(tokenizer, options)
     tokens = int(counts_V.sum()) - sequences * len(added)
     unknown = unknown_id(tokenizer)
     if unknown is None or tokens == 0:

@@ -116,7 +116,7 @@ def test_lines_become_the_examples_sequences(wordpiece: Path, byte_level: Path, 
         tokenizer = AutoTokenizer.from_pretrained(folder)
         front, back = tokenizer.convert_tokens_to_ids(list(names))
         out = tmp_path / folder.name
-        manifest = prepare([str(lines)], out, options(folder))
+        manifest = prepare([str(lines)], out, options(folder, bos="yes"))
         expected = example_corpus(SENTENCES, tokenizer, front, back, 16)
         assert len(expected) > len(SENTENCES)  # some were split
         corpus = Corpus.open(out)

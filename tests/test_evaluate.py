@@ -599,7 +599,7 @@ def test_evaluate_measures_prepared_corpora_and_raw_text_alike(
 def test_evaluate_slides_over_whole_documents_for_causal_models(
     saved: dict[str, str], whole: Corpus, text: Path, facts: TokenFacts
 ) -> None:
-    options = EvaluateOptions(precision="fp32", device="cpu", documents="line", stride=5)
+    options = EvaluateOptions(precision="fp32", device="cpu", documents="line", stride=5, bos="no")
     report = evaluate(saved["gpt2"], [str(text), str(whole.path)], options)
     expected = causal_perplexity(models.load_model(saved["gpt2"]), whole, facts, stride=5)
     for found in report.corpora:
@@ -750,7 +750,8 @@ def test_any_causal_model_is_measured_as_transformers_computes_it(
     assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-9)
     assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-7)
 
-    options = EvaluateOptions(precision="fp32", device="cpu", documents="line", max_length=size, batch_tokens=100)
+    sizes = {"max_length": size, "batch_tokens": 100}
+    options = EvaluateOptions(precision="fp32", device="cpu", documents="line", bos="no", **sizes)
     for measured in evaluate(path, [str(whole.path), str(text)], options).corpora:
         assert measured.causal is not None
         assert (measured.heldout, measured.pseudo) == (None, None)
