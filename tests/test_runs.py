@@ -50,7 +50,7 @@ def test_a_full_disk_at_the_start_blocks_no_later_one(material: Path, tmp_path: 
         create_run(tmp_path / "run", recipe)
 
 
-@pytest.mark.parametrize("content", [None, "", "\0" * 80])
+@pytest.mark.parametrize("content", [None, "", "\0" * 80], ids=["missing", "empty", "zeros"])
 def test_a_lost_recipe_is_the_checkpoints(
     content: str | None, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
