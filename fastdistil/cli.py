@@ -114,8 +114,11 @@ def _train_or_pretrain(
 ) -> None:
     from fastdistil.errors import UserError
     from fastdistil.recipe import load_recipe
+    from fastdistil.runs import restore_recipe
 
     command, options = str(context.command.name), RankOptions(np, hosts, elastic, grow_after)
+    if resume is not None and Path(recipe).name == "recipe.yaml":
+        restore_recipe(Path(recipe).parent, note=lambda text: print(text, file=sys.stderr))
     loaded = load_recipe(recipe, overrides or ())
     if command == "train" and recipe == "demo":
         _demo(loaded, resume, dry_run, options)
@@ -168,7 +171,7 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
     """Start the ranks: each runs this same command without the options that start ranks. Returns the exit code."""
     from fastdistil.errors import UserError
     from fastdistil.launch import Elastic, Job, choose_slots, launch, parse_elastic
-    from fastdistil.runs import choose_run
+    from fastdistil.runs import choose_run, is_run
 
     elastic, np = None, options.np
     own = [sys.executable, "-m", "fastdistil", command, name]
@@ -185,7 +188,7 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
 
         def again() -> tuple[str, ...]:
             # Once there is a run, a rank 0 that does not find it (on another host's own disk) must not begin anew.
-            return (*own, *pinned, "--resume", str(directory) if (directory / "recipe.yaml").is_file() else "auto")
+            return (*own, *pinned, "--resume", str(directory) if is_run(directory) else "auto")
 
         first = [*own, *pinned, *(["--resume", resume] if resume else [])]
         elastic = Elastic(

@@ -55,6 +55,8 @@ class Run:
     saved_update: int | None = None
     histograms_at: int = 0
     """Update of TensorBoard's last histograms."""
+    teacher: dict[str, Any] | None = None
+    """See teacher_identity; None but on rank 0, and without a teacher."""
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -4,18 +4,20 @@ runs/<name>/ holds recipe.yaml, events.jsonl, checkpoints/ and student/, and is 
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastdistil.errors import UserError, translated
-from fastdistil.files import locked
+from fastdistil.files import TEMPORARY, locked, write_atomically
 from fastdistil.recipe import VERSION, Recipe, validated
 
+RECIPE = "recipe.yaml"
 PAUSE = "PAUSE"
 """A file of this name in its directory asks a run to stop."""
 
@@ -55,17 +57,17 @@ def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> t
         if recipe.name is None:
             return next_free(runs, recipe_name), False
         run = runs / recipe.name
-        if run.exists():
+        if _in_the_way(run):
             raise UserError(f"{run} exists; continue it with --resume auto, or choose another name=...")
         return run, False
     if str(resume) == "auto":
         found = runs / recipe.name if recipe.name is not None else _newest(runs, recipe_name)
-        if found is not None and (found / "recipe.yaml").exists():
+        if found is not None and is_run(found):
             return found, True
         return runs / recipe.name if recipe.name is not None else next_free(runs, recipe_name), False
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (run / "recipe.yaml").is_file():
+    if not is_run(run):
         raise UserError(f"{resume} is neither a run directory (no recipe.yaml) nor one of its checkpoints/step-*; see {runs}/")
     return run, True
 
@@ -82,23 +84,47 @@ def next_free(runs: Path, recipe_name: str) -> Path:
 
 
 def _newest(runs: Path, recipe_name: str) -> Path | None:
-    numbered = _numbered(runs, recipe_name)
+    numbered = {number: run for number, run in _numbered(runs, recipe_name).items() if is_run(run)}
     return numbered[max(numbered)] if numbered else None
 
 
+def is_run(path: Path) -> bool:
+    """Whether a directory holds a run: its recipe, or checkpoints, each of which has a copy of it."""
+    return _has_text(path / RECIPE) or any(path.glob("checkpoints/step-*"))
+
+
+def _has_text(path: Path) -> bool:
+    """Whether a file holds more than what a full disk or a power cut leaves of one: nothing, or NUL bytes."""
+    return path.is_file() and bool(path.read_bytes().strip(b"\0 \t\r\n"))
+
+
+def _in_the_way(run: Path) -> bool:
+    """Whether something is at a new run's place that a start which failed did not leave there."""
+    if not run.is_dir():
+        return os.path.lexists(run)
+    return any(path.name != RECIPE + TEMPORARY and (path.name != RECIPE or _has_text(path)) for path in run.iterdir())
+
+
 def create_run(run: Path, recipe: Recipe) -> None:
-    """Make the directory and write recipe.yaml. Raises UserError, DiskFull."""
+    """Make the directory and write recipe.yaml. Raises UserError, DiskFull; nothing is left then."""
     with translated("creating the run directory", run):
         try:
-            run.mkdir(parents=True, exist_ok=False)
+            run.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            if any(run.iterdir()) if run.is_dir() else True:
-                raise UserError(f"{run} exists; choose another name=...") from None
+            raise UserError(f"{run} exists; choose another name=...") from None
         except NotADirectoryError:
             raise UserError(f"{run.parent} is not a directory; choose another runs_dir") from None
         except FileNotFoundError as error:  # below /proc, for one
             raise UserError(f"{error.filename} cannot be made; choose another runs_dir") from None
-        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        with sole_user(run, note=lambda _: None):  # who holds it next has a note of its own
+            if _in_the_way(run):
+                raise UserError(f"{run} exists; choose another name=...")
+            try:
+                write_atomically(run / RECIPE, recipe.to_yaml())
+            except OSError:
+                with suppress(OSError):
+                    run.rmdir()
+                raise
 
 
 @contextmanager
@@ -109,8 +135,25 @@ def sole_user(run: Path, note: Callable[[str], None] = print) -> Iterator[None]:
         yield
 
 
+def restore_recipe(run: Path, note: Callable[[str], None]) -> None:
+    """Write a run's recipe.yaml anew from its newest whole checkpoint if it is lost. Raises UserError, CorruptData."""
+    from fastdistil import checkpoint  # loads torch
+
+    path = run / RECIPE
+    if _has_text(path) or not is_run(run):
+        return
+    loaded = checkpoint.latest(run / "checkpoints", note, groups=())
+    text = loaded.state.get("recipe") if loaded is not None else None
+    if loaded is None or text is None:
+        raise UserError(f"{path} is lost, and the run's checkpoints hold no copy of it; write the run's recipe to that file")
+    with translated("writing the run's recipe", path):
+        write_atomically(path, text)
+    note(f"{path} was lost: written anew from {loaded.path.name}")
+
+
 def stored_recipe(run: Path) -> Recipe:
-    path = run / "recipe.yaml"
+    """Return the recipe that a run was started with. Raises UserError."""
+    path = run / RECIPE
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

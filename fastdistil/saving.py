@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastdistil import checkpoint
 from fastdistil.errors import NonFinite, UserError
 from fastdistil.loop_state import Run
 from fastdistil.state import LEARNT, learnt_tensors, load_learnt
+from fastdistil.teacher_identity import continue_with_teacher, identify_teacher
 from fastdistil.watchdog import FiniteGuard
 
 
@@ -45,6 +48,8 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
         "best_update": run.best_update,
         "best_loss": run.best_loss,
         "corpus": run.inputs.source.identity,
+        "teacher": run.teacher,
+        "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see runs.stored_recipe
         "skipped": skipped,
         "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
         "exchange": run.exchange.state(),
@@ -56,20 +61,29 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
     run.saved_update = run.update
 
 
-def restore(run: Run, path: Path | None) -> None:
-    """Continue from a checkpoint directory, or from the newest whole one of the run (None or a run directory)."""
+def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
+    """Continue from a checkpoint directory, or from the newest whole one of the run (None or a run directory).
+
+    teacher: the module that was given from Python, if one was.
+    """
     found: list[checkpoint.Loaded] = []
 
     def read() -> dict[str, Any] | None:
         loaded = _newest(run, path)
         if loaded is None:
             run.console.note(f"{run.directory} has no checkpoint yet: starting at its first update")
+            run.teacher = identify_teacher(run.recipe, teacher)
             return None
         if loaded.state["corpus"] != run.inputs.source.identity:
             raise UserError(
                 f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; "
                 "give back that corpus, or start anew"
             )
+        if (saved := loaded.state.get("teacher")) is not None:
+            run.teacher = continue_with_teacher(run.recipe, teacher, saved)
+        elif run.recipe.teacher is not None:
+            run.console.note(f"{loaded.path} does not say which teacher it was trained with: continuing with this one")
+            run.teacher = identify_teacher(run.recipe, teacher)
         found.append(loaded)
         return {"update": loaded.update, **loaded.state}
 

@@ -62,8 +62,12 @@ def teacher_fingerprint(path: str, config: Any) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
-    files = sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
-    return text_sha256(canonical([[file.name, file_sha256(file)] for file in files]))
+    return text_sha256(canonical([[file.name, file_sha256(file)] for file in teacher_files(folder)]))
+
+
+def teacher_files(folder: Path) -> list[Path]:
+    """Return the files of a model's directory that decide what it computes, by name; empty for a hub id."""
+    return sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
 
 
 def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,9 +43,10 @@ from fastdistil.profiling.memory import MemoryMeter
 from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
 from fastdistil.reporting import announce, finish_trace, log, start_trace
-from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, sole_user, stored_recipe
+from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, restore_recipe, sole_user, stored_recipe
 from fastdistil.saving import restore, resume_command, rolling_back, save
 from fastdistil.state import learnt_tensors
+from fastdistil.teacher_identity import identify_teacher
 from fastdistil.team import Team, joined
 from fastdistil.watchdog import FiniteGuard, Signals
 
@@ -83,7 +84,7 @@ def train(
         console = console or metrics.Console(quiet=place is not None and place.rank > 0)
         stack.callback(console.close)
         team = stack.enter_context(joined(place, recipe, console.note))
-        chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size))
+        chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size, console.note))
         directory, continued = Path(chosen["directory"]), chosen["continued"]
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
         local = team.prepare_node(recipe, console.note if team.is_chief else partial(_note_of_node, place))
@@ -106,9 +107,12 @@ def train(
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
             if continued:
                 with team.unhurried("restoring"):
-                    restore(run, None if resume == "auto" else Path(resume or directory))
+                    restore(run, None if resume == "auto" else Path(resume or directory), teacher)
             else:
-                team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
+                with team.unhurried("starting"):
+                    if team.is_chief:
+                        run.teacher = identify_teacher(recipe, teacher)
+                    team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
             announce(run)
         with translated("training", directory), run.instruments.naming_out_of_memory():
             _loop(run)
@@ -122,11 +126,14 @@ def _note_of_node(place: Place | None, text: str) -> None:
     print(f"{label}{text}", file=sys.stderr, flush=True)
 
 
-def _choose(recipe: Recipe, recipe_name: str, resume: str | Path | None, ranks: int) -> dict[str, Any]:
+def _choose(
+    recipe: Recipe, recipe_name: str, resume: str | Path | None, ranks: int, note: Callable[[str], None]
+) -> dict[str, Any]:
     """The run's directory, whether it is continued, and the ranks that its updates are counted for."""
     directory, continued = choose_run(recipe, recipe_name, resume)
     counted_for = recipe.world.ranks or ranks
     if continued:
+        restore_recipe(directory, note)
         counted_for = recipe.world.ranks or stored_recipe(directory).world.ranks or 1
         check_same_recipe(directory, recipe.with_(world={"ranks": counted_for}))
     return {"directory": str(directory), "continued": continued, "ranks": counted_for}

@@ -45,9 +45,12 @@ def test_work_goes_on_without_locks_and_says_so(
 
 
 def test_who_holds_a_lock_is_told_from_other_errors(tmp_path: Path) -> None:
-    with files.locked(tmp_path, "somebody is here", print), pytest.raises(UserError, match="^somebody is here$"):
-        with files.locked(tmp_path, "somebody is here", print):
-            pass
+    with (
+        files.locked(tmp_path, "somebody is here", print),
+        pytest.raises(UserError, match="somebody is here"),
+        files.locked(tmp_path, "somebody is here", print),
+    ):
+        pass
     # What goes wrong within the block is not taken for a lock of another process.
     with pytest.raises(BlockingIOError), files.locked(tmp_path, "somebody is here", print):
         raise BlockingIOError

@@ -1,0 +1,61 @@
+"""Which teacher a run learns from: part of what a continued run must agree with, so each checkpoint holds it.
+
+The fingerprint is made of every byte of the teacher. Files that have the name, size and time of those it was made of are not
+read again, so that only a run's first start, and one after the teacher was copied, takes that long.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil.errors import UserError
+from fastdistil.models import load_config
+from fastdistil.recipe import Recipe
+from fastdistil.teacher_cache import teacher_files, teacher_fingerprint
+
+
+def identify_teacher(recipe: Recipe, module: nn.Module | None) -> dict[str, Any] | None:
+    """Return the teacher's fingerprint and, of a directory, its files, as JSON has it; None for a recipe without a teacher.
+
+    module: the teacher itself where it was given from Python.
+    """
+    if module is not None:
+        return {"fingerprint": module_fingerprint(module), "files": []}
+    if recipe.teacher is None:
+        return None
+    path = recipe.teacher.path
+    return {"fingerprint": teacher_fingerprint(path, load_config(path)), "files": _stamps(path)}
+
+
+def continue_with_teacher(recipe: Recipe, module: nn.Module | None, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what `identify_teacher` does, for a run that had the teacher `saved`. Raises UserError for another one."""
+    if recipe.teacher is not None and module is None and saved["files"] and saved["files"] == _stamps(recipe.teacher.path):
+        return saved
+    identity = identify_teacher(recipe, module)
+    if identity is not None and identity["fingerprint"] != saved["fingerprint"]:
+        place = "this one"
+        if recipe.teacher is not None and module is None:
+            place = f"the one at teacher.path={recipe.teacher.path}"
+        raise UserError(
+            f"the run was trained with another teacher than {place}: its weights or config.json differ; "
+            "give back that teacher, or start anew under another name=..."
+        )
+    return identity
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Return the sha256 of a module's parameters and persistent buffers: names, shapes, dtypes, values."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _stamps(path: str) -> list[list[Any]]:
+    """Name, bytes and time (ns) of each file of a teacher's directory; empty for a hub id."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in teacher_files(Path(path))]

@@ -1,0 +1,152 @@
+"""The run directory when its start fails or its recipe is lost, and what a continued run must agree with."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastdistil import checkpoint, cli, distil, teacher_identity, train
+from fastdistil.errors import DiskFull, Stopped, UserError
+from fastdistil.runs import choose_run, create_run, stored_recipe
+from tests.small_run import quiet, small
+from tests.test_train import TinyModel, stop_after
+
+SHORT = ("loop.updates=2", "evaluation.every=null", "data.heldout=null")
+
+
+def full_disk(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_at_the_start_blocks_no_later_one(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small(material, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(DiskFull):
+            create_run(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+    # What a killed start leaves, or one of an earlier version on a full disk.
+    for name, content in (("recipe.yaml.tmp", "half of"), ("recipe.yaml", ""), ("recipe.yaml", "\0\0\0")):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text(content)
+        for resume in (None, "auto"):
+            assert choose_run(recipe, "distilbert", resume) == (tmp_path / "run", False)
+    create_run(tmp_path / "run", recipe)
+    assert stored_recipe(tmp_path / "run") == recipe
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+    for resume in (None, "auto"):  # an unnamed run is not looked for in what holds none
+        (tmp_path / "mine-1").mkdir(exist_ok=True)
+        assert choose_run(recipe.with_(name=None), "mine", resume) == (tmp_path / "mine-2", False)
+    with pytest.raises(UserError, match="exists"):
+        create_run(tmp_path / "run", recipe)
+
+
+@pytest.mark.parametrize("content", [None, "", "\0" * 80], ids=["missing", "empty", "zeros"])
+def test_a_lost_recipe_is_the_checkpoints(
+    content: str | None, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(material, tmp_path, *SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stop_after(1))
+        with pytest.raises(Stopped):
+            quiet(recipe)
+    path = tmp_path / "run" / "recipe.yaml"
+    before = path.read_text()
+    if content is None:
+        path.unlink()
+        assert quiet(recipe, resume="auto").updates == 2
+    else:  # as the run that stopped advised
+        path.write_text(content)
+        monkeypatch.setattr(sys, "argv", ["fastdistil", "train", str(path), "--resume", str(path.parent)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code
+    assert path.read_text() == before
+
+
+def test_a_recipe_that_no_checkpoint_holds_is_asked_for(material: Path, tmp_path: Path) -> None:
+    recipe = small(material, tmp_path)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"model": {"a": torch.zeros(1)}}, {}, keep=1)
+    with pytest.raises(UserError, match=r"run/recipe\.yaml is lost, and .* no copy"):
+        quiet(recipe, resume="auto")
+
+
+def changed(teacher: Path, name: str, value: float) -> None:
+    file = teacher / "model.safetensors"
+    stamp = file.stat()
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] += value
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + int(value != 0)))
+
+
+def copied_teacher(material: Path, place: Path) -> Path:
+    for file in (material / "teacher").iterdir():
+        place.mkdir(exist_ok=True)
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+def test_another_teacher_of_the_same_shapes_is_refused(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight of thousands differs, or a number of the configuration. The same teacher again, copied, is the same."""
+    teacher = copied_teacher(material, tmp_path / "teacher")
+    recipe = small(material, tmp_path, *SHORT, f"teacher.path={teacher}")
+    quiet(recipe)
+    hashed: list[str] = []
+    fingerprint = teacher_identity.teacher_fingerprint
+    monkeypatch.setattr(teacher_identity, "teacher_fingerprint", lambda *of: (hashed.append(of[0]), fingerprint(*of))[1])
+    quiet(recipe, resume="auto")
+    assert not hashed  # its files are as they were
+    os.utime(teacher / "model.safetensors", ns=(1, 1))
+    quiet(recipe, resume="auto")
+    assert hashed == [str(teacher)]
+    changed(teacher, "bert.encoder.layer.1.output.dense.bias", 1.0)
+    with pytest.raises(UserError, match=rf"another teacher than the one at teacher\.path={teacher}"):
+        quiet(recipe, resume="auto")
+    changed(teacher, "bert.encoder.layer.1.output.dense.bias", -1.0)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
+    with pytest.raises(UserError, match="another teacher"):
+        quiet(recipe, resume="auto")
+
+
+def test_another_teacher_from_python_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (4, 10))
+    batches = [{"input_ids": ids, "labels": ids}] * 4
+    teacher, other = TinyModel(50, 16), TinyModel(50, 16)
+
+    def run(teacher: TinyModel, resume: str | None) -> None:
+        distil(
+            "distilbert",
+            teacher=teacher,
+            student=TinyModel(50, 16),
+            corpus=batches,
+            loop={"updates": 2, "precision": "fp32"},
+            runs_dir=str(tmp_path),
+            name="run",
+            device="cpu",
+            resume=resume,
+        )
+
+    run(teacher, None)
+    run(teacher, "auto")
+    with pytest.raises(UserError, match="another teacher than this one"):
+        run(other, "auto")
+
+
+def test_a_checkpoint_that_names_no_teacher_goes_on_with_a_note(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small(material, tmp_path, *SHORT)
+    quiet(recipe)
+    loaded = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000002")
+    state = {key: value for key, value in loaded.state.items() if key not in ("teacher", "recipe")}
+    checkpoint.save(tmp_path / "run" / "checkpoints", 2, loaded.tensors, state, keep=1)
+    train.train(recipe, resume="auto")
+    assert "does not say which teacher" in capsys.readouterr().out
