@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
@@ -158,12 +159,17 @@ class Corpus:
         return len(self.lengths)
 
     def gather(self, sequences: Integers) -> Integers:
-        """Tokens of these sequences (int64 [n], any order), laid end to end: int64 [sum of their lengths]."""
+        """Tokens of these sequences (int64 [n], any order), laid end to end: int64 [sum of their lengths].
+
+        Raises CorruptData where a shard was shortened since it was opened.
+        """
         lengths_n = self.lengths[sequences].astype(np.int64)
         ends_n = np.cumsum(lengths_n)
         tokens = np.empty(int(ends_n[-1]) if len(ends_n) else 0, np.int64)
         shards_n = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        for shard in np.unique(shards_n):
+        shards = np.unique(shards_n)
+        check_mapped([self._shards[shard] for shard in shards])
+        for shard in shards:
             here = shards_n == shard
             starts = self._offsets[sequences[here]] - self._offsets[self._first_sequence[shard]]
             source = ranges(starts, lengths_n[here])
@@ -171,7 +177,23 @@ class Corpus:
                 tokens[:] = self._shards[shard][source]
             else:
                 tokens[ranges(ends_n[here] - lengths_n[here], lengths_n[here])] = self._shards[shard][source]
+        check_mapped([self._shards[shard] for shard in shards])
         return tokens
+
+
+def check_mapped(arrays: Iterable["np.memmap[Any, Any]"]) -> None:
+    """Raise CorruptData where a mapped file is shorter than it was when it was opened.
+
+    To be called before and after what is read: reading beyond a file's last page ends the process (SIGBUS), and reading beyond
+    its end within that page gives zeros.
+    """
+    for array in arrays:
+        mapping = cast(mmap, array.base)
+        if (size := mapping.size()) < len(mapping):
+            raise CorruptData(
+                f"{array.filename} was shortened while it was in use: {len(mapping)} bytes when it was opened, now {size}; "
+                "restore it or make it again, and write into no file that is in use"
+            )
 
 
 def check_file(path: Path, expected: dict[str, Any], full: bool) -> None:

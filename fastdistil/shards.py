@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastdistil.corpus import Integers, lengths_name, token_dtype, tokens_name
+from fastdistil.corpus import Integers, check_mapped, lengths_name, token_dtype, tokens_name
 from fastdistil.files import write_atomically
 from fastdistil.tokenising import Encoded
 
@@ -105,5 +105,6 @@ def counted(out: Path, written: Written, vocab_size: int) -> Integers:
     for shard in range(len(written.shards)):
         tokens = np.memmap(out / tokens_name(shard), np.dtype(token_dtype(vocab_size)).newbyteorder("<"), "r")
         for start in range(0, len(tokens), 2**22):
+            check_mapped([tokens])
             counts_V += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
     return counts_V

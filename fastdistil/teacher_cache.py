@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdistil.corpus import Corpus, canonical, file_sha256, text_sha256
+from fastdistil.corpus import Corpus, canonical, check_mapped, file_sha256, text_sha256
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.masking import Ints, offsets
 from fastdistil.recipe import Recipe
@@ -118,7 +118,7 @@ def _short(value: Any) -> str:
 class TeacherCache:
     """Reads shards, memory-mapped. Make one with `TeacherCache.open`."""
 
-    shards: Mapping[tuple[int, int], NDArray[Any]]
+    shards: Mapping[tuple[int, int], "np.memmap[Any, Any]"]
     starts: Ints
     """First sequence of each shard, and n."""
     offsets_n: Ints
@@ -154,14 +154,18 @@ class TeacherCache:
         return cls(shards, np.array(starts), bounds, causal, wanted["teacher.min_probability"] is None)
 
     def rows(self, epoch: int, sequences_n: Ints) -> Cached:
-        """Of the tokens of these sequences, end to end."""
+        """Of the tokens of these sequences, end to end. Raises CorruptData where a shard was shortened since it was opened."""
         epoch = 0 if self.causal else epoch
         parts = []
-        for sequence, shard in zip(sequences_n, self.starts.searchsorted(sequences_n, side="right") - 1, strict=True):
+        shards_n = self.starts.searchsorted(sequences_n, side="right") - 1
+        mapped = [self.shards[epoch, int(shard)] for shard in np.unique(shards_n)]
+        check_mapped(mapped)
+        for sequence, shard in zip(sequences_n, shards_n, strict=True):
             first = self.offsets_n[self.starts[shard]]
             begin, end = self.offsets_n[sequence] - first, self.offsets_n[sequence + 1] - first
             parts.append(self.shards[epoch, int(shard)][begin:end])
         joined = np.concatenate(parts)
+        check_mapped(mapped)
         tail_T = np.ascontiguousarray(joined["tail"]) if self.tail else None
         return Cached(joined["index"].astype(np.int64), joined["log_probability"].astype(np.float32), tail_T)
 

@@ -3,15 +3,19 @@
 import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastdistil import checkpoint, cli, distil, teacher_identity, train
-from fastdistil.errors import DiskFull, Stopped, UserError
+from fastdistil.cache_teacher import cache_teacher
+from fastdistil.errors import CorruptData, DiskFull, Stopped, UserError
+from fastdistil.inputs import CorpusSource
 from fastdistil.runs import choose_run, create_run, stored_recipe
 from tests.small_run import quiet, small
 from tests.test_train import TinyModel, stop_after
@@ -150,3 +154,33 @@ def test_a_checkpoint_that_names_no_teacher_goes_on_with_a_note(
     checkpoint.save(tmp_path / "run" / "checkpoints", 2, loaded.tensors, state, keep=1)
     train.train(recipe, resume="auto")
     assert "does not say which teacher" in capsys.readouterr().out
+
+
+def shortened(path: Path, by: int) -> None:
+    """As a copy or a clean-up of somebody else's does it: in place, so that who has mapped the file sees it."""
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - by)
+
+
+@pytest.mark.parametrize("by", [2, 10_000])
+@pytest.mark.parametrize("what", ["corpus", "cache"])
+def test_a_shard_that_is_shortened_in_use_is_told(
+    what: str, by: int, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than a page, which reads as zeros, or by pages, which would end this process."""
+    place = tmp_path / "train"
+    shutil.copytree(material / "train", place)
+    overrides = [*SHORT, f"data.train={place}", "objective.a_cos=0"]
+    if what == "cache":
+        cache_teacher(small(material, tmp_path, *overrides), tmp_path / "cache")
+        overrides.append(f"teacher.cache={tmp_path / 'cache'}")
+    shard = place / "tokens-00000.bin" if what == "corpus" else tmp_path / "cache" / "0-00000.npy"
+    windows = CorpusSource.windows
+
+    def later(self: CorpusSource, first: int, end: int) -> Any:
+        shortened(shard, by)
+        return windows(self, first, end)
+
+    monkeypatch.setattr(CorpusSource, "windows", later)
+    with pytest.raises(CorruptData, match=rf"{shard} was shortened while it was in use: \d+ bytes"):
+        quiet(small(material, tmp_path, *overrides))
