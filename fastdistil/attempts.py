@@ -24,6 +24,7 @@ from typing import Any, Self
 from fastdistil.errors import UserError
 from fastdistil.processes import KILL_AFTER_S, RankProcess, Slot, Voices, start
 from fastdistil.ranks import FIRST_PORT, PORTS
+from fastdistil.signals import stop_signals
 from fastdistil.verdicts import rank_list
 
 SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
@@ -41,7 +42,7 @@ BAD_INPUT, LOST, SAVED, INTERRUPTED, SSH_FAILED = 2, 12, 75, 130, 255
 
 
 class Interrupts:
-    """Within the block, SIGTERM and SIGINT are only noted. Off the main thread, where Python allows no handlers, nothing."""
+    """Within the block, SIGTERM, SIGINT and SIGHUP are only noted. Off the main thread Python allows no handlers."""
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
@@ -52,7 +53,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -64,7 +65,7 @@ class Interrupts:
         now = time.monotonic()
         if self.asked is None:
             self.asked, self._asked_s = signal.Signals(number), now
-        elif number == signal.SIGINT or now - self._asked_s >= SAME_SIGNAL_S:
+        elif number == signal.SIGINT or (number == signal.SIGTERM and now - self._asked_s >= SAME_SIGNAL_S):
             self.insisted = True
 
 
@@ -104,7 +105,7 @@ class Attempt:
             return INTERRUPTED
         if cause is None or cause.code is None:
             return SAVED if SAVED in codes else 0
-        before_training = cause.code == INTERRUPTED or cause.code in (-signal.SIGTERM, -signal.SIGINT)
+        before_training = cause.code == INTERRUPTED or -cause.code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         if self.stopped and before_training:
             return SAVED if SAVED in codes else INTERRUPTED
         if cause.code < 0 or (cause.slot.host and cause.code == SSH_FAILED):

@@ -11,6 +11,7 @@ import typer
 
 from fastdistil import __version__
 from fastdistil.errors import EXIT_CODES, FastdistilError, RankLost
+from fastdistil.signals import stopping_as_interrupts
 
 if TYPE_CHECKING:
     from fastdistil.evaluate import Report
@@ -51,13 +52,16 @@ def main() -> NoReturn:
 
         tie_to_launcher(os.environ)
     try:
-        code = app(standalone_mode=False) or 0
+        with stopping_as_interrupts():
+            code = app(standalone_mode=False) or 0
         if code == 130:  # typer makes that of KeyboardInterrupt; older ones raise Abort
             raise typer.Abort
         sys.exit(code)
     except FastdistilError as error:
         _fail(str(error), error.exit_code)
-    except typer.Abort:
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # typer takes the end of any file for the end of what is typed
+            raise abort.__cause__ from None
         _fail("interrupted; what was saved before is whole", 130)
     except Exception as error:
         # Wrong arguments: click's exceptions, or typer's own copies of them, which are not public.

@@ -68,7 +68,7 @@ class Run:
 
     @property
     def stop_wanted(self) -> str | None:
-        """SIGTERM, SIGINT or PAUSE, here or on another rank."""
+        """SIGTERM, SIGINT, SIGHUP or PAUSE, here or on another rank."""
         own = self.signals.requested
         if own is None and self.team.is_chief and pause_requested(self.directory):
             own = PAUSE

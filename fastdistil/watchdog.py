@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from fastdistil.errors import NonFinite
+from fastdistil.signals import die_of, stop_signals
 
 
 class Signals:
-    """Within the block, SIGTERM and SIGINT only set `requested`, for the loop to look at between updates.
+    """Within the block, SIGTERM, SIGINT and SIGHUP only set `requested`, for the loop to look at between updates.
+
+    SIGHUP stays ignored where it is, as `nohup` has it.
 
     A second SIGINT raises KeyboardInterrupt at once. Off the main thread Python allows no handlers: then `note` is called
     with a sentence that says so and the block changes nothing.
@@ -33,9 +36,9 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
-            self._note("not on the main thread: SIGTERM and SIGINT keep their meaning; pause with a PAUSE file instead")
+            self._note("not on the main thread: SIGTERM, SIGINT and SIGHUP keep their meaning; pause with a PAUSE file instead")
             return self
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -47,9 +50,7 @@ class Signals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            # A forked child (a data worker) inherits this handler, but must die when it is told to.
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            die_of(number)  # a data worker of the user's, say
             return
         if number == signal.SIGINT:
             self._interrupts += 1

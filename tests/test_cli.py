@@ -6,6 +6,7 @@ Bad input of every kind is one line on standard error, its documented exit code,
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -342,6 +343,25 @@ def test_a_real_process_ends_with_the_code(tmp_path: Path) -> None:
     found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1 and found.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_loading_is_one_line(number: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr("fastdistil.recipe.load_recipe", lambda *_: os.kill(os.getpid(), number))
+    assert run("train", "distilbert") == (130, "", "fastdistil: interrupted; what was saved before is whole\n")
+    assert signal.getsignal(number) is before
+
+
+def test_the_end_of_a_file_is_no_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that reads an empty file raises EOFError, of which typer makes what it makes of Ctrl-D at a prompt."""
+
+    def ended(*_: object) -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("fastdistil.recipe.load_recipe", ended)
+    with pytest.raises(EOFError, match="Ran out of input"):
+        run("train", "distilbert")
 
 
 def test_an_interruption_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def saved(number, frame):
 def wait():
     signal.signal(signal.SIGTERM, saved)
     signal.signal(signal.SIGINT, saved)
+    signal.signal(signal.SIGHUP, saved)
     (folder / f"ready-{rank}").touch()
     while True:
         signal.pause()
@@ -359,7 +360,7 @@ def background(ranks: Ranks, job: Job, before: str = "pass", **more: Any) -> Ite
         launcher.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("hosts", [None, "a:1,b:1"])
 def test_a_signal_is_passed_on_and_ranks_have_time_to_save(
     ranks: Ranks, ssh: Path, number: signal.Signals, hosts: str | None

@@ -88,7 +88,7 @@ def counted(run, window, counts, waited_s):
     if run.update + 1 == at:
         if how == "KILL":
             os.kill(os.getpid(), signal.SIGKILL)
-        if how in ("TERM", "INT"):
+        if how in ("TERM", "INT", "HUP"):
             os.kill(os.getpid(), getattr(signal, "SIG" + how))
         if how == "PAUSE":
             (run.directory / "PAUSE").touch()
@@ -120,7 +120,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[
 
 @pytest.mark.parametrize(
     ("how", "at", "code"),
-    [("KILL", random.randint(2, 8), -9), ("TERM", 1, 75), ("TERM", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)],
+    [("KILL", random.randint(2, 8), -9), ("TERM", 1, 75), ("HUP", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)],
 )
 def test_an_interrupted_run_is_the_uninterrupted_one(
     how: str, at: int, code: int, material: Path, tmp_path: Path, start: Callable[..., subprocess.CompletedProcess[str]]

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fastdistil import runs
+from fastdistil.attempts import Interrupts
 from fastdistil.errors import NonFinite, UserError
+from fastdistil.signals import stopping_as_interrupts
 from fastdistil.watchdog import FiniteGuard, Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_only_remembered(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Signals() as signals:
@@ -29,6 +32,17 @@ def test_a_signal_is_only_remembered(number: signal.Signals) -> None:
         assert signal.getsignal(number) is not before
     assert signal.getsignal(number) is before
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("block", [Signals, Interrupts, stopping_as_interrupts])
+def test_a_hangup_that_nohup_has_ignored_stays_ignored(block: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with block():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_is_obeyed_at_once_and_the_handlers_are_put_back() -> None:
