@@ -22,12 +22,13 @@ from torch.nn.functional import linear
 from fastdistil import models
 from fastdistil.batches import Batches, ascending_starts
 from fastdistil.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
-from fastdistil.errors import CorruptData, DiskFull, UserError
+from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.files import write_atomically
 from fastdistil.inputs import cache_identity, check_tokenizer, epochs_of, indexed_device, make_batches, open_corpus, resolve
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.masking import offsets
+from fastdistil.not_finite import first_not_finite
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
 from fastdistil.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
@@ -110,7 +111,7 @@ def _complete(path: Path) -> bool:
         check_shard(path, full=True)
     except CorruptData:
         return False
-    return True
+    return not _holds_nan(np.load(path, mmap_mode="r")).any()
 
 
 def _check_space(directory: Path, size: int, share: float) -> None:
@@ -141,7 +142,21 @@ def _shard(
             hidden_TE = hidden_TE.index_select(0, batch.valid_rows)
         at_T = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in chosen_n]) - bounds[first]
         _fill(values, at_T, teacher.transform(hidden_TE), teacher, recipe)
+        if (bad_T := at_T[_holds_nan(values[at_T])]).size:
+            sequence = int(np.searchsorted(bounds, bad_T[0] + bounds[first], side="right")) - 1
+            reason = first_not_finite(teacher, batch) or "its logits are not finite"
+            raise NonFinite(
+                f"the teacher {recipe.teacher.path} is not finite in epoch {epoch}, sequence {sequence} (from 0) of "
+                f"{corpus.path}: {reason}",
+                "give a teacher that is finite there, or another teacher.dtype",
+            )
     return values
+
+
+def _holds_nan(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """bool [T]: the records that hold nan; a probability of zero (-inf) is a number."""
+    bad_T: NDArray[np.bool_] = np.isnan(values["log_probability"]).any(-1) | np.isnan(values["tail"])
+    return bad_T
 
 
 def _fill(values: NDArray[Any], at_T: NDArray[Any], features_TE: Tensor, teacher: Any, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ EXIT_CODES = {
     1: "a bug of fastdistil (a traceback is printed: please report it)",
     2: "bad input: recipe, arguments, corpus, model",
     3: "a comparison fell short",
-    10: "a loss or gradient was not finite",
+    10: "a loss, gradient or measure was not finite",
     11: "out of memory",
     12: "a rank was lost or stalled",
     13: "the disk is full",
@@ -39,10 +39,20 @@ class FellShort(FastdistilError):
 
 
 class NonFinite(FastdistilError):
-    """`update`: the first bad one, where the weights were kept as they were before it."""
+    """A loss, a gradient, a measure or what a teacher gives is not finite. `cause` is the message without its advice.
+
+    Of training, `first` is the first bad update, and `update` the same where the weights were kept as they were before it. Of
+    an evaluation, `sequence` is the first bad one of the corpus.
+    """
 
     exit_code = 10
+    first: int | None = None
     update: int | None = None
+    sequence: int | None = None
+
+    def __init__(self, cause: str, advice: str = "") -> None:
+        super().__init__(f"{cause}; {advice}" if advice else cause)
+        self.cause = cause
 
 
 class OutOfMemory(FastdistilError):

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fastdistil import models
 from fastdistil.batches import Batch, Layout, Tokens, assemble, evaluation_batches
 from fastdistil.corpus import Corpus, load_tokenizer, token_facts, vocabulary_fingerprint
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import NonFinite, UserError, translated
 from fastdistil.masking import Facts, Ints, offsets, ranges
 from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.profiling.device import has_fast_bf16
@@ -42,6 +42,7 @@ from fastdistil.scoring import (
     evaluating,
     layout_of,
     ratio,
+    require_finite,
     score_pieces,
     sequence_sums,
     sliding_windows,
@@ -111,7 +112,8 @@ def held_out(
     `model` and `teacher`: models.LanguageModel, AnyModel or modules with their interface, on `device` (None: where the model
     is); training mode is off meanwhile. `layout` None: packed where the models can. `precision` (fp32, bf16, fp16) is
     autocast's for the model; the teacher computes in its own dtype. The same seed gives the same masks and sequences whatever
-    the batch size. Raises UserError: no tokens to predict, sequences too long for the model, another vocabulary, no mask token.
+    the batch size. Raises UserError: no tokens to predict, sequences too long for the model, another vocabulary, no mask token;
+    NonFinite where a loss or KL is not finite.
     """
     if not 0 < probability < 1:
         raise UserError(f"probability must lie between 0 and 1, got {probability:g}")
@@ -130,10 +132,15 @@ def held_out(
         layout=layout if layout is not None else layout_of(model, teacher),
     )
     total = int(corpus.lengths[chosen_n].sum())
-    done, parts = 0, []
+    in_order_n = chosen_n[np.argsort(corpus.lengths[chosen_n], kind="stable")]  # as evaluation_batches has them
+    done, first, parts = 0, 0, []
     with evaluating(model, teacher):
         for batch in batches:
-            parts.append(sequence_sums(model, teacher, batch.to(where), precision))
+            batch = batch.to(where)
+            parts.append(sequence_sums(model, teacher, batch, precision))
+            sequences_n = in_order_n[first : first + batch.counts.sequences]
+            require_finite(parts[-1], sequences_n, model, teacher, batch, precision)
+            first += batch.counts.sequences
             done += batch.counts.tokens
             if progress is not None:
                 progress(done / total)
@@ -336,7 +343,7 @@ def evaluate(
     """Measure a model on prepared corpora and on raw text, which is prepared with the model's own tokenizer.
 
     `progress` is told the fraction done, from 0 to 1, and what is being done. Raises UserError for a model, text or option that
-    cannot be used, before anything is measured; CorruptData for a damaged corpus.
+    cannot be used, before anything is measured; CorruptData for a damaged corpus; NonFinite where a loss is not finite.
     """
     options = options if options is not None else EvaluateOptions()
     tell = progress if progress is not None else lambda fraction, text: None
@@ -365,7 +372,10 @@ def evaluate(
         reports = []
         for number, given in enumerate(corpora):
             share = _Share(tell, number / len(corpora), 1 / len(corpora), given)
-            reports.append(_evaluate_one(model, given, opened[given], options, size, device, precision, share))
+            try:
+                reports.append(_evaluate_one(model, given, opened[given], options, size, device, precision, share))
+            except NonFinite as error:
+                raise _with_text(error, given, opened[given]) from error
     return Report(
         model=model_path,
         architecture=str(config.model_type),
@@ -377,6 +387,15 @@ def evaluate(
         options=options,
         corpora=tuple(reports),
     )
+
+
+def _with_text(error: NonFinite, given: str, corpus: Corpus) -> NonFinite:
+    """The same error with the corpus and how the text of the sequence begins."""
+    if error.sequence is None:
+        return error
+    ids = corpus.gather(np.array([error.sequence]))[:24]
+    text = " ".join(str(load_tokenizer(corpus.tokenizer_dir).decode(ids.tolist(), skip_special_tokens=True)).split())
+    return NonFinite(f"{given}: {error} (the sequence begins: {text[:80]!r})")
 
 
 class _Share(NamedTuple):

@@ -35,6 +35,8 @@ class Source(Protocol):
 
     identity: str
     """Changes when the data does: a continued run must find the same."""
+    replayable: bool
+    """Whether `windows` gives the same windows when it is called again."""
 
     def updates(self, loop: Loop) -> int: ...
     def windows(self, first: int, end: int) -> Any:
@@ -48,7 +50,7 @@ class CorpusSource:
     """Windows of a prepared corpus."""
 
     def __init__(self, batches: Batches, identity: str, device: torch.device) -> None:
-        self.identity = identity
+        self.identity, self.replayable = identity, True
         self._batches, self._device = batches, device
 
     @property
@@ -109,6 +111,7 @@ class MappingSource:
         ranks: int = 1,
     ) -> None:
         self.identity = f"{type(mappings).__qualname__} given from Python"
+        self.replayable = isinstance(mappings, Sized)
         self._mappings, self._causal, self._vocabulary = mappings, causal, vocabulary
         self._update_batches, self._rank, self._ranks = update_batches, rank, ranks
 

@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from fastdistil import checkpoint
+from fastdistil.batches import Batch
 from fastdistil.errors import NonFinite, UserError
 from fastdistil.loop_state import Run
+from fastdistil.not_finite import first_not_finite
 from fastdistil.state import LEARNT, learnt_tensors, load_learnt
 from fastdistil.teacher_identity import continue_with_teacher, identify_teacher
 from fastdistil.watchdog import FiniteGuard
@@ -130,8 +132,63 @@ def rolling_back(run: Run) -> Iterator[None]:
         if run.saved_update != run.update:  # else it is there, perhaps with what several ranks owed
             with run.aside("checkpoint"):
                 _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
-        run.event("nonfinite", update=run.update, message=str(error))
-        raise NonFinite(f"{error}; saved after update {run.update}, continue with {resume_command(run)}") from error
+        with run.aside("finding what is not finite"):
+            teacher = _blame_teacher(run, error.first)
+        if teacher:
+            message = f"{error.cause}; {teacher}; saved after update {run.update}"
+        else:
+            message = f"{error}; saved after update {run.update}, continue with {resume_command(run)}"
+        run.event("nonfinite", update=run.update, message=message)
+        raise NonFinite(message) from error
+
+
+def give_up_evaluation(run: Run, error: NonFinite) -> None:
+    """Go on without an evaluation that was not finite where updates that are not are skipped; else save and raise NonFinite."""
+    message = f"evaluating after update {run.update}: {error}"
+    if run.recipe.loop.nonfinite == "skip":
+        run.tell(f"{message}; going on without this evaluation (loop.nonfinite=skip)")
+        return
+    save(run)
+    run.event("nonfinite", update=run.update, message=message)
+    way_out = f"continue with {resume_command(run)} loop.nonfinite=skip, which leaves such evaluations out"
+    raise NonFinite(f"{message}; saved, {way_out}") from error
+
+
+def _blame_teacher(run: Run, update: int | None) -> str:
+    """What the teacher, or its cache, has to do with an update that was not finite; empty where it has nothing.
+
+    All ranks call this, each looks at its own batches, and all get the first rank's answer that is one.
+    """
+    own = _teacher_on_own_batches(run, update) or ""
+    if run.team.alone:
+        return own
+    answers = [answer.decode() for answer in run.team.collect_bytes(own.encode(), "nonfinite")]
+    return run.team.chief_does("blame", lambda: next(filter(None, answers), ""))
+
+
+def _teacher_on_own_batches(run: Run, update: int | None) -> str | None:
+    config, teacher, source = run.recipe.teacher, run.inputs.teacher, run.inputs.source
+    batches: list[Batch] = []
+    if update is not None and source.replayable and (teacher is not None or config is not None):
+        with source.windows(update - 1, update) as windows:
+            window, _ = next(windows, ([], None))
+        batches = [batch.to(run.inputs.device) for batch in window]
+    if config is not None and config.cache is not None:
+        if any(batch.cached_log_probabilities_NK is not None and _has_nan(batch) for batch in batches):
+            return f"the teacher's cache {config.cache} holds nan there; run fastdistil cache-teacher with this recipe again"
+        return None
+    if teacher is None or not run.recipe.objective.needs_teacher:
+        return None
+    on_batches = (first_not_finite(teacher, batch) for batch in batches)
+    reason = next(filter(None, on_batches), None) if batches else first_not_finite(teacher, None)
+    name = config.path if config is not None else "given from Python"
+    advice = "give one that is finite there, or another teacher.dtype, and start anew under another name=..."
+    return None if reason is None else f"the teacher {name} is not finite: {reason}; {advice}"
+
+
+def _has_nan(batch: Batch) -> bool:
+    values = (batch.cached_log_probabilities_NK, batch.cached_tail_N)
+    return any(bool(tensor.isnan().any()) for tensor in values if tensor is not None)
 
 
 def count(run: Run) -> None:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from fastdistil import models
 from fastdistil.batches import Batch, Layout, Tokens, ascending_starts
-from fastdistil.errors import CorruptData, UserError
+from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.kernels.distill import divergence_reference
 from fastdistil.masking import Facts, Ints, offsets, ranges
+from fastdistil.not_finite import ROWS, first_not_finite
 
-ROWS = 512
-"""Logits of so many rows exist at a time."""
 LOGITS = 2**27
 """Elements of the logits of a batch, for models that give them whole: 0.5 GiB in float32."""
 Progress = Callable[[float], None]
@@ -189,9 +188,33 @@ def score_pieces(
             clusters.append(batch.sequence_of_label.numpy())
             batch = batch.to(where)
             losses.append(row_losses(model, None, batch, batch.label_rows, precision)[0].cpu().numpy())
+            require_finite(losses[-1][None], clusters[-1], model, None, batch, precision)
             if progress is not None:
                 progress(float(done_P[b] / done_P[-1]))
     return np.concatenate(clusters), np.concatenate(losses)
+
+
+def require_finite(
+    sums: NDArray[np.float64], sequences_n: Ints, model: Any, teacher: Any | None, batch: Batch, precision: str
+) -> None:
+    """Raise NonFinite, naming the first sequence and the part of a model, where a batch's measures [measures, n] are not.
+
+    sequences_n: where in the corpus the columns of `sums` belong.
+    """
+    bad = ~np.isfinite(sums).all(0)
+    if not bad.any():
+        return
+    sequence, column = int(sequences_n[bad.argmax()]), sums[:, bad.argmax()]
+    reason = first_not_finite(model, batch, precision)
+    if reason is None and teacher is not None and (reason := first_not_finite(teacher, batch)) is not None:
+        reason = f"of the teacher, {reason}"
+    error = NonFinite(
+        f"sequence {sequence} (from 0) has a loss or divergence of {column[~np.isfinite(column)][0]}"
+        + (f": {reason}" if reason is not None else ""),
+        "no mean over such values is one" if reason is None else "copy the model again, or take another precision",
+    )
+    error.sequence = sequence
+    raise error
 
 
 @contextmanager

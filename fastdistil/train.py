@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastdistil import metrics, models
 from fastdistil.batches import Batch, Counts, Window
-from fastdistil.errors import Stopped, translated
+from fastdistil.errors import NonFinite, Stopped, translated
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
@@ -44,7 +44,7 @@ from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
 from fastdistil.reporting import announce, finish_trace, log, start_trace
 from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, restore_recipe, sole_user, stored_recipe
-from fastdistil.saving import restore, resume_command, rolling_back, save
+from fastdistil.saving import give_up_evaluation, restore, resume_command, rolling_back, save
 from fastdistil.state import learnt_tensors
 from fastdistil.teacher_identity import identify_teacher
 from fastdistil.team import Team, joined
@@ -311,7 +311,7 @@ def _assemble(
 
 
 def _evaluate(run: Run) -> HeldOut | None:
-    """Evaluate on the held-out corpus; a new best is saved and kept."""
+    """Evaluate on the held-out corpus; a new best is saved and kept. None where there is none, or where one was given up."""
     inputs, evaluation = run.inputs, run.recipe.evaluation
     if inputs.heldout is None or inputs.facts is None:
         return None
@@ -320,23 +320,27 @@ def _evaluate(run: Run) -> HeldOut | None:
         run.guard.read()
     heldout, facts = inputs.heldout, inputs.facts
     begun = time.perf_counter()
-    with run.aside("evaluation"):
-        measured = run.team.chief_does(
-            "evaluation",
-            lambda: asdict(
-                held_out(
-                    inputs.student,
-                    heldout,
-                    facts,
-                    teacher=inputs.teacher,
-                    max_sequences=evaluation.max_sequences,
-                    batch_tokens=evaluation.batch_tokens,
-                    layout=run.recipe.data.layout,
-                    device=inputs.device,
-                    precision=run.recipe.loop.precision,
-                )
-            ),
-        )
+    try:
+        with run.aside("evaluation"):
+            measured = run.team.chief_does(
+                "evaluation",
+                lambda: asdict(
+                    held_out(
+                        inputs.student,
+                        heldout,
+                        facts,
+                        teacher=inputs.teacher,
+                        max_sequences=evaluation.max_sequences,
+                        batch_tokens=evaluation.batch_tokens,
+                        layout=run.recipe.data.layout,
+                        device=inputs.device,
+                        precision=run.recipe.loop.precision,
+                    )
+                ),
+            )
+    except NonFinite as error:
+        give_up_evaluation(run, error)
+        return None
     found = HeldOut(**measured)
     run.event("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(found))
     run.console.note(

@@ -125,16 +125,19 @@ class FiniteGuard:
         skipped = self._skipped_before + int(count)
         if count and self._mode == "stop":
             error = NonFinite(
-                f"{self._blame(int(first), values)}; the weights are as before that update; lower optim.lr, use "
-                "loop.precision=fp32, look at those batches, or set loop.nonfinite=skip"
+                f"{self._blame(int(first), values)}; the weights are as before that update",
+                "lower optim.lr, use loop.precision=fp32, look at those batches, or set loop.nonfinite=skip",
             )
-            error.update = int(first)
+            error.first = error.update = int(first)
             raise error
         if count and skipped > self._limit:
-            raise NonFinite(
+            error = NonFinite(
                 f"{skipped} updates were not finite and skipped, more than loop.nonfinite_limit={self._limit}; the first "
-                f"since the start or resume: {self._blame(int(first), values)}; lower optim.lr or use loop.precision=fp32"
+                f"since the start or resume: {self._blame(int(first), values)}",
+                "lower optim.lr or use loop.precision=fp32",
             )
+            error.first = int(first)
+            raise error
         return skipped
 
     def _blame(self, update: int, values: list[float]) -> str:
