@@ -1,5 +1,6 @@
 """The command line: arguments -> a recipe or options -> one call. Nothing else lives here."""
 
+import io
 import json
 import os
 import sys
@@ -51,6 +52,9 @@ def main() -> NoReturn:
         from fastdistil.processes import tie_to_launcher
 
         tie_to_launcher(os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that are not UTF-8, and letters that a terminal has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         with stopping_as_interrupts():
             code = app(standalone_mode=False) or 0
@@ -416,7 +420,7 @@ def cluster(
     from datetime import UTC, datetime
 
     from fastdistil.cluster import KINDS, Cluster, cluster_file, local_paths
-    from fastdistil.errors import UserError, translated
+    from fastdistil.errors import UserError, printable, translated
     from fastdistil.recipe import load_recipe
 
     chosen = next((known for known in KINDS if known == kind), None)
@@ -454,7 +458,7 @@ def cluster(
         return
     with translated("writing the cluster's file", out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        out.write_text(printable(text), encoding="utf-8")
     print(f"{out}: its first lines say how to start it")
 
 

@@ -79,6 +79,11 @@ class Stopped(FastdistilError):
     exit_code = 75
 
 
+def printable(text: object) -> str:
+    """Return a path or text as one that can be printed and written as UTF-8: what is not UTF-8 of a file's name is escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def translated(doing: str, path: Path | None = None) -> Iterator[None]:
     """Turn the operating system's and the allocator's refusals into ours; `doing` completes "while ..."."""
@@ -95,6 +100,12 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
             place = error.filename2 or error.filename or path
             raise UserError(f"{error.strerror} while {doing}: {place}; name another path") from error
         raise
+    except UnicodeEncodeError as error:
+        if error.reason != "surrogates not allowed":
+            raise
+        raise UserError(
+            f"a library takes no name that is not UTF-8, as {printable(error.object)[:200]}{where} is, while {doing}; rename it"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise OutOfMemory(out_of_memory_text(doing)) from error

@@ -6,6 +6,7 @@ import torch
 
 from fastdistil import __version__, models
 from fastdistil.checkpoint import atomic_directory
+from fastdistil.errors import printable
 from fastdistil.evaluate import HeldOut
 from fastdistil.inputs import Inputs
 from fastdistil.recipe import Recipe
@@ -17,7 +18,8 @@ def export_student(inputs: Inputs, recipe: Recipe, target: Path, found: HeldOut 
         models.save_pretrained(inputs.student, directory)
         if inputs.tokenizer is not None:
             inputs.tokenizer.save_pretrained(directory)
-        (directory / "README.md").write_text(model_card(inputs, recipe, found, updates, tokens), encoding="utf-8")
+        card = printable(model_card(inputs, recipe, found, updates, tokens))
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: int, tokens: int) -> str:

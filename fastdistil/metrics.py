@@ -23,7 +23,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.errors import CorruptData, UserError, printable, translated
 from fastdistil.profiling.memory import device_memory, host_memory
 from fastdistil.watchdog import FiniteGuard
 
@@ -278,9 +278,9 @@ class Console:
         if self._quiet:
             return
         if self._progress is not None:
-            self._progress.console.print(text, markup=False, soft_wrap=True)
+            self._progress.console.print(printable(text), markup=False, soft_wrap=True)
         else:
-            print(text, file=self._file, flush=True)
+            print(printable(text), file=self._file, flush=True)
 
     def close(self) -> None:
         if self._progress is not None:

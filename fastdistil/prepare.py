@@ -28,7 +28,7 @@ from fastdistil.corpus import (
     vocabulary_fingerprint,
     vocabulary_size,
 )
-from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.errors import CorruptData, UserError, printable, translated
 from fastdistil.files import locked, write_atomically
 from fastdistil.shards import HashedFile, Shards, Written, counted
 from fastdistil.textfiles import Block, Documents, Reading, Source, find_inputs
@@ -115,7 +115,7 @@ def prepare(
     identity = identity_of(sources, options, tokenizer)
     tell = Teller(progress, sources)
     if ignored:
-        names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        names = ", ".join(printable(path.name) for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         tell(f"ignored {len(ignored)} files of other kinds: {names}")
     with translated("writing the prepared corpus", out), sole_writer(out, tell):
         if (manifest := finished_before(out, identity)) is not None:
@@ -151,7 +151,7 @@ def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastT
     return {
         "format": FORMAT,
         "options": options.shaping(),
-        "inputs": [{"path": str(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime in sources],
+        "inputs": [{"path": printable(path), "bytes": size, "mtime_ns": mtime} for path, size, mtime in sources],
         "tokenizer_sha256": text_sha256(tokenizer.backend_tokenizer.to_str()),
     }
 
@@ -283,6 +283,7 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
 def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
     options = {name for name in wanted["options"] if wanted["options"][name] != found["options"].get(name)}
+    found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found.get("inputs", ())]}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastdistil.errors import UserError
+from fastdistil.errors import UserError, printable
 
 RECIPES = Path(__file__).parent / "recipes"
 VERSION = 1
@@ -359,6 +359,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `a.b=value` in nested dictionaries, refusing names that no recipe has."""
+    if printable(override) != override:
+        raise UserError(f"override {override!r} is not UTF-8, as recipes are; rename the file or directory it names")
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import UserError, printable, translated
 from fastdistil.files import TEMPORARY, locked, write_atomically
 from fastdistil.recipe import VERSION, Recipe, validated
 
@@ -67,6 +67,8 @@ def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> t
         return runs / recipe.name if recipe.name is not None else next_free(runs, recipe_name), False
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if printable(run) != str(run):
+        raise UserError(f"{resume} has a name that is not UTF-8, which checkpoints cannot be read from; rename it")
     if not is_run(run):
         raise UserError(f"{resume} is neither a run directory (no recipe.yaml) nor one of its checkpoints/step-*; see {runs}/")
     return run, True

@@ -23,7 +23,7 @@ from glob import glob
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from fastdistil.errors import UserError
+from fastdistil.errors import UserError, printable
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BLOCK_CHARACTERS = 1_000_000
@@ -113,7 +113,7 @@ class Reading:
             texts = map(body.feed, texts)
         yield from cut_documents(texts, self.documents)
         if self.strip_gutenberg and not body.marked:
-            self.unmarked.append(str(source.path))
+            self.unmarked.append(printable(source.path))
 
     def _decoded(self, source: Source, chunks: Iterator[bytes]) -> Iterator[str]:
         """Text with line ends as Python's open() gives them: \\r\\n and \\r become \\n."""
@@ -159,7 +159,8 @@ class Reading:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise UserError(f"{source.path} needs pyarrow to be read; pip install pyarrow") from error
-        with reading(source.path, pa.ArrowException), pq.ParquetFile(source.path) as file:
+        # Its own open() takes no name that is not UTF-8.
+        with reading(source.path, pa.ArrowException), source.path.open("rb") as stream, pq.ParquetFile(stream) as file:
             names = file.schema_arrow.names
             if self.text_field not in names:
                 raise UserError(
@@ -216,11 +217,11 @@ class Reading:
 
     def _set_aside(self, source: Source, line: int, reason: str, raw: bytes) -> None:
         """One JSON object a line: file, line or row (from 1), reason, and the record's bytes in base64, whole."""
-        entry = {"file": str(source.path), "line": line, "reason": reason, "bytes_base64": base64.b64encode(raw).decode()}
+        entry = {"file": printable(source.path), "line": line, "reason": reason, "bytes_base64": base64.b64encode(raw).decode()}
         with self.quarantine.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        self.first_reason = self.first_reason or f"{source.path} line {line}: {reason}"
-        self.bad[str(source.path)] += 1
+        self.first_reason = self.first_reason or f"{printable(source.path)} line {line}: {reason}"
+        self.bad[printable(source.path)] += 1
 
     def _stop_early(self) -> None:
         """Give up once even twice as many records as the bytes still to come promise would not save the corpus."""

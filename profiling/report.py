@@ -23,7 +23,7 @@ import yaml
 from markupsafe import Markup
 
 from fastdistil import __version__
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import UserError, printable, translated
 from fastdistil.profiling import charts
 from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
 from fastdistil.profiling.history import Event, History, load_history
@@ -161,7 +161,7 @@ def write_text(text: str, out: Path) -> None:
     with translated("writing the report", out):
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(text, encoding="utf-8")
+            out.write_text(printable(text), encoding="utf-8")
         except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"{out} cannot be written: {error.strerror}; name a file with --out") from error
 

@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 
 from fastdistil.cost import WORTH, Kind
-from fastdistil.errors import UserError, translated
+from fastdistil.errors import UserError, printable, translated
 from fastdistil.profiling import scale_table
 from fastdistil.profiling.scale import Study, as_json, baseline_of, load_points, measure, model_points, workload
 from fastdistil.profiling.scale_networks import Network, load_network
@@ -246,7 +246,7 @@ def _write(
     with translated("writing the study", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "scale.json").write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
-        (out / "scale.html").write_text(page(title, svg, grids), encoding="utf-8")
+        (out / "scale.html").write_text(printable(page(title, svg, grids)), encoding="utf-8")
     for grid in grids:
         show(grid, console)
     console.print(f"{out / 'scale.json'} has every number, {out / 'scale.html'} the plot", markup=False, soft_wrap=True)
