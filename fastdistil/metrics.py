@@ -144,6 +144,8 @@ class Meter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self.elapsed_s = 0.0
+        """Of training, between the last read and the one before it."""
         self._names: tuple[str, ...] = ()
         self._device = torch.device("cpu")
         self.restart()
@@ -213,7 +215,7 @@ class Meter:
         }
         if "grad_norm" in fields:
             fields["grad_norm_max"] = largest if applied else math.nan
-        elapsed_s = self._clock() - self._since - self._excluded_s
+        self.elapsed_s = elapsed_s = self._clock() - self._since - self._excluded_s
         fields |= {"updates": self._updates, "skipped": self._updates - int(applied), "tokens": self._tokens}
         if skipped_in_all is not None:
             fields["skipped_in_all"] = skipped_in_all

@@ -66,7 +66,7 @@ def log(run: Run) -> None:
         run.event("memory", update=run.update, **parts)
     fields["lr"] = run.optimizer.param_groups[0]["lr"]
     run.logged_tokens += fields["tokens"]
-    run.logged_s += fields["tokens"] / fields["tokens_per_s"]
+    run.logged_s += run.meter.elapsed_s  # an update of padding alone has no tokens to tell it from
     run.event("train", update=run.update, **fields)
     run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
     if run.board is not None:

@@ -587,3 +587,27 @@ def test_compile_gives_the_same_losses(material: Path, tmp_path: Path) -> None:
     eager, compiled = learnt(tmp_path / "eager" / "run"), learnt(tmp_path / "compiled" / "run")
     for a, b in zip(eager, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_updates_of_padding_only_have_no_speed_and_end(tmp_path: Path) -> None:
+    """As a user's own batches may hold them."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (4, 10))
+    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, -100)}
+    words = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    for name, batches in (("padding", [padding] * 3), ("mixed", [words, padding, words])):
+        result = distil(
+            "distilbert",
+            teacher=TinyModel(50, 16),
+            student=TinyModel(50, 16),
+            corpus=batches,
+            loop={"updates": 3, "accumulation": 1, "precision": "fp32"},
+            logging={"every": 1},
+            runs_dir=str(tmp_path),
+            name=name,
+            device="cpu",
+        )
+        logged = events(result.run_dir, "train")
+        assert [event["tokens"] for event in logged] == ([0, 0, 0] if name == "padding" else [40, 0, 40])
+        assert all(math.isfinite(float(event["total"])) for event in logged)
+        assert (result.tokens_per_second > 0) == (name == "mixed")
