@@ -1,6 +1,5 @@
 """The command line: arguments -> a recipe or options -> one call. Nothing else lives here."""
 
-import io
 import json
 import os
 import sys
@@ -11,8 +10,9 @@ import rich.console
 import typer
 
 from fastdistil import __version__
-from fastdistil.errors import EXIT_CODES, FastdistilError, RankLost
+from fastdistil.errors import EXIT_CODES, DiskFull, FastdistilError, RankLost
 from fastdistil.signals import stopping_as_interrupts
+from fastdistil.streams import lasting_output
 
 if TYPE_CHECKING:
     from fastdistil.evaluate import Report
@@ -52,37 +52,44 @@ def main() -> NoReturn:
         from fastdistil.processes import tie_to_launcher
 
         tie_to_launcher(os.environ)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that are not UTF-8, and letters that a terminal has not
-            stream.reconfigure(errors="backslashreplace")
+    try:
+        with lasting_output():
+            code = _exit_code()
+    except DiskFull as error:
+        code = _fail(str(error), error.exit_code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command; what goes wrong is said on standard error."""
     try:
         with stopping_as_interrupts():
             code = app(standalone_mode=False) or 0
         if code == 130:  # typer makes that of KeyboardInterrupt; older ones raise Abort
             raise typer.Abort
-        sys.exit(code)
+        return int(code)
     except FastdistilError as error:
-        _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except typer.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # typer takes the end of any file for the end of what is typed
             raise abort.__cause__ from None
-        _fail("interrupted; what was saved before is whole", 130)
+        return _fail("interrupted; what was saved before is whole", 130)
     except Exception as error:
         # Wrong arguments: click's exceptions, or typer's own copies of them, which are not public.
         show = getattr(error, "show", None)
         if not callable(show):
             raise
         show()
-        sys.exit(2)
+        return 2
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> int:
     print(f"fastdistil: {' '.join(message.split())}", file=sys.stderr)
     if code == RankLost.exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # other threads may hang in a collective, and would be waited for
-    sys.exit(code)
+    return code
 
 
 @app.callback(invoke_without_command=True)

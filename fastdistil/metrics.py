@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 import rich.console
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastdistil.errors import CorruptData, UserError, printable, translated
 from fastdistil.profiling.memory import device_memory, host_memory
+from fastdistil.streams import lasting
 from fastdistil.watchdog import FiniteGuard
 
 
@@ -235,11 +236,13 @@ class Console:
 
     def __init__(self, quiet: bool = False, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._quiet = quiet
-        self._file = file if file is not None else sys.stdout
+        self._file = lasting(file if file is not None else sys.stdout)
         self._clock = clock
-        self._rich = rich.console.Console(file=self._file, highlight=False)  # NO_COLOR and TERM=dumb are rich's to obey
+        # NO_COLOR and TERM=dumb are rich's to obey.
+        self._rich = rich.console.Console(file=cast("TextIO", self._file), highlight=False)
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._when_lost: Callable[[str], None] | None = None
         self._total = self._start = 0
         self._started_s = 0.0
 
@@ -270,6 +273,7 @@ class Console:
             self._progress.update(self._task, completed=update)
             if fields:
                 self._progress.update(self._task, fields=text)
+            self._note_loss()
         elif fields:
             done = update - self._start
             left_s = (self._clock() - self._started_s) / done * (self._total - update) if done > 0 else math.nan
@@ -282,12 +286,25 @@ class Console:
         if self._progress is not None:
             self._progress.console.print(printable(text), markup=False, soft_wrap=True)
         else:
-            print(printable(text), file=self._file, flush=True)
+            print(printable(text), file=cast("TextIO", self._file), flush=True)
+        self._note_loss()
+
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called once, on the thread that uses the console, if nobody reads it any more; it is silent then."""
+        self._when_lost = tell
+        self._note_loss()
+
+    def _note_loss(self) -> None:
+        if self._file.lost is not None and self._when_lost is not None and not self._file.loss_is_noted:
+            self._file.loss_is_noted = True
+            self._when_lost(f"the console is gone ({self._file.lost}): going on without it")
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self._note_loss()  # the bar is drawn on a thread of its own, and a last time when it stops
+        self._when_lost = None
 
 
 def _shown(name: str, value: Any) -> str:

@@ -24,6 +24,7 @@ from typing import IO, Any, TextIO
 
 from fastdistil.profiling.device import usable_cores
 from fastdistil.ranks import RANK_VARIABLES
+from fastdistil.streams import lasting
 from fastdistil.verdicts import rank_list
 
 # What a rank on another host is told of the launcher's environment; the rest (PATH, HOME, ...) is that host's own.
@@ -147,7 +148,7 @@ def start(
 ) -> RankProcess:
     """Start a rank. Rank 0 has our standard output; the others' goes to `log`."""
     # A notebook's cell and a test's capture replace sys.stdout, which a child's descriptor knows nothing of.
-    piped = rank == 0 and sys.stdout is not sys.__stdout__
+    piped = rank == 0 and not _is_standard_output(sys.stdout)
     with contextlib.nullcontext() if rank == 0 else log.open("wb") as file:
         stdout: Any = subprocess.PIPE if piped else file
         if slot.host is None:
@@ -181,7 +182,15 @@ def _popen(command: list[str], stdout: Any, environ: Mapping[str, str] | None) -
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=environ, start_new_session=True)
 
 
-def _pump(pipe: IO[bytes], out: TextIO) -> None:
+def _is_standard_output(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (AttributeError, OSError, ValueError):  # it has no descriptor
+        return False
+
+
+def _pump(pipe: IO[bytes], stream: TextIO) -> None:
+    out = lasting(stream)  # a rank whose output nobody takes would wait for ever
     while chunk := os.read(pipe.fileno(), 65536):
         out.write(chunk.decode(errors="replace"))
         out.flush()

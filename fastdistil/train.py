@@ -105,6 +105,8 @@ def train(
         signals = last.enter_context(Signals(console.note))
         with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
+            console.when_lost(lambda message: run.event("note", update=run.update, message=message))
+            stack.callback(console.close)  # before the log
             if continued:
                 with team.unhurried("restoring"):
                     restore(run, None if resume == "auto" else Path(resume or directory), teacher)
@@ -376,6 +378,7 @@ def _finish(run: Run) -> Result:
     if run.team.is_chief:
         with translated("saving the student", run.directory), run.team.unhurried("saving"):
             export_student(run.inputs, run.recipe, run.directory / "student", found, updates=run.update, tokens=run.tokens)
+    run.console.close()  # if it is gone, the log says so before its last line
     run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
     student = run.inputs.student
     module = student.module if isinstance(student, models.LanguageModel) else student

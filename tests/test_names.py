@@ -29,7 +29,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         monkeypatch.setattr(sys, "argv", ["fastdistil", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        sys.stdout.reconfigure(errors="strict")  # type: ignore[union-attr]
         out, err = capsys.readouterr()
         return int(caught.value.code or 0), out, err
 
