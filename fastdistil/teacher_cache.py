@@ -66,8 +66,13 @@ def teacher_fingerprint(path: str, config: Any) -> str:
     return text_sha256(canonical([[file.name, file_sha256(file)] for file in files]))
 
 
-def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int) -> dict[str, Any]:
-    """All that the cached numbers depend on, by the names that a person can change. `recipe` must be resolved."""
+def identity(
+    recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int, columns: int | None
+) -> dict[str, Any]:
+    """All that the cached numbers depend on, by the names that a person can change. `recipe` must be resolved.
+
+    `columns`: the first entries of the vocabulary, over which the teacher's distribution is; None: all.
+    """
     assert recipe.teacher is not None
     masks = {} if causal else {"seed": recipe.seed, **{f"mask.{key}": value for key, value in recipe.mask.model_dump().items()}}
     return {
@@ -80,6 +85,7 @@ def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabul
         "teacher.min_probability": recipe.teacher.min_probability,
         "objective.temperature": recipe.objective.temperature,
         "vocabulary": vocabulary,
+        **({} if columns is None else {"columns": columns}),
         **masks,
     }
 
