@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastdistil import models
+from fastdistil import models, students
 from fastdistil.batches import Batches, ascending_starts
 from fastdistil.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.files import write_atomically
-from fastdistil.inputs import cache_identity, check_tokenizer, epochs_of, indexed_device, make_batches, open_corpus, resolve
+from fastdistil.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.masking import offsets
@@ -33,6 +33,7 @@ from fastdistil.not_finite import first_not_finite
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
 from fastdistil.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
+from fastdistil.vocabularies import check_tokenizers, facts_within, shared_columns
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ def cache_teacher(
         )
     device = indexed_device(recipe.device)
     corpus = open_corpus(recipe.data.train, recipe.data.verify, "data.train")
-    models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
     note = partial(progress, 0.0)
-    check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
+    check_tokenizers(recipe, corpus, note)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
     teacher = models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note).to(device)
     vocabulary, longest = models.shape(teacher)[0], models.max_length(teacher)
@@ -75,10 +75,14 @@ def cache_teacher(
             f"the corpus has sequences of {int(corpus.lengths.max())} tokens, the teacher takes {longest}; "
             f"prepare it with --max-length {longest}"
         )
-    if recipe.teacher.top_k > vocabulary:
-        raise UserError(f"teacher.top_k is {recipe.teacher.top_k}, the teacher has {vocabulary} tokens; set it to at most that")
-    batches = make_batches(recipe, corpus, facts, teacher.causal)
-    wanted = cache_identity(recipe, corpus, teacher.causal, vocabulary)
+    student = int(students.student_config(recipe.student, teacher.module.config, facts.vocab_size).vocab_size)
+    columns = shared_columns(recipe, vocabulary, student, [(corpus, facts)], teacher.causal, note)
+    if recipe.teacher.top_k > (columns or vocabulary):
+        raise UserError(
+            f"teacher.top_k is {recipe.teacher.top_k}, the teacher has {columns or vocabulary} tokens; set it to at most that"
+        )
+    batches = make_batches(recipe, corpus, facts_within(facts, min(vocabulary, student)), teacher.causal)
+    wanted = cache_identity(recipe, corpus, teacher.causal, vocabulary, columns)
     directory = out or Path(recipe.data.train) / f"teacher-{text_sha256(canonical(wanted))[:12]}"
     epochs = 1 if teacher.causal else epochs_of(recipe, batches)
     starts = shard_starts(corpus)
@@ -100,7 +104,7 @@ def cache_teacher(
         write_atomically(directory / IDENTITY, json.dumps(sealed, indent=1, sort_keys=True) + "\n")
         for done, (epoch, shard) in enumerate(missing):
             progress(done / len(missing), f"epoch {epoch}, shard {shard} ({size / 2**20:,.0f} MiB in all)")
-            values = _shard(recipe, teacher, batches, corpus, epoch, starts[shard], starts[shard + 1], device)
+            values = _shard(recipe, teacher, columns, batches, corpus, epoch, starts[shard], starts[shard + 1], device)
             _write(directory / shard_name(epoch, shard), values)
     progress(1.0, "done")
     return Written(directory, epochs, len(work), len(missing), size)
@@ -127,7 +131,15 @@ def _check_space(directory: Path, size: int, share: float) -> None:
 
 @torch.no_grad()
 def _shard(
-    recipe: Recipe, teacher: Any, batches: Batches, corpus: Corpus, epoch: int, first: int, end: int, device: torch.device
+    recipe: Recipe,
+    teacher: Any,
+    columns: int | None,
+    batches: Batches,
+    corpus: Corpus,
+    epoch: int,
+    first: int,
+    end: int,
+    device: torch.device,
 ) -> NDArray[Any]:
     """Records [tokens] of the sequences first ... end - 1."""
     assert recipe.teacher is not None
@@ -143,7 +155,7 @@ def _shard(
         if batch.valid_rows is not None:
             hidden_TE = hidden_TE.index_select(0, batch.valid_rows)
         at_T = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in chosen_n]) - bounds[first]
-        _fill(values, at_T, teacher.transform(hidden_TE), teacher, recipe)
+        _fill(values, at_T, teacher.transform(hidden_TE), teacher, columns, recipe)
         if (bad_T := at_T[_holds_nan(values[at_T])]).size:
             sequence = int(np.searchsorted(bounds, bad_T[0] + bounds[first], side="right")) - 1
             reason = first_not_finite(teacher, batch) or "its logits are not finite"
@@ -161,7 +173,9 @@ def _holds_nan(values: NDArray[Any]) -> NDArray[np.bool_]:
     return bad_T
 
 
-def _fill(values: NDArray[Any], at_T: NDArray[Any], features_TE: Tensor, teacher: Any, recipe: Recipe) -> None:
+def _fill(
+    values: NDArray[Any], at_T: NDArray[Any], features_TE: Tensor, teacher: Any, columns: int | None, recipe: Recipe
+) -> None:
     """The records of one batch's tokens, a chunk of logits at a time."""
     assert recipe.teacher is not None
     k, cut, temperature = recipe.teacher.top_k, recipe.teacher.min_probability, recipe.objective.temperature
@@ -169,7 +183,7 @@ def _fill(values: NDArray[Any], at_T: NDArray[Any], features_TE: Tensor, teacher
     for first in range(0, len(at_T), chunk):
         here = at_T[first : first + chunk]
         logits_CV = linear(features_TE[first : first + chunk], teacher.weight, teacher.bias)
-        found = top_k(logits_CV, k, temperature=temperature, min_probability=cut)
+        found = top_k(logits_CV, k, temperature=temperature, min_probability=cut, columns=columns)
         values["index"][here] = found.indices_NK.cpu().numpy()
         values["log_probability"][here] = found.log_probabilities_NK.cpu().numpy()
         if found.tail_N is not None:

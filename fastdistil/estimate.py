@@ -16,7 +16,6 @@ from fastdistil.inputs import (
     CorpusSource,
     check_cached,
     check_models,
-    check_tokenizer,
     epochs_of,
     make_batches,
     open_cache,
@@ -32,6 +31,7 @@ from fastdistil.profiling.memory import (
     whole_logits_bytes,
 )
 from fastdistil.recipe import Recipe
+from fastdistil.vocabularies import check_heldout, check_tokenizers, shared_columns, teacher_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,16 @@ def make_plan(
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
         teacher_config = models.load_config(recipe.teacher.path)
-        if corpus is not None:
-            check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
-    if recipe.data.heldout is not None and corpus is not None:
-        open_corpus(recipe.data.heldout, "size", "data.heldout")
+    if corpus is not None:
+        check_tokenizers(recipe, corpus, note)
+        if recipe.data.heldout is not None:
+            check_heldout(recipe, corpus, open_corpus(recipe.data.heldout, "size", "data.heldout"))
     student_config = students.student_config(recipe.student, teacher_config, vocabulary, special_ids)
     student_model = models.without_weights(student_config)
     teacher_model = models.without_weights(teacher_config) if teacher_config is not None else None
-    check_models(recipe, teacher_model, student_model, corpus, facts)
+    rows_t, corpora = teacher_rows(recipe, teacher_model), [(corpus, facts)] if corpus is not None and facts is not None else []
+    columns = shared_columns(recipe, rows_t, models.shape(student_model)[0], corpora, student_model.causal, note)
+    check_models(recipe, teacher_model, student_model, corpus)
     if recipe.student.dropout is not None:
         students.set_dropout(student_model.module, recipe.student.dropout)
     student = transformer_shape(student_model)
@@ -84,7 +86,8 @@ def make_plan(
     if corpus is not None and facts is not None:
         batches = make_batches(recipe, corpus, facts, student_model.causal)
         if cached:
-            open_cache(recipe, corpus, student_model, epochs_of(recipe, batches))
+            assert rows_t is not None
+            open_cache(recipe, corpus, student_model.causal, rows_t, columns, epochs_of(recipe, batches))
         updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
     longest = int(corpus.lengths.max()) if corpus is not None else 512
     return Plan(

@@ -33,7 +33,6 @@ from fastdistil.corpus import (
     front_token,
     load_tokenizer,
     token_facts,
-    vocabulary_fingerprint,
 )
 from fastdistil.errors import NonFinite, UserError, translated
 from fastdistil.masking import Facts, Ints, offsets, ranges
@@ -58,6 +57,7 @@ from fastdistil.scoring import (
 from fastdistil.textfiles import Documents
 from fastdistil.textinputs import TextKind, find_inputs
 from fastdistil.unknown import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
+from fastdistil.vocabularies import check_rows, disagreement, facts_within
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def held_out(
     facts: Facts,
     *,
     teacher: Any | None = None,
+    columns: int | None = None,
     seed: int = 0,
     probability: float = 0.15,
     max_sequences: int | None = None,
@@ -120,15 +121,20 @@ def held_out(
     """Loss on held-out sequences, all or `max_sequences` drawn with the seed, and KL to a teacher that sees the same.
 
     `model` and `teacher`: models.LanguageModel, AnyModel or modules with their interface, on `device` (None: where the model
-    is); training mode is off meanwhile. `layout` None: packed where the models can. `precision` (fp32, bf16, fp16) is
-    autocast's for the model; the teacher computes in its own dtype. The same seed gives the same masks and sequences whatever
-    the batch size. Raises UserError: no tokens to predict, sequences too long for the model, another vocabulary, no mask token;
-    NonFinite where a loss or KL is not finite.
+    is); training mode is off meanwhile. `columns`: the first entries of both vocabularies, over which the KL is taken (None:
+    all, equally many); the loss is always over all of the model's. `layout` None: packed where the models can. `precision`
+    (fp32, bf16, fp16) is autocast's for the model; the teacher computes in its own dtype. The same seed gives the same masks
+    and sequences whatever the batch size. Raises UserError: no tokens to predict, sequences too long for the model, another
+    vocabulary, no mask token; NonFinite where a loss or KL is not finite.
     """
     if not 0 < probability < 1:
         raise UserError(f"probability must lie between 0 and 1, got {probability:g}")
     chosen_n = drawn_sequences(len(corpus), max_sequences, seed)
-    _check_corpus(model, corpus.lengths[chosen_n], facts)
+    if teacher is not None and columns is None and (v_t := models.vocabulary(teacher)) != (v_m := models.vocabulary(model)):
+        raise UserError(f"the teacher's vocabulary has {v_t} entries, the model's {v_m}; say which they share with columns")
+    for each in (teacher, model):
+        if each is not None:
+            facts = _checked_facts(each, corpus, corpus.lengths[chosen_n], facts)
     where = torch.device(device) if device is not None else device_of(model)
     longest = int(corpus.lengths[chosen_n].max(initial=0))
     batches = evaluation_batches(
@@ -147,7 +153,7 @@ def held_out(
     with evaluating(model, teacher):
         for batch in batches:
             batch = batch.to(where)
-            parts.append(sequence_sums(model, teacher, batch, precision))
+            parts.append(sequence_sums(model, teacher, batch, precision, columns))
             sequences_n = in_order_n[first : first + batch.counts.sequences]
             require_finite(parts[-1], sequences_n, model, teacher, batch, precision)
             first += batch.counts.sequences
@@ -182,9 +188,9 @@ def pseudo_perplexity(
     """
     if model.causal:
         raise UserError("pseudo-perplexity is for masked models; a causal model has a perplexity of its own (positions: 0)")
+    facts = _checked_facts(model, corpus, corpus.lengths, facts)
     if facts.mask_id is None:
         raise UserError("pseudo-perplexity needs a tokenizer with a mask token, and this one has none; use the model's own")
-    _check_corpus(model, corpus.lengths, facts)
     tokens_P = drawn_positions(corpus, facts, positions, seed)
     starts_n = offsets(corpus.lengths)
     sequences_P = np.searchsorted(starts_n, tokens_P, side="right") - 1
@@ -235,7 +241,7 @@ def causal_perplexity(
         raise UserError(f"max_length must be from 2 to {limit or 'the longest text'} for this model, got {size}")
     if not 1 <= step < size:
         raise UserError(f"stride must be from 1 to {size - 1} (max_length - 1), got {step}: every token needs one before it")
-    _check_corpus(model, np.minimum(corpus.lengths, size), facts)
+    facts = _checked_facts(model, corpus, np.minimum(corpus.lengths, size), facts)
     windows, layout = sliding_windows(corpus.lengths, size, step), layout_of(model)
 
     def make(chosen: Ints) -> Batch:
@@ -254,17 +260,15 @@ def causal_perplexity(
     return CausalPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts), size, step)
 
 
-def _check_corpus(model: Any, lengths_n: NDArray[Any], facts: Facts) -> None:
-    vocabulary, longest, limit = models.vocabulary(model), int(lengths_n.max(initial=0)), models.max_length(model)
-    if facts.vocab_size > vocabulary:
-        raise UserError(
-            f"the tokenizer has {facts.vocab_size} entries, the model's vocabulary {vocabulary}; "
-            "prepare the corpus with the model's own tokenizer"
-        )
+def _checked_facts(model: Any, corpus: Tokens, lengths_n: NDArray[Any], facts: Facts) -> Facts:
+    """What of the tokenizer concerns the model. Raises UserError where the corpus is not for it."""
+    longest, limit = int(lengths_n.max(initial=0)), models.max_length(model)
+    check_rows("the model", models.vocabulary(model), corpus, facts, bool(model.causal))
     if limit is not None and longest > limit:
         raise UserError(
             f"the corpus has sequences of {longest} tokens, the model takes {limit}; prepare it with --max-length {limit}"
         )
+    return facts_within(facts, models.vocabulary(model))
 
 
 def _exp(loss: float) -> float:
@@ -392,7 +396,7 @@ def evaluate(
         token_facts(load_tokenizer(model_path))
     if options.bos != "auto" and not causal:
         raise UserError(f"bos is for causal models, and {model_path} is a masked one; leave it out")
-    opened = {given: _open(given, model_path) for given in corpora if given not in raw}
+    opened = {given: _open(given, model_path, causal) for given in corpora if given not in raw}
     for given, corpus in opened.items():
         has = "no" if beginning(corpus, load_tokenizer(corpus.tokenizer_dir)) is None else "yes"
         if options.bos not in ("auto", has):
@@ -405,7 +409,7 @@ def evaluate(
     for given, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
         tokenizer = load_tokenizer(corpus.tokenizer_dir)
-        _check_corpus(model, lengths_n, token_facts(tokenizer))
+        _checked_facts(model, corpus, lengths_n, token_facts(tokenizer))
         check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, given)
     with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):
         for number, given in enumerate(dict.fromkeys(raw)):
@@ -521,11 +525,13 @@ def _is_prepared(given: str) -> bool:
     return any((Path(given) / name).is_file() for name in ("manifest.json", "progress.json"))
 
 
-def _open(given: str, model_path: str) -> Corpus:
+def _open(given: str, model_path: str, causal: bool) -> Corpus:
     corpus = Corpus.open(given)
-    models.check_tokenizer(
-        model_path, corpus.manifest.fingerprint, "the model", lambda path: vocabulary_fingerprint(load_tokenizer(path))
-    )
+    if models.has_tokenizer(model_path) and (difference := disagreement(model_path, corpus, causal)) is not None:
+        raise UserError(
+            f"the model {model_path} has another vocabulary than the corpus ({difference}); "
+            f"prepare the corpus with --tokenizer {model_path}"
+        )
     return corpus
 
 

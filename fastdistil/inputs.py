@@ -20,7 +20,6 @@ from fastdistil.corpus import (
     load_tokenizer,
     text_sha256,
     token_facts,
-    vocabulary_fingerprint,
 )
 from fastdistil.errors import UserError
 from fastdistil.kernels.handover import chosen_path
@@ -30,6 +29,7 @@ from fastdistil.prefetch import prefetched
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Loop, Recipe, Teacher
 from fastdistil.teacher_cache import TeacherCache, identity, teacher_fingerprint
+from fastdistil.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
 from fastdistil.word_marks import check_words
 
 
@@ -170,7 +170,10 @@ class Inputs:
     updates: int
     heldout: Corpus | None
     facts: TokenFacts | None
+    """Of the held-out corpus, or of data.train."""
     tokenizer: Any | None
+    columns: int | None = None
+    """Entries that the vocabularies of teacher and student have in common, where they are not equally wide."""
 
 
 def resolve(recipe: Recipe, own_teacher: bool = False) -> Recipe:
@@ -231,32 +234,37 @@ def load_inputs(
     heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
     tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
     facts = token_facts(tokenizer) if tokenizer is not None else None
-    if corpus is not None and heldout is not None and heldout.manifest.fingerprint != corpus.manifest.fingerprint:
-        raise UserError(
-            f"data.heldout {recipe.data.heldout} has another vocabulary than data.train; prepare both with one --tokenizer"
-        )
-    if corpus is None and heldout is not None:
-        tokenizer = load_tokenizer(str(heldout.tokenizer_dir))
-        facts = token_facts(tokenizer)
+    if corpus is not None and heldout is not None:
+        check_heldout(recipe, corpus, heldout)
+    heldout_facts = facts
+    if heldout is not None and (corpus is None or heldout.manifest.fingerprint != corpus.manifest.fingerprint):
+        heldout_tokenizer = load_tokenizer(str(heldout.tokenizer_dir))
+        heldout_facts = token_facts(heldout_tokenizer)
+        if corpus is None:
+            tokenizer, facts = heldout_tokenizer, heldout_facts
+    if corpus is not None:
+        check_tokenizers(recipe, corpus, note, own_teacher=teacher is not None, own_student=student is not None)
 
     # The same seed gives the same student, whatever was drawn before.
     torch.manual_seed(recipe.seed)
     cached = recipe.teacher is not None and recipe.teacher.cache is not None
     from_layers = recipe.student.layers is not None or recipe.student.every is not None
-    teacher_model = None if cached and not (from_layers and student is None) else _teacher(recipe, teacher, corpus, note)
+    teacher_model = None if cached and not (from_layers and student is None) else _teacher(recipe, teacher, note)
     vocabulary = facts.vocab_size if facts is not None else 0
     if student is not None:
         student_model = models.as_language_model(student)
         if isinstance(student_model, models.LanguageModel):
             students.train_every_embedding(student_model)
     else:
-        if recipe.student.path is not None and corpus is not None:
-            check_tokenizer(recipe.student.path, corpus, "the student's model", note)
         special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
         student_model = students.make_student(recipe.student, teacher_model, vocabulary, special_ids, note)
     if cached:
         teacher_model = None  # it was needed for its layers only
-    projection = check_models(recipe, teacher_model, student_model, corpus, facts)
+    own_models = teacher is not None or student is not None
+    rows_t, rows_s = teacher_rows(recipe, teacher_model), models.shape(student_model)[0]
+    corpora = [(each, its) for each, its in ((corpus, facts), (heldout, heldout_facts)) if each is not None and its is not None]
+    columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, own_models=own_models)
+    projection = check_models(recipe, teacher_model, student_model, corpus)
     student_model.float().to(device)
     if teacher_model is not None:
         teacher_model.to(device=device).eval().requires_grad_(False)
@@ -276,15 +284,17 @@ def load_inputs(
         source = MappingSource(batches, causal, models.shape(student_model)[0], update_batches, rank, ranks)
     else:
         assert corpus is not None and facts is not None and tokenizer is not None
-        made = make_batches(recipe, corpus, facts, causal, rank, ranks)
+        used_facts = facts_within(facts, min(rows_s, rows_t or rows_s))
+        made = make_batches(recipe, corpus, used_facts, causal, rank, ranks)
         if recipe.mask.whole_word and not causal:
-            table = mask_table(recipe.mask, facts, corpus.counts)
+            table = mask_table(recipe.mask, used_facts, corpus.counts)
             check_words(tokenizer.backend_tokenizer, table, corpus.sample(200), note)
         if cached:
-            made.learn_from(open_cache(recipe, corpus, student_model, epochs_of(recipe, made)))
+            assert rows_t is not None
+            made.learn_from(open_cache(recipe, corpus, causal, rows_t, columns, epochs_of(recipe, made)))
         source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)
     updates = source.updates(recipe.loop)
-    return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, facts, tokenizer)
+    return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, heldout_facts, tokenizer, columns)
 
 
 def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool, rank: int = 0, ranks: int = 1) -> Batches:
@@ -338,17 +348,17 @@ def check_cached(recipe: Recipe, own_models: bool) -> None:
         )
 
 
-def open_cache(recipe: Recipe, corpus: Corpus, student: Any, epochs: int) -> TeacherCache:
+def open_cache(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None, epochs: int) -> TeacherCache:
+    """`vocabulary`, `columns`: the teacher's entries, and those that the student shares where it has not as many."""
     assert recipe.teacher is not None and recipe.teacher.cache is not None
-    vocabulary = models.shape(student)[0]
-    wanted = cache_identity(recipe, corpus, bool(student.causal), vocabulary)
+    wanted = cache_identity(recipe, corpus, causal, vocabulary, columns)
     return TeacherCache.open(Path(recipe.teacher.cache), wanted, corpus, epochs, recipe.data.verify)
 
 
-def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int) -> dict[str, Any]:
+def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None) -> dict[str, Any]:
     assert recipe.teacher is not None
     fingerprint = teacher_fingerprint(recipe.teacher.path, models.load_config(recipe.teacher.path))
-    return identity(recipe, corpus, causal, fingerprint, vocabulary)
+    return identity(recipe, corpus, causal, fingerprint, vocabulary, columns)
 
 
 def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
@@ -357,39 +367,22 @@ def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
     return Corpus.open(path, verify=verify)
 
 
-def _teacher(recipe: Recipe, given: nn.Module | None, corpus: Corpus | None, note: Callable[[str], None]) -> Any | None:
+def _teacher(recipe: Recipe, given: nn.Module | None, note: Callable[[str], None]) -> Any | None:
     if given is not None:
         own = models.as_language_model(given)
         named = recipe.teacher.dtype if recipe.teacher is not None else "auto"
         return own if named == "auto" else own.to(models.DTYPES[named])
     if recipe.teacher is None:
         return None
-    models.load_config(recipe.teacher.path)  # a wrong path is a missing model before it is a missing tokenizer
-    if corpus is not None:
-        check_tokenizer(recipe.teacher.path, corpus, "the teacher", note)
     return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note)
 
 
-def check_tokenizer(path: str, corpus: Corpus, who: str, note: Callable[[str], None]) -> None:
-    fingerprint = corpus.manifest.fingerprint
-    if not models.has_tokenizer(path):
-        note(f"{who} {path} has no tokenizer files: only the size of its vocabulary can be compared with the corpus")
-    models.check_tokenizer(path, fingerprint, who, lambda place: vocabulary_fingerprint(load_tokenizer(place)))
-
-
-def check_models(
-    recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None, facts: TokenFacts | None
-) -> nn.Linear | None:
+def check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None) -> nn.Linear | None:
     """Refuse what cannot be trained; returns the projection if the objective has one."""
     objective = recipe.objective
     if (student.causal and objective.a_mlm) or (not student.causal and objective.a_clm):
         kind, right, wrong = ("causal", "a_clm", "a_mlm") if student.causal else ("masked", "a_mlm", "a_clm")
         raise UserError(f"the student is a {kind} model: set objective.{right} instead of objective.{wrong}")
-    if facts is not None and models.shape(student)[0] < facts.vocab_size:
-        raise UserError(
-            f"the student's vocabulary {models.shape(student)[0]} is smaller than the tokenizer's {facts.vocab_size}; "
-            "prepare the corpus with the model's own tokenizer, or set student.config.vocab_size"
-        )
     longest = int(corpus.lengths.max()) if corpus is not None else 0
     for name, model in (("student", student), ("teacher", teacher)):
         limit = models.max_length(model) if model is not None else None

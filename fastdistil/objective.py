@@ -63,14 +63,16 @@ def loss_terms(
     per: Denominators,
     projection: nn.Linear | None = None,
     *,
+    columns: int | None = None,
     path: Path = "auto",
     span: Span = unmeasured,
 ) -> LossTerms:
     """The objective on one micro-batch. `student`, `teacher`: models.LanguageModel or modules with its interface.
 
-    Only `total` carries a gradient. `path`: which implementation of the losses (recipe key `kernels`). `span`: measures the
-    forwards of teacher and student up to their last hidden states, and the losses, which hold both heads and, where they are
-    fused, the head's backward.
+    Only `total` carries a gradient. `columns`: the first entries of both vocabularies, in which student and teacher are
+    compared and labels predicted, as if there were no others; None: all, equally many. `path`: which implementation of the
+    losses (recipe key `kernels`). `span`: measures the forwards of teacher and student up to their last hidden states, and the
+    losses, which hold both heads and, where they are fused, the head's backward.
     """
     teacher_hidden_NE = None
     if teacher is not None and objective.needs_teacher:
@@ -80,7 +82,8 @@ def loss_terms(
     with span("student"):
         student_hidden_ND = student.hidden(batch)
     with span("losses"):
-        return _losses(objective, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, per, projection, path)
+        states = student_hidden_ND, teacher_hidden_NE
+        return _losses(objective, student, teacher, *states, batch, per, projection, columns, path)
 
 
 def _losses(
@@ -92,6 +95,7 @@ def _losses(
     batch: Batch,
     per: Denominators,
     projection: nn.Linear | None,
+    columns: int | None,
     path: Path,
 ) -> LossTerms:
     zero = torch.zeros((), device=student_hidden_ND.device)
@@ -104,6 +108,7 @@ def _losses(
         beta=objective.beta,
         soft=objective.a_ce / per.soft,
         hard=a_hard / per.hard,
+        columns=columns if objective.a_ce else None,
     )
     if objective.a_ce and (teacher_hidden_NE is not None or batch.cached_indices_NK is not None):
         found = _vocabulary_terms(objective, options, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, path)

@@ -109,12 +109,14 @@ def device_of(model: Any) -> torch.device:
     return weight.device
 
 
-def sequence_sums(model: Any, teacher: Any | None, batch: Batch, precision: str) -> NDArray[np.float64]:
+def sequence_sums(
+    model: Any, teacher: Any | None, batch: Batch, precision: str, columns: int | None = None
+) -> NDArray[np.float64]:
     """[4, n] for the n sequences of a batch: cross-entropy, labels, KL, tokens compared with the teacher."""
     rows = batch.label_rows
     if teacher is not None:
         rows = batch.valid_rows if batch.valid_rows is not None else torch.arange(batch.labels_N.shape[0], device=rows.device)
-    cross_entropy_R, kl_R = row_losses(model, teacher, batch, rows, precision)
+    cross_entropy_R, kl_R = row_losses(model, teacher, batch, rows, precision, columns)
     if batch.packing is not None:
         owner_R = torch.searchsorted(batch.packing.cu_seqlens.long(), rows, right=True) - 1
     else:
@@ -128,8 +130,13 @@ def sequence_sums(model: Any, teacher: Any | None, batch: Batch, precision: str)
     return found
 
 
-def row_losses(model: Any, teacher: Any | None, batch: Batch, rows: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (0 in rows without a label) and KL to the teacher (0 without one) of some rows, float64 [R] each."""
+def row_losses(
+    model: Any, teacher: Any | None, batch: Batch, rows: Tensor, precision: str, columns: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (0 in rows without a label) and KL to the teacher (0 without one) of some rows, float64 [R] each.
+
+    `columns`: the first entries of both vocabularies, over which the KL is taken; None: all.
+    """
     device = batch.ids_BS.device
     autocast = torch.autocast(device.type, models.DTYPES[precision], enabled=precision != "fp32")
     own_dtype = torch.autocast(device.type, enabled=False)
@@ -147,7 +154,7 @@ def row_losses(model: Any, teacher: Any | None, batch: Batch, rows: Tensor, prec
             if teacher_ND is not None:
                 with own_dtype:
                     teacher_RV = _logits(teacher, teacher_ND.index_select(0, rows[here]))
-                    kl_R[here] = divergence_reference(logits_RV, teacher_RV).double()
+                    kl_R[here] = divergence_reference(logits_RV[:, :columns], teacher_RV[:, :columns]).double()
     return cross_entropy_R, kl_R
 
 

@@ -73,8 +73,13 @@ def teacher_files(folder: Path) -> list[Path]:
     return sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
 
 
-def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int) -> dict[str, Any]:
-    """All that the cached numbers depend on, by the names that a person can change. `recipe` must be resolved."""
+def identity(
+    recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabulary: int, columns: int | None
+) -> dict[str, Any]:
+    """All that the cached numbers depend on, by the names that a person can change. `recipe` must be resolved.
+
+    `columns`: the first entries of the vocabulary, over which the teacher's distribution is; None: all.
+    """
     assert recipe.teacher is not None
     masks = {} if causal else {"seed": recipe.seed, **{f"mask.{key}": value for key, value in recipe.mask.model_dump().items()}}
     return {
@@ -87,6 +92,7 @@ def identity(recipe: Recipe, corpus: Corpus, causal: bool, teacher: str, vocabul
         "teacher.min_probability": recipe.teacher.min_probability,
         "objective.temperature": recipe.objective.temperature,
         "vocabulary": vocabulary,
+        **({} if columns is None else {"columns": columns}),
         **masks,
     }
 

@@ -234,7 +234,16 @@ def _forward_backward(run: Run, on_host: Batch, update_counts: Counts) -> LossTe
     per = denominators(objective, update_counts, batch.counts)
     models_used = inputs.student, inputs.teacher
     with run.instruments.micro_batch(on_host), run.autocast():
-        terms = loss_terms(objective, *models_used, batch, per, inputs.projection, path=run.recipe.kernels, span=span)
+        terms = loss_terms(
+            objective,
+            *models_used,
+            batch,
+            per,
+            inputs.projection,
+            columns=inputs.columns,
+            path=run.recipe.kernels,
+            span=span,
+        )
     run.team.phase("backward", run.update + 1)
     with span("backward"):
         torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
@@ -332,6 +341,7 @@ def _evaluate(run: Run) -> HeldOut | None:
                         heldout,
                         facts,
                         teacher=inputs.teacher,
+                        columns=inputs.columns,
                         max_sequences=evaluation.max_sequences,
                         batch_tokens=evaluation.batch_tokens,
                         layout=run.recipe.data.layout,
