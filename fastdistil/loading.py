@@ -94,11 +94,23 @@ def read_config(path: str) -> "PretrainedConfig":
         problem, advice = f"no model at {path!r}", "give a hub id or a directory with config.json"
     with library_call(f"loading {path}", problem, advice):
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _check_sizes(config, path)
     _check_positions(config, path)
     _check_quantisation(config, path)
     for file in _weight_files(folder):
         _check_weight_file(file)
     return config
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def _check_sizes(config: "PretrainedConfig", path: str) -> None:
+    """Refuse sizes below 1, with which some architectures are made all the same, and fail or compute nothing."""
+    for name in SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"the configuration of {path} has {name}={size}, wanted at least 1; correct it")
 
 
 ABSOLUTE_POSITIONS = ("bert", "roberta", "distilbert")
