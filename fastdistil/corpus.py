@@ -329,7 +329,7 @@ def token_facts(tokenizer: FastTokenizer) -> TokenFacts:
 
 
 def frame(tokenizer: FastTokenizer) -> tuple[int | None, int | None]:
-    """The special tokens that begin and end a sequence: [CLS] and [SEP], else bos and eos."""
+    """Return the special tokens that begin and end a sequence: [CLS] and [SEP], else bos and eos."""
     back = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     return front_token(tokenizer), cast("int | None", back)
 
@@ -337,14 +337,18 @@ def frame(tokenizer: FastTokenizer) -> tuple[int | None, int | None]:
 def added_tokens(tokenizer: FastTokenizer, options: Mapping[str, Any]) -> list[int]:
     """Return the special tokens that `prepare` puts around each sequence, by the options that a manifest holds."""
     front, back = frame(tokenizer)
-    # Earlier versions had no such option.
-    has_front = options.get("bos", "yes" if options["special_tokens"] else "no") == "yes"
-    tokens = (front if has_front else None, back if options["special_tokens"] else None)
+    tokens = (front if has_front(options) else None, back if options["special_tokens"] else None)
     return [token for token in tokens if token is not None]
 
 
+def has_front(options: Mapping[str, Any]) -> bool:
+    """Return whether a manifest's options put the `front_token` in front of each sequence."""
+    without_option = "yes" if options["special_tokens"] else "no"  # as earlier versions had it
+    return bool(options.get("bos", without_option) == "yes")
+
+
 def unknown_id(tokenizer: FastTokenizer) -> int | None:
-    """The token that stands for unknown text; None where the model makes none (byte-level BPE), whatever unk_token says."""
+    """Return the token of unknown text; None where the model makes none (byte-level BPE), whatever unk_token says."""
     backend: Tokenizer = tokenizer.backend_tokenizer
     if hasattr(backend.model, "unk_token"):
         name = backend.model.unk_token
@@ -353,15 +357,18 @@ def unknown_id(tokenizer: FastTokenizer) -> int | None:
 
 
 def front_token(tokenizer: FastTokenizer) -> int | None:
-    """The token that can begin a text: [CLS], else BOS."""
+    """Return the token that can begin a text: [CLS], else BOS."""
     token = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     return cast("int | None", token)
 
 
 def begins_texts(tokenizer: FastTokenizer) -> bool:
-    """Whether a call of the tokenizer puts its `front_token` in front of a text."""
-    front, ids = front_token(tokenizer), cast(Any, tokenizer)("a").input_ids
-    return front is not None and bool(ids) and ids[0] == front
+    """Return whether a call of the tokenizer puts its `front_token` in front of a text."""
+    front = front_token(tokenizer)
+    if front is None:
+        return False
+    ids = cast(Any, tokenizer)("").input_ids  # of no text: some letters have no token, or that very one
+    return bool(ids) and ids[0] == front
 
 
 def vocabulary_size(tokenizer: FastTokenizer) -> int:
@@ -460,7 +467,7 @@ def difference_as_loaded(tokenizer: FastTokenizer, folder: Path, texts: Iterable
     from transformers import AutoTokenizer
 
     try:
-        loaded: Any = cast(Any, AutoTokenizer).from_pretrained(folder)
+        loaded: Any = cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - the library raises many kinds
         return f"it fails with {type(error).__name__}"
     if vocabulary_size(loaded) != vocabulary_size(tokenizer):

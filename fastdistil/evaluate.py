@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -31,12 +31,14 @@ from fastdistil.corpus import (
     Corpus,
     FastTokenizer,
     front_token,
+    has_front,
     load_tokenizer,
     token_facts,
 )
 from fastdistil.errors import NonFinite, UserError, translated
 from fastdistil.masking import Facts, Ints, offsets, ranges
 from fastdistil.prepare import Bos, PrepareOptions, check_bos, front_of_pieces, prepare
+from fastdistil.prepare import Progress as PrepareProgress
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Mask
 from fastdistil.scoring import (
@@ -411,13 +413,14 @@ def evaluate(
         tokenizer = load_tokenizer(corpus.tokenizer_dir)
         _checked_facts(model, corpus, lengths_n, token_facts(tokenizer))
         check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, given)
+    remarks: dict[str, list[str]] = {given: [] for given in corpora}
     with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):
         for number, given in enumerate(dict.fromkeys(raw)):
             tell(0.0, f"preparing {given}")
             place = Path(folder, str(number))
-            prepare([given], place, _preparation(options, model_path, size, causal))
+            prepare([given], place, _preparation(options, model_path, size, causal), partial(_collect, remarks[given], place))
             opened[given] = Corpus.open(place, verify="size")
-        reports = []
+        reports: list[CorpusReport] = []
         for number, given in enumerate(corpora):
             share = _Share(tell, number / len(corpora), 1 / len(corpora), given)
             try:
@@ -433,7 +436,7 @@ def evaluate(
         precision=precision,
         torch=torch.__version__,
         options=options,
-        corpora=tuple(reports),
+        corpora=tuple(replace(report, notes=(*remarks[report.corpus], *report.notes)) for report in reports),
     )
 
 
@@ -502,13 +505,16 @@ def _unknown_share(corpus: Corpus, tokenizer: FastTokenizer) -> float:
     return unknown_share(tokenizer, corpus.counts, len(corpus), corpus.manifest.options)
 
 
+def _collect(remarks: list[str], place: Path, progress: PrepareProgress) -> None:
+    """Keep what `prepare` says of raw text, but for what the report says itself: its frame and its unknown tokens."""
+    if progress.note and str(place) not in progress.note and not progress.note.startswith("in front of"):
+        remarks.append(progress.note)
+
+
 def beginning(corpus: Corpus, tokenizer: FastTokenizer) -> str | None:
-    """The BOS or [CLS] in front of every sequence, as it is spelt; None where there is none."""
+    """Return the BOS or [CLS] in front of every sequence, as it is spelt; None where there is none."""
     front = front_token(tokenizer)
-    # `prepare` puts it in front of all or none: a hundred sequences tell which.
-    sequences = np.arange(min(len(corpus), 100))
-    firsts = corpus.gather(sequences)[offsets(corpus.lengths[sequences])[:-1]]
-    return str(tokenizer.convert_ids_to_tokens(front)) if front is not None and (firsts == front).all() else None
+    return str(tokenizer.convert_ids_to_tokens(front)) if front is not None and has_front(corpus.manifest.options) else None
 
 
 def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:

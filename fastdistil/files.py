@@ -54,7 +54,8 @@ def _lock(handle: int, busy: str, note: Callable[[str], None], wait: bool) -> No
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that then holds the whole text, or what it held before: also after a power cut or on a full disk."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    # A name of its own for each process: every rank may write the same text.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

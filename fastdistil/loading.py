@@ -97,7 +97,7 @@ def read_config(path: str) -> "PretrainedConfig":
     _check_sizes(config, path)
     _check_positions(config, path)
     _check_quantisation(config, path)
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         _check_weight_file(file)
     return config
 
@@ -149,7 +149,7 @@ def _check_quantisation(config: "PretrainedConfig", path: str) -> None:
         raise UserError(f"{problem}: transformers {transformers.__version__} knows no quant_method {method!r}; {advice}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers reads weights from, in its order of preference; none for a hub id."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
@@ -171,7 +171,7 @@ def _check_weight_file(file: Path) -> None:
         head = opened.read(512)
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned")
-    if head.lstrip().startswith(b"<"):
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):  # a safetensors file may begin with "<", by its length
         raise UserError(f"{file} is a web page, not the weights; download it again, from the link to the file itself")
     if not head:
         raise UserError(f"{damaged}: the file is empty; copy them again")
@@ -278,7 +278,7 @@ def _beyond(names: Iterable[str], model: "PreTrainedModel") -> str:
 
 def _check_pickles(path: str) -> None:
     """Say what is in the way in .bin files; called where loading fell short, as it reads them whole."""
-    for file in _weight_files(Path(path)):
+    for file in weight_files(Path(path)):
         if file.suffix == ".safetensors":
             continue
         advice = "save its model's state_dict() alone"

@@ -133,6 +133,8 @@ class LanguageModel(nn.Module):
         self.causal = self.family.causal
         self.module = module
         _tie_as_weights(module, self.family)
+        if (unused := _unused_bias(module, self.family)) is not None:
+            unused.requires_grad_(False)
         module.set_attn_implementation(ATTENTION)
         self.position_offset = self.family.position_offset(module.config)
         # A four-dimensional mask is handed down as it is: transformers then makes none, and our attention looks at `packing`
@@ -201,6 +203,14 @@ def _tie_as_weights(module: PreTrainedModel, family: Family) -> None:
         if parameter is module.get_parameter(source):
             owner, _, name = target.rpartition(".")
             setattr(module.get_submodule(owner), name, nn.Parameter(parameter.detach().clone()))
+
+
+def _unused_bias(module: PreTrainedModel, family: Family) -> nn.Parameter | None:
+    """Return the second bias of an untied BERT's or RoBERTa's head, which is a name in the files that no forward reads."""
+    output = module.get_submodule(family.output)
+    head = module.get_submodule(family.output.rpartition(".")[0])
+    bias = getattr(head, "bias", None)
+    return bias if isinstance(bias, nn.Parameter) and bias is not output.bias else None
 
 
 class AnyModel(nn.Module):
@@ -454,6 +464,11 @@ def has_tokenizer(path: str) -> bool:
 def save_pretrained(model: nn.Module, directory: Path) -> None:
     """Write a model so that transformers loads it without fastdistil; your own module as model.safetensors."""
     if isinstance(model, LanguageModel):
+        unused, bias = _unused_bias(model.module, model.family), model.bias
+        if (
+            unused is not None and bias is not None
+        ):  # readers that tie the two, whatever the configuration says, get the trained one
+            unused.data.copy_(bias)
         with quiet():
             model.module.save_pretrained(directory)
         return

@@ -120,7 +120,7 @@ class Progress:
     files_done: int
     files: int
     bytes_read: int
-    """On disk: compressed bytes of .gz files."""
+    """On disk: compressed bytes of compressed files."""
     bytes_total: int
     tokens: int
     seconds: float
@@ -388,7 +388,8 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
         expected = found.pop("sha256", None)  # which earlier versions did not write
         if expected not in (None, text_sha256(canonical(found))):
             raise ValueError("sha256")
-        written = converted(Written, found["written"])
+        # Earlier versions did not count it, and the count of the rest alone would be none.
+        written = converted(Written, {"special_spellings": None, **found["written"]})
         names = [name(shard) for shard in range(len(written.shards)) for name in (tokens_name, lengths_name)]
         if sorted(names) != sorted(written.files):
             raise ValueError(f"written.files are not those of {len(written.shards)} shards")
@@ -409,6 +410,8 @@ EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
 def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
     before = {**EARLIER_OPTIONS, **wanted["earlier_options"], **found["options"]}
+    if before.get("strip_gutenberg") and "strip" not in found["options"]:
+        before["strip_gutenberg"] = "by other rules"  # of earlier versions: old licences stayed, and books went
     options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
     found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found.get("inputs", ())]}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]

@@ -103,7 +103,7 @@ def _in_the_way(run: Path) -> bool:
     """Whether something is at a new run's place that a start which failed did not leave there."""
     if not run.is_dir():
         return os.path.lexists(run)
-    return any(path.name != RECIPE + TEMPORARY and (path.name != RECIPE or _has_text(path)) for path in run.iterdir())
+    return any(not path.name.endswith(TEMPORARY) and (path.name != RECIPE or _has_text(path)) for path in run.iterdir())
 
 
 def create_run(run: Path, recipe: Recipe) -> None:
@@ -120,6 +120,8 @@ def create_run(run: Path, recipe: Recipe) -> None:
         with sole_user(run, note=lambda _: None):  # who holds it next has a note of its own
             if _in_the_way(run):
                 raise UserError(f"{run} exists; choose another name=...")
+            for leftover in run.glob(f"{RECIPE}.*{TEMPORARY}"):
+                leftover.unlink()
             try:
                 write_atomically(run / RECIPE, recipe.to_yaml())
             except OSError:
@@ -145,7 +147,7 @@ def restore_recipe(run: Path, note: Callable[[str], None]) -> None:
         return
     loaded = checkpoint.latest(run / "checkpoints", note, groups=())
     text = loaded.state.get("recipe") if loaded is not None else None
-    if loaded is None or text is None:
+    if loaded is None or not isinstance(text, str):
         raise UserError(f"{path} is lost, and the run's checkpoints hold no copy of it; write the run's recipe to that file")
     with translated("writing the run's recipe", path):
         write_atomically(path, text)

@@ -26,7 +26,7 @@ from fastdistil.watchdog import FiniteGuard
 
 
 class ScaleState(Fields):
-    """Of the loss scale (optim.LossScale)."""
+    """State of the loss scale (optim.LossScale)."""
 
     scale: Amount
     good: Amount
@@ -34,7 +34,7 @@ class ScaleState(Fields):
 
 
 class LayoutState(Fields):
-    """Of the buckets (buckets.Buckets.layout)."""
+    """Layout of the buckets (buckets.Buckets.layout)."""
 
     order: list[Whole]
     cuts: list[list[Whole]] | None = None
@@ -42,11 +42,21 @@ class LayoutState(Fields):
 
 
 class ExchangeState(Fields):
-    """Of the exchange of gradients."""
+    """State of the exchange of gradients."""
 
     kind: CompressionKind
     ranks: Annotated[int, Field(strict=True, ge=1, le=2**16)]
     layout: LayoutState | None
+
+
+Nanoseconds = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+
+
+class TeacherState(Fields):
+    """Identity of the teacher (teacher_identity.identify_teacher)."""
+
+    fingerprint: str
+    files: list[tuple[str, Whole, Nanoseconds]]
 
 
 class SavedState(Fields):
@@ -59,6 +69,8 @@ class SavedState(Fields):
     skipped: Whole
     loss_scale: ScaleState | None
     exchange: ExchangeState | None = None
+    teacher: TeacherState | None = None
+    recipe: str | None = None
 
 
 def save(run: Run) -> None:
@@ -91,7 +103,7 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
         "best_loss": run.best_loss,
         "corpus": run.inputs.source.identity,
         "teacher": run.teacher,
-        "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see runs.stored_recipe
+        "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see runs.restore_recipe
         "skipped": skipped,
         "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
         "exchange": run.exchange.state(),

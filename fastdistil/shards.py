@@ -35,7 +35,7 @@ class Written:
     blocks: Whole = 0
     documents: Whole = 0
     dropped: Whole = 0
-    special_spellings: Whole = 0
+    special_spellings: Whole | None = 0
     sequences: Whole = 0
     tokens: Whole = 0
     shards: list[ShardFacts] = field(default_factory=list)
@@ -93,7 +93,8 @@ class Shards:
         self.written.sequences += len(encoded.lengths)
         self.written.documents += encoded.documents
         self.written.dropped += encoded.dropped
-        self.written.special_spellings += encoded.special_spellings
+        if self.written.special_spellings is not None:
+            self.written.special_spellings += encoded.special_spellings
         if self._tokens >= self.shard_tokens:
             self.finish_shard()
 

@@ -14,6 +14,7 @@ Shapes: n sequences, T tokens end to end, K listed tokens.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from typing_extensions import TypedDict
 
 from fastdistil.corpus import Corpus, FileFacts, canonical, check_mapped, file_sha256, text_sha256
 from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.loading import weight_files
 from fastdistil.masking import Ints, offsets
 from fastdistil.recipe import Recipe
 from fastdistil.untrusted import Sha256, check, read_json, reason
@@ -61,16 +63,23 @@ def shard_name(epoch: int, shard: int) -> str:
 
 
 def teacher_fingerprint(path: str, config: Any) -> str:
-    """Changes when the teacher does: its files' sha256, or for a hub id its name and commit."""
-    folder = Path(path)
-    if not folder.is_dir():
+    """Return what changes when the teacher does: its files' sha256, or for a hub id its name and commit."""
+    if not Path(path).is_dir():
         return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
-    return text_sha256(canonical([[file.name, file_sha256(file)] for file in teacher_files(folder)]))
+    return _files_fingerprint(path, tuple(teacher_stamps(path)))
 
 
-def teacher_files(folder: Path) -> list[Path]:
-    """Return the files of a model's directory that decide what it computes, by name; empty for a hub id."""
-    return sorted(file for suffix in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(suffix))
+@lru_cache(maxsize=4)
+def _files_fingerprint(path: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash a teacher's files, once a process while their stamps stay as they are."""
+    return text_sha256(canonical([[name, file_sha256(Path(path, name))] for name, _, _ in stamps]))
+
+
+def teacher_stamps(path: str) -> list[tuple[str, int, int]]:
+    """Return name, bytes and time (ns) of the files that decide what a model's directory computes; none for a hub id."""
+    folder = Path(path)
+    files = sorted([*weight_files(folder), *folder.glob("config.json")])
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def identity(

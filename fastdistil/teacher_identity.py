@@ -5,7 +5,6 @@ read again, so that only a run's first start, and one after the teacher was copi
 """
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from fastdistil.errors import UserError
 from fastdistil.models import load_config
 from fastdistil.recipe import Recipe
-from fastdistil.teacher_cache import teacher_files, teacher_fingerprint
+from fastdistil.teacher_cache import teacher_fingerprint, teacher_stamps
 
 
 def identify_teacher(recipe: Recipe, module: nn.Module | None) -> dict[str, Any] | None:
@@ -36,11 +35,12 @@ def continue_with_teacher(recipe: Recipe, module: nn.Module | None, saved: dict[
         return saved
     identity = identify_teacher(recipe, module)
     if identity is not None and identity["fingerprint"] != saved["fingerprint"]:
-        place = "this one"
+        place, differs = "this one", "its weights differ"
         if recipe.teacher is not None and module is None:
             place = f"the one at teacher.path={recipe.teacher.path}"
+            differs = "its weights or config.json differ" if saved["files"] else "its commit on the hub differs"
         raise UserError(
-            f"the run was trained with another teacher than {place}: its weights or config.json differ; "
+            f"the run was trained with another teacher than {place}: {differs}; "
             "give back that teacher, or start anew under another name=..."
         )
     return identity
@@ -57,5 +57,5 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def _stamps(path: str) -> list[list[Any]]:
-    """Name, bytes and time (ns) of each file of a teacher's directory; empty for a hub id."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in teacher_files(Path(path))]
+    """Return `teacher_stamps` as JSON has them."""
+    return [list(stamp) for stamp in teacher_stamps(path)]

@@ -101,8 +101,7 @@ def train(
             team.chief_does("create", lambda: create_run(directory, recipe))
             if team.is_chief:
                 stack.enter_context(sole_user(directory, console.note))
-        # Until the ranks have left together: a signal that comes while rank 0 still saves must not end the others.
-        signals = last.enter_context(Signals(console.note))
+        signals = Signals(console.note)
         with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
             console.when_lost(lambda message: run.event("note", update=run.update, message=message))
@@ -116,6 +115,9 @@ def train(
                         run.teacher = identify_teacher(recipe, teacher)
                     team.share({"model": learnt_tensors(run.modules, run.optimizer)["model"]}, "start")
             announce(run)
+        # Until the ranks have left together: a signal that comes while rank 0 still saves must not end the others. While a
+        # large teacher is identified, a signal ends the process as it does while loading.
+        last.enter_context(signals)
         with translated("training", directory), run.instruments.naming_out_of_memory():
             _loop(run)
             return _finish(run)

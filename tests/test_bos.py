@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from fastdistil.cli import _print_report
 from fastdistil.corpus import Corpus, Manifest, load_tokenizer, train_wordpiece
@@ -116,6 +117,20 @@ def test_a_corpus_of_an_earlier_version_is_the_same_where_it_has_the_same_front(
         assert notes == [f"{out} is up to date"]
         with pytest.raises(UserError, match="prepared with other bos"):
             prepared(folder, name, out, **other)
+
+
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
+def test_a_tokenizer_is_asked_with_no_text(unknown: str | None, tmp_path: Path) -> None:
+    """Of "a" it may make nothing, or the very token that begins texts elsewhere: the one for what is unknown."""
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "cat": 1, "sat": 2, "<|endoftext|>": 3}, unk_token=unknown or "none"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    roles = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"} | ({"unk_token": unknown} if unknown else {})
+    make: Any = PreTrainedTokenizerFast
+    make(tokenizer_object=tokenizer, **roles).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("the cat sat\n")
+    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), workers=1)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "out", options)
+    assert Corpus.open(tmp_path / "out").gather(np.array([0])).tolist() == [0, 1, 2, 3]
 
 
 def test_a_token_that_the_tokenizer_lacks_cannot_stand_in_front(tmp_path: Path) -> None:

@@ -294,6 +294,19 @@ def test_a_quantised_checkpoint_without_its_package_is_one_line(
 
 # Damaged weights
 
+
+def test_weights_whose_header_has_the_length_of_a_letter_are_no_web_page(saved: dict[str, Path], tmp_path: Path) -> None:
+    """A safetensors file begins with its header's length: 0x3C is "<"."""
+    folder = copied(saved["bert"], tmp_path / "model")
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    wanted = length + (0x3C - length) % 256
+    path.write_bytes(wanted.to_bytes(8, "little") + data[8 : 8 + length] + b" " * (wanted - length) + data[8 + length :])
+    assert path.read_bytes().lstrip().startswith(b"<")
+    models.load_model(str(folder))
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 440473133\n"
 PAGE = b"\n<!DOCTYPE html><html><body>Access denied</body></html>"
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def test_a_full_disk_at_the_start_blocks_no_later_one(material: Path, tmp_path: 
             create_run(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
     # What a killed start leaves, or one of an earlier version on a full disk.
-    for name, content in (("recipe.yaml.tmp", "half of"), ("recipe.yaml", ""), ("recipe.yaml", "\0\0\0")):
+    for name, content in (("recipe.yaml.7.tmp", "half of"), ("recipe.yaml", ""), ("recipe.yaml", "\0\0\0")):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / name).write_text(content)
         for resume in (None, "auto"):
@@ -116,6 +117,47 @@ def test_another_teacher_of_the_same_shapes_is_refused(material: Path, tmp_path:
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
     with pytest.raises(UserError, match="another teacher"):
+        quiet(recipe, resume="auto")
+
+
+def test_files_that_no_model_is_read_from_make_no_other_teacher(material: Path, tmp_path: Path) -> None:
+    teacher = copied_teacher(material, tmp_path / "teacher")
+    recipe = small(material, tmp_path, *SHORT, f"teacher.path={teacher}")
+    quiet(recipe)
+    for name in ("training_args.bin", "optimizer.bin", "adapter.safetensors"):
+        (teacher / name).write_bytes(b"of a trainer")
+    quiet(recipe, resume="auto")
+
+
+def test_ranks_that_restore_a_recipe_together_do_not_meet(material: Path, tmp_path: Path) -> None:
+    """Each rank of torchrun runs the command, and all write the same text."""
+    run = quiet(small(material, tmp_path, *SHORT)).run_dir
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").unlink()
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom fastdistil.files import write_atomically\n"
+        "pids = [os.fork() for _ in range(3)]\n"
+        "for _ in range(200): write_atomically(Path(sys.argv[1]), sys.argv[2])\n"
+        "0 in pids and os._exit(0)\n"
+        "sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(run / "recipe.yaml"), text], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (run / "recipe.yaml").read_text() == text
+    assert [path.name for path in run.glob("*.tmp")] == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("recipe", 7), ("teacher", {"fingerprint": 3}), ("teacher", [])])
+def test_a_state_of_other_types_is_refused(key: str, value: object, material: Path, tmp_path: Path) -> None:
+    recipe = small(material, tmp_path, *SHORT)
+    folder = quiet(recipe).run_dir / "checkpoints" / "step-00000002"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, key: value}))
+    checkpoint._write_manifest(folder, 2, sorted(path.name for path in folder.iterdir() if path.name != "manifest.json"))
+    with pytest.raises(CorruptData, match=key):
+        quiet(recipe, resume="auto")
+    (folder.parents[1] / "recipe.yaml").unlink()
+    with pytest.raises((CorruptData, UserError)):
         quiet(recipe, resume="auto")
 
 

@@ -93,6 +93,38 @@ def test_weights_that_differ_are_not_tied(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(own_logits(plain, sequences()), truth, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_second_bias_of_an_untied_head_is_not_trained_and_saved_as_the_first(kind: str, tmp_path: Path) -> None:
+    untied(kind, tmp_path / "untied")
+    student = models.load_model(str(tmp_path / "untied"))
+    bias = student.bias
+    assert bias is not None
+    batch = student_checks._probe(student)
+    (student.transform(student.hidden(batch)) @ student.weight.T + bias).square().sum().backward()
+    assert all(
+        parameter.grad is not None
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and "pooler" not in name and "token_type" not in name
+    )
+    with torch.no_grad():
+        bias += 1.0
+    models.save_pretrained(student, tmp_path / "saved")
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    saved = [
+        tensor
+        for name, tensor in weights.items()
+        if name in ("cls.predictions.bias", "lm_head.bias", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
+    ]
+    assert saved and all(torch.equal(tensor, bias) for tensor in saved)
+
+
+def test_an_error_of_our_own_code_is_not_told_as_the_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = LanguageModel(build("bert"))
+    monkeypatch.setattr(LanguageModel, "hidden", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        student_checks.check_transformers_agrees(student)
+
+
 @pytest.mark.parametrize("says", [True, False])
 @torch.no_grad()
 def test_a_model_given_from_python_is_tied_as_its_weights_are(says: bool) -> None:

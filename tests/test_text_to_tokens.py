@@ -327,3 +327,8 @@ def test_what_an_earlier_version_prepared_is_up_to_date_with_its_options_and_ref
     for changes, name in (({}, "special_tokens_in_text"), ({"special_tokens_in_text": True, "strip": False}, "strip")):
         with pytest.raises(UserError, match=f"prepared with other {name}; choose"):
             prepare([str(file)], out, PrepareOptions(**common, **changes))
+    # Project Gutenberg's text was stripped by other rules then.
+    values["options"]["strip_gutenberg"] = True
+    (out / "manifest.json").write_text(json.dumps({**values, "sha256": text_sha256(canonical(values))}))
+    with pytest.raises(UserError, match="prepared with other strip_gutenberg; choose"):
+        prepare([str(file)], out, PrepareOptions(special_tokens_in_text=True, strip_gutenberg=True, **common))
