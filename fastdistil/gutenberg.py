@@ -420,7 +420,10 @@ def cut_position(text: str, limit: int) -> int:
 
 
 def line_start(text: str, position: int) -> int:
-    return text.rfind("\n", 0, position) + 1
+    """Return where the line begins; `position` itself where that is more than MARK_CHARACTERS before it."""
+    limit = max(position - MARK_CHARACTERS, 0)
+    start = text.rfind("\n", limit, position) + 1
+    return start or (position if limit else 0)
 
 
 def end_of_line(text: str, position: int) -> int:
@@ -432,7 +435,8 @@ def begins_paragraph(text: str, start: int, behind: bool = False) -> bool:
     """Whether the line before `start`, or with `behind` the one at it, is blank or there is none."""
     if behind:
         return not text[start : end_of_line(text, start)].strip()
-    return start == 0 or not text[line_start(text, start - 1) : start].strip()
+    before = text[max(start - MARK_CHARACTERS, 0) : max(start - 1, 0)]
+    return not before[before.rfind("\n") + 1 :].strip()
 
 
 def paragraph_end(text: str, position: int) -> int:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil import gutenberg
-from fastdistil.gutenberg import GutenbergText
+from fastdistil.gutenberg import GutenbergText, find_marks
 
 STORY = "\n\n".join(f"Chapter {n}.\n\nIt was the {n}th day, and nobody had yet come down the hill." for n in range(30))
 
@@ -193,6 +193,12 @@ def test_a_run_of_marks_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) 
         received += len(part)
     assert received == len(text)
     assert longest < 30_000
+
+
+def test_a_mark_in_a_long_line_begins_where_it_stands() -> None:
+    """No line's start is looked for over megabytes, from every mark, and no header begins at one."""
+    text = f"{'It was read aloud. ' * 200}This eBook is for the use of anyone anywhere under the Project Gutenberg License."
+    assert find_marks(text)[0].start == text.index("This eBook")
 
 
 WORDS = [
