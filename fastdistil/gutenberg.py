@@ -30,6 +30,10 @@ MARK_CHARACTERS = 400
 """The longest start or end line: a title may run over several lines, to its closing asterisks."""
 CERTAIN_CHARACTERS = 160
 """The longest end line without asterisks that is one by its form alone."""
+CONTEXT = 2 * GAP
+"""Characters before a text that say what it is: whether a paragraph begins there, and whether the project's name is near."""
+LOOKAHEAD = MARK_CHARACTERS + 2 * FRINGE
+"""Characters from a mark's beginning that say whether it is one."""
 WINDOW = 1 << 16
 """Characters that are gathered before they are judged."""
 LONGEST_RUN = 1 << 21
@@ -142,35 +146,42 @@ class GutenbergText:
     def strip(self, texts: Iterable[str]) -> Iterator[str]:
         """Yield what the works of one text hold; the chunks of `texts` end anywhere, and so do those that come back."""
         work = Works()
-        pending, enough = "", WINDOW
+        context, pending, enough = "", "", WINDOW
         for text in texts:
             self.characters += len(text)
             pending += text
             if len(pending) >= enough:
-                body, pending = self._body(pending, work, final=False)
+                text = context + pending
+                body, decided = self._body(text, len(context), work, final=False)
+                context, pending = text[max(decided - CONTEXT, 0) : decided], text[decided:]
                 enough = max(2 * len(pending), WINDOW)
                 yield body
-        yield self._body(pending, work, final=True)[0]
+        yield self._body(context + pending, len(context), work, final=True)[0]
         self.headers += work.headers
         self.footers += work.footers
         self.half_marked |= work.half_marked()
 
-    def _body(self, text: str, work: "Works", final: bool) -> tuple[str, str]:
-        """What is decided of `text`, stripped, and the remainder that needs the text behind it."""
-        decided = len(text) if final else len(text) - GAP - MARK_CHARACTERS
+    def _body(self, text: str, begin: int, work: "Works", final: bool) -> tuple[str, int]:
+        """Return what is decided of `text` from `begin` on, stripped, and the position that it is decided up to.
+
+        The text before `begin` was decided before; the text behind the position needs what follows it.
+        """
+        decided = len(text) if final else max(len(text) - GAP - LOOKAHEAD, begin)
+        marks = [mark for mark in find_marks(text) if mark.start >= begin]
         spans: list[Span] = []
-        for run in runs(find_marks(text)):
+        for run in runs(marks):
             ends_text = final and len(text) - run[-1].end <= GAP
-            if run[-1].end > decided and not final and len(text) < LONGEST_RUN:
+            if run[-1].end > decided and not final and len(text) - begin < LONGEST_RUN:
                 at_beginning = work.at_beginning and run[0].start <= 2 * FRINGE
                 decided = 0 if at_beginning else cut_position(text, min(decided, run[0].start))
                 break
             spans += Run(text, run, work.at_beginning and not spans, ends_text).spans()
         else:
             if not final:
-                decided = max(cut_position(text, decided), spans[-1].end if spans else 0)
+                decided = cut_position(text, decided)
+        decided = max(decided, begin)
         bodies = []
-        at = 0
+        at = begin
         for span in spans:
             bodies.append(text[at : span.start])
             work.add(bodies[-1], span)
@@ -179,7 +190,7 @@ class GutenbergText:
         bodies.append(text[at:decided])
         work.body_characters += len(bodies[-1].strip())
         work.at_beginning &= decided == 0
-        return "".join(bodies), text[decided:]
+        return "".join(bodies), decided
 
 
 class Works:

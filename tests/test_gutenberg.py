@@ -149,6 +149,18 @@ def test_a_mention_ends_no_text(mention: str) -> None:
         assert stripped(book)[0].strip() == body
 
 
+@pytest.mark.parametrize("before", ["We had come to the\n", "It was said, " * 40])
+def test_no_chunk_changes_what_is_stripped(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever line or word the text is cut at, a mention in the middle of a paragraph stays one."""
+    monkeypatch.setattr(gutenberg, "WINDOW", 1000)
+    paragraph = "We had come to the road, and far beyond the hill lay all of the valley.\n" * 40
+    text = f"{paragraph}{before}End of the Project Gutenberg Etext of Emma\n\n{paragraph * 5}"
+    assert stripped(text)[0] == text
+    for decided in range(len(paragraph), len(paragraph + before) + 100):
+        end = decided + gutenberg.GAP + gutenberg.LOOKAHEAD
+        assert "".join(GutenbergText().strip([text[:end], text[end:]])) == text, end
+
+
 def test_half_marked_files_are_told() -> None:
     for text, headers, footers in (
         (f"{HEADERS['1993']}\n{STORY}", 1, 0),
