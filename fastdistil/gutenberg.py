@@ -179,7 +179,7 @@ class GutenbergText:
         else:
             if not final:
                 decided = cut_position(text, decided)
-        decided = max(decided, begin)
+        decided = max(decided, spans[-1].end if spans else begin)
         bodies = []
         at = begin
         for span in spans:

@@ -161,6 +161,18 @@ def test_no_chunk_changes_what_is_stripped(before: str, monkeypatch: pytest.Monk
         assert "".join(GutenbergText().strip([text[:end], text[end:]])) == text, end
 
 
+def test_no_chunk_gives_back_the_end_of_a_footer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last paragraph may go on behind the place that the text is cut at, because of another mark further on."""
+    monkeypatch.setattr(gutenberg, "WINDOW", 1000)
+    book = f"{HEADERS['2021']}\n{STORY}\n\n{FOOTERS['2021']}"
+    text = f"{book}{'and so on, ' * 150}\n\n{STORY * 4}\nProject Gutenberg's Emma.\n\n{STORY * 4}"
+    expected = stripped(text)[0]
+    assert "and so on" not in expected
+    for decided in range(len(book) - 100, len(book) + 1700, 10):
+        end = decided + gutenberg.GAP + gutenberg.LOOKAHEAD
+        assert "".join(GutenbergText().strip([text[:end], text[end:]])) == expected, end
+
+
 def test_half_marked_files_are_told() -> None:
     for text, headers, footers in (
         (f"{HEADERS['1993']}\n{STORY}", 1, 0),
