@@ -51,6 +51,8 @@ class Mark(NamedTuple):
     loose: bool = False
     """An end line without asterisks that does not begin a paragraph."""
     starred: bool = False
+    possessive: bool = False
+    """A title that prose may begin with too: "Project Gutenberg's ..."."""
 
 
 class Span(NamedTuple):
@@ -83,7 +85,7 @@ END = re.compile(
 END_FORM = re.compile(r"['\u2019]s\s+\S|\s+E-?(?:text|book)(?:es)?\b(?:\s+of\b|\s*[,:*#]|\s*$)", re.IGNORECASE | re.MULTILINE)
 TITLE = re.compile(
     r"""[\s*]*(?=(?-i:[A-Z]))(?:this\ is\ )?(?:the\ |a\ )?(?:copyrighted\ )?proje[ck]t\ gutenberg
-    (?:['\u2019]s\s+(?!E-?(?:text|book)s\b)\S | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
+    (?:(?P<possessive>['\u2019]s)\s+(?!E-?(?:text|book)s\b)\S | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 OPENINGS = (
@@ -278,10 +280,12 @@ class Run:
 
     def _close_unclosed(self) -> None:
         """Take out a header or licence that no start or end line belongs to, if enough else says that it is one."""
-        headed = any(mark.kind in ("title", "heading") for mark in self._opening)
-        if headed and len(self._opening) >= 3:
+        heads = [mark for mark in self._opening if mark.kind == "heading" or (mark.kind == "title" and not mark.possessive)]
+        if heads and len(self._opening) >= 3:
+            prose = any(mark.kind == "title" and mark.possessive for mark in self._opening)
+            start = heads[0].start if prose else self._opening[0].start
             end = paragraph_end(self._text, self._opening[-1].end)
-            self._spans.append(Span(self._opening[0].start, end, ("unclosed",)))
+            self._spans.append(Span(start, end, ("unclosed",)))
         self._opening = []
 
     def _open_footer(self, index: int, mark: Mark) -> None:
@@ -411,7 +415,7 @@ def line_mark(text: str, start: int, begins: bool) -> Mark | None:
         form = end - start <= CERTAIN_CHARACTERS and END_FORM.match(text, match.end()) is not None
         return Mark(start, end, "end", certain=begins and form, loose=not begins)
     if match := TITLE.match(text, start):
-        return Mark(start, match.end(), "title" if begins else "phrase")
+        return Mark(start, match.end(), "title" if begins else "phrase", possessive=match["possessive"] is not None)
     return None
 
 

@@ -191,6 +191,17 @@ def test_licence_without_any_end_line() -> None:
     assert stripper.half_marked
 
 
+def test_prose_about_the_project_is_kept() -> None:
+    text = (
+        "Project Gutenberg's aim, said its founder, was to give books away. Michael S. Hart typed the first himself.\n\n"
+        f"{STORY[:1500]}\n\nToday the site gutenberg.org has many, and Project Gutenberg eBooks are read everywhere.\n"
+    )
+    assert stripped(text)[0] == text
+    assert stripped(text + STORY)[0] == text + STORY
+    body, _ = stripped(f"{text}\n{HEADERS['1993'].split('*END*')[0]}")
+    assert body.startswith(text)
+
+
 def test_counts_are_of_all_texts() -> None:
     stripper = GutenbergText()
     for _ in range(3):
