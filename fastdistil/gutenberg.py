@@ -284,7 +284,7 @@ class Run:
         if heads and len(self._opening) >= 3:
             prose = any(mark.kind == "title" and mark.possessive for mark in self._opening)
             start = heads[0].start if prose else self._opening[0].start
-            end = paragraph_end(self._text, self._opening[-1].end)
+            end = blank_line(self._text, self._opening[-1].end) or self._opening[-1].end
             self._spans.append(Span(start, end, ("unclosed",)))
         self._opening = []
 
@@ -320,7 +320,7 @@ class Run:
             self._close_footer()
             self._open_header(mark)
         else:
-            self._footer_end = max(self._footer_end, paragraph_end(self._text, mark.end))
+            self._footer_end = max(self._footer_end, near_end(self._text, mark.end))
             self._confirmed = True
 
     def _close_footer(self) -> None:
@@ -454,9 +454,23 @@ def begins_paragraph(text: str, start: int, behind: bool = False) -> bool:
     return not before[before.rfind("\n") + 1 :].strip()
 
 
-def paragraph_end(text: str, position: int) -> int:
-    """The end of the paragraph; of the line, where a paragraph is as long as a body."""
+def blank_line(text: str, position: int) -> int:
+    """Return where the paragraph's blank line begins; 0 where none follows soon."""
     match = BLANK_LINE.search(text, max(position - 1, 0), position + 2 * FRINGE)
-    if match:
-        return match.start() + 1
+    return match.start() + 1 if match else 0
+
+
+def near_end(text: str, position: int) -> int:
+    """Return the end of the paragraph, the text or the line, if it is near; `position` itself in a long line."""
+    if end := blank_line(text, position):
+        return end
+    if len(text) - position <= 2 * FRINGE:
+        return len(text)
+    return text.find("\n", position, position + 2 * FRINGE) + 1 or position
+
+
+def paragraph_end(text: str, position: int) -> int:
+    """Return the end of the paragraph; of the line, where a paragraph is as long as a body."""
+    if end := blank_line(text, position):
+        return end
     return len(text) if len(text) - position <= 2 * FRINGE else end_of_line(text, position)

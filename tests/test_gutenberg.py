@@ -202,6 +202,20 @@ def test_prose_about_the_project_is_kept() -> None:
     assert body.startswith(text)
 
 
+LONG_LINE = "It was read aloud, and all of them listened. " * 2000
+
+
+def test_a_header_without_end_on_one_line_takes_no_book_with_it() -> None:
+    header = " ".join(HEADERS["2021"].split())
+    for size in (1 << 20, 1000):
+        body, stripper = stripped(f"{header} {LONG_LINE}", size)
+        assert body.endswith(LONG_LINE)
+        assert stripper.half_marked
+        body, _ = stripped(f"{STORY}\n\n{FOOTERS['1998']}\n{' '.join(LICENCE.split())} {LONG_LINE}", size)
+        assert body.endswith(LONG_LINE)
+        assert "1.A" not in body
+
+
 def test_counts_are_of_all_texts() -> None:
     stripper = GutenbergText()
     for _ in range(3):
