@@ -408,6 +408,25 @@ def test_prepare_counts_and_names(tokenizer: str, tmp_path: Path) -> None:
     assert f"{data / 'short.txt'} (" in notes[3]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_records_that_lose_much_are_told(tokenizer: str, tmp_path: Path, suffix: str) -> None:
+    """However little that is of their file."""
+    wrapped = f"{HEADERS['2021']}\nA short poem.\n\n{FOOTERS['2021']}"
+    texts = [*[STORY] * 30, wrapped, STORY, wrapped]
+    path = tmp_path / f"books.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    progress: list[Progress] = []
+    options = PrepareOptions(tokenizer=tokenizer, strip_gutenberg=True, workers=1)
+    prepare([str(path)], tmp_path / "out", options, progress.append)
+    notes = [entry.note for entry in progress if entry.note]
+    assert len(notes) == 1
+    assert notes[0].startswith("warning: 1 files lose more than 30% of their characters, or of a record's,")
+    assert notes[0].endswith(f"{path} (2 records, up to 98%)")
+
+
 def test_an_older_manifest_is_read(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(PLAIN)
     manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", PrepareOptions(tokenizer=tokenizer, workers=1))
