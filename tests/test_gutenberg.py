@@ -95,7 +95,7 @@ def test_historic_wordings(header: str, footer: str) -> None:
     book = f"{HEADERS[header]}\n\n\n{STORY}\n\n\n\n{FOOTERS[footer]}"
     body, stripper = stripped(book)
     assert body.strip() == STORY
-    assert (stripper.headers, stripper.footers, stripper.half_marked) == (1, 1, False)
+    assert not stripper.half_marked
     assert (stripper.characters, stripper.removed) == (len(book), len(book) - len(body))
 
 
@@ -105,7 +105,6 @@ def test_nothing_between_a_footer_and_the_next_header_is_lost(footer: str, betwe
     text = f"{HEADERS['1993']}\n{STORY}\n\n{FOOTERS[footer]}\n\n{between}\n\n{HEADERS['2001']}\nSecond.\n\n{FOOTERS['1998']}"
     body, stripper = stripped(text)
     assert "".join(body.split()) == "".join(f"{STORY}{between}Second.".split())
-    assert (stripper.headers, stripper.footers) == (2, 2)
     assert stripper.half_marked is (len(between) > 1000)
 
 
@@ -174,14 +173,14 @@ def test_no_chunk_gives_back_the_end_of_a_footer(monkeypatch: pytest.MonkeyPatch
 
 
 def test_half_marked_files_are_told() -> None:
-    for text, headers, footers in (
-        (f"{HEADERS['1993']}\n{STORY}", 1, 0),
-        (f"{STORY}\n\n{FOOTERS['2021']}", 0, 1),
-        (f"{HEADERS['2021'].split('*** START')[0]}\n\n\n{STORY}\n\n{FOOTERS['2021']}", 0, 1),
+    for text in (
+        f"{HEADERS['1993']}\n{STORY}",
+        f"{STORY}\n\n{FOOTERS['2021']}",
+        f"{HEADERS['2021'].split('*** START')[0]}\n\n\n{STORY}\n\n{FOOTERS['2021']}",
     ):
         body, stripper = stripped(text)
         assert body.strip() == STORY
-        assert (stripper.headers, stripper.footers, stripper.half_marked) == (headers, footers, True)
+        assert stripper.half_marked
     assert stripped(STORY)[1].half_marked is False
 
 
@@ -220,7 +219,8 @@ def test_counts_are_of_all_texts() -> None:
     stripper = GutenbergText()
     for _ in range(3):
         assert "".join(stripper.strip([HEADERS["1993"], "body\n\n", FOOTERS["1993"]])).strip() == "body"
-    assert (stripper.headers, stripper.footers, stripper.half_marked) == (3, 3, False)
+    assert not stripper.half_marked
+    assert stripper.characters - stripper.removed >= 3 * len("body")
 
 
 def test_a_run_of_marks_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,5 +284,4 @@ def test_bodies_come_out_as_they_went_in(works: list[tuple[str, str, str, int]],
         patch.setattr(gutenberg, "WINDOW", window)
         body, stripper = stripped(text, size)
     assert "".join(body.split()) == "".join("".join(work[1] for work in works).split())
-    assert (stripper.headers, stripper.footers) == (len(works), len(works))
     assert not stripper.half_marked
