@@ -30,6 +30,10 @@ MARK_CHARACTERS = 400
 """The longest start or end line: a title may run over several lines, to its closing asterisks."""
 CERTAIN_CHARACTERS = 160
 """The longest end line without asterisks that is one by its form alone."""
+CONTEXT = 2 * GAP
+"""Characters before a text that say what it is: whether a paragraph begins there, and whether the project's name is near."""
+LOOKAHEAD = MARK_CHARACTERS + 2 * FRINGE
+"""Characters from a mark's beginning that say whether it is one."""
 WINDOW = 1 << 16
 """Characters that are gathered before they are judged."""
 LONGEST_RUN = 1 << 21
@@ -47,6 +51,8 @@ class Mark(NamedTuple):
     loose: bool = False
     """An end line without asterisks that does not begin a paragraph."""
     starred: bool = False
+    possessive: bool = False
+    """A title that prose may begin with too: "Project Gutenberg's ..."."""
 
 
 class Span(NamedTuple):
@@ -79,7 +85,8 @@ END = re.compile(
 END_FORM = re.compile(r"['\u2019]s\s+\S|\s+E-?(?:text|book)(?:es)?\b(?:\s+of\b|\s*[,:*#]|\s*$)", re.IGNORECASE | re.MULTILINE)
 TITLE = re.compile(
     r"""[\s*]*(?=(?-i:[A-Z]))(?:this\ is\ )?(?:the\ |a\ )?(?:copyrighted\ )?proje[ck]t\ gutenberg
-    (?:['\u2019]s\s+(?!E-?(?:text|book)s\b)\S | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
+    (?:(?P<possessive>['\u2019]s)\s+(?!E-?(?:text|book)s\b)\S
+    | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 OPENINGS = (
@@ -134,43 +141,46 @@ class GutenbergText:
         self.characters = 0
         self.removed = 0
         """Of `characters`: headers, footers and licences."""
-        self.headers = 0
-        self.footers = 0
         self.half_marked = False
         """Whether a header without its footer, a footer without its header, or licence without either was met."""
 
     def strip(self, texts: Iterable[str]) -> Iterator[str]:
         """Yield what the works of one text hold; the chunks of `texts` end anywhere, and so do those that come back."""
         work = Works()
-        pending, enough = "", WINDOW
+        context, pending, enough = "", "", WINDOW
         for text in texts:
             self.characters += len(text)
             pending += text
             if len(pending) >= enough:
-                body, pending = self._body(pending, work, final=False)
+                text = context + pending
+                body, decided = self._body(text, len(context), work, final=False)
+                context, pending = text[max(decided - CONTEXT, 0) : decided], text[decided:]
                 enough = max(2 * len(pending), WINDOW)
                 yield body
-        yield self._body(pending, work, final=True)[0]
-        self.headers += work.headers
-        self.footers += work.footers
+        yield self._body(context + pending, len(context), work, final=True)[0]
         self.half_marked |= work.half_marked()
 
-    def _body(self, text: str, work: "Works", final: bool) -> tuple[str, str]:
-        """What is decided of `text`, stripped, and the remainder that needs the text behind it."""
-        decided = len(text) if final else len(text) - GAP - MARK_CHARACTERS
+    def _body(self, text: str, begin: int, work: "Works", final: bool) -> tuple[str, int]:
+        """Return what is decided of `text` from `begin` on, stripped, and the position that it is decided up to.
+
+        The text before `begin` was decided before; the text behind the position needs what follows it.
+        """
+        decided = len(text) if final else max(len(text) - GAP - LOOKAHEAD, begin)
+        marks = [mark for mark in find_marks(text) if mark.start >= begin]
         spans: list[Span] = []
-        for run in runs(find_marks(text)):
+        for run in runs(marks):
             ends_text = final and len(text) - run[-1].end <= GAP
-            if run[-1].end > decided and not final and len(text) < LONGEST_RUN:
+            if run[-1].end > decided and not final and len(text) - begin < LONGEST_RUN:
                 at_beginning = work.at_beginning and run[0].start <= 2 * FRINGE
-                decided = 0 if at_beginning else cut_position(text, min(decided, run[0].start))
+                decided = 0 if at_beginning else last_line_start(text, min(decided, run[0].start))
                 break
             spans += Run(text, run, work.at_beginning and not spans, ends_text).spans()
         else:
             if not final:
-                decided = max(cut_position(text, decided), spans[-1].end if spans else 0)
+                decided = last_line_start(text, decided)
+        decided = max(decided, spans[-1].end if spans else begin)
         bodies = []
-        at = 0
+        at = begin
         for span in spans:
             bodies.append(text[at : span.start])
             work.add(bodies[-1], span)
@@ -179,7 +189,7 @@ class GutenbergText:
         bodies.append(text[at:decided])
         work.body_characters += len(bodies[-1].strip())
         work.at_beginning &= decided == 0
-        return "".join(bodies), text[decided:]
+        return "".join(bodies), decided
 
 
 class Works:
@@ -187,31 +197,31 @@ class Works:
 
     def __init__(self) -> None:
         self.at_beginning = True
-        self.headers = 0
-        self.footers = 0
+        self._marked = False
         self.body_characters = 0
         """Since the last header or footer."""
         self._header_open = False
         self._incomplete = False
 
     def add(self, body: str, span: Span) -> None:
+        """Count the text up to a span, and the span."""
         self.body_characters += len(body.strip())
         for part in span.parts:
             if part == "header":
                 self._incomplete |= self.body_characters > (GAP if self._header_open else FRINGE)
-                self._header_open = True
-                self.headers += 1
+                self._header_open = self._marked = True
             elif part == "footer":
                 self._incomplete |= not self._header_open
                 self._header_open = False
-                self.footers += 1
+                self._marked = True
             else:
                 self._incomplete = True
             self.body_characters = 0
 
     def half_marked(self) -> bool:
+        """Tell whether a header lacks its footer, or a footer its header."""
         missing = self._header_open or self.body_characters > FRINGE
-        return self._incomplete or ((self.headers + self.footers > 0) and missing)
+        return self._incomplete or (self._marked and missing)
 
 
 class Run:
@@ -229,6 +239,7 @@ class Run:
         """Whether licence follows the end line."""
 
     def spans(self) -> list[Span]:
+        """Return what to take out, in order."""
         for index, mark in enumerate(self._marks):
             if self._footer is not None:
                 self._in_footer(index, mark)
@@ -248,11 +259,13 @@ class Run:
         return self._spans
 
     def _open_header(self, mark: Mark) -> None:
+        """Gather a mark that a header may begin with."""
         if mark.kind == "title" and len(self._opening) == 1 and self._opening[0].kind == "phrase":
             self._opening = []  # a mention, and then the header
         self._opening.append(mark)
 
     def _close_header(self, mark: Mark) -> None:
+        """End a header with its start line."""
         start = self._opening[0].start if self._opening else mark.start
         previous = self._spans[-1] if self._spans else Span(0, -GAP - 1, ())
         titled = any(opening.kind == "title" for opening in self._opening)
@@ -267,13 +280,16 @@ class Run:
 
     def _close_unclosed(self) -> None:
         """Take out a header or licence that no start or end line belongs to, if enough else says that it is one."""
-        headed = any(mark.kind in ("title", "heading") for mark in self._opening)
-        if headed and len(self._opening) >= 3:
-            end = paragraph_end(self._text, self._opening[-1].end)
-            self._spans.append(Span(self._opening[0].start, end, ("unclosed",)))
+        heads = [mark for mark in self._opening if mark.kind == "heading" or (mark.kind == "title" and not mark.possessive)]
+        if heads and len(self._opening) >= 3:
+            prose = any(mark.kind == "title" and mark.possessive for mark in self._opening)
+            start = heads[0].start if prose else self._opening[0].start
+            end = blank_line(self._text, self._opening[-1].end) or self._opening[-1].end
+            self._spans.append(Span(start, end, ("unclosed",)))
         self._opening = []
 
     def _open_footer(self, index: int, mark: Mark) -> None:
+        """Begin a footer with its end line, unless that is a mention."""
         self._close_unclosed()
         following = self._marks[index + 1] if index + 1 < len(self._marks) else None
         if mark.loose:
@@ -284,6 +300,7 @@ class Run:
         self._footer, self._footer_end, self._confirmed = mark, mark.end, False
 
     def _in_footer(self, index: int, mark: Mark) -> None:
+        """Extend the footer by a mark, or end it where the next work begins."""
         assert self._footer is not None
         if mark.kind == "end":
             if self._is_blank(self._footer_end, mark.start):
@@ -305,16 +322,18 @@ class Run:
             self._close_footer()
             self._open_header(mark)
         else:
-            self._footer_end = max(self._footer_end, paragraph_end(self._text, mark.end))
+            self._footer_end = max(self._footer_end, near_end(self._text, mark.end))
             self._confirmed = True
 
     def _close_footer(self) -> None:
+        """Take the footer out, if licence or its form says that it is one."""
         assert self._footer is not None
         if self._confirmed or self._footer.certain:
             self._spans.append(Span(self._footer.start, self._footer_end, ("footer",)))
         self._footer = None
 
     def _leads_to_start(self, index: int) -> bool:
+        """Tell whether a start line follows before any end line."""
         for mark in self._marks[index + 1 :]:
             if mark.kind in ("start", "small end"):
                 return True
@@ -370,6 +389,7 @@ def near(positions: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def phrase_mark(text: str, match: re.Match[str]) -> Mark:
+    """Return the mark of what PHRASE matches: a title, where that opens a header."""
     start = line_start(text, match.start())
     # Section 1.E.1 of the licence quotes the sentence on use that headers have, 400 characters behind its number.
     quoted = match[0].startswith("This") and text.find("1.E.1", max(start - 600, 0), start) >= 0
@@ -379,7 +399,7 @@ def phrase_mark(text: str, match: re.Match[str]) -> Mark:
 
 
 def line_mark(text: str, start: int, begins: bool) -> Mark | None:
-    """The mark that the line at `start` is or begins with; `begins`: a paragraph begins there."""
+    """Return the mark that the line at `start` is or begins with; `begins`: a paragraph begins there."""
     if match := SMALL_END.match(text, start):
         return Mark(start, end_of_line(text, match.end()), "small end")
     if match := START.match(text, start):
@@ -392,7 +412,7 @@ def line_mark(text: str, start: int, begins: bool) -> Mark | None:
     if match := END.match(text, start):
         end = closed_end(text, match.end()) if match[1] else 0
         if end:
-            certain = begins and begins_paragraph(text, end, behind=True)
+            certain = begins and ends_paragraph(text, end)
             return Mark(start, end, "end", certain=certain, starred=True)
         end = paragraph_end(text, match.end())
         if end - start > MARK_CHARACTERS:
@@ -400,12 +420,12 @@ def line_mark(text: str, start: int, begins: bool) -> Mark | None:
         form = end - start <= CERTAIN_CHARACTERS and END_FORM.match(text, match.end()) is not None
         return Mark(start, end, "end", certain=begins and form, loose=not begins)
     if match := TITLE.match(text, start):
-        return Mark(start, match.end(), "title" if begins else "phrase")
+        return Mark(start, match.end(), "title" if begins else "phrase", possessive=match["possessive"] is not None)
     return None
 
 
 def closed_end(text: str, position: int) -> int:
-    """The end of the line with the asterisks that close a start or end line; 0 where there are none, or text follows them."""
+    """Return the end of the line with the asterisks that close a start or end line; 0 for none, or if text follows them."""
     limit = min(paragraph_end(text, position), position + MARK_CHARACTERS)
     close = text.find("**", position, limit)
     if close < 0:
@@ -414,30 +434,51 @@ def closed_end(text: str, position: int) -> int:
     return 0 if text[close:end].strip("*\n\r \t") else end
 
 
-def cut_position(text: str, limit: int) -> int:
-    """The last line's start before `limit`; in a long line `limit` itself."""
+def last_line_start(text: str, limit: int) -> int:
+    """Return the last line's start before `limit`; in a long line `limit` itself."""
     return text.rfind("\n", max(limit - MARK_CHARACTERS, 0), limit) + 1 or limit
 
 
 def line_start(text: str, position: int) -> int:
-    return text.rfind("\n", 0, position) + 1
+    """Return where the line begins; `position` itself where that is more than MARK_CHARACTERS before it."""
+    limit = max(position - MARK_CHARACTERS, 0)
+    start = text.rfind("\n", limit, position) + 1
+    return start or (position if limit else 0)
 
 
 def end_of_line(text: str, position: int) -> int:
-    """The position behind the line's end."""
+    """Return the position behind the line's end."""
     return text.find("\n", position) + 1 or len(text)
 
 
-def begins_paragraph(text: str, start: int, behind: bool = False) -> bool:
-    """Whether the line before `start`, or with `behind` the one at it, is blank or there is none."""
-    if behind:
-        return not text[start : end_of_line(text, start)].strip()
-    return start == 0 or not text[line_start(text, start - 1) : start].strip()
+def ends_paragraph(text: str, end: int) -> bool:
+    """Tell whether the line that begins at `end` is blank or there is none."""
+    return not text[end : end_of_line(text, end)].strip()
+
+
+def begins_paragraph(text: str, start: int) -> bool:
+    """Tell whether the line before `start` is blank or there is none."""
+    before = text[max(start - MARK_CHARACTERS, 0) : max(start - 1, 0)]
+    return not before[before.rfind("\n") + 1 :].strip()
+
+
+def blank_line(text: str, position: int) -> int:
+    """Return where the paragraph's blank line begins; 0 where none follows soon."""
+    match = BLANK_LINE.search(text, max(position - 1, 0), position + 2 * FRINGE)
+    return match.start() + 1 if match else 0
+
+
+def near_end(text: str, position: int) -> int:
+    """Return the end of the paragraph, the text or the line, if it is near; `position` itself in a long line."""
+    if end := blank_line(text, position):
+        return end
+    if len(text) - position <= 2 * FRINGE:
+        return len(text)
+    return text.find("\n", position, position + 2 * FRINGE) + 1 or position
 
 
 def paragraph_end(text: str, position: int) -> int:
-    """The end of the paragraph; of the line, where a paragraph is as long as a body."""
-    match = BLANK_LINE.search(text, max(position - 1, 0), position + 2 * FRINGE)
-    if match:
-        return match.start() + 1
+    """Return the end of the paragraph; of the line, where a paragraph is as long as a body."""
+    if end := blank_line(text, position):
+        return end
     return len(text) if len(text) - position <= 2 * FRINGE else end_of_line(text, position)

@@ -301,10 +301,13 @@ def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell
             f"header; look whether licence is left in them: {listed(reader.half_marked)}"
         )
     if reader.shortened:
-        names = [f"{name} ({share:.0%})" for name, share in sorted(reader.shortened, key=lambda entry: -entry[1])]
+        names = []
+        for name, share in sorted(reader.shortened, key=lambda entry: -entry[1]):
+            records = reader.shortened_records[name]
+            names.append(f"{name} ({f'{records:,} records, up to ' if records else ''}{share:.0%})")
         tell(
-            f"warning: {len(names)} files lose more than {LARGE_SHARE:.0%} of their characters as Project Gutenberg's; "
-            f"look whether text is among them: {listed(names)}"
+            f"warning: {len(names)} files lose more than {LARGE_SHARE:.0%} of their characters, or of a record's, as "
+            f"Project Gutenberg's; look whether text is among them: {listed(names)}"
         )
 
 

@@ -41,7 +41,7 @@ SIGNATURES = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd (let its name end in .zst)",
 }
 LARGE_SHARE = 0.3
-"""Files that lose more than this to strip_gutenberg are named."""
+"""Files that lose more than this to strip_gutenberg, themselves or of a record, are named."""
 
 Documents = Literal["file", "paragraph", "line"]
 
@@ -75,7 +75,9 @@ class Reading:
     half_marked: list[str] = field(default_factory=list)
     """Files in which it found a header without its footer, or a footer without its header."""
     shortened: list[tuple[str, float]] = field(default_factory=list)
-    """Files that lost more than LARGE_SHARE of their characters to it, and the share."""
+    """Files that lost more than LARGE_SHARE of their characters to it, and the share; of records, the largest share of one."""
+    shortened_records: Counter[str] = field(default_factory=Counter)
+    """Records that lost more than LARGE_SHARE, by file."""
     gutenberg_characters: int = 0
     """Characters that strip_gutenberg looked through."""
     gutenberg_removed: int = 0
@@ -113,7 +115,7 @@ class Reading:
                 yield from cut_documents(texts if stripper is None else stripper.strip(texts), self.documents)
             else:
                 records = self._parquet(source, before) if source.kind == "parquet" else self._json(source, before)
-                yield from records if stripper is None else ("".join(stripper.strip([text])) for text in records)
+                yield from records if stripper is None else self._stripped_records(source, records, stripper)
             if stripper is not None:
                 self._count_stripped(source, stripper)
             before += source.size
@@ -128,8 +130,21 @@ class Reading:
             self.unmarked.append(name)
         if stripper.half_marked:
             self.half_marked.append(name)
-        if stripper.removed > LARGE_SHARE * stripper.characters:
+        if source.kind == "txt" and stripper.removed > LARGE_SHARE * stripper.characters:
             self.shortened.append((name, stripper.removed / stripper.characters))
+
+    def _stripped_records(self, source: Source, records: Iterator[str], stripper: GutenbergText) -> Iterator[str]:
+        name = printable(source.path)
+        largest_share = 0.0
+        for text in records:
+            removed_before = stripper.removed
+            yield "".join(stripper.strip([text]))
+            share = (stripper.removed - removed_before) / max(len(text), 1)
+            if share > LARGE_SHARE:
+                self.shortened_records[name] += 1
+                largest_share = max(largest_share, share)
+        if largest_share:
+            self.shortened.append((name, largest_share))
 
     # Plain text
 

@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
     ignored: list[Path]
     """Files of directories that are of no kind that can be read."""
     passed_over: list[Path]
-    """Hidden and backup files of directories."""
+    """Hidden and backup files of directories; of a hidden folder, the folder alone."""
 
 
 def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = None) -> Inputs:
@@ -67,12 +67,8 @@ def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = Non
         for path in named_by(pattern):
             files = [path]
             if path.is_dir():
-                walk = os.walk(path, onerror=refuse_folder, followlinks=True)
-                files = sorted(Path(folder) / name for folder, _, names in walk for name in names)
-                if path.resolve() in out.resolve().parents:  # written below its input: its own quarantine is not text
-                    files = [file for file in files if out.resolve() not in (path.resolve() / file.relative_to(path)).parents]
-                passed_over += [file for file in files if is_passed_over(file.relative_to(path))]
-                files = [file for file in files if not is_passed_over(file.relative_to(path))]
+                files, hidden = files_below(path, out)
+                passed_over += hidden
             elif kind_of(path, read_as) is None:
                 raise UserError(
                     f"{path} is of no kind that can be read; wanted {READABLE}; "
@@ -94,6 +90,23 @@ def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = Non
     return Inputs(list(sources.values()), ignored, passed_over)
 
 
+def files_below(directory: Path, out: Path) -> tuple[list[Path], list[Path]]:
+    """Return a directory's files, sorted, and what is passed over. Hidden folders are not looked into, nor is `out`."""
+    files: list[Path] = []
+    passed_over: list[Path] = []
+    out_below = directory.resolve() in out.resolve().parents  # written below its input: its own quarantine is not text
+    for folder, folders, names in os.walk(directory, onerror=refuse_folder, followlinks=True):
+        if out_below:
+            place = directory.resolve() / Path(folder).relative_to(directory)
+            folders[:] = [name for name in folders if place / name != out.resolve()]
+        passed_over += [Path(folder) / name for name in folders if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in names:
+            is_passed_over = is_hidden(name) or name.lower().endswith(BACKUPS)
+            (passed_over if is_passed_over else files).append(Path(folder) / name)
+    return sorted(files), sorted(passed_over)
+
+
 def refuse_folder(error: OSError) -> None:
     raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -108,9 +121,9 @@ def named_by(pattern: str) -> list[Path]:
     return [Path(match) for match in matches]
 
 
-def is_passed_over(path: Path) -> bool:
-    """Tell whether a path below a directory is hidden (.git, ._a.txt), an archive's shadow or a backup."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts) or path.name.lower().endswith(BACKUPS)
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is hidden (.git, ._a.txt) or an archive's shadow."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def kind_of(path: Path, read_as: TextKind | None = None) -> TextKind | None:

@@ -10,6 +10,7 @@ Shapes: d documents, p pieces.
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -71,7 +72,8 @@ class Encoder:
         self.tokenizer = Tokenizer.from_file(tokenizer_file)
         plain(self.tokenizer)
         self.plan = plan
-        self.special = special_names(self.tokenizer)
+        names = sorted(special_names(self.tokenizer), key=len, reverse=True)  # the longest first, as the tokenizer has it
+        self.special = re.compile("|".join(map(re.escape, names))) if names else None
         if not plan.special_tokens_in_text:
             read_special_tokens_as_text(self.tokenizer)
         # A tokenizer that marks the beginning of every text would mark the stretches too.
@@ -90,8 +92,9 @@ class Encoder:
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
         tokens = np.fromiter(ids, self.plan.dtype, int(lengths.sum()))
-        text = "\n".join(documents)
-        spellings = sum(text.count(name) for name in self.special)
+        spellings = 0
+        if self.special is not None:
+            spellings = sum(1 for _ in self.special.finditer("\n".join(documents)))
         return pieces(tokens, np.add.reduceat(lengths, firsts), self.plan)._replace(special_spellings=spellings)
 
     def encode(self, texts: list[str]) -> "list[Encoding]":

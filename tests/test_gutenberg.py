@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil import gutenberg
-from fastdistil.gutenberg import GutenbergText
+from fastdistil.gutenberg import GutenbergText, find_marks
 
 STORY = "\n\n".join(f"Chapter {n}.\n\nIt was the {n}th day, and nobody had yet come down the hill." for n in range(30))
 
@@ -95,7 +95,7 @@ def test_historic_wordings(header: str, footer: str) -> None:
     book = f"{HEADERS[header]}\n\n\n{STORY}\n\n\n\n{FOOTERS[footer]}"
     body, stripper = stripped(book)
     assert body.strip() == STORY
-    assert (stripper.headers, stripper.footers, stripper.half_marked) == (1, 1, False)
+    assert not stripper.half_marked
     assert (stripper.characters, stripper.removed) == (len(book), len(book) - len(body))
 
 
@@ -105,7 +105,6 @@ def test_nothing_between_a_footer_and_the_next_header_is_lost(footer: str, betwe
     text = f"{HEADERS['1993']}\n{STORY}\n\n{FOOTERS[footer]}\n\n{between}\n\n{HEADERS['2001']}\nSecond.\n\n{FOOTERS['1998']}"
     body, stripper = stripped(text)
     assert "".join(body.split()) == "".join(f"{STORY}{between}Second.".split())
-    assert (stripper.headers, stripper.footers) == (2, 2)
     assert stripper.half_marked is (len(between) > 1000)
 
 
@@ -149,15 +148,39 @@ def test_a_mention_ends_no_text(mention: str) -> None:
         assert stripped(book)[0].strip() == body
 
 
+@pytest.mark.parametrize("before", ["We had come to the\n", "It was said, " * 40])
+def test_no_chunk_changes_what_is_stripped(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever line or word the text is cut at, a mention in the middle of a paragraph stays one."""
+    monkeypatch.setattr(gutenberg, "WINDOW", 1000)
+    paragraph = "We had come to the road, and far beyond the hill lay all of the valley.\n" * 40
+    text = f"{paragraph}{before}End of the Project Gutenberg Etext of Emma\n\n{paragraph * 5}"
+    assert stripped(text)[0] == text
+    for decided in range(len(paragraph), len(paragraph + before) + 100):
+        end = decided + gutenberg.GAP + gutenberg.LOOKAHEAD
+        assert "".join(GutenbergText().strip([text[:end], text[end:]])) == text, end
+
+
+def test_no_chunk_gives_back_the_end_of_a_footer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last paragraph may go on behind the place that the text is cut at, because of another mark further on."""
+    monkeypatch.setattr(gutenberg, "WINDOW", 1000)
+    book = f"{HEADERS['2021']}\n{STORY}\n\n{FOOTERS['2021']}"
+    text = f"{book}{'and so on, ' * 150}\n\n{STORY * 4}\nProject Gutenberg's Emma.\n\n{STORY * 4}"
+    expected = stripped(text)[0]
+    assert "and so on" not in expected
+    for decided in range(len(book) - 100, len(book) + 1700, 10):
+        end = decided + gutenberg.GAP + gutenberg.LOOKAHEAD
+        assert "".join(GutenbergText().strip([text[:end], text[end:]])) == expected, end
+
+
 def test_half_marked_files_are_told() -> None:
-    for text, headers, footers in (
-        (f"{HEADERS['1993']}\n{STORY}", 1, 0),
-        (f"{STORY}\n\n{FOOTERS['2021']}", 0, 1),
-        (f"{HEADERS['2021'].split('*** START')[0]}\n\n\n{STORY}\n\n{FOOTERS['2021']}", 0, 1),
+    for text in (
+        f"{HEADERS['1993']}\n{STORY}",
+        f"{STORY}\n\n{FOOTERS['2021']}",
+        f"{HEADERS['2021'].split('*** START')[0]}\n\n\n{STORY}\n\n{FOOTERS['2021']}",
     ):
         body, stripper = stripped(text)
         assert body.strip() == STORY
-        assert (stripper.headers, stripper.footers, stripper.half_marked) == (headers, footers, True)
+        assert stripper.half_marked
     assert stripped(STORY)[1].half_marked is False
 
 
@@ -167,11 +190,37 @@ def test_licence_without_any_end_line() -> None:
     assert stripper.half_marked
 
 
+def test_prose_about_the_project_is_kept() -> None:
+    text = (
+        "Project Gutenberg's aim, said its founder, was to give books away. Michael S. Hart typed the first himself.\n\n"
+        f"{STORY[:1500]}\n\nToday the site gutenberg.org has many, and Project Gutenberg eBooks are read everywhere.\n"
+    )
+    assert stripped(text)[0] == text
+    assert stripped(text + STORY)[0] == text + STORY
+    body, _ = stripped(f"{text}\n{HEADERS['1993'].split('*END*')[0]}")
+    assert body.startswith(text)
+
+
+LONG_LINE = "It was read aloud, and all of them listened. " * 2000
+
+
+def test_a_header_without_end_on_one_line_takes_no_book_with_it() -> None:
+    header = " ".join(HEADERS["2021"].split())
+    for size in (1 << 20, 1000):
+        body, stripper = stripped(f"{header} {LONG_LINE}", size)
+        assert body.endswith(LONG_LINE)
+        assert stripper.half_marked
+        body, _ = stripped(f"{STORY}\n\n{FOOTERS['1998']}\n{' '.join(LICENCE.split())} {LONG_LINE}", size)
+        assert body.endswith(LONG_LINE)
+        assert "1.A" not in body
+
+
 def test_counts_are_of_all_texts() -> None:
     stripper = GutenbergText()
     for _ in range(3):
         assert "".join(stripper.strip([HEADERS["1993"], "body\n\n", FOOTERS["1993"]])).strip() == "body"
-    assert (stripper.headers, stripper.footers, stripper.half_marked) == (3, 3, False)
+    assert not stripper.half_marked
+    assert stripper.characters - stripper.removed >= 3 * len("body")
 
 
 def test_a_run_of_marks_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +242,12 @@ def test_a_run_of_marks_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) 
         received += len(part)
     assert received == len(text)
     assert longest < 30_000
+
+
+def test_a_mark_in_a_long_line_begins_where_it_stands() -> None:
+    """No line's start is looked for over megabytes, from every mark, and no header begins at one."""
+    text = f"{'It was read aloud. ' * 200}This eBook is for the use of anyone anywhere under the Project Gutenberg License."
+    assert find_marks(text)[0].start == text.index("This eBook")
 
 
 WORDS = [
@@ -229,5 +284,4 @@ def test_bodies_come_out_as_they_went_in(works: list[tuple[str, str, str, int]],
         patch.setattr(gutenberg, "WINDOW", window)
         body, stripper = stripped(text, size)
     assert "".join(body.split()) == "".join("".join(work[1] for work in works).split())
-    assert (stripper.headers, stripper.footers) == (len(works), len(works))
     assert not stripper.half_marked

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import lzma
+import os
 import random
 import tracemalloc
 from collections.abc import Iterator
@@ -123,15 +124,32 @@ def test_hidden_and_backup_files_of_directories_are_passed_over(tmp_path: Path) 
     inputs = find_inputs([str(data)], tmp_path)
     assert [str(source.path.relative_to(data)) for source in inputs.sources] == ["a.txt", "b/c.txt"]
     assert inputs.ignored == [data / "d.pdf"]
-    assert {str(path.relative_to(data)) for path in inputs.passed_over} == {*hidden, *backups}
-    assert {path.name for path in find_inputs([str(data)], tmp_path, "txt").passed_over} == {
-        Path(name).name for name in (*hidden, *backups)
-    }
+    passed_over = sorted({name.split("/")[0] for name in hidden} | set(backups))  # of a folder, the folder alone
+    for read_as in (None, "txt"):
+        inputs = find_inputs([str(data)], tmp_path, read_as)
+        assert sorted(str(path.relative_to(data)) for path in inputs.passed_over) == passed_over
     assert len(find_inputs([str(data / ".hidden.txt")], tmp_path).sources) == 1  # named, it is meant
     for path in (data / "a.txt", data / "b" / "c.txt"):
         path.unlink()
     with pytest.raises(UserError, match="1 files of other kinds, 10 hidden or backup files"):
         find_inputs([str(data)], tmp_path)
+
+
+def test_hidden_folders_are_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", ".git/objects/1/2", ".git/objects/1/3", ".Trash/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("words")
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if Path(path).name.startswith("."):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    inputs = find_inputs([str(tmp_path)], tmp_path / "out")
+    assert [source.path.name for source in inputs.sources] == ["a.txt"]
+    assert [path.name for path in inputs.passed_over] == [".Trash", ".git"]
 
 
 # NUL bytes and binary files
@@ -388,6 +406,25 @@ def test_prepare_counts_and_names(tokenizer: str, tmp_path: Path) -> None:
     assert notes[2].endswith(str(data / "half.txt"))
     assert notes[3].startswith("warning: 1 files lose more than 30% of their characters")
     assert f"{data / 'short.txt'} (" in notes[3]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_records_that_lose_much_are_told(tokenizer: str, tmp_path: Path, suffix: str) -> None:
+    """However little that is of their file."""
+    wrapped = f"{HEADERS['2021']}\nA short poem.\n\n{FOOTERS['2021']}"
+    texts = [*[STORY] * 30, wrapped, STORY, wrapped]
+    path = tmp_path / f"books.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    progress: list[Progress] = []
+    options = PrepareOptions(tokenizer=tokenizer, strip_gutenberg=True, workers=1)
+    prepare([str(path)], tmp_path / "out", options, progress.append)
+    notes = [entry.note for entry in progress if entry.note]
+    assert len(notes) == 1
+    assert notes[0].startswith("warning: 1 files lose more than 30% of their characters, or of a record's,")
+    assert notes[0].endswith(f"{path} (2 records, up to 98%)")
 
 
 def test_an_older_manifest_is_read(tokenizer: str, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_special_tokens_spelt_out_are_text_unless_parsed(kind: Kind, tmp_path: P
         assert backend.decode(first.tolist(), skip_special_tokens=False) == text
 
 
+def test_a_special_token_within_another_is_counted_once(tmp_path: Path) -> None:
+    tokenizer: Any = load_tokenizer(make_tokenizer("Unigram", tmp_path))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s><mask>", "[a.c]"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert encoder(tmp_path, parse=False)(["the <s><mask> cat <mask> [a.c]", "[abc] <s>", "<mask>"]).special_spellings == 5
+
+
 def test_added_tokens_that_are_not_special_and_special_ones_of_one_letter_keep_their_ids(tmp_path: Path) -> None:
     make_tokenizer("Unigram", tmp_path)
     tokenizer: Any = load_tokenizer(tmp_path)
