@@ -78,7 +78,7 @@ class Memory(Fields):
     peak_reserved_bytes: Amount = 0
     fragmented_bytes: Amount | None = None
     used_bytes: Amount | None = None
-    outside_bytes: Amount | None = None
+    outside_bytes: Real | None = None
     retries: Whole | None = None
     ooms: Whole | None = None
     phase_peaks: dict[str, Amount] = {}
