@@ -26,7 +26,7 @@ def _recorded(value: Any) -> Any:
 
 Recorded = Annotated[Any, AfterValidator(_recorded)]
 """A number as the log writes it, or null."""
-Seconds = Annotated[float, Field(strict=True, gt=0, le=1e9)]
+StepSeconds = Annotated[float, Field(strict=True, ge=0, le=1e9)]
 Ranks = Annotated[int, Field(strict=True, ge=1, le=2**16)]
 Time = Annotated[float, Field(strict=True, ge=0, le=2e11)]
 """Unix seconds, before the year 8307."""
@@ -120,16 +120,16 @@ class Train(Known):
     tokens: Whole = 0
     tokens_per_s: Recorded = None
     warmup: Whole = 0
-    step_s: list[Seconds] = []
-    phases: dict[str, list[Amount]] = {}
+    step_s: list[StepSeconds] = []
+    phases: dict[str, list[Real]] = {}
     memory: Memory | None = None
     device: Readings | None = None
     flops: dict[str, Amount | None] | None = None
     mfu: Utilisation | None = None
-    rank_worked_s: list[Amount] = []
+    rank_worked_s: list[Real] = []
     rank_tokens: list[Whole] = []
-    rank_data_wait_s: list[Amount] = []
-    rank_0_waited_s: Amount = 0.0
+    rank_data_wait_s: list[Real] = []
+    rank_0_waited_s: Real = 0.0
     slowest_rank: Whole | None = None
     ring_bytes: list[Amount] | None = None
     gradient_bytes: Amount = 0

@@ -10,8 +10,8 @@ from pydantic import Field
 from fastdistil.events import Fields, Recorded
 from fastdistil.untrusted import Amount, Whole
 
-Samples = list[Annotated[float, Field(strict=True, ge=0, le=1e9)]]
-"""Seconds."""
+Samples = list[Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]]
+"""Seconds; a difference of two readings may come out just below 0."""
 Name = str | None
 Count = Whole | None
 

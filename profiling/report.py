@@ -482,7 +482,7 @@ def _head_rows(by_key: Mapping[str, Table]) -> list[Row]:
 
 def _phase_rows(run: Reported) -> list[dict[str, Any]]:
     phases = run.summary["phases"] or {}
-    widest = max((phase["share"] for phase in phases.values()), default=1.0)
+    widest = max((phase["share"] for phase in phases.values()), default=0.0) or 1.0
     return [
         {
             "name": name,
