@@ -19,25 +19,26 @@ REDACTED = "[redacted]"
 
 _NEVER_SHOWN = frozenset({"password", "passwd", "passphrase", "secret"})
 _SECRET = _NEVER_SHOWN | {"token", "tokens", "credential", "credentials", "auth", "authorization", "apikey", "key"}
-_NAME = r"[\w.-]{0,64}(?:password|passwd|passphrase|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)[\w.-]{0,64}"
-_TOKEN = r"[\w.-]{0,64}(?:token|auth|signature)"  # noqa: S105 - a pattern
+_NAME = r"(?:password|passwd|passphrase|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)[\w.-]{0,64}"
+_TOKEN = r"(?:token|auth|signature)"  # noqa: S105 - a pattern
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'&#,;})\]]+)"""
 # Numbers are settings: batch_tokens=4096.
 _NO_NUMBER = r"(?!-?[\d.,_]+(?![\w-]))"
 _PREFIXES = (
     r"(?:hf|api_org|gh[oprsu]|github_pat|glpat|sk|pk|rk|xox[abeoprs]|npm|pypi|dckr_pat|ya29)[._-][\w-]{16,}"
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,2048}\.eyJ[\w-]{8,4096}\.[\w-]*"
 )
+# Runs are bounded, and what may come before a name is no part of its pattern: else time grows with the square of the length.
 _PATTERNS = [
     (re.compile(pattern, flags), replacement)
     for pattern, flags, replacement in (
-        (r"(?<=://)(?:[^\s/?#]*|[^\s/:@]+:(?!\d+/)[^\s@]*)@", 0, f"{REDACTED}@"),
+        (r"(?<=://)(?:[^\s/?#]{0,1024}|[^\s/:@]{1,256}:(?!\d{1,5}/)[^\s@]{0,1024})@", 0, f"{REDACTED}@"),
         (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL, REDACTED),
         (r"""(authorization["']?\s*[:=]\s*["']?)[^"'\n]+""", re.IGNORECASE, rf"\1{REDACTED}"),
         (r"\b(bearer\s+)[\w.~+/=-]{6,}", re.IGNORECASE, rf"\1{REDACTED}"),
-        (rf"""(\b{_NAME}["']?\s*[:=]\s*){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
-        (rf"""(\b{_TOKEN}["']?=){_NO_NUMBER}{_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
-        (rf"""(\s--?(?:{_NAME}|{_TOKEN})\s+){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"""({_NAME}["']?\s*[:=]\s*){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"""({_TOKEN}["']?=){_NO_NUMBER}{_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"""(\s--?[\w.-]{{0,64}}(?:{_NAME}|{_TOKEN})\s+){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
         (r"([?&;](?:key|sig|code|pass|pwd)=)[^\s&#]+", re.IGNORECASE, rf"\1{REDACTED}"),
         (rf"\b(?:{_PREFIXES})", 0, REDACTED),
         (r"(pre_run(?: command|:|=) ?).*", re.DOTALL, rf"\1{REDACTED}"),

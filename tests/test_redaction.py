@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from fastdistil.profiling import report
+from fastdistil.profiling.history import load_history
 from fastdistil.profiling.live import Live
 from fastdistil.redaction import REDACTED, redacted
+from tests.event_streams import write_events
 from tests.small_run import quiet, small
 
 TOKEN = "hf_" + "aBcDeFgHiJ0123456789"
@@ -44,6 +46,18 @@ TOKEN = "hf_" + "aBcDeFgHiJ0123456789"
 )
 def test_texts(text: str, rest: str) -> None:
     assert redacted(text) == rest
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "piece",
+    ["://a:x", "a.b-", "-eyJaaaaaaaa", "password", "&a.b-", "--a.b-", "token='", "-----BEGIN ", "bearer ", 'password: \\"'],
+)
+def test_long_texts_take_time_by_their_length(piece: str, tmp_path: Path) -> None:
+    """A pattern that looks at all that follows each place would take minutes here."""
+    note = {"event": "note", "time": 0.0, "update": 1, "message": piece * 30_000}
+    events = [{"event": "start", "time": 0.0, "update": 0, "updates": 1}, note]
+    assert load_history(write_events(tmp_path, events)).notes[0]["message"]
 
 
 @pytest.mark.parametrize(
