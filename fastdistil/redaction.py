@@ -5,7 +5,8 @@ What is replaced by [redacted]:
     in a mapping        a text under a key that names a secret (hub.token, api_key, accessToken), anything under one that names
                         a password, and every command of pre_run
     https://me:pw@host  what stands before the @ of an address
-    token=..., key: ... the value of a parameter, a variable or an option whose name says secret, and of ?key= in an address
+    token=..., "key": . the value of a parameter, a variable, a header or an option whose name says secret, and of ?key= in an
+                        address
     Bearer ...          what follows it, and the whole value of an Authorization header
     hf_..., sk-..., ... what begins as the tokens of widespread services do, JSON web tokens, private keys
     pre_run: ...        the command that a note or an error repeats
@@ -20,8 +21,10 @@ REDACTED = "[redacted]"
 _NEVER_SHOWN = frozenset({"password", "passwd", "passphrase", "secret"})
 _SECRET = _NEVER_SHOWN | {"token", "tokens", "credential", "credentials", "auth", "authorization", "apikey", "key"}
 _NAME = r"(?:password|passwd|passphrase|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)[\w.-]{0,64}"
-_TOKEN = r"(?:token|auth|signature)"  # noqa: S105 - a pattern
-_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'&#,;})\]]+)"""
+_TOKEN = r"(?<!(?:pad|unk|bos|eos|cls|sep)_)(?<!mask_)(?:token|auth|signature)"  # noqa: S105 - a pattern
+_QUOTE = r"""(?:\\?["'])"""
+# In quotes, within quoted text, with its end cut off, or a word.
+_VALUE = r"""(?!\[redacted\])(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\\"[^"]*"|\\'[^']*'|["']?[^\s"'&#,;})\]]+)"""
 # Numbers are settings: batch_tokens=4096.
 _NO_NUMBER = r"(?!-?[\d.,_]+(?![\w-]))"
 _PREFIXES = (
@@ -35,11 +38,15 @@ _PATTERNS = [
         (r"(?<=://)(?:[^\s/?#]{0,1024}|[^\s/:@]{1,256}:(?!\d{1,5}/)[^\s@]{0,1024})@", 0, f"{REDACTED}@"),
         (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL, REDACTED),
         (r"""(authorization["']?\s*[:=]\s*["']?)[^"'\n]+""", re.IGNORECASE, rf"\1{REDACTED}"),
-        (r"\b(bearer\s+)[\w.~+/=-]{6,}", re.IGNORECASE, rf"\1{REDACTED}"),
-        (rf"""({_NAME}["']?\s*[:=]\s*){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
-        (rf"""({_TOKEN}["']?=){_NO_NUMBER}{_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
-        (rf"""(\s--?[\w.-]{{0,64}}(?:{_NAME}|{_TOKEN})\s+){_VALUE}""", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"\b(bearer\s+{_QUOTE}?)[\w.~+/=-]{{6,}}", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"({_NAME}{_QUOTE}?\s*[:=]\s*){_VALUE}", re.IGNORECASE, rf"\1{REDACTED}"),
         (r"([?&;](?:key|sig|code|pass|pwd)=)[^\s&#]+", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"([?&][\w.-]{{0,64}}{_TOKEN}=)[^\s&#]+", re.IGNORECASE, rf"\1{REDACTED}"),
+        # An environment variable is no setting of ours, also where its value is a number.
+        (rf"((?:\bTOKEN=|[A-Z0-9]_(?:TOKEN|AUTH|SIGNATURE){_QUOTE}?\s*[:=]\s*)){_VALUE}", 0, rf"\1{REDACTED}"),
+        (rf"({_TOKEN}(?:{_QUOTE}?=|{_QUOTE}\s*[:=]\s*)){_NO_NUMBER}{_VALUE}", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"([_-]{_TOKEN}\s*:\s*){_NO_NUMBER}{_VALUE}", re.IGNORECASE, rf"\1{REDACTED}"),
+        (rf"((?:^|\s)--?[\w.-]{{0,64}}(?:{_NAME}|{_TOKEN})\s+){_VALUE}", re.IGNORECASE, rf"\1{REDACTED}"),
         (rf"\b(?:{_PREFIXES})", 0, REDACTED),
         (r"(pre_run(?: command|:|=) ?).*", re.DOTALL, rf"\1{REDACTED}"),
     )
