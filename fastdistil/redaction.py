@@ -2,8 +2,8 @@
 
 What is replaced by [redacted]:
 
-    in a mapping        a text under a key that names a secret (hub.token, api_key, accessToken), anything under one that names
-                        a password, and every command of pre_run
+    in a mapping        all but numbers under a key that names a token (hub.token, api_key, accessToken), anything under one
+                        that names another secret (password, credentials), and every command of pre_run
     https://me:pw@host  what stands before the @ of an address
     token=..., "key": . the value of a parameter, a variable, a header or an option whose name says secret, and of ?key= in an
                         address
@@ -18,8 +18,28 @@ from typing import Any
 
 REDACTED = "[redacted]"
 
-_NEVER_SHOWN = frozenset({"password", "passwd", "passphrase", "secret"})
-_SECRET = _NEVER_SHOWN | {"token", "tokens", "credential", "credentials", "auth", "authorization", "apikey", "key"}
+_SECRET = frozenset(
+    [
+        "password",
+        "passwords",
+        "passwd",
+        "passphrase",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "auth",
+        "authorization",
+        "bearer",
+        "pwd",
+        "pass",
+        "pat",
+    ]
+)
+_TOKENS = frozenset({"token", "tokens", "apikey", "key"})
+# With these, a token is one of the vocabulary, or tokens are counted.
+_NO_SECRET = frozenset(["pad", "unk", "mask", "bos", "eos", "cls", "sep", "special", "added", "batch", "min", "max", "per"])
+_WORD_STARTS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NAME = r"(?:password|passwd|passphrase|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)[\w.-]{0,64}"
 _TOKEN = r"(?<!(?:pad|unk|bos|eos|cls|sep)_)(?<!mask_)(?:token|auth|signature)"  # noqa: S105 - a pattern
 _QUOTE = r"""(?:\\?["'])"""
@@ -55,20 +75,32 @@ _PATTERNS = [
 
 def redacted(value: Any, key: str = "") -> Any:
     """Return a text, a recipe or an event without its secrets; `key` is the name under which it lies."""
-    words = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
+    words = set(re.split(r"[^a-z]+", _WORD_STARTS.sub("_", key).lower()))
+    if words & _SECRET or key == "pre_run":
+        return _hidden(value, numbers=True)
+    if words & _TOKENS and not words & _NO_SECRET:
+        return _hidden(value, numbers=False)
     match value:
         case Mapping():
             return {redacted(str(name)): redacted(inner, str(name)) for name, inner in value.items()}
         case list() | tuple():
             return [redacted(inner, key) for inner in value]
-        case None | bool():
-            return value
-        case str() if words & _SECRET or key == "pre_run":
-            return REDACTED
         case str():
             for pattern, replacement in _PATTERNS:
                 value = pattern.sub(replacement, value)
             return value
         case _:
-            # Other numbers are settings, as micro_batch_tokens.
-            return REDACTED if words & _NEVER_SHOWN else value
+            return value
+
+
+def _hidden(value: Any, numbers: bool) -> Any:
+    """Return what lies under a secret's name with nothing of it; where not `numbers`, these are settings and stay."""
+    match value:
+        case None | bool():
+            return value
+        case int() | float() if not numbers:
+            return value
+        case list() | tuple():
+            return [_hidden(inner, numbers) for inner in value]
+        case _:
+            return REDACTED

@@ -94,19 +94,47 @@ def test_texts_without_secrets_stay(text: str) -> None:
 
 def test_what_lies_under_a_secrets_name() -> None:
     recipe = {
-        "hub": {"accessToken": "s3cr3t", "api_key": ["s3cr3t"], "password": 53273, "auth": {"user": "me"}},
+        "hub": {"accessToken": "s3cr3t", "api_key": ["s3cr3t"], "password": 53273, "auth": {"user": "s3cr3t"}},
         "pre_run": ["s3cr3t", "s3cr3t"],
         "https://me:s3cr3t@host": True,
         "batch_tokens": 4096,
         "deterministic": False,
     }
     assert redacted(recipe) == {
-        "hub": {"accessToken": REDACTED, "api_key": [REDACTED], "password": REDACTED, "auth": {"user": "me"}},
+        "hub": {"accessToken": REDACTED, "api_key": [REDACTED], "password": REDACTED, "auth": REDACTED},
         "pre_run": [REDACTED, REDACTED],
         "https://[redacted]@host": True,
         "batch_tokens": 4096,
         "deterministic": False,
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["auth", "credentials", "password", "passwords", "db_password", "secrets", "clientSecret", "pre_run", "pwd", "pass", "pat",
+     "bearer", "authorization"],
+)  # fmt: skip
+def test_all_that_lies_under_a_secrets_name(name: str) -> None:
+    for value in ("v1", 5273, {"value": "v1", "page": 5273}, ["v1", {"a": ["v1", 5273]}], {"a": {"b": "v1"}}):
+        shown = str(redacted({name: value}))
+        assert "v1" not in shown and "5273" not in shown and REDACTED in shown, value
+
+
+@pytest.mark.parametrize("name", ["token", "tokens", "hub_token", "HFToken", "hfToken", "apikey", "api_key", "APIKey"])
+def test_all_texts_that_lie_under_a_tokens_name(name: str) -> None:
+    for value in ("v1", {"value": "v1"}, ["v1", {"a": ["v1"]}], {"a": {"b": "v1"}}):
+        shown = str(redacted({name: value}))
+        assert "v1" not in shown and REDACTED in shown, value
+
+
+def test_settings_with_names_like_a_secrets_stay() -> None:
+    recipe = {
+        "micro_batch_tokens": 4096, "max_tokens": 512, "tokens_per_s": "nan", "rank_tokens": [1, 2], "pad_token_id": 0,
+        "pad_token": "[PAD]", "special_tokens": ["[UNK]"], "special_tokens_in_text": True, "num_key_value_heads": 8,
+        "tokenizer": "bert-base-uncased", "tokenizers": {"teacher": "t"}, "path": "/a", "pattern": "*.txt", "author": "me",
+        "passes": 2, "sort_keys": "yes", "token": None, "key": 3,
+    }  # fmt: skip
+    assert redacted(recipe) == recipe
 
 
 def test_a_run_shows_none_of_its_secrets(material: Path, tmp_path: Path) -> None:
