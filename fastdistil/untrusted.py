@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 JSON_BYTES = 2**28
 """Of a document. Manifests list every input file, and measurements every step."""
@@ -64,6 +65,20 @@ def _plain_name(name: str) -> str:
 
 PlainName = Annotated[str, StringConstraints(strict=True, max_length=255), AfterValidator(_plain_name)]
 """The name of a file right inside the directory that a manifest describes: nothing else may be read or written by it."""
+
+
+class FileFacts(TypedDict):
+    """Size and checksum of a file, as a manifest has them."""
+
+    bytes: Whole
+    sha256: Sha256
+
+
+class Sealed(TypedDict):
+    """Fields that the manifest of every format has."""
+
+    format: Whole
+    sha256: Sha256
 
 
 def parse_json(text: str | bytes) -> Any:
