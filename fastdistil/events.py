@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from fastdistil.profiling.values import LARGEST
 from fastdistil.untrusted import Amount, Positive, Real, Whole, check, parse_json
 
 LINE_BYTES = 2**26
@@ -18,7 +19,7 @@ Event = dict[str, Any]
 
 
 def _recorded(value: Any) -> Any:
-    number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= 1e60
+    number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= LARGEST
     if value is not None and not number and value not in ("nan", "inf", "-inf"):
         raise ValueError("wanted a number")
     return value

@@ -23,6 +23,8 @@ import yaml
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from fastdistil.profiling.values import LARGEST
+
 JSON_BYTES = 2**28
 """Of a document. Manifests list every input file, and measurements every step."""
 YAML_BYTES = 2**18
@@ -39,9 +41,9 @@ YAML_INT = 2**64
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 """A count that floating point holds exactly."""
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
-Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e60, le=1e60)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 """A number whose square, or sum with others of its kind, is finite."""
-Amount = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1e60)]
+Amount = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=LARGEST)]
 Sha256 = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 Kind = TypeVar("Kind")
