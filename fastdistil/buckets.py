@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastdistil.compression import Compressor, Exchange, Layout, State, redistribute
 from fastdistil.errors import CorruptData
-from fastdistil.profiling.spans import Name, Spans
+from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.world import Handle, World
 
 _ALIGNED = 64  # bytes: every parameter and bucket starts on a cache line
@@ -146,7 +146,7 @@ class Buckets:
         self.wait_s += time.perf_counter() - begun
         return found
 
-    def _span(self, name: Name) -> AbstractContextManager[Any]:
+    def _span(self, name: SpanName) -> AbstractContextManager[Any]:
         return self._spans(name) if self._spans is not None else nullcontext()
 
     def _compression(self) -> AbstractContextManager[Any]:

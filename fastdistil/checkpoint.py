@@ -30,7 +30,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
-from fastdistil.untrusted import PlainName, Sha256, Whole, check, read_json, reason
+from fastdistil.untrusted import FileFacts, PlainName, Sealed, Sha256, Whole, check, read_json, reason
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -41,26 +41,12 @@ _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HASH_CHUNK_BYTES = 1 << 22
 
 
-class FileFacts(TypedDict):
-    """What a manifest knows of a file."""
-
-    bytes: Whole
-    sha256: Sha256
-
-
 class Manifest(TypedDict):
     """manifest.json; `sha256` is of all else in it."""
 
     format: Whole
     update: Whole
     files: dict[PlainName, FileFacts]
-    sha256: Sha256
-
-
-class _Sealed(TypedDict):
-    """What the manifest of every format has."""
-
-    format: Whole
     sha256: Sha256
 
 
@@ -303,7 +289,7 @@ def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         manifest: Manifest = read_json(path)
-        check(_Sealed, manifest)
+        check(Sealed, manifest)
     except FileNotFoundError as error:
         raise CorruptData(f"{path} is missing: {directory} is not a whole checkpoint") from error
     except ValueError as error:

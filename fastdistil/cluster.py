@@ -210,7 +210,7 @@ def _mpijob(cluster: Cluster) -> str:
     if cluster.storage is not None:
         mounts.append(("storage", "/workspace", f"persistentVolumeClaim: {{claimName: {_quoted(cluster.storage)}}}"))
     if own is not None:
-        mounts.append(("recipe", "/etc/fastdistil", f"configMap: {{name: {cluster.label}}}"))
+        mounts.append(("recipe", "/etc/fastdistil", f"configMap: {{name: {_quoted(cluster.label)}}}"))
     pod = f"""
           terminationGracePeriodSeconds: {SAVE_S + 30}
           volumes:
@@ -227,7 +227,7 @@ def _mpijob(cluster: Cluster) -> str:
 {_config_map(cluster)}apiVersion: kubeflow.org/v2beta1
 kind: MPIJob
 metadata:
-  name: {cluster.label}
+  name: {_quoted(cluster.label)}
 spec:
   slotsPerWorker: {cluster.ranks_per_node}
   mpiImplementation: OpenMPI
@@ -258,7 +258,7 @@ def _config_map(cluster: Cluster) -> str:
     return f"""apiVersion: v1
 kind: ConfigMap
 metadata:
-  name: {cluster.label}
+  name: {_quoted(cluster.label)}
 data:
   {_quoted(cluster.own_recipe.name)}: {_block(lines, 4)}
 ---
@@ -297,7 +297,7 @@ def _skypilot(cluster: Cluster) -> str:
     )
     return f"""# {cluster.title}.
 # Start with sky jobs launch FILE. {_stored(cluster, "a bucket, e.g. s3://NAME")}
-name: {cluster.label}
+name: {_quoted(cluster.label)}
 {checkout}num_nodes: {cluster.nodes}
 resources:
 {_indented(resources, 2)}
@@ -322,7 +322,7 @@ def _dstack(cluster: Cluster) -> str:
     return f"""# {cluster.title}; its fleet needs placement: cluster.
 # Start with dstack apply -f FILE. {_stored(cluster, "a volume's name or a directory of the hosts")}
 type: task
-name: {cluster.label}
+name: {_quoted(cluster.label)}
 nodes: {cluster.nodes}
 {source}shell: bash
 commands:

@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.masking import ranges
-from fastdistil.untrusted import PlainName, Sha256, Whole, check, converted, read_json, reason
+from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
 from fastdistil.word_marks import word_marks
 
 if TYPE_CHECKING:
@@ -42,13 +42,6 @@ Lengths = npt.NDArray[np.int32]
 Integers = npt.NDArray[np.int64]
 FastTokenizer: TypeAlias = "PreTrainedTokenizerFast"
 """A name for annotations that costs no import of transformers."""
-
-
-class FileFacts(TypedDict):
-    """What a manifest knows of a file."""
-
-    bytes: Whole
-    sha256: Sha256
 
 
 class ShardFacts(TypedDict):
@@ -125,7 +118,7 @@ class Manifest:
         """Raises CorruptData where the file does not match its own checksum, UserError where a newer fastdistil wrote it."""
         try:
             values = read_json(path)
-            check(_Sealed, values)
+            check(Sealed, values)
         except ValueError as error:
             raise CorruptData(f"{path} is damaged ({reason(error)}); {PREPARE_AGAIN}") from error
         if values["format"] > FORMAT:
@@ -143,13 +136,6 @@ class Manifest:
         except ValueError as error:
             raise CorruptData(f"{path} is no manifest ({reason(error)}); {PREPARE_AGAIN}") from error
         return manifest
-
-
-class _Sealed(TypedDict):
-    """What the manifest of every format has."""
-
-    format: Whole
-    sha256: Sha256
 
 
 PREPARE_AGAIN = "restore the directory from a copy, or delete it and run fastdistil prepare again"

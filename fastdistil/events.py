@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from fastdistil.profiling.values import LARGEST
 from fastdistil.untrusted import Amount, Positive, Real, Whole, check, parse_json
 
 LINE_BYTES = 2**26
@@ -18,7 +19,7 @@ Event = dict[str, Any]
 
 
 def _recorded(value: Any) -> Any:
-    number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= 1e60
+    number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= LARGEST
     if value is not None and not number and value not in ("nan", "inf", "-inf"):
         raise ValueError("wanted a number")
     return value
@@ -26,7 +27,7 @@ def _recorded(value: Any) -> Any:
 
 Recorded = Annotated[Any, AfterValidator(_recorded)]
 """A number as the log writes it, or null."""
-Seconds = Annotated[float, Field(strict=True, gt=0, le=1e9)]
+StepSeconds = Annotated[float, Field(strict=True, ge=0, le=1e9)]
 Ranks = Annotated[int, Field(strict=True, ge=1, le=2**16)]
 Time = Annotated[float, Field(strict=True, ge=0, le=2e11)]
 """Unix seconds, before the year 8307."""
@@ -78,7 +79,7 @@ class Memory(Fields):
     peak_reserved_bytes: Amount = 0
     fragmented_bytes: Amount | None = None
     used_bytes: Amount | None = None
-    outside_bytes: Amount | None = None
+    outside_bytes: Real | None = None
     retries: Whole | None = None
     ooms: Whole | None = None
     phase_peaks: dict[str, Amount] = {}
@@ -120,16 +121,16 @@ class Train(Known):
     tokens: Whole = 0
     tokens_per_s: Recorded = None
     warmup: Whole = 0
-    step_s: list[Seconds] = []
-    phases: dict[str, list[Amount]] = {}
+    step_s: list[StepSeconds] = []
+    phases: dict[str, list[Real]] = {}
     memory: Memory | None = None
     device: Readings | None = None
     flops: dict[str, Amount | None] | None = None
     mfu: Utilisation | None = None
-    rank_worked_s: list[Amount] = []
+    rank_worked_s: list[Real] = []
     rank_tokens: list[Whole] = []
-    rank_data_wait_s: list[Amount] = []
-    rank_0_waited_s: Amount = 0.0
+    rank_data_wait_s: list[Real] = []
+    rank_0_waited_s: Real = 0.0
     slowest_rank: Whole | None = None
     ring_bytes: list[Amount] | None = None
     gradient_bytes: Amount = 0

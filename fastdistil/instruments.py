@@ -30,7 +30,7 @@ from fastdistil.profiling.device import (
 )
 from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
 from fastdistil.profiling.roofline import Work, WorkCounter
-from fastdistil.profiling.spans import Name, Spans
+from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe
 from fastdistil.team import Team
@@ -91,7 +91,7 @@ class Instruments:
         self.spans.end(counts=not self.tracer.tracing)
         self._watched, self.memory.watching = self._watched or self.memory.watching, False
 
-    def span(self, name: Name) -> AbstractContextManager[Any]:
+    def span(self, name: SpanName) -> AbstractContextManager[Any]:
         span = self.spans(name)
         if not self.memory.watching or name == "compression":  # which lies within others
             return span

@@ -21,10 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from fastdistil.corpus import PREPARE_AGAIN, FileFacts, Manifest, check_file, text_sha256
+from fastdistil.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
 from fastdistil.files import locked
 from fastdistil.ranks import environment_of_no_rank
+from fastdistil.untrusted import FileFacts
 
 LAST_LINES = 5
 _CHUNK_BYTES = 1 << 22

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from fastdistil.corpus import (
     CorpusName,
-    FileFacts,
     Integers,
     ShardFacts,
     canonical,
@@ -25,7 +24,7 @@ from fastdistil.corpus import (
 )
 from fastdistil.files import write_atomically
 from fastdistil.tokenising import Encoded
-from fastdistil.untrusted import Whole
+from fastdistil.untrusted import FileFacts, Whole
 
 
 @dataclass

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from fastdistil.corpus import Corpus, FileFacts, canonical, check_mapped, file_sha256, text_sha256
+from fastdistil.corpus import Corpus, canonical, check_mapped, file_sha256, text_sha256
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.loading import weight_files
 from fastdistil.masking import Ints, offsets
 from fastdistil.recipe import Recipe
-from fastdistil.untrusted import Sha256, check, read_json, reason
+from fastdistil.untrusted import FileFacts, Sha256, check, read_json, reason
 
 FORMAT = 1
 SHARD_TOKENS = 2**18

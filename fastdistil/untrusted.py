@@ -21,6 +21,9 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from fastdistil.profiling.values import LARGEST
 
 JSON_BYTES = 2**28
 """Of a document. Manifests list every input file, and measurements every step."""
@@ -38,9 +41,9 @@ YAML_INT = 2**64
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 """A count that floating point holds exactly."""
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
-Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e60, le=1e60)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 """A number whose square, or sum with others of its kind, is finite."""
-Amount = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1e60)]
+Amount = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=LARGEST)]
 Sha256 = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 Kind = TypeVar("Kind")
@@ -64,6 +67,20 @@ def _plain_name(name: str) -> str:
 
 PlainName = Annotated[str, StringConstraints(strict=True, max_length=255), AfterValidator(_plain_name)]
 """The name of a file right inside the directory that a manifest describes: nothing else may be read or written by it."""
+
+
+class FileFacts(TypedDict):
+    """Size and checksum of a file, as a manifest has them."""
+
+    bytes: Whole
+    sha256: Sha256
+
+
+class Sealed(TypedDict):
+    """Fields that the manifest of every format has."""
+
+    format: Whole
+    sha256: Sha256
 
 
 def parse_json(text: str | bytes) -> Any:

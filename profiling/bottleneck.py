@@ -213,7 +213,7 @@ def _memory(summary: Summary) -> Iterator[Cause]:
     mfu, flops = summary.get("mfu") or {}, sum((summary.get("flops") or {}).values())
     peak = None if mfu.get("refused") else mfu.get("peak_flops")  # it was not this device's
     weights_bytes = _weights_bytes(summary)
-    if not (bandwidth and peak and flops and weights_bytes and summary.get("step_s")):
+    if not (bandwidth and peak and flops and weights_bytes and (summary.get("step_s") or {}).get("mean")):
         return
     intensity, ridge = flops / weights_bytes, peak / bandwidth
     if intensity < ridge:

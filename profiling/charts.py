@@ -488,10 +488,10 @@ def _svg(width: float, height: float, told: str, parts: Sequence[str]) -> str:
 
 def _text(text: str) -> str:
     """Escaped, and without what XML has no place for."""
-    return escape(printable(text))
+    return escape(without_controls(text))
 
 
-def printable(text: str) -> str:
+def without_controls(text: str) -> str:
     """Control characters and lone surrogates (of a file's name, say) become U+FFFD."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in text)
 

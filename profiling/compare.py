@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdistil.errors import FellShort, UserError, translated
-from fastdistil.profiling.charts import printable
+from fastdistil.profiling.charts import without_controls
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.intervals import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
 from fastdistil.profiling.measurement_files import Benchmarks, Profile
@@ -346,7 +346,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for row in found["rows"]:
         interval = row["interval"]
         table.add_row(
-            rich.markup.escape(printable(row["name"])),
+            rich.markup.escape(without_controls(row["name"])),
             *(_MISSING if row[side] is None else quantity(row[side], row["unit"]) for side in ("a", "b")),
             _MISSING if row["ratio"] is None else _change(row["ratio"]),
             "" if interval is None else " to ".join(map(_change, interval)),
@@ -363,7 +363,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _say(text: str, console: Console) -> None:
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(without_controls(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _change(ratio: float) -> str:

@@ -10,10 +10,10 @@ from pydantic import Field
 from fastdistil.events import Fields, Recorded
 from fastdistil.untrusted import Amount, Whole
 
-Samples = list[Annotated[float, Field(strict=True, ge=0, le=1e9)]]
-"""Seconds."""
-Name = str | None
-Count = Whole | None
+Samples = list[Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]]
+"""Seconds; a difference of two readings may come out just below 0."""
+OptionalText = str | None
+OptionalCount = Whole | None
 
 
 class Statistics(Fields):
@@ -29,13 +29,13 @@ class Loss(Fields):
     mse: Recorded = None
 
 
-class Peaks(Fields):
+class ProfilePeaks(Fields):
     peak_rss_bytes: Amount | None = None
     peak_allocated_bytes: Amount | None = None
     peak_reserved_bytes: Amount | None = None
 
 
-class Readings(Fields):
+class ProfileReadings(Fields):
     throttled: dict[str, Amount] | None = None
 
 
@@ -47,27 +47,27 @@ class Profile(Fields):
     """profile.json: a run's summary (summary.summarise)."""
 
     fastdistil: str
-    name: Name = None
-    device: Name = None
-    dtype: Name = None
-    engine: Name = None
-    compression: Name = None
-    sync: Name = None
-    kernels: Name = None
-    ranks: Count = None
-    rings: Count = None
-    threads: Count = None
-    micro_batch_tokens: Count = None
-    accumulation: Count = None
-    student_parameters: Count = None
-    teacher_parameters: Count = None
-    updates: Count = None
-    warmup: Count = None
+    name: OptionalText = None
+    device: OptionalText = None
+    dtype: OptionalText = None
+    engine: OptionalText = None
+    compression: OptionalText = None
+    sync: OptionalText = None
+    kernels: OptionalText = None
+    ranks: OptionalCount = None
+    rings: OptionalCount = None
+    threads: OptionalCount = None
+    micro_batch_tokens: OptionalCount = None
+    accumulation: OptionalCount = None
+    student_parameters: OptionalCount = None
+    teacher_parameters: OptionalCount = None
+    updates: OptionalCount = None
+    warmup: OptionalCount = None
     step_s: Statistics | None
     phases: dict[str, Statistics] | None = None
     tokens_per_s: Amount | None = None
-    memory: Peaks | None = None
-    readings: Readings | None = None
+    memory: ProfilePeaks | None = None
+    readings: ProfileReadings | None = None
     losses: list[Loss] | None = None
     environment: Machine | None = None
     recipe: dict[str, Any] | None = None
@@ -83,26 +83,26 @@ class Benchmark(Fields):
 
 
 class Processor(Fields):
-    brand_raw: Name = None
-    count: Count = None
+    brand_raw: OptionalText = None
+    count: OptionalCount = None
 
 
 class Gpu(Fields):
-    name: Name = None
+    name: OptionalText = None
 
 
 class OurMachine(Fields):
     """What benchmarks/conftest.py adds to machine_info."""
 
-    processor: Name = None
+    processor: OptionalText = None
     usable_cores: Amount | None = None
-    torch_threads: Count = None
+    torch_threads: OptionalCount = None
     gpus: list[Gpu] = Field(default_factory=list)
 
 
 class MachineInfo(Fields):
     cpu: Processor | None = None
-    python_version: Name = None
+    python_version: OptionalText = None
     fastdistil: OurMachine | None = None
 
 
@@ -111,4 +111,4 @@ class Benchmarks(Fields):
 
     machine_info: MachineInfo
     benchmarks: list[Benchmark]
-    datetime: Name = None
+    datetime: OptionalText = None

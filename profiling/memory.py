@@ -265,7 +265,7 @@ class MemoryMeter:
             "peak_reserved_bytes": self._peak_reserved,
             "fragmented_bytes": self._peak_reserved - self._peak_allocated,
             "used_bytes": used_bytes,
-            "outside_bytes": None if used_bytes is None else used_bytes - reserved,
+            "outside_bytes": None if used_bytes is None else max(0, used_bytes - reserved),
             "retries": int(stats.get("num_alloc_retries", 0)),
             "ooms": int(stats.get("num_ooms", 0)),
             "phase_peaks": dict(self.phase_peaks),
@@ -279,7 +279,7 @@ class MemoryMeter:
             free, whole = torch.cuda.mem_get_info(self.device)
         except RuntimeError:  # an error before this one has made the device unusable
             return None
-        return whole - free - torch.cuda.memory_reserved(self.device)
+        return max(0, whole - free - torch.cuda.memory_reserved(self.device))
 
     def peak_bytes(self) -> int:
         """The most that was allocated on a GPU, or resident of the process, so far."""

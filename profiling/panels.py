@@ -286,6 +286,7 @@ def _span(name: str) -> Callable[[History], Points]:
 
 def _phase_panel(title: str, x: Floats, phases: dict[str, Floats], top: float, wide: bool) -> Panel:
     layers = [Layer(name=name, values=values) for name, values in phases.items() if values.any()]
+    layers = layers or [Layer(name="other", values=phases["other"])]  # no update took any time
     axis = Axis(label="step", unit="s", top=top)
 
     def draw(width: float, height: float) -> str:
@@ -307,7 +308,7 @@ def phase_columns(lines: Iterable[Event]) -> tuple[Floats, dict[str, Floats]]:
     updates = phased_updates(lines)
     steps = np.array(updates.step_s, dtype=np.float64)
     found: dict[str, Floats] = {
-        name: np.array(updates.phases[name]) if name in updates.phases else np.zeros_like(steps) for name in NAMES
+        name: np.maximum(updates.phases[name], 0.0) if name in updates.phases else np.zeros_like(steps) for name in NAMES
     }
     other = np.maximum(steps - np.sum(list(found.values()), axis=0), 0.0)
     return np.array(updates.numbers, dtype=np.float64), {**found, "other": other}
@@ -481,14 +482,14 @@ def worked_by_rank(history: History) -> Floats:
     if not lines:
         return np.empty(0)
     total = np.array([[real(value) for value in line["rank_worked_s"]] for line in lines], dtype=np.float64).sum(axis=0)
-    return np.asarray(total / sum(real(line["updates"]) for line in lines), dtype=np.float64)
+    return np.asarray(total / sum(real(line["updates"]) for line in lines), dtype=np.float64).clip(min=0.0)
 
 
 def _rank_panel(history: History, style: int, several: bool) -> Panel:
     title = "Own work of each rank" + (f": {history.name}" if several else "")
     worked = worked_by_rank(history)
     slowest = int(worked.argmax())
-    over = worked[slowest] / worked.mean() - 1
+    over = worked[slowest] / worked.mean() - 1 if worked.mean() > 0 else 0.0
     svg = charts.rank_chart(worked, y=Axis(label="per update", unit="s", zero=True), style=style, mark=slowest, title=title)
     caption = f"Waits for others left out. Slowest: rank {slowest}, {over:.1%} over the mean of {len(worked)} ranks."
     return Panel(title=title, svg=svg, caption=caption)

@@ -125,6 +125,8 @@ def read_round(history: History, warmup: int, launched_s: float | None = None) -
     for line in history.lines:
         if line["updates"] != 1:
             raise UserError(f"{history.directory} has {line['updates']} updates in a log line; wanted logging.every=1")
+        if line.get("step_s") == [0]:
+            raise UserError(f"{history.directory}: update {line['update']} took no time; measure again")
         updates.append(_update(line, on_gpu=str(history.start.get("device")).startswith("cuda")))
     if len(updates) <= warmup:
         raise UserError(f"{history.directory} has {len(updates)} updates, {warmup} of them warm-up; raise --steps")
@@ -150,7 +152,7 @@ def _update(line: Mapping[str, Any], on_gpu: bool) -> Update:
         exposed_s=exposed[0] if exposed else gradients or 0.0,
         gradients_s=None if on_gpu else gradients,
         compression_s=compression[0] if compression else None,
-        worked_s=tuple(worked) if worked else None,
+        worked_s=tuple(max(0.0, seconds) for seconds in worked) if worked else None,
     )
 
 

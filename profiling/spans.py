@@ -23,8 +23,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-Name = Literal["data", "transfer", "teacher", "student", "losses", "backward", "compression", "exposed", "optimizer"]
-NAMES: tuple[Name, ...] = (
+SpanName = Literal["data", "transfer", "teacher", "student", "losses", "backward", "compression", "exposed", "optimizer"]
+NAMES: tuple[SpanName, ...] = (
     "data",
     "transfer",
     "teacher",
@@ -36,10 +36,10 @@ NAMES: tuple[Name, ...] = (
     "optimizer",
 )
 
-Span = Callable[[Name], AbstractContextManager[Any]]
+Span = Callable[[SpanName], AbstractContextManager[Any]]
 
 
-def unmeasured(_: Name) -> AbstractContextManager[Any]:
+def unmeasured(_: SpanName) -> AbstractContextManager[Any]:
     """A span that nobody asks about."""
     return nullcontext()
 
@@ -47,7 +47,7 @@ def unmeasured(_: Name) -> AbstractContextManager[Any]:
 class _Span:
     """One name's context manager; entered again and again, also within itself."""
 
-    def __init__(self, spans: "Spans", name: Name) -> None:
+    def __init__(self, spans: "Spans", name: SpanName) -> None:
         self._spans, self._name = spans, name
 
     def __enter__(self) -> Self:
@@ -76,7 +76,7 @@ class Spans:
             ranges = torch.cuda.nvtx
         self.ranges = ranges
         """What hears of every span as well, by range_push(name) and range_pop(); None: nobody."""
-        self.failed: Name | None = None
+        self.failed: SpanName | None = None
         """The innermost span of this update that an exception left."""
         self._spans: dict[str, _Span] = {name: _Span(self, name) for name in NAMES}
         self.warmup_left = warmup
@@ -87,7 +87,7 @@ class Spans:
         self._updates: list[tuple[Any, Any, list[list[Any]], list[Any]]] = []  # begin, end, records, communication
         self._begun: Any = None
 
-    def __call__(self, name: Name) -> _Span:
+    def __call__(self, name: SpanName) -> _Span:
         return self._spans[name]
 
     def begin(self) -> None:
@@ -161,7 +161,7 @@ class Spans:
         finally:
             ranges.range_pop()
 
-    def _enter(self, name: Name) -> None:
+    def _enter(self, name: SpanName) -> None:
         if self.ranges is not None:
             self.ranges.range_push(name)
         self._records.append([name, self._open[-1] if self._open else -1, self._mark(), None])

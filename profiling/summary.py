@@ -128,13 +128,16 @@ def _phases(updates: Updates) -> dict[str, Any] | None:
     columns: dict[str, list[float]] = {name: updates.phases[name] for name in NAMES if name in updates.phases}
     columns["other"] = (np.asarray(updates.step_s) - np.sum(list(columns.values()), axis=0)).tolist()
     whole = sum(updates.step_s)
-    return {name: {**(statistics_of(column) or {}), "share": sum(column) / whole} for name, column in columns.items()}
+    return {
+        name: {**(statistics_of(column) or {}), "share": sum(column) / whole if whole else 0.0}
+        for name, column in columns.items()
+    }
 
 
 def _communication(updates: Updates) -> dict[str, Any] | None:
     """First departure until the last was waited for; `hidden_share`: of it, what the step did not wait for, at least: what it
     waited for slower ranks before gradients left is in `exposed` too."""
-    if not sum(column := updates.phases.get("communication", [])):
+    if sum(column := updates.phases.get("communication", [])) <= 0:
         return None
     exposed = sum(updates.phases.get("exposed", []))
     return {**(statistics_of(column) or {}), "hidden_share": max(0.0, 1 - exposed / sum(column))}
@@ -322,7 +325,7 @@ def _straggler(lines: Iterable[Event], devices: Sequence[Mapping[str, Any]]) -> 
     return {
         "rank": rank,
         "host": next((device.get("host") for device in devices if device.get("rank") == rank), None),
-        "share": float(of_rank[rank] / of_rank.mean() - 1),
+        "share": float(of_rank[rank] / of_rank.mean() - 1) if of_rank.mean() > 0 else 0.0,
         "slowest_in": int((worked.argmax(axis=1) == rank).sum()),
         "lines": len(known),
         "worked_s": of_rank.tolist(),

@@ -203,6 +203,15 @@ def test_files_keep_to_their_schema(kind: Kind, variant: dict[str, Any], own_rec
     check(documents(kind, **bare, **variant)[0], SCHEMAS[kind], kind)
 
 
+@pytest.mark.parametrize("name", ["true", "null", "on", "Yes", "n", "y", "off"])
+def test_a_runs_name_is_text_wherever_it_stands(name: str, own_recipe: Path) -> None:
+    config_map, job = documents("mpijob", recipe=str(own_recipe), run_name=name)
+    launcher = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]
+    (mounted,) = (volume["configMap"]["name"] for volume in launcher["volumes"] if "configMap" in volume)
+    others = [documents("skypilot", run_name=name)[0]["name"], documents("dstack", run_name=name)[0]["name"]]
+    assert [config_map["metadata"]["name"], job["metadata"]["name"], mounted, *others] == [name.lower()] * 5
+
+
 def test_the_checks_are_strict() -> None:
     (document,) = documents("dstack")
     for wrong in ({"node": 2}, {"nodes": "2"}, {"name": "Upper"}, {"retry": {"duration": "1d"}}):

@@ -371,6 +371,40 @@ def test_a_damaged_file_is_refused_in_a_line(
         check_subject(subject, count, seed=number)
 
 
+def reads_with(folder: Path, **fields: Any) -> None:
+    """Read a run whose every log line has these fields as well, as everything that reads runs does."""
+    run = write_run(folder / "run", Stream(lines=4, every=1))
+    write_run(folder / "other", Stream(lines=3, every=1, seed=1))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    changed = [{**event, **fields} if event["event"] == "train" else event for event in events]
+    (run / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in changed))
+    read_run(run)
+
+
+def test_a_log_of_memory_read_at_different_times_is_read(tmp_path: Path) -> None:
+    reads_with(tmp_path, memory={"used_bytes": 2**20, "reserved_bytes": 2**21, "outside_bytes": -(2**20)})
+
+
+BELOW = -1e-9
+NO_TIME: dict[str, Any] = {
+    "step_s": [0.0], "phases": {"data": [0.0], "exposed": [0.0]}, "rank_worked_s": [0.0, 0.0], "rank_0_waited_s": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"phases": {"data": [0.1], "exposed": [BELOW], "communication": [BELOW]}},
+        {"rank_worked_s": [BELOW, 0.1], "rank_0_waited_s": BELOW, "rank_data_wait_s": [BELOW, BELOW]},
+        {"rank_worked_s": [BELOW, BELOW]},
+        NO_TIME,
+        {**NO_TIME, "tokens": 0, "tokens_per_s": 0.0},
+    ],
+)
+def test_a_log_of_differences_just_below_0_and_updates_without_time_is_read(fields: dict[str, Any], tmp_path: Path) -> None:
+    reads_with(tmp_path, **fields)
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_damaged_words_of_the_command_line_are_refused_in_a_line(count: int) -> None:
     kinds: list[tuple[str, Callable[[str], object]]] = [
