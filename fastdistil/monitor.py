@@ -336,8 +336,12 @@ class Monitor:
             self._see(rank, text)
         if stop and self.stop_requested is None:
             self.stop_requested = stop.decode(errors="replace")
-        if published and verdict is None and (heard := self._read(_VERDICT, published)) is not None:
-            self._settle(heard)
+        if published:
+            heard = self._read(_VERDICT, published)
+            if heard is None and verdict is not None:
+                store.set(VERDICT, json.dumps(verdict))  # what is no rank's keeps none back
+            elif heard is not None and verdict is None:
+                self._settle(heard)
         if self._rank == 0 and self._beats % FOREIGN_BEATS == 1:
             self._tell_of_strangers(store)
         return closed or (self._rank != 0 and beat.kind in ("finished", "ended"))
