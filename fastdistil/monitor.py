@@ -322,7 +322,7 @@ class Monitor:
                 done.set()
 
     def _exchange(self, store: SharedStore) -> bool:
-        """One beat. True after the last one."""
+        """Send and read one beat. Returns True after the last one."""
         self._beats += 1
         beat, verdict, closed = self._beat(), self._verdict, self._closed
         self._sent = beat
@@ -355,7 +355,7 @@ class Monitor:
             self._views[rank] = View(self._clock.seconds, beat)
 
     def _read(self, kind: TypeAdapter[T], text: bytes) -> T | None:
-        """What a rank wrote; None where it is nothing of the kind: without a secret, anybody may have written it."""
+        """Return what a rank wrote, None where it is nothing of the kind: without a secret, anybody may have written it."""
         try:
             return kind.validate_json(text)
         except ValueError:
