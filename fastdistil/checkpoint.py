@@ -133,7 +133,7 @@ def load(path: Path, device: str | torch.device = "cpu", groups: Collection[str]
 
 
 def _tensors(path: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a file. Raises CorruptData where it is none of safetensors', or missing."""
+    """Read the tensors of a file. Raises CorruptData where it is none of safetensors', or missing."""
     with translated("reading a checkpoint", path):
         try:
             return load_file(path, device=device)

@@ -237,7 +237,7 @@ KINDS: dict[str, type[Known]] = {
 
 
 def parse_event(line: bytes) -> Event:
-    """The event of a line, as it was written: its kind and its update are right. Raises ValueError where it is none."""
+    """Return the event of a line, as it was written: its kind and its update are right. Raises ValueError where it is none."""
     event: Event = parse_json(line)
     check(AnyEvent, event)
     return event

@@ -229,24 +229,26 @@ class Several(OneRank):
         fits, own = self._buckets.set_layout(state["layout"]), self._buckets.states()
         if not own:
             return []
-        told = []
+        messages = []
         if not fits:
-            told = ["compression's states lie in the buckets that the run began with: world.bucket_mib and rings leave them so"]
+            messages = [
+                "compression's states lie in the buckets that the run began with: world.bucket_mib and rings leave them so"
+            ]
         if state["ranks"] != self._world.size:
-            told += [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
+            messages += [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
             if self._world.is_chief:
                 states = [_complete(read(rank), own, rank) for rank in range(state["ranks"])]
                 read = self._buckets.redistributed(states).__getitem__
         team.send_each(lambda rank: _complete(read(rank), own, rank), own, "residuals")
         self._buckets.load_states(own)
-        return told
+        return messages
 
 
 Exchange = OneRank
 
 
 def _complete(states: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int) -> Mapping[str, Tensor]:
-    """The states of a rank that a checkpoint holds. Raises CorruptData where it lacks one that this run's ranks have."""
+    """Return the states of a rank that a checkpoint holds. Raises CorruptData where it lacks one that this run's ranks have."""
     if missing := sorted(own.keys() - states.keys()):
         raise CorruptData(f"the checkpoint's rank-{rank}.safetensors lacks {missing[0]}; start anew")
     return states

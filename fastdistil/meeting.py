@@ -89,7 +89,7 @@ class SharedStore:
         return self._tag(key, text.encode()).decode() + text
 
     def _text(self, key: str, value: bytes) -> bytes | None:
-        """The text of a signed value, or of an empty one; None: no rank wrote it."""
+        """Return the text of a signed value, or of an empty one; None where no rank wrote it."""
         length = len(self._tag("", b""))
         tag, text = value[:length], value[length:]
         if not value or hmac.compare_digest(tag, self._tag(key, text)):

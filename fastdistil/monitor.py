@@ -322,7 +322,7 @@ class Monitor:
                 done.set()
 
     def _exchange(self, store: SharedStore) -> bool:
-        """One beat. True after the last one."""
+        """Send and read one beat. Returns True after the last one."""
         self._beats += 1
         beat, verdict, closed = self._beat(), self._verdict, self._closed
         self._sent = beat
@@ -336,8 +336,12 @@ class Monitor:
             self._see(rank, text)
         if stop and self.stop_requested is None:
             self.stop_requested = stop.decode(errors="replace")
-        if published and verdict is None and (heard := self._read(_VERDICT, published)) is not None:
-            self._settle(heard)
+        if published:
+            heard = self._read(_VERDICT, published)
+            if heard is None and verdict is not None:
+                store.set(VERDICT, json.dumps(verdict))  # what is no rank's keeps none back
+            elif heard is not None and verdict is None:
+                self._settle(heard)
         if self._rank == 0 and self._beats % FOREIGN_BEATS == 1:
             self._tell_of_strangers(store)
         return closed or (self._rank != 0 and beat.kind in ("finished", "ended"))
@@ -351,7 +355,7 @@ class Monitor:
             self._views[rank] = View(self._clock.seconds, beat)
 
     def _read(self, kind: TypeAdapter[T], text: bytes) -> T | None:
-        """What a rank wrote; None where it is nothing of the kind: without a secret, anybody may have written it."""
+        """Return what a rank wrote, None where it is nothing of the kind: without a secret, anybody may have written it."""
         try:
             return kind.validate_json(text)
         except ValueError:

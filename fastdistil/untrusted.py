@@ -84,7 +84,7 @@ class Sealed(TypedDict):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Values of a JSON document; of equal keys the last counts, NaN and Infinity are read. Raises ValueError."""
+    """Return the values of a JSON document; of equal keys the last counts, NaN and Infinity are read. Raises ValueError."""
     if len(text) > JSON_BYTES:
         raise ValueError(f"longer than {JSON_BYTES:,} bytes")
     try:
@@ -98,12 +98,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Values of a JSON file. Raises ValueError, OSError."""
+    """Return the values of a JSON file. Raises ValueError, OSError."""
     return parse_json(_read(path, JSON_BYTES))
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Values of a YAML document. Raises ValueError."""
+    """Return the values of a YAML document. Raises ValueError."""
     if len(text) > YAML_BYTES:
         raise ValueError(f"longer than {YAML_BYTES:,} bytes")
     try:
@@ -119,7 +119,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Values of a YAML file. Raises ValueError, OSError."""
+    """Return the values of a YAML file. Raises ValueError, OSError."""
     return parse_yaml(_read(path, YAML_BYTES))
 
 
@@ -129,13 +129,13 @@ def check(kind: Any, values: Any) -> None:
 
 
 def converted(kind: type[Kind], values: Any) -> Kind:
-    """`values` as the type `kind`, anything that pydantic knows. Raises ValueError, which names the fields that are wrong."""
+    """Return `values` as the type `kind`, anything that pydantic knows. Raises ValueError, which names the fields at fault."""
     adapter: TypeAdapter[Kind] = _adapter(kind)  # type: ignore[arg-type]
     return adapter.validate_python(values)
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong with a document, on one line of a bounded length."""
+    """Say what is wrong with a document, on one line of a bounded length."""
     match error:
         case ValidationError():
             problems = [_problem(problem) for problem in error.errors(include_url=False, include_context=False)[:3]]
@@ -151,7 +151,7 @@ def reason(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error quotes it: its beginning."""
+    """Return the beginning of a value, as an error quotes it."""
     return _SHORT.repr(value)
 
 

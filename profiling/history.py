@@ -144,8 +144,8 @@ def _check_ranks(events: Sequence[Event], path: Path) -> None:
         elif event["event"] == "train":
             counts = {len(values) for name in _BY_RANK if (values := event.get(name))}
             if counts and counts != {widths.setdefault(ranks, max(counts))}:
-                told = f"update {event['update']} tells of {max(counts)} ranks, other lines of {widths[ranks]}"
-                raise CorruptData(f"{path} is damaged: {told}")
+                update, width = event["update"], max(counts)
+                raise CorruptData(f"{path} is damaged: update {update} tells of {width} ranks, other lines of {widths[ranks]}")
 
 
 def _of(events: Iterable[Event], *kinds: str) -> list[Event]:

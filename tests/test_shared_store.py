@@ -111,6 +111,19 @@ def test_without_a_secret_what_is_no_beat_is_passed_over(two: Two) -> None:
     assert len(two.notes) == 1
 
 
+@pytest.mark.parametrize("two", [""], indirect=True)
+@pytest.mark.parametrize("text", ["no JSON", "[]", "[0]"])
+def test_without_a_secret_what_is_no_verdict_keeps_none_back(two: Two, text: str) -> None:
+    two.start()
+    two.beats()
+    two.stranger.set("monitor/verdict", text)
+    two.beats(3)
+    two.ranks[1].failed(ValueError("the window is bad"))
+    two.until(lambda: two.ranks[0]._verdict is not None)
+    with pytest.raises(RankLost, match="rank 1 failed: ValueError: the window is bad"):
+        two.ranks[0].check()
+
+
 def test_alone_a_run_has_nothing_to_tell(two: Two) -> None:
     two.start()
     SharedStore(two.connect(), SECRET).of_engine("torch").set("address", "x")
