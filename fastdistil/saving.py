@@ -256,6 +256,22 @@ def _has_nan(batch: Batch) -> bool:
     return any(bool(tensor.isnan().any()) for tensor in values if tensor is not None)
 
 
+@contextmanager
+def saving_what_is_sound(run: Run) -> Iterator[None]:
+    """Save the last update where the corpus or cache is damaged while it is in use: what was learnt before it is sound.
+
+    A rank alone; of several the others would have to save too, and they go by its end.
+    """
+    try:
+        yield
+    except CorruptData as error:
+        if run.team.world.size > 1 or run.update == run.saved_update:
+            raise
+        save(run)
+        run.event("note", update=run.update, message=str(error))
+        raise CorruptData(f"{error}; saved after update {run.update}, continue with {resume_command(run)}") from error
+
+
 def count(run: Run) -> None:
     """What was read is no longer to be taken back."""
     run.tokens += sum(run.unread)

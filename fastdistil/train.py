@@ -44,7 +44,7 @@ from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
 from fastdistil.reporting import announce, finish_trace, log, start_trace
 from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, restore_recipe, sole_user, stored_recipe
-from fastdistil.saving import give_up_evaluation, restore, resume_command, rolling_back, save
+from fastdistil.saving import give_up_evaluation, restore, resume_command, rolling_back, save, saving_what_is_sound
 from fastdistil.state import learnt_tensors
 from fastdistil.teacher_identity import identify_teacher
 from fastdistil.team import Team, joined
@@ -119,7 +119,8 @@ def train(
         # large teacher is identified, a signal ends the process as it does while loading.
         last.enter_context(signals)
         with translated("training", directory), run.instruments.naming_out_of_memory():
-            _loop(run)
+            with saving_what_is_sound(run):
+                _loop(run)
             return _finish(run)
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +219,25 @@ def test_a_shard_that_is_shortened_in_use_is_told(
         cache_teacher(small(material, tmp_path, *overrides), tmp_path / "cache")
         overrides.append(f"teacher.cache={tmp_path / 'cache'}")
     shard = place / "tokens-00000.bin" if what == "corpus" else tmp_path / "cache" / "0-00000.npy"
-    windows = CorpusSource.windows
+    whole = shard.read_bytes()
+    real = CorpusSource.windows
 
-    def later(self: CorpusSource, first: int, end: int) -> Any:
-        shortened(shard, by)
-        return windows(self, first, end)
+    @contextmanager
+    def one_window_then_shortened(self: CorpusSource, first: int, end: int) -> Iterator[Any]:
+        def all_windows() -> Iterator[Any]:
+            with real(self, first, first + 1) as windows:
+                yield from windows
+            shortened(shard, by)
+            with real(self, first + 1, end) as windows:
+                yield from windows
 
-    monkeypatch.setattr(CorpusSource, "windows", later)
-    with pytest.raises(CorruptData, match=rf"{shard} was shortened while it was in use: \d+ bytes"):
-        quiet(small(material, tmp_path, *overrides))
+        yield all_windows()
+
+    recipe = small(material, tmp_path, *overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusSource, "windows", one_window_then_shortened)
+        message = rf"{shard} was shortened while it was in use: \d+ bytes .* saved after update 1, continue with"
+        with pytest.raises(CorruptData, match=message):
+            quiet(recipe)
+    shard.write_bytes(whole)
+    assert quiet(recipe, resume="auto").updates == 2
