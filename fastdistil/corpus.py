@@ -44,6 +44,14 @@ FastTokenizer: TypeAlias = "PreTrainedTokenizerFast"
 """A name for annotations that costs no import of transformers."""
 
 
+class InputFacts(TypedDict):
+    """What identifies a file of text."""
+
+    path: str
+    bytes: Whole
+    mtime_ns: int
+
+
 class ShardFacts(TypedDict):
     tokens: Whole
     sequences: Whole
@@ -86,7 +94,7 @@ class Manifest:
     """Of the token shards."""
     options: dict[str, Any]
     """PrepareOptions without workers, max_bad_fraction and max_unknown_share."""
-    inputs: list[dict[str, Any]]
+    inputs: list[InputFacts]
     """path, bytes, mtime_ns of each input, in the order read."""
     shards: Annotated[list[ShardFacts], Field(min_length=1)]
     """tokens, sequences of each shard."""

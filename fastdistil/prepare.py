@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from fastdistil.corpus import (
     FORMAT,
     FastTokenizer,
+    InputFacts,
     Manifest,
     begins_texts,
     canonical,
@@ -377,6 +378,7 @@ class _Progress(TypedDict):
     """What is read of progress.json: an identity (identity_of), and what finished shards hold."""
 
     options: dict[str, Any]
+    inputs: list[InputFacts]
     written: dict[str, Any]
 
 
@@ -416,7 +418,7 @@ def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> No
     if before.get("strip_gutenberg") and "strip" not in found["options"]:
         before["strip_gutenberg"] = "by other rules"  # of earlier versions: old licences stayed, and books went
     options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
-    found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found.get("inputs", ())]}
+    found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found["inputs"]]}
     differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")

@@ -40,6 +40,7 @@ from fastdistil.runs import request_pause, stored_recipe
 from fastdistil.shards import counted
 from fastdistil.state import learnt_tensors
 from fastdistil.teacher_cache import TeacherCache, record, shard_name
+from fastdistil.teacher_identity import module_fingerprint
 from fastdistil.world import World
 from tests.damage import ODD_YAML, Subject, check_subject, outcome
 from tests.event_streams import Stream, write_run
@@ -268,11 +269,12 @@ def progress_file(folder: Path) -> Iterator[Subject]:
     identity = {"format": 1, "options": manifest.options, "inputs": manifest.inputs, "tokenizer_sha256": "t"}
     files = {name: each for name, each in manifest.files.items() if name.endswith(".bin") and name != "counts.bin"}
     written = {"blocks": 2, "documents": 3, "dropped": 0, "sequences": 24, "tokens": manifest.tokens, "shards": manifest.shards}
+    wanted = {**identity, "earlier_options": {}}
     (corpus / "progress.json").write_text(json.dumps(sealed({**identity, "written": {**written, "files": files}})))
     (corpus / "manifest.json").unlink()
 
     def read(path: Path) -> None:
-        counted(path, prepare.resumed(path, identity), 50)
+        counted(path, prepare.resumed(path, wanted), 50)
 
     yield Subject(corpus, "progress.json", read, "json", sealed)
 
@@ -300,16 +302,17 @@ def made_run(folder: Path) -> Any:
 
 
 def checkpoint_files(folder: Path) -> Iterator[Subject]:
-    run = made_run(folder / "run")
+    run, teacher = made_run(folder / "run"), torch.nn.Linear(2, 2)
     state = {
         "tokens": 5, "best_update": 1, "best_loss": 0.5, "corpus": "corpus", "skipped": 0, "loss_scale": None, "exchange": None,
+        "teacher": {"fingerprint": module_fingerprint(teacher), "files": []}, "recipe": "version: 1",
     }  # fmt: skip
     tensors = learnt_tensors(run.modules, run.optimizer)
     path = checkpoint.save(run.directory / "checkpoints", 3, tensors, state, keep=2)
 
     def read(_: Path) -> None:
         with torch.no_grad():
-            saving.restore(run, path)
+            saving.restore(run, path, teacher)
 
     for name in ("manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"):
         kind = "json" if name.endswith(".json") else "bytes"
