@@ -244,7 +244,7 @@ from fastdistil.recipe import load_recipe
 from fastdistil.team import joined
 
 died = Path(sys.argv[1])
-settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=10", "world.engine=torch"]
+settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=60", "world.engine=torch"]
 with joined(find_place(), load_recipe("distilbert", settings), print) as team:
     if not died.exists():
         team.world.barrier()
