@@ -251,7 +251,8 @@ with joined(find_place(), load_recipe("distilbert", settings), print) as team:
         if team.world.rank == 1:
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-    print("sum", team.world.sum([team.world.rank + 1], "numbers"))
+    total = team.world.sum([team.world.rank + 1], "numbers")
+    os.write(1, f"sum {total}\\n".encode())  # at once: the other rank writes there too
 """
 
 
