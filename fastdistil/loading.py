@@ -255,7 +255,7 @@ HARMLESS = (
     # Frequencies of rotary positions, which the configuration gives.
     r"\.inv_freq$",
 )
-"""Patterns of weights that a language model's logits do not depend on; each found in published checkpoints."""
+"""Patterns of the names of weights that a language model's logits do not depend on."""
 
 ADAPTER = re.compile(r"\.(base_layer|original_module|modules_to_save|adapters?)\.|[._](lora|ia3|hada|lokr|oft|boft|vera)_")
 """Names that peft and others give to the parts of an adapter, and to what it stands around."""

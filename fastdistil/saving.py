@@ -224,10 +224,10 @@ def _blame_teacher(run: Run, update: int | None) -> str:
 
     All ranks call this, each looks at its own batches, and all get the first rank's answer that is one.
     """
-    own = _teacher_on_own_batches(run, update) or ""
+    reason_here = _teacher_on_own_batches(run, update) or ""
     if run.team.alone:
-        return own
-    answers = [answer.decode() for answer in run.team.collect_bytes(own.encode(), "nonfinite")]
+        return reason_here
+    answers = [answer.decode() for answer in run.team.collect_bytes(reason_here.encode(), "nonfinite")]
     return run.team.chief_does("blame", lambda: next(filter(None, answers), ""))
 
 
