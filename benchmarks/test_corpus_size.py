@@ -2,7 +2,7 @@
 
 The large corpus is the small one's shards repeated a thousand times. Both are trained on in processes of their own, turn
 about: the same model, the same number of updates. Memory is told twice: anonymous pages, which are this process's own, and
-all resident pages, among them those of the mapped shards, which the system takes back when it needs them.
+all resident pages, among them those of mapped files, which the system takes back when it needs them.
 """
 
 import dataclasses

@@ -117,7 +117,7 @@ def _complete(path: Path) -> bool:
         check_shard(path, full=True)
     except CorruptData:
         return False
-    return not _holds_nan(np.load(path, mmap_mode="r")).any()
+    return not _holds_nan(np.load(path)).any()
 
 
 def _check_space(directory: Path, size: int, share: float) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
-from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, cast
 
@@ -27,6 +26,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.files import RangeReader
 from fastdistil.masking import ranges
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
 from fastdistil.word_marks import word_marks
@@ -166,7 +166,7 @@ def file_sha256(path: Path) -> str:
 
 
 class Corpus:
-    """A prepared corpus: sequences of tokens in memory-mapped shards. Make one with `Corpus.open`."""
+    """A prepared corpus: sequences of tokens in shards, which stay on disk. Make one with `Corpus.open`."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -184,8 +184,8 @@ class Corpus:
         np.cumsum(self.lengths, out=self._offsets[1:])
         little = np.dtype(manifest.dtype).newbyteorder("<")
         try:
-            self._shards = [np.memmap(path / tokens_name(shard), little, "r") for shard in names]
-        except ValueError as error:  # empty, or with a part of a token at its end
+            self._shards = [RangeReader(path / tokens_name(shard), little) for shard in names]
+        except ValueError as error:  # a part of a token at its end
             raise CorruptData(f"{path} has a shard that holds no whole tokens ({error}); {PREPARE_AGAIN}") from error
         self._first_sequence = np.cumsum([0, *(len(part) for part in parts)])
         held = [len(tokens) for tokens in self._shards]
@@ -231,36 +231,18 @@ class Corpus:
         ends_n = np.cumsum(lengths_n)
         tokens = np.empty(int(ends_n[-1]) if len(ends_n) else 0, np.int64)
         shards_n = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        shards = np.unique(shards_n)
-        check_mapped([self._shards[shard] for shard in shards])
-        for shard in shards:
+        for shard in np.unique(shards_n):
             here = shards_n == shard
             starts = self._offsets[sequences[here]] - self._offsets[self._first_sequence[shard]]
-            source = ranges(starts, lengths_n[here])
+            of_shard = self._shards[shard].read(starts, lengths_n[here])
             if here.all():
-                tokens[:] = self._shards[shard][source]
+                tokens[:] = of_shard
             else:
-                tokens[ranges(ends_n[here] - lengths_n[here], lengths_n[here])] = self._shards[shard][source]
+                tokens[ranges(ends_n[here] - lengths_n[here], lengths_n[here])] = of_shard
         if len(tokens) and (largest := int(tokens.max())) >= self.manifest.vocab_size:  # where only sizes were verified
             vocabulary = self.manifest.vocab_size
             raise CorruptData(f"{self.path} holds token {largest}, its vocabulary has {vocabulary}; {PREPARE_AGAIN}")
-        check_mapped([self._shards[shard] for shard in shards])
         return tokens
-
-
-def check_mapped(arrays: Iterable["np.memmap[Any, Any]"]) -> None:
-    """Raise CorruptData where a mapped file is shorter than it was when it was opened.
-
-    To be called before and after what is read: reading beyond a file's last page ends the process (SIGBUS), and reading beyond
-    its end within that page gives zeros.
-    """
-    for array in arrays:
-        mapping = cast(mmap, array.base)
-        if (size := mapping.size()) < len(mapping):
-            raise CorruptData(
-                f"{array.filename} was shortened while it was in use: {len(mapping)} bytes when it was opened, now {size}; "
-                "restore it or make it again, and write into no file that is in use"
-            )
 
 
 def check_file(path: Path, expected: FileFacts, full: bool) -> None:

@@ -16,7 +16,6 @@ from fastdistil.corpus import (
     Integers,
     ShardFacts,
     canonical,
-    check_mapped,
     lengths_name,
     text_sha256,
     token_dtype,
@@ -118,8 +117,7 @@ def counted(out: Path, written: Written, vocab_size: int) -> Integers:
     """int64 [V]: token frequencies of the finished shards."""
     counts_V = np.zeros(vocab_size, np.int64)
     for shard in range(len(written.shards)):
-        tokens = np.memmap(out / tokens_name(shard), np.dtype(token_dtype(vocab_size)).newbyteorder("<"), "r")
-        for start in range(0, len(tokens), 2**22):
-            check_mapped([tokens])
-            counts_V += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
+        with (out / tokens_name(shard)).open("rb") as file:
+            while len(tokens := np.fromfile(file, np.dtype(token_dtype(vocab_size)).newbyteorder("<"), 2**22)):
+                counts_V += np.bincount(tokens, minlength=vocab_size)
     return counts_V

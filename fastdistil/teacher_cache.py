@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from fastdistil.corpus import Corpus, canonical, check_mapped, file_sha256, text_sha256
+from fastdistil.corpus import Corpus, canonical, file_sha256, text_sha256
 from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.files import RangeReader
 from fastdistil.loading import weight_files
 from fastdistil.masking import Ints, offsets
 from fastdistil.recipe import Recipe
@@ -146,9 +148,9 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """Reads shards, memory-mapped. Make one with `TeacherCache.open`."""
+    """Reads shards, which stay on disk. Make one with `TeacherCache.open`."""
 
-    shards: Mapping[tuple[int, int], "np.memmap[Any, Any]"]
+    shards: Mapping[tuple[int, int], RangeReader]
     starts: Ints
     """First sequence of each shard, and n."""
     offsets_n: Ints
@@ -174,30 +176,31 @@ class TeacherCache:
                         "run fastdistil cache-teacher with this run's recipe, which continues what is there"
                     )
                 check_shard(path, full=verify == "full")
-                values = _mapped(path)
-                rows = int(bounds[starts[shard + 1]] - bounds[starts[shard]])
-                if values.dtype != dtype or values.shape != (rows,):
+                records = open_shard(path)
+                tokens = int(bounds[starts[shard + 1]] - bounds[starts[shard]])
+                if records.dtype != dtype or len(records) != tokens:
                     raise CorruptData(
-                        f"{path} holds {values.shape} {values.dtype}, wanted {(rows,)} {dtype}; delete it and "
+                        f"{path} holds {len(records)} records of {records.dtype}, wanted {tokens} of {dtype}; delete it and "
                         "run fastdistil cache-teacher again"
                     )
-                shards[epoch, shard] = values
+                shards[epoch, shard] = records
         tail = wanted["teacher.min_probability"] is None
         return cls(shards, np.array(starts), bounds, causal, tail, wanted["vocabulary"])
 
     def rows(self, epoch: int, sequences_n: Ints) -> Cached:
         """Of the tokens of these sequences, end to end. Raises CorruptData where a shard was shortened since it was opened."""
         epoch = 0 if self.causal else epoch
-        parts = []
         shards_n = self.starts.searchsorted(sequences_n, side="right") - 1
-        mapped = [self.shards[epoch, int(shard)] for shard in np.unique(shards_n)]
-        check_mapped(mapped)
-        for sequence, shard in zip(sequences_n, shards_n, strict=True):
-            first = self.offsets_n[self.starts[shard]]
-            begin, end = self.offsets_n[sequence] - first, self.offsets_n[sequence + 1] - first
-            parts.append(self.shards[epoch, int(shard)][begin:end])
-        joined = np.concatenate(parts)
-        check_mapped(mapped)
+        begins_n = self.offsets_n[sequences_n] - self.offsets_n[self.starts[shards_n]]
+        lengths_n = self.offsets_n[sequences_n + 1] - self.offsets_n[sequences_n]
+        # Sequences that follow each other in one shard are read by one call.
+        firsts = np.flatnonzero(np.diff(shards_n, prepend=-1)).tolist()
+        joined = np.concatenate(
+            [
+                self.shards[epoch, int(shards_n[first])].read(begins_n[first:end], lengths_n[first:end])
+                for first, end in pairwise([*firsts, len(sequences_n)])
+            ]
+        )
         indices_TK = joined["index"].astype(np.int64)
         if indices_TK.size and not 0 <= (least := indices_TK.min()) <= (largest := indices_TK.max()) < self.vocabulary:
             raise CorruptData(  # which data.verify=size lets pass
@@ -208,15 +211,17 @@ class TeacherCache:
         return Cached(indices_TK, joined["log_probability"].astype(np.float32), tail_T)
 
 
-def _mapped(path: Path) -> "np.memmap[Any, Any]":
-    """A shard's array. Raises CorruptData where the file is none of numpy's."""
+def open_shard(path: Path) -> RangeReader:
+    """Return a shard's records. Raises CorruptData where the file is no one-dimensional array of numpy's."""
     try:
-        values: np.memmap[Any, Any] = np.load(path, mmap_mode="r")
+        array: np.memmap[Any, Any] = np.load(path, mmap_mode="r")  # reads the header alone
+        if array.ndim != 1:
+            raise ValueError(f"{array.ndim} dimensions")
+        return RangeReader(path, array.dtype, array.offset)
     except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, TokenError) as error:  # of a header
         raise CorruptData(
             f"{path} holds no records ({reason(error)}); delete it and run fastdistil cache-teacher again"
         ) from error
-    return values
 
 
 def check_shard(path: Path, full: bool) -> None:

@@ -45,7 +45,7 @@ teacher logits, their two log-softmaxes, the teacher's probabilities, the produc
 class HostMemory:
     rss_bytes: int
     anonymous_bytes: int
-    """Without file-backed pages: memory-mapped shards are counted in rss_bytes but can be dropped at any time."""
+    """Without file-backed pages: mapped files (libraries, weights) count in rss_bytes but can be dropped at any time."""
     peak_rss_bytes: int
 
 

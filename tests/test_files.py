@@ -5,12 +5,16 @@ import fcntl
 import os
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdistil import files
 from fastdistil.build_horovod import locked as horovod_locked
 from fastdistil.cache_teacher import cache_teacher
-from fastdistil.errors import UserError
+from fastdistil.errors import CorruptData, UserError
 from fastdistil.node_setup import cached_corpus
 from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.runs import sole_user
@@ -70,3 +74,63 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(OSError, match="No space"):
             files.write_atomically(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+RECORD = np.dtype([("index", np.uint16, (3,)), ("tail", np.float32)])
+HEADER_BYTES = 7
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, npt.NDArray[np.void]]:
+    """A file of 1,000 records of 10 bytes behind a header, and the records."""
+    bits = np.random.default_rng(1).integers(0, 256, 1000 * RECORD.itemsize, np.uint8)
+    path = tmp_path_factory.mktemp("records") / "records.bin"
+    path.write_bytes(b"-" * HEADER_BYTES + bits.tobytes())
+    return path, bits.view(RECORD)
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 990), st.integers(0, 10)), max_size=20))
+def test_ranges_are_read_end_to_end(records: tuple[Path, npt.NDArray[np.void]], pairs: list[tuple[int, int]]) -> None:
+    path, whole = records
+    starts, lengths = np.array(pairs, np.int64).reshape(-1, 2).T
+    expected = b"".join(whole[start : start + length].tobytes() for start, length in pairs)
+    assert files.RangeReader(path, RECORD, HEADER_BYTES).read(starts, lengths).tobytes() == expected
+
+
+def test_a_file_that_ends_within_an_item_is_refused(records: tuple[Path, npt.NDArray[np.void]]) -> None:
+    with pytest.raises(ValueError, match="10007 bytes are no whole number of items of 10 bytes"):
+        files.RangeReader(records[0], RECORD)
+
+
+@pytest.mark.parametrize("by", [1, 9_000])
+def test_a_file_that_is_cut_within_one_read_is_an_error_with_its_name(
+    by: int, records: tuple[Path, npt.NDArray[np.void]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than a page, or by pages; the part that was read before the cut is not given out."""
+    path = tmp_path / "records.bin"
+    path.write_bytes(records[0].read_bytes())
+    reader = files.RangeReader(path, RECORD, HEADER_BYTES)
+    real, calls = os.preadv, []
+
+    def cut_after_the_first_range(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        calls.append(position)
+        received = real(descriptor, buffers, position)
+        if len(calls) == 1:
+            os.truncate(path, path.stat().st_size - by)
+        return received
+
+    monkeypatch.setattr(os, "preadv", cut_after_the_first_range)
+    with pytest.raises(CorruptData, match=f"{path} was shortened while it was in use: 10007 bytes .*, now {10007 - by};"):
+        reader.read(np.array([0, 990]), np.array([10, 10]))
+    assert calls[:2] == [HEADER_BYTES, HEADER_BYTES + 9900]
+
+
+def test_reads_that_the_system_makes_in_parts_are_put_together(
+    records: tuple[Path, npt.NDArray[np.void]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux gives 2 GiB at most; here 3 bytes."""
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, position: real(descriptor, [buffers[0][:3]], position))
+    path, whole = records
+    read = files.RangeReader(path, RECORD, HEADER_BYTES).read(np.array([5]), np.array([90]))
+    assert read.tobytes() == whole[5:95].tobytes()

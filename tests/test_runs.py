@@ -201,7 +201,7 @@ def test_a_checkpoint_that_names_no_teacher_goes_on_with_a_note(
 
 
 def shortened(path: Path, by: int) -> None:
-    """As a copy or a clean-up of somebody else's does it: in place, so that who has mapped the file sees it."""
+    """As a copy or a clean-up of somebody else's does it: in place, so that who has opened the file sees it."""
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - by)
 
@@ -211,7 +211,7 @@ def shortened(path: Path, by: int) -> None:
 def test_a_shard_that_is_shortened_in_use_is_told(
     what: str, by: int, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By less than a page, which reads as zeros, or by pages, which would end this process."""
+    """By a token, or by pages: in a memory map the one would read as zeros, and the other end this process."""
     place = tmp_path / "train"
     shutil.copytree(material / "train", place)
     overrides = [*SHORT, f"data.train={place}", "objective.a_cos=0"]
