@@ -128,7 +128,9 @@ class Attempt:
         if cause.code < 0 and self.asked and self.exit_code() == INTERRUPTED:
             return "stopped before it trained: there was nothing to save"
         if cause.code < 0 and not self.stopped:
-            return f"{cause.name} was killed by {signal.Signals(-cause.code).name}"
+            bus_error = cause.code == -signal.SIGBUS
+            hint = ": a file that it had mapped was shortened, its disk failed, or /dev/shm is full" if bus_error else ""
+            return f"{cause.name} was killed by {signal.Signals(-cause.code).name}{hint}"
         return None
 
 

@@ -218,10 +218,14 @@ def test_the_first_failing_rank_decides_the_exit_code(ranks: Ranks, deeds: dict[
     assert ranks.alive() == []
 
 
-def test_a_killed_rank_is_named(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
-    ranks.plan(rank1="os.kill(os.getpid(), signal.SIGKILL)", default="sys.exit(12)")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("SIGKILL", ""), ("SIGBUS", ": a file that it had mapped was shortened, its disk failed, or /dev/shm is full")],
+)
+def test_a_killed_rank_is_named(name: str, words: str, ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+    ranks.plan(rank1=f"os.kill(os.getpid(), signal.{name})", default="sys.exit(12)")
     assert launch(ranks.job(3)) == 12
-    assert "fastdistil: rank 1 was killed by SIGKILL" in capfd.readouterr().err
+    assert f"fastdistil: rank 1 was killed by {name}{words}\n" in capfd.readouterr().err
 
 
 def test_rank_0_alone_prints_and_the_others_warn_with_their_rank(ranks: Ranks) -> None:
