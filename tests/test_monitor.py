@@ -125,14 +125,21 @@ class Rank:
             raise self.monitor.lost(error) from error
         return float(flag)
 
-    def told(self) -> None:
-        """Until the others can know that this rank is here."""
-        beats = self.monitor._beats
-        while self.monitor._beats < beats + 2:
+    def wait_until_phase_is_known(self) -> None:
+        """Wait until the others can know this rank's phase: in the store, and read from it where the store goes with rank 0."""
+        self.await_beats(lambda: [self.monitor._beats])
+        if self.scenario in ("rank 0 killed", "rank 0 stopped") and self.rank == 0:
+            self.await_beats(lambda: [view.beat.number if view.beat else 0 for view in self.monitor._views.values()])
+
+    @staticmethod
+    def await_beats(numbers: Callable[[], list[int]]) -> None:
+        """Wait until two beats more are done, of which the second was begun after this call."""
+        enough = [number + 2 for number in numbers()]
+        while any(number < least for number, least in zip(numbers(), enough, strict=True)):
             time.sleep(0.01)
 
     def fault(self) -> None:
-        self.told()
+        self.wait_until_phase_is_known()
         self.mark("fault")
         match self.scenario, self.rank:
             case ("rank 1 killed", 1) | ("rank 0 killed", 0):
