@@ -82,8 +82,8 @@ def cache_teacher(
             f"teacher.top_k is {recipe.teacher.top_k}, the teacher has {columns or vocabulary} tokens; set it to at most that"
         )
     batches = make_batches(recipe, corpus, facts_within(facts, min(vocabulary, student)), teacher.causal)
-    wanted = cache_identity(recipe, corpus, teacher.causal, vocabulary, columns)
-    directory = out or Path(recipe.data.train) / f"teacher-{text_sha256(canonical(wanted))[:12]}"
+    identity = cache_identity(recipe, corpus, teacher.causal, vocabulary, columns)
+    directory = out or Path(recipe.data.train) / f"teacher-{text_sha256(canonical(identity))[:12]}"
     epochs = 1 if teacher.causal else epochs_of(recipe, batches)
     starts = shard_starts(corpus)
     work = [(epoch, shard) for epoch in range(epochs) for shard in range(len(starts) - 1)]
@@ -95,12 +95,12 @@ def cache_teacher(
         raise UserError(f"{directory} cannot be a directory: a file is in the way; choose another --out") from error
     with sole_user(directory, note=lambda text: progress(0.0, text)):
         if (directory / IDENTITY).exists():
-            check_identity(directory, wanted)
+            check_identity(directory, identity)
         elif any(path.name != f"{IDENTITY}.tmp" for path in directory.iterdir()):
             raise UserError(f"{directory} holds something else; give --out a new directory or one of a cache")
         missing = [each for each in work if not _complete(directory / shard_name(*each))]
         _check_space(directory, size, len(missing) / max(1, len(work)))
-        sealed = {"identity": wanted, "sha256": text_sha256(canonical(wanted))}
+        sealed = {"identity": identity, "sha256": text_sha256(canonical(identity))}
         write_atomically(directory / IDENTITY, json.dumps(sealed, indent=1, sort_keys=True) + "\n")
         for done, (epoch, shard) in enumerate(missing):
             progress(done / len(missing), f"epoch {epoch}, shard {shard} ({size / 2**20:,.0f} MiB in all)")
@@ -183,11 +183,11 @@ def _fill(
     for first in range(0, len(at_T), chunk):
         here = at_T[first : first + chunk]
         logits_CV = linear(features_TE[first : first + chunk], teacher.weight, teacher.bias)
-        found = top_k(logits_CV, k, temperature=temperature, min_probability=cut, columns=columns)
-        values["index"][here] = found.indices_NK.cpu().numpy()
-        values["log_probability"][here] = found.log_probabilities_NK.cpu().numpy()
-        if found.tail_N is not None:
-            values["tail"][here] = found.tail_N.cpu().numpy()
+        likeliest = top_k(logits_CV, k, temperature=temperature, min_probability=cut, columns=columns)
+        values["index"][here] = likeliest.indices_NK.cpu().numpy()
+        values["log_probability"][here] = likeliest.log_probabilities_NK.cpu().numpy()
+        if likeliest.tail_N is not None:
+            values["tail"][here] = likeliest.tail_N.cpu().numpy()
 
 
 def _write(path: Path, values: NDArray[Any]) -> None:

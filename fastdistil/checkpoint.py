@@ -294,9 +294,9 @@ def _read_manifest(directory: Path) -> Manifest:
         raise CorruptData(f"{path} is missing: {directory} is not a whole checkpoint") from error
     except ValueError as error:
         raise CorruptData(f"{path} is not a manifest ({reason(error)})") from error
-    found, expected = _own_sha256(manifest), manifest["sha256"]
-    if found != expected:
-        raise CorruptData(f"{path} is corrupt: expected sha256 {expected}, found {found}")
+    actual, expected = _own_sha256(manifest), manifest["sha256"]
+    if actual != expected:
+        raise CorruptData(f"{path} is corrupt: expected sha256 {expected}, found {actual}")
     if manifest["format"] > FORMAT:
         raise UserError(
             f"{directory} is a checkpoint of format {manifest['format']}, this fastdistil reads up to {FORMAT}; "

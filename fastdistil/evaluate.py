@@ -134,16 +134,16 @@ def held_out(
     chosen_n = drawn_sequences(len(corpus), max_sequences, seed)
     if teacher is not None and columns is None and (v_t := models.vocabulary(teacher)) != (v_m := models.vocabulary(model)):
         raise UserError(f"the teacher's vocabulary has {v_t} entries, the model's {v_m}; say which they share with columns")
-    for each in (teacher, model):
-        if each is not None:
-            facts = _checked_facts(each, corpus, corpus.lengths[chosen_n], facts)
+    for scorer in (teacher, model):
+        if scorer is not None:
+            facts = _checked_facts(scorer, corpus, corpus.lengths[chosen_n], facts)
     where = torch.device(device) if device is not None else device_of(model)
     longest = int(corpus.lengths[chosen_n].max(initial=0))
     batches = evaluation_batches(
         corpus,
         facts,
         chosen_n,
-        batch_tokens=min(budget_of(each, longest, batch_tokens) for each in (model, teacher) if each is not None),
+        batch_tokens=min(budget_of(scorer, longest, batch_tokens) for scorer in (model, teacher) if scorer is not None),
         causal=bool(model.causal),
         mask=Mask(probability=probability, smoothing=0.0),
         seed=seed,
@@ -391,42 +391,40 @@ def evaluate(
         raise UserError("nothing to evaluate on; give prepared directories or text files")
     device, precision = _resolve(options)
     config, causal = models.evaluation_config(model_path)
-    raw = [given for given in corpora if not _is_prepared(given)]
-    for given in raw:
-        find_inputs([given], Path(given), options.read_as)
+    raw = [path for path in corpora if not _is_prepared(path)]
+    for path in raw:
+        find_inputs([path], Path(path), options.read_as)
     if raw:
         token_facts(load_tokenizer(model_path))
     if options.bos != "auto" and not causal:
         raise UserError(f"bos is for causal models, and {model_path} is a masked one; leave it out")
-    opened = {given: _open(given, model_path, causal) for given in corpora if given not in raw}
-    for given, corpus in opened.items():
+    opened = {path: _open(path, model_path, causal) for path in corpora if path not in raw}
+    for path, corpus in opened.items():
         has = "no" if beginning(corpus, load_tokenizer(corpus.tokenizer_dir)) is None else "yes"
         if options.bos not in ("auto", has):
-            raise UserError(
-                f"bos is {options.bos} and {given} was prepared with bos {has}; prepare it with --bos {options.bos}"
-            )
+            raise UserError(f"bos is {options.bos} and {path} was prepared with bos {has}; prepare it with --bos {options.bos}")
     tell(0.0, f"loading {model_path}")
     model = models.load_for_evaluation(model_path, note=partial(tell, 0.0)).to(device)
     size = _size(model, options, causal)
-    for given, corpus in opened.items():
+    for path, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
         tokenizer = load_tokenizer(corpus.tokenizer_dir)
         _checked_facts(model, corpus, lengths_n, token_facts(tokenizer))
-        check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, given)
-    remarks: dict[str, list[str]] = {given: [] for given in corpora}
+        check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, path)
+    remarks: dict[str, list[str]] = {path: [] for path in corpora}
     with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):
-        for number, given in enumerate(dict.fromkeys(raw)):
-            tell(0.0, f"preparing {given}")
+        for number, path in enumerate(dict.fromkeys(raw)):
+            tell(0.0, f"preparing {path}")
             place = Path(folder, str(number))
-            prepare([given], place, _preparation(options, model_path, size, causal), partial(_collect, remarks[given], place))
-            opened[given] = Corpus.open(place, verify="size")
+            prepare([path], place, _preparation(options, model_path, size, causal), partial(_collect, remarks[path], place))
+            opened[path] = Corpus.open(place, verify="size")
         reports: list[CorpusReport] = []
-        for number, given in enumerate(corpora):
-            share = _Share(tell, number / len(corpora), 1 / len(corpora), given)
+        for number, path in enumerate(corpora):
+            share = _Share(tell, number / len(corpora), 1 / len(corpora), path)
             try:
-                reports.append(_evaluate_one(model, given, opened[given], options, size, device, precision, share))
+                reports.append(_evaluate_one(model, path, opened[path], options, size, device, precision, share))
             except NonFinite as error:
-                raise _with_text(error, given, opened[given]) from error
+                raise _with_text(error, path, opened[path]) from error
     return Report(
         model=model_path,
         architecture=str(config.model_type),
@@ -440,13 +438,13 @@ def evaluate(
     )
 
 
-def _with_text(error: NonFinite, given: str, corpus: Corpus) -> NonFinite:
+def _with_text(error: NonFinite, corpus_name: str, corpus: Corpus) -> NonFinite:
     """The same error with the corpus and how the text of the sequence begins."""
     if error.sequence is None:
         return error
     ids = corpus.gather(np.array([error.sequence]))[:24]
     text = " ".join(str(load_tokenizer(corpus.tokenizer_dir).decode(ids.tolist(), skip_special_tokens=True)).split())
-    return NonFinite(f"{given}: {error} (the sequence begins: {text[:80]!r})")
+    return NonFinite(f"{corpus_name}: {error} (the sequence begins: {text[:80]!r})")
 
 
 class _Share(NamedTuple):
@@ -531,8 +529,8 @@ def _is_prepared(given: str) -> bool:
     return any((Path(given) / name).is_file() for name in ("manifest.json", "progress.json"))
 
 
-def _open(given: str, model_path: str, causal: bool) -> Corpus:
-    corpus = Corpus.open(given)
+def _open(path: str, model_path: str, causal: bool) -> Corpus:
+    corpus = Corpus.open(path)
     if models.has_tokenizer(model_path) and (difference := disagreement(model_path, corpus, causal)) is not None:
         raise UserError(
             f"the model {model_path} has another vocabulary than the corpus ({difference}); "

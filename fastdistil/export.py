@@ -22,7 +22,7 @@ def export_student(
     inputs: Inputs,
     recipe: Recipe,
     target: Path,
-    found: HeldOut | None,
+    heldout_scores: HeldOut | None,
     *,
     updates: int,
     tokens: int,
@@ -35,7 +35,7 @@ def export_student(
     """
     with atomic_directory(target) as directory:
         models.save_pretrained(inputs.student, directory)
-        card = model_card(inputs, recipe, found, updates, tokens)
+        card = model_card(inputs, recipe, heldout_scores, updates, tokens)
         if inputs.tokenizer is not None:
             save_tokenizer(inputs.tokenizer, directory)
             if (difference := difference_as_loaded(inputs.tokenizer, directory, _texts(inputs))) is not None:

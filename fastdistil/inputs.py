@@ -262,7 +262,8 @@ def load_inputs(
         teacher_model = None  # it was needed for its layers only
     own_models = teacher is not None or student is not None
     rows_t, rows_s = teacher_rows(recipe, teacher_model), models.shape(student_model)[0]
-    corpora = [(each, its) for each, its in ((corpus, facts), (heldout, heldout_facts)) if each is not None and its is not None]
+    pairs = ((corpus, facts), (heldout, heldout_facts))
+    corpora = [(opened, ids) for opened, ids in pairs if opened is not None and ids is not None]
     columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, own_models=own_models)
     projection = check_models(recipe, teacher_model, student_model, corpus)
     student_model.float().to(device)
@@ -285,14 +286,14 @@ def load_inputs(
     else:
         assert corpus is not None and facts is not None and tokenizer is not None
         used_facts = facts_within(facts, min(rows_s, rows_t or rows_s))
-        made = make_batches(recipe, corpus, used_facts, causal, rank, ranks)
+        corpus_batches = make_batches(recipe, corpus, used_facts, causal, rank, ranks)
         if recipe.mask.whole_word and not causal:
             table = mask_table(recipe.mask, used_facts, corpus.counts)
             check_words(tokenizer.backend_tokenizer, table, corpus.sample(200), note)
         if cached:
             assert rows_t is not None
-            made.learn_from(open_cache(recipe, corpus, causal, rows_t, columns, epochs_of(recipe, made)))
-        source = CorpusSource(made, text_sha256(canonical(corpus.manifest.files)), device)
+            corpus_batches.learn_from(open_cache(recipe, corpus, causal, rows_t, columns, epochs_of(recipe, corpus_batches)))
+        source = CorpusSource(corpus_batches, text_sha256(canonical(corpus.manifest.files)), device)
     updates = source.updates(recipe.loop)
     return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, heldout_facts, tokenizer, columns)
 
@@ -351,8 +352,8 @@ def check_cached(recipe: Recipe, own_models: bool) -> None:
 def open_cache(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None, epochs: int) -> TeacherCache:
     """`vocabulary`, `columns`: the teacher's entries, and those that the student shares where it has not as many."""
     assert recipe.teacher is not None and recipe.teacher.cache is not None
-    wanted = cache_identity(recipe, corpus, causal, vocabulary, columns)
-    return TeacherCache.open(Path(recipe.teacher.cache), wanted, corpus, epochs, recipe.data.verify)
+    identity = cache_identity(recipe, corpus, causal, vocabulary, columns)
+    return TeacherCache.open(Path(recipe.teacher.cache), identity, corpus, epochs, recipe.data.verify)
 
 
 def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None) -> dict[str, Any]:
@@ -367,9 +368,9 @@ def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
     return Corpus.open(path, verify=verify)
 
 
-def _teacher(recipe: Recipe, given: nn.Module | None, note: Callable[[str], None]) -> Any | None:
-    if given is not None:
-        own = models.as_language_model(given)
+def _teacher(recipe: Recipe, module: nn.Module | None, note: Callable[[str], None]) -> Any | None:
+    if module is not None:
+        own = models.as_language_model(module)
         named = recipe.teacher.dtype if recipe.teacher is not None else "auto"
         return own if named == "auto" else own.to(models.DTYPES[named])
     if recipe.teacher is None:

@@ -378,14 +378,14 @@ def _beat_key(rank: int) -> str:
     return f"monitor/beat/{rank}"
 
 
-def agree_equal(store: SharedStore, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> None:
+def agree_equal(store: SharedStore, rank: int, size: int, values: Mapping[str, str], monitor: Monitor) -> None:
     """Compare values that must be the same on all ranks, by name; every rank calls this, with a connection of its own.
 
     Raises UserError on all ranks, naming who differs from rank 0 in what, and RankLost naming who is gone, or does not come.
     """
     try:
-        with monitor.waiting(f"every rank's {', '.join(what)}"):
-            differing = _agree(store, rank, size, what, monitor)
+        with monitor.waiting(f"every rank's {', '.join(values)}"):
+            differing = _agree(store, rank, size, values, monitor)
     except (RuntimeError, ValueError) as error:  # torch's DistError is one; what is no rank's is no JSON of the kind
         raise monitor.lost(error) from error
     if differing:

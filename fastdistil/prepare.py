@@ -388,13 +388,13 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
     if not path.is_file():
         return Written()
     try:
-        found = read_json(path)
-        check(_Progress, found)
-        expected = found.pop("sha256", None)  # which earlier versions did not write
-        if expected not in (None, text_sha256(canonical(found))):
+        progress = read_json(path)
+        check(_Progress, progress)
+        expected = progress.pop("sha256", None)  # which earlier versions did not write
+        if expected not in (None, text_sha256(canonical(progress))):
             raise ValueError("sha256")
         # Earlier versions did not count it, and the count of the rest alone would be none.
-        written = converted(Written, {"special_spellings": None, **found["written"]})
+        written = converted(Written, {"special_spellings": None, **progress["written"]})
         names = [name(shard) for shard in range(len(written.shards)) for name in (tokens_name, lengths_name)]
         if sorted(names) != sorted(written.files):
             raise ValueError(f"written.files are not those of {len(written.shards)} shards")
@@ -402,7 +402,7 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
         raise CorruptData(f"{path} is damaged ({reason(error)}); delete {out} and run fastdistil prepare again") from error
     if not written.shards:
         return Written()
-    refuse_other(out, identity, found)
+    refuse_other(out, identity, progress)
     for name, facts in written.files.items():
         check_file(out / name, facts, full=True)
     return written

@@ -64,15 +64,15 @@ class RingProcesses:
 
     def wait_until_loaded(self) -> None:
         """Wait until every process has loaded its engine's library, which concerns no other rank. Raises ConnectionError."""
-        for each in self._sockets:
-            self._receive(each)
+        for connection in self._sockets:
+            self._receive(connection)
 
     def connect(self) -> None:
         """Have every process connect to those of the other ranks, which are to do the same now. Raises ConnectionError."""
-        for each in self._sockets:
-            each.send(b'{"kind": "connect"}')
-        for each in self._sockets:
-            self._receive(each)
+        for connection in self._sockets:
+            connection.send(b'{"kind": "connect"}')
+        for connection in self._sockets:
+            self._receive(connection)
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeros in memory that the ring processes see too."""

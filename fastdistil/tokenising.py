@@ -79,8 +79,8 @@ class Encoder:
         # A tokenizer that marks the beginning of every text would mark the stretches too.
         self.stretch = sys.maxsize
         with suppress(UserError):  # where it has no token for these words
-            whole, first, second = (part.ids for part in self.encode(["one two three four", "one two", " three four"]))
-            self.stretch = PIECE_CHARACTERS if whole == first + second else sys.maxsize
+            joined, first, second = (part.ids for part in self.encode(["one two three four", "one two", " three four"]))
+            self.stretch = PIECE_CHARACTERS if joined == first + second else sys.maxsize
 
     def __call__(self, documents: list[str]) -> Encoded:
         stretches: list[str] = []

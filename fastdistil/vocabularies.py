@@ -37,8 +37,8 @@ def differing_ids(tokenizer: FastTokenizer, other: FastTokenizer, ids: Iterable[
 
     A special token of another name is the same one where it has a role in common, such as padding.
     """
-    spellings, other_spellings = (_spellings(each) for each in (tokenizer, other))
-    roles, other_roles = (_roles(each) for each in (tokenizer, other))
+    spellings, other_spellings = (_spellings(vocabulary) for vocabulary in (tokenizer, other))
+    roles, other_roles = (_roles(vocabulary) for vocabulary in (tokenizer, other))
     differing = {}
     for token in ids:
         pair = spellings.get(token, "nothing"), other_spellings.get(token, "nothing")
@@ -73,7 +73,7 @@ def disagreement(path: str, corpus: Corpus, causal: bool) -> str | None:
 
 def pair_disagreement(path: str, other: str) -> str | None:
     """Say which ids two models' tokenizers both have and spell differently; None: no id."""
-    tokenizers = [load_tokenizer(each) for each in (path, other)]
+    tokenizers = [load_tokenizer(directory) for directory in (path, other)]
     common = set.intersection(*(set(tokenizer.get_vocab().values()) for tokenizer in tokenizers))
     differing = differing_ids(tokenizers[0], tokenizers[1], sorted(common))
     return f"of {len(common)} ids {_shown(differing, 'there')}" if differing else None

@@ -345,8 +345,8 @@ def traced(run: Reported) -> str:
 
 def kernels(run: Reported) -> list[tuple[str, int, float, float]]:
     """(name, calls, seconds in all, share of all kernels' time) of the trace, the longest first; empty without a trace."""
-    found = (run.summary["trace"] or {}).get("kernels") or ()
-    return [(charts.without_controls(str(each["name"])), each["calls"], each["ms"] / 1e3, each["share"]) for each in found]
+    kernels_by_time = (run.summary["trace"] or {}).get("kernels") or ()
+    return [(charts.without_controls(str(row["name"])), row["calls"], row["ms"] / 1e3, row["share"]) for row in kernels_by_time]
 
 
 def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -271,8 +271,8 @@ def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]
         found["why"] = f"all {len(known)} log lines held more than updates"
     for name in names:
         devices = known if name == "temperature_c" else alone
-        told = [device for device in devices if isinstance(device.get(name), int | float)]
-        values = [device[name] for device in told]
+        readable = [device for device in devices if isinstance(device.get(name), int | float)]
+        values = [device[name] for device in readable]
         if not values:
             last = known[-1].get(name)
             found[name] = last if isinstance(last, str) else None
@@ -283,7 +283,7 @@ def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]
         elif name.endswith("_mhz"):
             found[name] = float(np.median(values))
         else:
-            found[name] = _mean(told, _getter(name), _getter("seconds"))
+            found[name] = _mean(readable, _getter(name), _getter("seconds"))
     return {**found, **_throttled(known)}
 
 

@@ -1,6 +1,7 @@
 """The same surroundings for every test: no network, no parallel tokenizers, one torch thread."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Never
@@ -15,7 +16,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-from tests.small_run import make_material
+from fastdistil import cli
+from tests.small_run import Run, make_material
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +50,23 @@ def data_folder() -> Path:
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See small_run.make_material."""
     return make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Call the entry point with arguments, in a directory of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        assert getattr(sys.stdout, "errors", "") == "strict"
+        monkeypatch.setattr(sys, "argv", ["fastdistil", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def damaged_values(values: Any, draw: random.Random, kind: str, seal: Any = None
                 container.insert(key, container[key])
             case _:
                 container[key] = replaced
-        places = [each for each in containers(values) if each]
+        places = [inner for inner in containers(values) if inner]
         if not places:
             break
     if seal is not None and draw.random() < 0.8:
@@ -122,8 +122,8 @@ def damaged_values(values: Any, draw: random.Random, kind: str, seal: Any = None
 def containers(values: Any) -> Iterator[Any]:
     if isinstance(values, dict | list) and values:
         yield values
-        for each in values.values() if isinstance(values, dict) else values:
-            yield from containers(each)
+        for member in values.values() if isinstance(values, dict) else values:
+            yield from containers(member)
 
 
 # Judgement
@@ -150,7 +150,7 @@ def no_hang() -> Iterator[None]:
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of each file; of directories nothing."""
     statuses = {str(path.relative_to(folder)): path.lstat() for path in sorted(folder.rglob("*"))}
-    return {name: (0, 0) if S_ISDIR(each.st_mode) else (each.st_size, each.st_mtime_ns) for name, each in statuses.items()}
+    return {name: (0, 0) if S_ISDIR(stat.st_mode) else (stat.st_size, stat.st_mtime_ns) for name, stat in statuses.items()}
 
 
 def outcome(read: Callable[[], object]) -> tuple[int, str]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
 
+Run = Callable[..., tuple[int, str, str]]
+"""Arguments of the command line -> (exit code, standard output, standard error)."""
 TINY = {
     "model_type": "bert",
     "num_hidden_layers": 2,

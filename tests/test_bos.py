@@ -206,8 +206,8 @@ def test_a_prepared_corpus_says_whether_it_has_bos_and_is_not_changed(
         prepared(folder, kind, out, special_tokens=False, bos=bos)
         for said in ("auto", bos):
             ready, raw = (
-                evaluate(str(path), [given], EvaluateOptions(**fixed, bos=b)).corpora[0]
-                for given, b in ((str(out), said), (str(folder / "text.txt"), bos))
+                evaluate(str(path), [source], EvaluateOptions(**fixed, bos=b)).corpora[0]
+                for source, b in ((str(out), said), (str(folder / "text.txt"), bos))
             )
             assert (ready.causal, ready.bos) == (raw.causal, raw.bos)
         with pytest.raises(UserError, match=f"prepared with bos {bos}; prepare it with --bos {other}"):

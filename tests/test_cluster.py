@@ -178,7 +178,7 @@ def shell_of(kind: Kind, document: Any) -> str:
 
 
 @pytest.fixture
-def own_recipe(tmp_path: Path) -> Path:
+def recipe_text(tmp_path: Path) -> Path:
     path = tmp_path / "Mine.yaml"
     path.write_text("# mine\nteacher: {path: bert-base-uncased}\n\nstudent: {every: 2}\nloop: {epochs: 1}\n")
     return path
@@ -189,14 +189,14 @@ VARIANTS: list[dict[str, Any]] = [{}, {"image": "registry/fastdistil:1"}, {"gpus
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["mpijob", "skypilot", "dstack"])
-def test_files_keep_to_their_schema(kind: Kind, variant: dict[str, Any], own_recipe: Path) -> None:
+def test_files_keep_to_their_schema(kind: Kind, variant: dict[str, Any], recipe_text: Path) -> None:
     (document,) = documents(kind, **variant)
     check(document, SCHEMAS[kind], kind)
-    *first, document = documents(kind, recipe=str(own_recipe), **variant)
+    *first, document = documents(kind, recipe=str(recipe_text), **variant)
     check(document, SCHEMAS[kind], kind)
     if kind == "mpijob":
         check(first[0], CONFIG_MAP, kind)
-        assert first[0]["data"] == {"Mine.yaml": own_recipe.read_text()}
+        assert first[0]["data"] == {"Mine.yaml": recipe_text.read_text()}
     else:
         assert first == []
     bare = {"storage": None, "time": None}
@@ -204,8 +204,8 @@ def test_files_keep_to_their_schema(kind: Kind, variant: dict[str, Any], own_rec
 
 
 @pytest.mark.parametrize("name", ["true", "null", "on", "Yes", "n", "y", "off"])
-def test_a_runs_name_is_text_wherever_it_stands(name: str, own_recipe: Path) -> None:
-    config_map, job = documents("mpijob", recipe=str(own_recipe), run_name=name)
+def test_a_runs_name_is_text_wherever_it_stands(name: str, recipe_text: Path) -> None:
+    config_map, job = documents("mpijob", recipe=str(recipe_text), run_name=name)
     launcher = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]
     (mounted,) = (volume["configMap"]["name"] for volume in launcher["volumes"] if "configMap" in volume)
     others = [documents("skypilot", run_name=name)[0]["name"], documents("dstack", run_name=name)[0]["name"]]
@@ -243,8 +243,8 @@ def test_the_checks_are_strict() -> None:
         ),
     ],
 )
-def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], own_recipe: Path, tmp_path: Path) -> None:
-    script = shell_of(kind, documents(kind, recipe=str(own_recipe))[0])
+def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], recipe_text: Path, tmp_path: Path) -> None:
+    script = shell_of(kind, documents(kind, recipe=str(recipe_text))[0])
     installs = {"pip": f"echo pip $* >> {tmp_path}/installed", "python": f"echo python $* >> {tmp_path}/installed"}
     done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', **installs)
     assert done.returncode == 0, done.stderr
@@ -270,7 +270,7 @@ def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], 
         "--resume",
         "auto",
     ]
-    assert (tmp_path / "Mine.yaml").read_text() == own_recipe.read_text()
+    assert (tmp_path / "Mine.yaml").read_text() == recipe_text.read_text()
 
 
 NASTY = [
@@ -294,17 +294,19 @@ def kubernetes_expands(text: str) -> str:
     return re.sub(r"\$\$|\$\(HOSTNAME\)", lambda match: "$" if match[0] == "$$" else "pwned", text)
 
 
-@pytest.mark.parametrize("own", ["", "  \n# END_OF_RECIPE\n", "#\tx\n\tEND_OF_RECIPE\nEND_OF_RECIPE\n$(touch pwned) '\"`\n\n"])
+@pytest.mark.parametrize(
+    "recipe_text", ["", "  \n# END_OF_RECIPE\n", "#\tx\n\tEND_OF_RECIPE\nEND_OF_RECIPE\n$(touch pwned) '\"`\n\n"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_reach_the_ranks_as_they_are(kind: Kind, own: str, tmp_path: Path) -> None:
+def test_values_reach_the_ranks_as_they_are(kind: Kind, recipe_text: str, tmp_path: Path) -> None:
     """Whatever quotes, expansions, lines and marks of YAML or of a here-document they hold."""
     recipe = "distilbert"
-    if own:
+    if recipe_text:
         path = tmp_path / "Mine.yaml"
-        path.write_text(own)
+        path.write_text(recipe_text)
         recipe = str(path)
     more = {"image": None} if kind in ("skypilot", "dstack") else {}
-    overrides = NASTY if own else NASTY[:3]  # the others show nowhere, and quote the whole script
+    overrides = NASTY if recipe_text else NASTY[:3]  # the others show nowhere, and quote the whole script
     text = made(kind, recipe=recipe, overrides=overrides, gpus="0", **more)
     if kind == "slurm":
         script = text
@@ -313,7 +315,7 @@ def test_values_reach_the_ranks_as_they_are(kind: Kind, own: str, tmp_path: Path
         check(document, SCHEMAS[kind], kind)
         script = shell_of(kind, document)
         if kind == "mpijob":
-            assert [each["data"] for each in first] == ([{"Mine.yaml": own}] if own else [])
+            assert [each["data"] for each in first] == ([{"Mine.yaml": recipe_text}] if recipe_text else [])
             script = kubernetes_expands(script)
     there = tmp_path / "there"
     there.mkdir()
@@ -323,9 +325,9 @@ def test_values_reach_the_ranks_as_they_are(kind: Kind, own: str, tmp_path: Path
         script, there, CLUSTER[kind], python3=hears, mpirun=hears, srun=hears, pip="true", python="true", scontrol="true"
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(each.name for each in there.iterdir()) == ["Mine.yaml"] * bool(own and more) + ["tools"]
-    if own and more:
-        assert (there / "Mine.yaml").read_text() == own
+    assert sorted(each.name for each in there.iterdir()) == ["Mine.yaml"] * bool(recipe_text and more) + ["tools"]
+    if recipe_text and more:
+        assert (there / "Mine.yaml").read_text() == recipe_text
     secret, *arguments = heard.read_text().removesuffix("\0").split("\0")
     assert arguments[arguments.index("train") + 2 :][: len(overrides)] == overrides
     assert bool(re.fullmatch("[0-9a-f]{32}", secret)) == (kind in ("slurm", "mpijob"))

@@ -122,9 +122,9 @@ def profile_file(folder: Path) -> Iterator[Subject]:
 
 def benchmark_file(folder: Path) -> Iterator[Subject]:
     machine = {"cpu": {"brand_raw": "a", "count": 2}, "python_version": "3.11"}
-    own = {"processor": "a", "usable_cores": 2, "torch_threads": 1, "gpus": [{"name": "b"}], "versions": {"torch": "2"}}
-    for name, info in (("a.json", machine), ("b.json", {**machine, "fastdistil": own})):
-        marks = [{"fullname": f"t::{each}", "stats": {"data": [0.1, 0.2, 0.3], "mean": 0.2}} for each in "xy"]
+    details = {"processor": "a", "usable_cores": 2, "torch_threads": 1, "gpus": [{"name": "b"}], "versions": {"torch": "2"}}
+    for name, info in (("a.json", machine), ("b.json", {**machine, "fastdistil": details})):
+        marks = [{"fullname": f"t::{letter}", "stats": {"data": [0.1, 0.2, 0.3], "mean": 0.2}} for letter in "xy"]
         (folder / name).write_text(json.dumps({"machine_info": info, "benchmarks": marks, "datetime": "now"}))
 
     def read(path: Path) -> None:
@@ -142,8 +142,16 @@ POINT = {
 def study_file(folder: Path) -> Iterator[Subject]:
     sample = {"step_s": 1.0, "worked_s": None, "imbalance_s": None, "waited_s": None}
     one = {**POINT, "ranks": 1, "sent_bytes": 0.0, "collectives": 0, "hops": 0, "name": "one", "samples": [sample]}
-    told = {"step_s": 1.5, "worked_s": 1.1, "imbalance_s": 0.1, "waited_s": 0.3}
-    two = {**POINT, "ranks": 2, "sent_bytes": 1e6, "collectives": 3, "hops": 6, "name": "two", "samples": [told, told]}
+    slower = {"step_s": 1.5, "worked_s": 1.1, "imbalance_s": 0.1, "waited_s": 0.3}
+    two = {
+        **POINT,
+        "ranks": 2,
+        "sent_bytes": 1e6,
+        "collectives": 3,
+        "hops": 6,
+        "name": "two",
+        "samples": [slower, slower],
+    }
     study = {
         "device": {"kind": "cpu", "name": "p", "threads_per_rank": 1},
         "dtype": "fp32",
@@ -182,8 +190,8 @@ def network_files(folder: Path) -> Iterator[Subject]:
         read(path, Options(points=str(subject.path), predict="8", network=str(path / "network.yaml"), out=path / "out"))
 
     yield Subject(folder, "network.yaml", predict, "yaml")
-    told = Options(table=str(folder / "table.yaml"), out=folder / "out")
-    yield Subject(folder, "table.yaml", lambda path: read(path, told), "yaml")
+    table_options = Options(table=str(folder / "table.yaml"), out=folder / "out")
+    yield Subject(folder, "table.yaml", lambda path: read(path, table_options), "yaml")
 
 
 def small_corpus(folder: Path, sequences: int = 12) -> Path:
@@ -267,14 +275,14 @@ def progress_file(folder: Path) -> Iterator[Subject]:
     corpus = small_corpus(folder / "corpus")
     manifest = Manifest.read(corpus / "manifest.json")
     identity = {"format": 1, "options": manifest.options, "inputs": manifest.inputs, "tokenizer_sha256": "t"}
-    files = {name: each for name, each in manifest.files.items() if name.endswith(".bin") and name != "counts.bin"}
+    files = {name: facts for name, facts in manifest.files.items() if name.endswith(".bin") and name != "counts.bin"}
     written = {"blocks": 2, "documents": 3, "dropped": 0, "sequences": 24, "tokens": manifest.tokens, "shards": manifest.shards}
-    wanted = {**identity, "earlier_options": {}}
+    expected = {**identity, "earlier_options": {}}
     (corpus / "progress.json").write_text(json.dumps(sealed({**identity, "written": {**written, "files": files}})))
     (corpus / "manifest.json").unlink()
 
     def read(path: Path) -> None:
-        counted(path, prepare.resumed(path, wanted), 50)
+        counted(path, prepare.resumed(path, expected), 50)
 
     yield Subject(corpus, "progress.json", read, "json", sealed)
 
@@ -290,7 +298,7 @@ def made_run(folder: Path) -> Any:
     module(torch.ones(3)).sum().backward()
     optimizer.step()
     recipe = load_recipe("distilbert")
-    team = types.SimpleNamespace(alone=True, chief_does=lambda what, work: work(), share=lambda tensors, what: tensors)
+    team = types.SimpleNamespace(alone=True, chief_does=lambda purpose, work: work(), share=lambda tensors, purpose: tensors)
     team.world = World(None, torch.device("cpu"))
     return types.SimpleNamespace(
         directory=folder, recipe=recipe, modules={"student": module}, optimizer=optimizer, team=team, loss_scale=None,
@@ -334,16 +342,16 @@ def cache_files(folder: Path) -> Iterator[Subject]:
     corpus = Corpus.open(small_corpus(folder / "corpus"))
     cache = folder / "cache"
     cache.mkdir()
-    wanted = {"format": 1, "vocabulary": 50, "teacher.top_k": 4, "teacher.min_probability": None}
+    identity = {"format": 1, "vocabulary": 50, "teacher.top_k": 4, "teacher.min_probability": None}
     values = np.zeros(int(corpus.lengths.sum()), record(50, 4))
     name = shard_name(0, 0)
     np.save(cache / name, values)
-    (cache / "identity.json").write_text(json.dumps({"identity": wanted, "sha256": text_sha256(canonical(wanted))}))
+    (cache / "identity.json").write_text(json.dumps({"identity": identity, "sha256": text_sha256(canonical(identity))}))
     (cache / name).with_suffix(".json").write_text(json.dumps(facts(cache / name)))
 
     def read(path: Path, verify: str = "full") -> None:
-        made = TeacherCache.open(path, wanted, corpus, 1, verify)
-        made.rows(0, np.arange(len(corpus)))
+        teacher_cache = TeacherCache.open(path, identity, corpus, 1, verify)
+        teacher_cache.rows(0, np.arange(len(corpus)))
 
     def seal_identity(document: dict[str, Any]) -> dict[str, Any]:
         return {**document, "sha256": text_sha256(canonical(document["identity"]))}

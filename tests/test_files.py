@@ -91,9 +91,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, npt.NDArray
 
 @given(pairs=st.lists(st.tuples(st.integers(0, 990), st.integers(0, 10)), max_size=20))
 def test_ranges_are_read_end_to_end(records: tuple[Path, npt.NDArray[np.void]], pairs: list[tuple[int, int]]) -> None:
-    path, whole = records
+    path, items = records
     starts, lengths = np.array(pairs, np.int64).reshape(-1, 2).T
-    expected = b"".join(whole[start : start + length].tobytes() for start, length in pairs)
+    expected = b"".join(items[start : start + length].tobytes() for start, length in pairs)
     assert files.RangeReader(path, RECORD, HEADER_BYTES).read(starts, lengths).tobytes() == expected
 
 
@@ -131,6 +131,6 @@ def test_reads_that_the_system_makes_in_parts_are_put_together(
     """Linux gives 2 GiB at most; here 3 bytes."""
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, position: real(descriptor, [buffers[0][:3]], position))
-    path, whole = records
+    path, items = records
     read = files.RangeReader(path, RECORD, HEADER_BYTES).read(np.array([5]), np.array([90]))
-    assert read.tobytes() == whole[5:95].tobytes()
+    assert read.tobytes() == items[5:95].tobytes()

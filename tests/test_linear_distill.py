@@ -139,7 +139,7 @@ def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(k
     others = torch.arange(len(labels)) != out
 
     def gradients(hidden: Tensor, chosen: Tensor, how: Any) -> tuple[DistillTerms, list[Tensor]]:
-        leaves = [each.clone().requires_grad_() for each in (hidden, weight_VD, bias_V)]
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight_VD, bias_V)]
         rows_of_teacher, keywords = case.teacher[0][chosen], {"options": OPTIONS, "path": how}
         match kind:
             case "dense":
@@ -153,13 +153,13 @@ def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(k
                 terms = linear_cross_entropy_loss(*leaves, labels[chosen], **keywords)
         return terms, list(torch.autograd.grad(terms.total, leaves))
 
-    truth, wanted = gradients(hidden_ND[others], others, "reference")
+    truth, true_gradients = gradients(hidden_ND[others], others, "reference")
     broken = hidden_ND.clone()
     broken[out] = torch.nan
     terms, (grad_hidden, grad_weight, grad_bias) = gradients(broken, torch.ones_like(others), path)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=0)
     assert torch.equal(grad_hidden[out], torch.zeros_like(grad_hidden[out]))
-    for gradient, expected in zip((grad_hidden[others], grad_weight, grad_bias), wanted, strict=True):
+    for gradient, expected in zip((grad_hidden[others], grad_weight, grad_bias), true_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -301,8 +301,10 @@ def test_weights_whose_header_has_the_length_of_a_letter_are_no_web_page(saved: 
     path = folder / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    wanted = length + (0x3C - length) % 256
-    path.write_bytes(wanted.to_bytes(8, "little") + data[8 : 8 + length] + b" " * (wanted - length) + data[8 + length :])
+    padded_length = length + (0x3C - length) % 256
+    path.write_bytes(
+        padded_length.to_bytes(8, "little") + data[8 : 8 + length] + b" " * (padded_length - length) + data[8 + length :]
+    )
     assert path.read_bytes().lstrip().startswith(b"<")
     models.load_model(str(folder))
 
@@ -322,12 +324,12 @@ def halved(data: bytes) -> bytes:
 
 
 SAFETENSORS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "pointer": (lambda whole: POINTER, "is a Git LFS pointer.*git lfs pull"),
-    "page": (lambda whole: PAGE, "is a web page"),
+    "pointer": (lambda data: POINTER, "is a Git LFS pointer.*git lfs pull"),
+    "page": (lambda data: PAGE, "is a web page"),
     "half": (halved, "damaged"),
-    "nothing": (lambda whole: b"", "the file is empty"),
-    "noise": (lambda whole: b"\x80" * 500, "damaged"),
-    "a header of no JSON": (lambda whole: whole[:8] + b"[" * (len(whole) - 8), "damaged"),
+    "nothing": (lambda data: b"", "the file is empty"),
+    "noise": (lambda data: b"\x80" * 500, "damaged"),
+    "a header of no JSON": (lambda data: data[:8] + b"[" * (len(data) - 8), "damaged"),
 }
 PICKLES: dict[str, tuple[Callable[[Weights], bytes], str]] = {
     "pointer": (lambda tensors: POINTER, "is a Git LFS pointer.*git lfs pull"),
@@ -350,24 +352,24 @@ UNREAD_PICKLES: dict[str, tuple[Callable[[Weights], bytes], str]] = {
 }
 """What shows only when the tensors are read: --dry-run does not."""
 DAMAGED = [
-    *(("model.safetensors", what, False) for what in SAFETENSORS),
-    *(("pytorch_model.bin", what, False) for what in PICKLES | UNREAD_PICKLES),
-    *(("model.safetensors", what, True) for what in ("pointer", "half")),
-    *(("pytorch_model.bin", what, True) for what in ("pointer", "half", "a training state")),
+    *(("model.safetensors", damage, False) for damage in SAFETENSORS),
+    *(("pytorch_model.bin", damage, False) for damage in PICKLES | UNREAD_PICKLES),
+    *(("model.safetensors", damage, True) for damage in ("pointer", "half")),
+    *(("pytorch_model.bin", damage, True) for damage in ("pointer", "half", "a training state")),
 ]
 
 
-@pytest.mark.parametrize(("name", "what", "sharded"), DAMAGED, ids=str)
-def test_damaged_weights_are_one_line(name: str, what: str, sharded: bool, material: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "damage", "sharded"), DAMAGED, ids=str)
+def test_damaged_weights_are_one_line(name: str, damage: str, sharded: bool, material: Path, tmp_path: Path) -> None:
     path = copied(material / "teacher", tmp_path / "model")
-    whole = path / "model.safetensors"
-    tensors, data = load_file(whole), whole.read_bytes()
-    whole.unlink()
+    weights = path / "model.safetensors"
+    tensors, data = load_file(weights), weights.read_bytes()
+    weights.unlink()
     make: Any
     if name == "model.safetensors":
-        (make, complaint), source = SAFETENSORS[what], data
+        (make, complaint), source = SAFETENSORS[damage], data
     else:
-        (make, complaint), source = (PICKLES | UNREAD_PICKLES)[what], tensors
+        (make, complaint), source = (PICKLES | UNREAD_PICKLES)[damage], tensors
     if sharded:  # behind a shard that is whole
         stem, suffix = name.split(".")
         first, second = (f"{stem}-{number:05d}-of-00002.{suffix}" for number in (1, 2))
@@ -379,7 +381,7 @@ def test_damaged_weights_are_one_line(name: str, what: str, sharded: bool, mater
     line = refusal(lambda: measure(material, path))
     assert re.search(complaint, line)
     assert str(path) in line
-    if name.endswith(".bin") and what in UNREAD_PICKLES:
+    if name.endswith(".bin") and damage in UNREAD_PICKLES:
         dry_run(material, path, tmp_path)
     else:
         assert refusal(lambda: dry_run(material, path, tmp_path)) == line

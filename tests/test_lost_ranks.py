@@ -46,15 +46,15 @@ def rank0(monkeypatch: pytest.MonkeyPatch) -> Rank0:
     return Rank0()
 
 
-def before(what: Any, name: str, deed: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def before(owner: Any, name: str, deed: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """`deed` is done just before `what.name` is called."""
-    call = getattr(what, name)
+    call = getattr(owner, name)
 
     def first(*positional: Any, **named: Any) -> Any:
         deed()
         return call(*positional, **named)
 
-    monkeypatch.setattr(what, name, first)
+    monkeypatch.setattr(owner, name, first)
 
 
 def joined_words(rank0: Rank0) -> str:
@@ -78,10 +78,10 @@ def test_while_the_ranks_agree(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_before_another_connection_to_it(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor has its connection; what needs the store next finds nobody."""
-    made = team.Monitor
+    real_monitor = team.Monitor
 
     def monitor(*positional: Any, **named: Any) -> Monitor:
-        here = made(*positional, **named)
+        here = real_monitor(*positional, **named)
         rank0.end()
         return here
 

@@ -3,39 +3,20 @@
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fastdistil import cli
 from fastdistil.corpus import Manifest, canonical, text_sha256
 from fastdistil.metrics import Console
 from fastdistil.profiling.report import write_text
+from tests.small_run import Run
 
 LATIN = os.fsdecode(b"caf\xe9")
 ESCAPED = r"caf\udce9"
-Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """(exit code, standard output, standard error) of the command line; standard output takes UTF-8 alone."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        assert getattr(sys.stdout, "errors", "") == "strict"
-        monkeypatch.setattr(sys, "argv", ["fastdistil", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
-
-
-def test_texts_of_such_names_are_prepared(command: Command, material: Path, tmp_path: Path) -> None:
+def test_texts_of_such_names_are_prepared(run: Run, material: Path, tmp_path: Path) -> None:
     """Notes on them included; the manifest is JSON for every reader; what an earlier version wrote is still up to date."""
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
@@ -48,7 +29,7 @@ def test_texts_of_such_names_are_prepared(command: Command, material: Path, tmp_
     with (texts / f"{LATIN}.parquet").open("wb") as file:
         pq.write_table(pa.table({"text": ["a cup of coffee"] * 5}), file)
     call = ("prepare", "texts", "--tokenizer", material / "tokenizer", "--out", "out", "--workers", 1, "--strip-gutenberg")
-    code, out, err = command(*call, "--max-bad-fraction", 0.5)
+    code, out, err = run(*call, "--max-bad-fraction", 0.5)
     assert code == 0, err
     assert f"ignored 1 files of other kinds: {ESCAPED}.pdf" in out and f"texts/{ESCAPED}.txt" in out
     path = tmp_path / "out" / "manifest.json"
@@ -62,25 +43,25 @@ def test_texts_of_such_names_are_prepared(command: Command, material: Path, tmp_
     for source in values["inputs"]:
         source["path"] = source["path"].replace(ESCAPED, LATIN)
     path.write_text(json.dumps({**values, "sha256": text_sha256(canonical(values))}))
-    assert command(*call) == (0, out.splitlines()[0] + "\nout is up to date\n" + out.splitlines()[-1] + "\n", err)
+    assert run(*call) == (0, out.splitlines()[0] + "\nout is up to date\n" + out.splitlines()[-1] + "\n", err)
 
 
-def test_what_cannot_have_such_a_name_is_refused_in_a_line(command: Command, material: Path, tmp_path: Path) -> None:
+def test_what_cannot_have_such_a_name_is_refused_in_a_line(run: Run, material: Path, tmp_path: Path) -> None:
     shutil.copytree(material / "teacher", tmp_path / LATIN)
-    run = tmp_path / "runs" / LATIN
-    run.mkdir(parents=True)
-    (run / "recipe.yaml").write_text("version: 1\n")
+    run_dir = tmp_path / "runs" / LATIN
+    run_dir.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text("version: 1\n")
     text, tokenizer = material / "other.jsonl", material / "tokenizer"
     for arguments in (
         ("prepare", text, "--tokenizer", tokenizer, "--out", f"{LATIN}/corpus", "--workers", 1),
         ("prepare", text, "--tokenizer", LATIN, "--out", "corpus", "--workers", 1),
         ("evaluate", LATIN, text),
         ("train", "distilbert", f"teacher.path={LATIN}"),
-        ("train", "distilbert", f"data.train={material / 'train'}", "--resume", run),
+        ("train", "distilbert", f"data.train={material / 'train'}", "--resume", run_dir),
         ("train", f"{LATIN}.yaml"),
-        ("pause", run / LATIN),
+        ("pause", run_dir / LATIN),
     ):
-        code, out, err = command(*arguments)
+        code, out, err = run(*arguments)
         assert (code, err.count("\n")) == (2, 1), (arguments, out, err)
         assert ESCAPED in err or r"caf\\udce9" in err, err
 

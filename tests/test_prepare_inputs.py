@@ -379,10 +379,10 @@ def test_damaged_parquet_is_refused_or_read(tokenizer: str, tmp_path: Path, dama
     """Whatever pyarrow raises for it; where a byte changed that no check covers, other text may be read."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=7)
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    undamaged, rng = path.read_bytes(), np.random.default_rng(0)
     refused = 0
-    for number, place in enumerate(rng.integers(0, len(whole), 40)):
-        data = bytearray(whole[:place] if damage == "cut" else whole)
+    for number, place in enumerate(rng.integers(0, len(undamaged), 40)):
+        data = bytearray(undamaged[:place] if damage == "cut" else undamaged)
         if damage == "changed":
             data[place] ^= int(rng.integers(1, 256))
         path.write_bytes(data)

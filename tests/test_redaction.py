@@ -16,7 +16,7 @@ TOKEN = "hf_" + "aBcDeFgHiJ0123456789"
 
 
 @pytest.mark.parametrize(
-    ("text", "rest"),
+    ("text", "expected"),
     [
         ("https://me:s3cr3t@host/corpus", "https://[redacted]@host/corpus"),
         (
@@ -57,8 +57,8 @@ TOKEN = "hf_" + "aBcDeFgHiJ0123456789"
         ("the pre_run command 'cp s3cr3t' failed", "the pre_run command [redacted]"),
     ],
 )
-def test_texts(text: str, rest: str) -> None:
-    assert redacted(text) == rest
+def test_texts(text: str, expected: str) -> None:
+    assert redacted(text) == expected
 
 
 @pytest.mark.timeout(20)

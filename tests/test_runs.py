@@ -219,7 +219,7 @@ def test_a_shard_that_is_shortened_in_use_is_told(
         cache_teacher(small(material, tmp_path, *overrides), tmp_path / "cache")
         overrides.append(f"teacher.cache={tmp_path / 'cache'}")
     shard = place / "tokens-00000.bin" if what == "corpus" else tmp_path / "cache" / "0-00000.npy"
-    whole = shard.read_bytes()
+    undamaged = shard.read_bytes()
     real = CorpusSource.windows
 
     @contextmanager
@@ -239,5 +239,5 @@ def test_a_shard_that_is_shortened_in_use_is_told(
         message = rf"{shard} was shortened while it was in use: \d+ bytes .* saved after update 1, continue with"
         with pytest.raises(CorruptData, match=message):
             quiet(recipe)
-    shard.write_bytes(whole)
+    shard.write_bytes(undamaged)
     assert quiet(recipe, resume="auto").updates == 2

@@ -50,8 +50,10 @@ def word_level() -> Tokenizer:
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
     """By kind: the library's own tokenizer, which is the truth, and ours of it."""
     wordpiece = load_tokenizer(train_wordpiece(TEXTS, 120, tmp_path_factory.mktemp("wordpiece")))
-    made = {"byte-level": byte_level(), "unigram": unigram(), "word-level": word_level()}
-    ours: dict[str, tuple[Tokenizer, Any]] = {name: (each, fast_tokenizer(each, 512, ROLES)) for name, each in made.items()}
+    by_kind = {"byte-level": byte_level(), "unigram": unigram(), "word-level": word_level()}
+    ours: dict[str, tuple[Tokenizer, Any]] = {
+        name: (tokenizer, fast_tokenizer(tokenizer, 512, ROLES)) for name, tokenizer in by_kind.items()
+    }
     return {**ours, "wordpiece": (wordpiece.backend_tokenizer, wordpiece)}
 
 

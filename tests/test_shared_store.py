@@ -139,8 +139,8 @@ def test_values_are_those_of_their_key_alone() -> None:
     other.create(["a"])
     assert other.get_all(["a"]) == [b""]  # another run's key of that name
     if hasattr(server, "list_keys"):
-        (own,) = [key for key in listed(server) if server.get(key)]
-        server.set(own.replace("/a", "/b"), server.get(own).decode())
+        (stored_key,) = [key for key in listed(server) if server.get(key)]
+        server.set(stored_key.replace("/a", "/b"), server.get(stored_key).decode())
         with pytest.raises(RuntimeError, match="b in the ranks' store was written by somebody who is no rank"):
             one.get("b")
 

@@ -62,10 +62,10 @@ def test_is_the_divergence_of_the_merged_distributions(path: Any, k: int, temper
 @pytest.mark.parametrize("path", ["reference", *PATHS])
 @pytest.mark.parametrize("offset", [1000.0, -3000.0])
 def test_a_common_offset_of_the_logits_takes_no_digits(path: Any, offset: float) -> None:
-    teacher, noise = (each / 3 for each in logits(16, 1000, torch.float32))
+    teacher, noise = (tensor / 3 for tensor in logits(16, 1000, torch.float32))
     student = teacher + 0.3 * noise + offset
     listed, options = top_k(2 * teacher, 32, temperature=2.0), DistillOptions(temperature=2.0)
-    exact = SparseTeacher(listed.indices_NK, *(each.double() for each in listed[1:] if each is not None))
+    exact = SparseTeacher(listed.indices_NK, *(tensor.double() for tensor in listed[1:] if tensor is not None))
     truth = sparse_distill_loss(student.double(), exact, options=options, path="reference").soft
     terms, _ = gradient(student, listed, options=options, path=path)
     torch.testing.assert_close(terms.soft.double(), truth, rtol=1e-5, atol=0)

@@ -77,14 +77,14 @@ def test_weights_that_differ_are_not_tied(kind: str, tmp_path: Path) -> None:
     truth = untied(kind, tmp_path / "untied")
     path = str(tmp_path / "untied")
     assert_computes(models.load_model(path), truth)
-    made = {
+    students_by_kind = {
         "layers": students.make_student(Student(layers=ALL), models.load_model(path), VOCABULARY),
         "path": students.make_student(Student(path=path), None, VOCABULARY),
     }
     if kind == "bert":
         recipe = Student(layers=ALL, architecture="distilbert")
-        made["distilbert"] = students.make_student(recipe, models.load_model(path), VOCABULARY)
-    for name, student in made.items():
+        students_by_kind["distilbert"] = students.make_student(recipe, models.load_model(path), VOCABULARY)
+    for name, student in students_by_kind.items():
         assert_computes(student, truth)
         models.save_pretrained(student, tmp_path / name)
         assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
@@ -303,8 +303,8 @@ def tokenizer_of(tokens: list[str], **names: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=names.get("unk_token")))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     make: Any = PreTrainedTokenizerFast
-    made: PreTrainedTokenizerFast = make(tokenizer_object=tokenizer, **names)
-    return made
+    tokenizer_fast: PreTrainedTokenizerFast = make(tokenizer_object=tokenizer, **names)
+    return tokenizer_fast
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,9 @@ def test_a_token_that_also_pads_is_learnt(kind: str, way: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bert", "distilbert", "modernbert", "gpt2"])
 def test_sizes_left_out_fit_those_given(kind: str) -> None:
-    given = {"dim": 48, "n_heads": 4} if kind == "distilbert" else {"hidden_size": 48, "num_attention_heads": 4}
+    sizes = {"dim": 48, "n_heads": 4} if kind == "distilbert" else {"hidden_size": 48, "num_attention_heads": 4}
     layers = {"n_layers": 1} if kind == "distilbert" else {"num_hidden_layers": 1}
-    values = {"model_type": kind, **given, **layers, "max_position_embeddings": 48}
+    values = {"model_type": kind, **sizes, **layers, "max_position_embeddings": 48}
     config = students.make_student(Student(config=values), None, VOCABULARY).module.config
     inner = {"distilbert": "hidden_dim", "gpt2": "n_inner"}.get(kind, "intermediate_size")
     expected = {"llama": 129, "qwen2": 258, "qwen3": 258, "bert": 192, "distilbert": 192, "modernbert": 72, "gpt2": None}
@@ -473,12 +473,12 @@ def test_a_body_without_a_weight_is_refused_all_the_same(tmp_path: Path) -> None
 
 def test_pretraining_and_distilling_from_a_bare_encoder(material: Path, tmp_path: Path) -> None:
     transformers.AutoModelForMaskedLM.from_pretrained(material / "teacher").bert.save_pretrained(tmp_path / "bare")
-    given = [f"student.path={tmp_path / 'bare'}", "evaluation.every=null", "data.heldout=null", "loop.updates=1"]
+    overrides = [f"student.path={tmp_path / 'bare'}", "evaluation.every=null", "data.heldout=null", "loop.updates=1"]
     with pytest.raises(UserError, match=r"student\.head=fresh"):
-        quiet(small(material, tmp_path, *given))
+        quiet(small(material, tmp_path, *overrides))
     alone = ["teacher=null", "objective.a_ce=0", "objective.a_cos=0", "objective.a_mlm=1"]
     for number, more in enumerate(([], alone)):
-        quiet(small(material, tmp_path, *given, *more, "student.head=fresh", f"name=fresh{number}"))
+        quiet(small(material, tmp_path, *overrides, *more, "student.head=fresh", f"name=fresh{number}"))
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / f"fresh{number}" / "student")
 
 

@@ -79,7 +79,7 @@ def renamed(source: Path, folder: Path, spellings: dict[str, str], extra: str | 
 
 def run(material: Path, tmp_path: Path, *overrides: str, name: str = "run") -> Recipe:
     """One update; the student is made from CONFIG unless the overrides say from what."""
-    student = [] if any(each.startswith("student.") for each in overrides) else [f"student.config={json.dumps(CONFIG)}"]
+    student = [] if any(override.startswith("student.") for override in overrides) else [f"student.config={json.dumps(CONFIG)}"]
     fixed = ["student.every=null", "objective.a_cos=0", "loop.updates=1", "evaluation.every=null", "checkpoint.every=null"]
     return small(material, tmp_path, *fixed, *student, f"name={name}", *overrides)
 
@@ -192,8 +192,8 @@ def test_losses_and_gradients_are_those_of_truncated_vocabularies(rows: tuple[in
     expected.backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     with torch.no_grad():
-        whole, _ = truth(student, bert(rows[1], 1, width=48).double(), ids_BS, labels_BS, rows[1], 2.0)
-    assert abs(float(whole) / float(soft.detach()) - 1) > 1e-3  # the padding has some of the probability
+        full_loss, _ = truth(student, bert(rows[1], 1, width=48).double(), ids_BS, labels_BS, rows[1], 2.0)
+    assert abs(float(full_loss) / float(soft.detach()) - 1) > 1e-3  # the padding has some of the probability
     student.zero_grad()
 
     mapping = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": labels_BS}
@@ -221,16 +221,22 @@ def test_a_list_of_all_shared_tokens_is_the_truncated_teacher() -> None:
     listed = top_k(teacher_NV, TOKENS, temperature=2.0, columns=TOKENS)
     assert int(listed.indices_NK.max()) < TOKENS
     options = DistillOptions(temperature=2.0, hard=0.0, columns=TOKENS)
-    found = linear_sparse_distill_loss(hidden_ND, weight_VD, None, listed, options=options)
+    loss = linear_sparse_distill_loss(hidden_ND, weight_VD, None, listed, options=options)
     log_q = ((hidden_ND @ weight_VD.T)[:, :TOKENS] / 2).log_softmax(-1)
     log_p = (teacher_NV[:, :TOKENS] / 2).log_softmax(-1)
-    assert float(found.total) == pytest.approx(4 * float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-9)
+    assert float(loss.total) == pytest.approx(4 * float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-9)
 
 
 def test_padded_teachers_teach_online_and_from_a_cache(material: Path, tmp_path: Path) -> None:
     teacher, student = (save(tmp_path / name, rows, material / "tokenizer", rows) for name, rows in (("t", 320), ("s", 304)))
-    given = [f"teacher.path={teacher}", f"student.path={student}", "loop.updates=2", "student.dropout=0", "checkpoint.every=1"]
-    recipe = run(material, tmp_path, *given, name="online")
+    overrides = [
+        f"teacher.path={teacher}",
+        f"student.path={student}",
+        "loop.updates=2",
+        "student.dropout=0",
+        "checkpoint.every=1",
+    ]
+    recipe = run(material, tmp_path, *overrides, name="online")
     (note,) = (said for said in notes_of(recipe) if "vocabulary" in said)
     assert "320 entries, the student's 304" in note
     assert f"the first {TOKENS}," in note
@@ -243,8 +249,8 @@ def test_padded_teachers_teach_online_and_from_a_cache(material: Path, tmp_path:
     assert gradients.norm() <= 1e-3 * before[weight][TOKENS:].norm()
 
     with pytest.raises(UserError, match=f"top_k is 310, the teacher has {TOKENS} tokens"):
-        cache_teacher(run(material, tmp_path, *given, "teacher.top_k=310"), tmp_path / "cache")
-    listed = [*given, f"teacher.top_k={TOKENS}"]
+        cache_teacher(run(material, tmp_path, *overrides, "teacher.top_k=310"), tmp_path / "cache")
+    listed = [*overrides, f"teacher.top_k={TOKENS}"]
     cache_teacher(run(material, tmp_path, *listed), tmp_path / "cache")
     indices = np.concatenate([np.load(shard)["index"] for shard in (tmp_path / "cache").glob("*.npy")])
     assert int(indices.max()) == TOKENS - 1
@@ -268,15 +274,15 @@ def test_the_divergence_of_held_out_text_is_that_of_truncated_vocabularies(mater
     corpus, facts = Corpus.open(material / "heldout"), token_facts(load_tokenizer(material / "tokenizer"))
     teacher, student = (LanguageModel(bert(rows, rows).double()) for rows in (320, 304))
     same = LanguageModel(bert(304, 304).double())
-    found = held_out(student, corpus, facts, teacher=teacher, columns=TOKENS, max_sequences=5)
+    scores = held_out(student, corpus, facts, teacher=teacher, columns=TOKENS, max_sequences=5)
     with torch.no_grad():
         for model in (teacher, same):
             model.bias[TOKENS:] = -torch.inf  # type: ignore[index]
         teacher.module.resize_token_embeddings(304)
         teacher.bias[TOKENS:] = -torch.inf  # type: ignore[index]
     truncated = held_out(same, corpus, facts, teacher=teacher, max_sequences=5)
-    assert found.kl == pytest.approx(truncated.kl, rel=1e-9)
-    assert found.loss > truncated.loss  # the loss is of the model as it is, padding and all
+    assert scores.kl == pytest.approx(truncated.kl, rel=1e-9)
+    assert scores.loss > truncated.loss  # the loss is of the model as it is, padding and all
     with pytest.raises(UserError, match=r"entries, the model's 304; say which they share with columns"):
         held_out(student, corpus, facts, teacher=LanguageModel(bert(320)), max_sequences=5)
 
@@ -286,15 +292,15 @@ def test_sizes_that_may_be_two_vocabularies_are_refused_and_both_advices_work(
     advice: str, material: Path, tmp_path: Path
 ) -> None:
     teacher = save(tmp_path / "teacher", 320, None)
-    given = [f"teacher.path={teacher}"]
+    overrides = [f"teacher.path={teacher}"]
     with pytest.raises(UserError, match=r"320 entries, the student's 300.* 320 entries \(student.config.vocab_size\)"):
-        quiet(run(material, tmp_path, *given))
+        quiet(run(material, tmp_path, *overrides))
     if advice == "tokenizer":
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(material / "tokenizer" / name, teacher)
     else:
-        given.append(f"student.config={json.dumps({**CONFIG, 'vocab_size': 320})}")
-    quiet(run(material, tmp_path, *given))
+        overrides.append(f"student.config={json.dumps({**CONFIG, 'vocab_size': 320})}")
+    quiet(run(material, tmp_path, *overrides))
 
 
 def test_modules_of_other_sizes_are_refused_until_they_are_resized(material: Path, tmp_path: Path) -> None:
@@ -326,10 +332,15 @@ def test_a_tokenizer_with_an_unused_entry_more_than_the_model_is_accepted(
 ) -> None:
     """Padding and random replacements would lie beyond the embeddings."""
     teacher, student = (save(tmp_path / name, TOKENS, longer, seed) for seed, name in enumerate(("teacher", "student")))
-    given = [f"teacher.path={teacher}", f"student.path={student}", f"data.train={tmp_path / 'corpus'}", f"data.layout={layout}"]
+    overrides = [
+        f"teacher.path={teacher}",
+        f"student.path={student}",
+        f"data.train={tmp_path / 'corpus'}",
+        f"data.layout={layout}",
+    ]
     # The held-out corpus has the shorter tokenizer: the ids in use are the same.
-    quiet(run(material, tmp_path, *given, "mask={mask: 0.1, keep: 0, random: 0.9}", name="both"))
-    quiet(run(material, tmp_path, *given[::2], f"data.layout={layout}", name="fresh"))  # a student of 301, a teacher of 300
+    quiet(run(material, tmp_path, *overrides, "mask={mask: 0.1, keep: 0, random: 0.9}", name="both"))
+    quiet(run(material, tmp_path, *overrides[::2], f"data.layout={layout}", name="fresh"))  # a student of 301, a teacher of 300
     options = EvaluateOptions(positions=20, device="cpu", precision="fp32")
     report = evaluate(str(student), [str(tmp_path / "corpus"), str(material / "heldout.jsonl")], options)
     assert all(corpus.heldout is not None and corpus.pseudo is not None for corpus in report.corpora)
