@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdistil import files
+from fastdistil import storage
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.horovod_tools import Cuda, cuda_home, cxx, find_cuda, first_line, found, nccl_home, nccl_version, require_tools
 from fastdistil.installed_horovod import (
@@ -372,7 +372,7 @@ def locked(path: Path) -> Iterator[None]:
     """One process at a time; a dead one's lock is gone with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    with files.locked(path, "waiting for another process that prepares Horovod", say, wait=True):
+    with storage.locked(path, "waiting for another process that prepares Horovod", say, wait=True):
         yield
 
 

@@ -26,8 +26,8 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.files import RangeReader
 from fastdistil.masking import ranges
+from fastdistil.storage import RangeReader
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
 from fastdistil.word_marks import word_marks
 

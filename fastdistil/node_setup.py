@@ -23,8 +23,8 @@ from typing import IO, Literal
 
 from fastdistil.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
-from fastdistil.files import locked
 from fastdistil.ranks import environment_of_no_rank
+from fastdistil.storage import locked
 from fastdistil.untrusted import FileFacts
 
 LAST_LINES = 5

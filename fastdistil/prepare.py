@@ -39,8 +39,8 @@ from fastdistil.corpus import (
     vocabulary_size,
 )
 from fastdistil.errors import CorruptData, UserError, printable, translated
-from fastdistil.files import locked, write_atomically
 from fastdistil.shards import HashedFile, Shards, Written, counted
+from fastdistil.storage import locked, write_atomically
 from fastdistil.textfiles import LARGE_SHARE, Block, Documents, Reading
 from fastdistil.textinputs import Source, TextKind, find_inputs
 from fastdistil.tokenising import Plan, encoded_blocks

@@ -12,8 +12,8 @@ from typing import Any
 
 from fastdistil.errors import UserError, printable, translated
 from fastdistil.events import parse_event
-from fastdistil.files import TEMPORARY, locked, write_atomically
 from fastdistil.recipe import Recipe, check_version, validated
+from fastdistil.storage import TEMPORARY, locked, write_atomically
 from fastdistil.untrusted import read_yaml, reason
 
 RECIPE = "recipe.yaml"

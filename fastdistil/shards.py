@@ -21,7 +21,7 @@ from fastdistil.corpus import (
     token_dtype,
     tokens_name,
 )
-from fastdistil.files import write_atomically
+from fastdistil.storage import write_atomically
 from fastdistil.tokenising import Encoded
 from fastdistil.untrusted import FileFacts, Whole
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdistil import files
+from fastdistil import storage
 from fastdistil.build_horovod import locked as horovod_locked
 from fastdistil.cache_teacher import cache_teacher
 from fastdistil.errors import CorruptData, UserError
@@ -50,21 +50,21 @@ def test_work_goes_on_without_locks_and_says_so(
 
 def test_who_holds_a_lock_is_told_from_other_errors(tmp_path: Path) -> None:
     with (
-        files.locked(tmp_path, "somebody is here", print),
+        storage.locked(tmp_path, "somebody is here", print),
         pytest.raises(UserError, match="somebody is here"),
-        files.locked(tmp_path, "somebody is here", print),
+        storage.locked(tmp_path, "somebody is here", print),
     ):
         pass
     # What goes wrong within the block is not taken for a lock of another process.
-    with pytest.raises(BlockingIOError), files.locked(tmp_path, "somebody is here", print):
+    with pytest.raises(BlockingIOError), storage.locked(tmp_path, "somebody is here", print):
         raise BlockingIOError
-    with pytest.raises(FileNotFoundError), files.locked(tmp_path / "nothing", "somebody is here", print):
+    with pytest.raises(FileNotFoundError), storage.locked(tmp_path / "nothing", "somebody is here", print):
         pass
 
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text"
-    files.write_atomically(path, "old")
+    storage.write_atomically(path, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -72,7 +72,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            files.write_atomically(path, "new")
+            storage.write_atomically(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -94,12 +94,12 @@ def test_ranges_are_read_end_to_end(records: tuple[Path, npt.NDArray[np.void]], 
     path, items = records
     starts, lengths = np.array(pairs, np.int64).reshape(-1, 2).T
     expected = b"".join(items[start : start + length].tobytes() for start, length in pairs)
-    assert files.RangeReader(path, RECORD, HEADER_BYTES).read(starts, lengths).tobytes() == expected
+    assert storage.RangeReader(path, RECORD, HEADER_BYTES).read(starts, lengths).tobytes() == expected
 
 
 def test_a_file_that_ends_within_an_item_is_refused(records: tuple[Path, npt.NDArray[np.void]]) -> None:
     with pytest.raises(ValueError, match="10007 bytes are no whole number of items of 10 bytes"):
-        files.RangeReader(records[0], RECORD)
+        storage.RangeReader(records[0], RECORD)
 
 
 @pytest.mark.parametrize("by", [1, 9_000])
@@ -109,7 +109,7 @@ def test_a_file_that_is_cut_within_one_read_is_an_error_with_its_name(
     """By less than a page, or by pages; the part that was read before the cut is not given out."""
     path = tmp_path / "records.bin"
     path.write_bytes(records[0].read_bytes())
-    reader = files.RangeReader(path, RECORD, HEADER_BYTES)
+    reader = storage.RangeReader(path, RECORD, HEADER_BYTES)
     real, calls = os.preadv, []
 
     def cut_after_the_first_range(descriptor: int, buffers: list[memoryview], position: int) -> int:
@@ -132,5 +132,5 @@ def test_reads_that_the_system_makes_in_parts_are_put_together(
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, position: real(descriptor, [buffers[0][:3]], position))
     path, items = records
-    read = files.RangeReader(path, RECORD, HEADER_BYTES).read(np.array([5]), np.array([90]))
+    read = storage.RangeReader(path, RECORD, HEADER_BYTES).read(np.array([5]), np.array([90]))
     assert read.tobytes() == items[5:95].tobytes()

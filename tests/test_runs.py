@@ -137,7 +137,7 @@ def test_ranks_that_restore_a_recipe_together_do_not_meet(material: Path, tmp_pa
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").unlink()
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom fastdistil.files import write_atomically\n"
+        "import os, sys\nfrom pathlib import Path\nfrom fastdistil.storage import write_atomically\n"
         "pids = [os.fork() for _ in range(3)]\n"
         "for _ in range(200): write_atomically(Path(sys.argv[1]), sys.argv[2])\n"
         "0 in pids and os._exit(0)\n"
