@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdistil.corpus import Manifest, file_sha256, train_wordpiece
-from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.data.corpus import Manifest, file_sha256, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = 1000

@@ -104,7 +104,7 @@ def test_buckets_beside_raw_allreduce_and_ddp(benchmark: Any, engine: str) -> No
 LAYER = """
 import json, statistics, sys, time
 import torch
-from fastdistil.batches import Batches
+from fastdistil.data.batches import Batches
 from fastdistil.exchange import OneRank, Several
 from fastdistil.optim import make_optimizer
 from fastdistil.ranks import Place

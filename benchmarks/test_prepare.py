@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import pytest
 from tokenizers import Tokenizer
 
-from fastdistil import textfiles
-from fastdistil.corpus import load_tokenizer, plain, train_wordpiece
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.tokenising import cut_at_spaces
+from fastdistil.data import text_files
+from fastdistil.data.corpus import load_tokenizer, plain, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenise import cut_at_spaces
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 3
@@ -97,7 +97,7 @@ def test_prepare_against_the_tokenizer_alone(
 
     def run_start() -> Cost:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(textfiles, "BLOCK_CHARACTERS", 1)  # a block, and so a process, for each line
+            patch.setattr(text_files, "BLOCK_CHARACTERS", 1)  # a block, and so a process, for each line
             return run([str(line) for line in lines])
 
     ours: list[Cost] = []

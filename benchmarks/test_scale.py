@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from fastdistil.corpus import train_wordpiece
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
+from fastdistil.data.corpus import train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.python_docs import docstrings
 
 from .network import INTERFACE, Network, missing
 from .ranks import ROOT

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastdistil.batches import Batch
+from fastdistil.data.batches import Batch
 from fastdistil.mappings import from_mappings
 from fastdistil.models import LanguageModel
 from fastdistil.objective import denominators, loss_terms

@@ -21,18 +21,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastdistil import models, students
-from fastdistil.batches import Batches, ascending_starts
-from fastdistil.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
+from fastdistil.data.batches import Batches, ascending_starts
+from fastdistil.data.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
+from fastdistil.data.masking import offsets
+from fastdistil.data.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
-from fastdistil.masking import offsets
 from fastdistil.not_finite import first_not_finite
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
 from fastdistil.storage import write_atomically
-from fastdistil.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
 from fastdistil.vocabularies import check_tokenizers, facts_within, shared_columns
 
 

@@ -15,9 +15,9 @@ from fastdistil.signals import stopping_as_interrupts
 from fastdistil.streams import lasting_output
 
 if TYPE_CHECKING:
-    from fastdistil.corpus import Manifest
+    from fastdistil.data.corpus import Manifest
+    from fastdistil.data.prepare import Progress
     from fastdistil.evaluate import Report
-    from fastdistil.prepare import Progress
 
 app = typer.Typer(
     name="fastdistil",
@@ -272,8 +272,8 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
 ) -> None:
     """Turn text into token shards."""
-    from fastdistil.prepare import PrepareOptions
-    from fastdistil.prepare import prepare as run
+    from fastdistil.data.prepare import PrepareOptions
+    from fastdistil.data.prepare import prepare as run
 
     options = PrepareOptions(
         tokenizer=tokenizer,

@@ -21,14 +21,14 @@ import rich.table
 import torch
 
 from fastdistil import models, students
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.python_docs import python_documents
 from fastdistil.errors import FellShort, Stopped, UserError, translated
 from fastdistil.estimate import show_plan
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import python_documents
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import Result, train

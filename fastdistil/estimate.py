@@ -11,7 +11,7 @@ import torch
 
 from fastdistil import models, students
 from fastdistil.compiling import check_compiler
-from fastdistil.corpus import load_tokenizer, token_facts
+from fastdistil.data.corpus import load_tokenizer, token_facts
 from fastdistil.inputs import (
     CorpusSource,
     check_cached,

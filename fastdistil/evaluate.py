@@ -26,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastdistil import models
-from fastdistil.batches import Batch, Layout, Tokens, assemble, evaluation_batches
-from fastdistil.corpus import (
+from fastdistil.data.batches import Batch, Layout, Tokens, assemble, evaluation_batches
+from fastdistil.data.corpus import (
     Corpus,
     FastTokenizer,
     front_token,
@@ -35,10 +35,13 @@ from fastdistil.corpus import (
     load_tokenizer,
     token_facts,
 )
+from fastdistil.data.masking import Facts, Ints, offsets, ranges
+from fastdistil.data.prepare import Bos, PrepareOptions, check_bos, front_of_pieces, prepare
+from fastdistil.data.prepare import Progress as PrepareProgress
+from fastdistil.data.text_files import Documents
+from fastdistil.data.text_inputs import TextKind, find_inputs
+from fastdistil.data.unknown_tokens import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.errors import NonFinite, UserError, translated
-from fastdistil.masking import Facts, Ints, offsets, ranges
-from fastdistil.prepare import Bos, PrepareOptions, check_bos, front_of_pieces, prepare
-from fastdistil.prepare import Progress as PrepareProgress
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Mask
 from fastdistil.scoring import (
@@ -56,9 +59,6 @@ from fastdistil.scoring import (
     sequence_sums,
     sliding_windows,
 )
-from fastdistil.textfiles import Documents
-from fastdistil.textinputs import TextKind, find_inputs
-from fastdistil.unknown import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.vocabularies import check_rows, disagreement, facts_within
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from fastdistil import __version__, models
 from fastdistil.checkpoint import atomic_directory
-from fastdistil.corpus import difference_as_loaded, save_tokenizer
+from fastdistil.data.corpus import difference_as_loaded, save_tokenizer
 from fastdistil.errors import printable
 from fastdistil.evaluate import HeldOut
 from fastdistil.inputs import CorpusSource, Inputs

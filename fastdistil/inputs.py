@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fastdistil import models, students
-from fastdistil.batches import Batch, Batches, Counts, Tokens, Window
 from fastdistil.compiling import check_compiler
-from fastdistil.corpus import (
+from fastdistil.data.batches import Batch, Batches, Counts, Tokens, Window
+from fastdistil.data.corpus import (
     Corpus,
     TokenFacts,
     canonical,
@@ -21,16 +21,16 @@ from fastdistil.corpus import (
     text_sha256,
     token_facts,
 )
+from fastdistil.data.masking import mask_table
+from fastdistil.data.sources import prefetched
+from fastdistil.data.teacher_cache import TeacherCache, identity, teacher_fingerprint
+from fastdistil.data.word_marks import check_words
 from fastdistil.errors import UserError
 from fastdistil.kernels.handover import chosen_path
 from fastdistil.mappings import from_mappings
-from fastdistil.masking import mask_table
-from fastdistil.prefetch import prefetched
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Loop, Recipe, Teacher
-from fastdistil.teacher_cache import TeacherCache, identity, teacher_fingerprint
 from fastdistil.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
-from fastdistil.word_marks import check_words
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil import metrics, models
-from fastdistil.batches import Counts
+from fastdistil.data.batches import Counts
 from fastdistil.exchange import Exchange, Load
 from fastdistil.inputs import Inputs
 from fastdistil.instruments import Instruments

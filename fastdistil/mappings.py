@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.batches import NO_LABEL, Batch, Counts
+from fastdistil.data.batches import NO_LABEL, Batch, Counts
 from fastdistil.errors import UserError
 
 

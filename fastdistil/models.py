@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastdistil.attention import attention_keywords, packed_attention, padded_attention
-from fastdistil.batches import Batch
+from fastdistil.data.batches import Batch
 from fastdistil.errors import UserError
 from fastdistil.loading import library_call, quiet, read_config, read_weights, reason
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from fastdistil.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
+from fastdistil.data.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
 from fastdistil.ranks import environment_of_no_rank
 from fastdistil.storage import locked

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdistil import models
-from fastdistil.batches import Batch
+from fastdistil.data.batches import Batch
 
 ROWS = 512
 """Logits of so many rows exist at a time."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdistil.batches import Batch, Counts
+from fastdistil.data.batches import Batch, Counts
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
 from fastdistil.kernels.handover import Path
 from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss

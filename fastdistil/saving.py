@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from fastdistil import checkpoint
-from fastdistil.batches import Batch
+from fastdistil.data.batches import Batch
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.events import Fields
 from fastdistil.loop_state import Run

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdistil import models
-from fastdistil.batches import Batch, Layout, Tokens, ascending_starts
+from fastdistil.data.batches import Batch, Layout, Tokens, ascending_starts
+from fastdistil.data.masking import Facts, Ints, offsets, ranges
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.kernels.distill import divergence_reference
-from fastdistil.masking import Facts, Ints, offsets, ranges
 from fastdistil.not_finite import ROWS, first_not_finite
 
 LOGITS = 2**27

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdistil.batches import Batch, assemble
+from fastdistil.data.batches import Batch, assemble
 from fastdistil.errors import FastdistilError, UserError, is_out_of_memory
 from fastdistil.models import LanguageModel, load_model, max_length, shape
 

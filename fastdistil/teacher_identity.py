@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.data.teacher_cache import teacher_fingerprint, teacher_stamps
 from fastdistil.errors import UserError
 from fastdistil.models import load_config
 from fastdistil.recipe import Recipe
-from fastdistil.teacher_cache import teacher_fingerprint, teacher_stamps
 
 
 def identify_teacher(recipe: Recipe, module: nn.Module | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistil import __version__, errors
-from fastdistil.batches import Counts
+from fastdistil.data.batches import Counts
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
 from fastdistil.meeting import Connect
 from fastdistil.monitor import Monitor, agree_equal

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil import metrics, models
-from fastdistil.batches import Batch, Counts, Window
+from fastdistil.data.batches import Batch, Counts, Window
+from fastdistil.data.masking import update_seed
 from fastdistil.errors import NonFinite, Stopped, translated
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.exchange import Load, make_exchange
@@ -35,7 +36,6 @@ from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
 from fastdistil.instruments import Instruments, sizes_of, with_teacher_dtype
 from fastdistil.loop_state import Run
-from fastdistil.masking import update_seed
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
 from fastdistil.out_of_memory import naming

@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from fastdistil import models
-from fastdistil.batches import Tokens
-from fastdistil.corpus import Corpus, FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
+from fastdistil.data.batches import Tokens
+from fastdistil.data.corpus import Corpus, FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
+from fastdistil.data.masking import Facts, Ints
 from fastdistil.errors import UserError
-from fastdistil.masking import Facts, Ints
 from fastdistil.recipe import Recipe
 
 ROLES = {"bos": "front", "cls": "front", "eos": "back", "sep": "back", "pad": "pad", "mask": "mask", "unk": "unknown"}

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdistil import train
-from fastdistil.corpus import train_wordpiece
+from fastdistil.data.corpus import train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.python_docs import docstrings
 from fastdistil.metrics import Console, read_events
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
 
 Run = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.attention import attention_keywords, packed_attention
-from fastdistil.batches import Packing
+from fastdistil.data.batches import Packing
 
 LENGTHS = (1, 1, 3, 7, 7, 7, 12)
 HEADS, WIDTH, TOKENS = 4, 6, sum(LENGTHS)

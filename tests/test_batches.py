@@ -11,17 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil.batches import (
+from fastdistil.data.batches import (
     Batches,
     Counts,
     Packing,
     assemble,
     evaluation_batches,
 )
+from fastdistil.data.epoch_plan import grouped_plan, packed_plan, shuffled
+from fastdistil.data.sources import prefetched
 from fastdistil.errors import UserError
 from fastdistil.mappings import from_mappings
-from fastdistil.plans import grouped_plan, packed_plan, shuffled
-from fastdistil.prefetch import prefetched
 from fastdistil.recipe import Data, Mask
 
 LAYOUTS = ["packed", "length-grouped"]

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastdistil.cli import _print_report
-from fastdistil.corpus import Corpus, Manifest, load_tokenizer, train_wordpiece
+from fastdistil.data.corpus import Corpus, Manifest, load_tokenizer, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, Progress, prepare
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
-from fastdistil.prepare import PrepareOptions, Progress, prepare
 
 DOCUMENTS = [
     "the river runs under the old mountains and the stones sing of it",

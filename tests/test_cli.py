@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from fastdistil import __version__
-from fastdistil.corpus import train_wordpiece
+from fastdistil.data.corpus import train_wordpiece
+from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import EXIT_CODES
 from fastdistil.metrics import read_events
-from fastdistil.pythondocs import docstrings
 from tests.small_run import Run
 
 

@@ -17,11 +17,11 @@ import yaml
 
 from fastdistil import cli
 from fastdistil.cluster import KINDS, Cluster, Kind, cluster_file
-from fastdistil.corpus import train_wordpiece
+from fastdistil.data.corpus import train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import UserError
 from fastdistil.metrics import read_events
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
 
 
 class Required:

@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastdistil.batches import Batch, Counts
 from fastdistil.compression import make_compressor, starts_at
 from fastdistil.compressor import Exchange, Layout, State
+from fastdistil.data.batches import Batch, Counts
 from fastdistil.mappings import from_mappings
 from fastdistil.models import LanguageModel
 from fastdistil.objective import denominators, loss_terms

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastdistil import textfiles, tokenising
-from fastdistil.corpus import (
+from fastdistil.data import text_files, tokenise
+from fastdistil.data.corpus import (
     Corpus,
     Manifest,
     load_tokenizer,
@@ -20,9 +20,9 @@ from fastdistil.corpus import (
     train_wordpiece,
     vocabulary_fingerprint,
 )
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenise import Encoder, Plan, pieces
 from fastdistil.errors import CorruptData, UserError
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.tokenising import Encoder, Plan, pieces
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards boxed quietly, then slept"
 WORDS = TEXT.split()
@@ -190,13 +190,13 @@ def test_wide_vocabularies_take_four_bytes(lines: Path, tmp_path: Path) -> None:
 def test_long_documents_in_stretches_give_the_tokens_of_the_whole(
     wordpiece: Path, byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenising, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(tokenise, "PIECE_CHARACTERS", 100)
     # Runs of spaces of every length lie where a stretch would end: cut within one, byte-level BPE gives other tokens.
     text = "".join(sentence + ("\n\n" if i % 3 else " " * (i % 90)) for i, sentence in enumerate(SENTENCES)) + "x" * 300
     for folder in (wordpiece, byte_level):
         encoder = Encoder(str(folder / "tokenizer.json"), Plan(10**6, None, None, None, 0, 1.0, "uint16"))
         assert encoder.stretch == 100
-        assert len(list(tokenising.cut_at_spaces(text, 100))) > 50
+        assert len(list(tokenise.cut_at_spaces(text, 100))) > 50
         assert encoder([text, "a dog"]).tokens.tolist() == [
             *encoder.tokenizer.encode(text, add_special_tokens=False).ids,
             *encoder.tokenizer.encode("a dog", add_special_tokens=False).ids,
@@ -214,8 +214,8 @@ def test_a_tokenizer_that_marks_text_starts_is_given_whole_documents(tmp_path: P
 
 
 def test_any_number_of_workers_writes_the_same_bytes(wordpiece: Path, lines: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 500)
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 500)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 700)
     manifests = [
         prepare([str(lines)], tmp_path / str(workers), options(wordpiece, shard_tokens=300, workers=workers))
         for workers in (1, 2)
@@ -227,7 +227,7 @@ def test_any_number_of_workers_writes_the_same_bytes(wordpiece: Path, lines: Pat
 
 
 def test_gather_across_shards_in_any_order(wordpiece: Path, lines: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 500)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 500)
     prepare([str(lines)], tmp_path / "one", options(wordpiece))
     prepare([str(lines)], tmp_path / "many", options(wordpiece, shard_tokens=300))
     one, many = Corpus.open(tmp_path / "one"), Corpus.open(tmp_path / "many", verify="size")

@@ -23,8 +23,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from fastdistil import checkpoint, prepare, saving
-from fastdistil.corpus import Corpus, Manifest, canonical, text_sha256
+from fastdistil import checkpoint, saving
+from fastdistil.data import prepare
+from fastdistil.data.corpus import Corpus, Manifest, canonical, text_sha256
+from fastdistil.data.shards import counted
+from fastdistil.data.teacher_cache import TeacherCache, record, shard_name
 from fastdistil.errors import UserError
 from fastdistil.exchange import OneRank
 from fastdistil.launch import choose_slots, parse_elastic
@@ -37,9 +40,7 @@ from fastdistil.profiling.scale_command import Options, command
 from fastdistil.profiling.summary import summarise
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
-from fastdistil.shards import counted
 from fastdistil.state import learnt_tensors
-from fastdistil.teacher_cache import TeacherCache, record, shard_name
 from fastdistil.teacher_identity import module_fingerprint
 from fastdistil.world import World
 from tests.damage import ODD_YAML, Subject, check_subject, outcome

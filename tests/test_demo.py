@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from fastdistil import demo, train
+from fastdistil.data.python_docs import SHORTEST, docstrings, python_documents
 from fastdistil.errors import FellShort, Stopped, UserError
-from fastdistil.pythondocs import SHORTEST, docstrings, python_documents
 from fastdistil.recipe import Recipe, load_recipe
 
 

@@ -16,13 +16,13 @@ import transformers
 from torch import Tensor, nn
 
 from fastdistil import models
-from fastdistil.batches import Batch
-from fastdistil.corpus import Corpus, TokenFacts, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.batches import Batch
+from fastdistil.data.corpus import Corpus, TokenFacts, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.masking import mask_table, mask_tokens
+from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.evaluate import EvaluateOptions, causal_perplexity, evaluate, held_out, pseudo_perplexity
-from fastdistil.masking import mask_table, mask_tokens
 from fastdistil.models import LanguageModel
-from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.recipe import Mask
 from fastdistil.scoring import drawn_positions, drawn_sequences, ratio, sliding_windows
 

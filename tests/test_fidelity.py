@@ -18,15 +18,15 @@ import transformers
 from torch import Tensor, nn
 
 from fastdistil import distil
-from fastdistil.batches import Batch, Batches, Counts
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.batches import Batch, Batches, Counts
+from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.masking import Ints
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.python_docs import docstrings
 from fastdistil.mappings import from_mappings
-from fastdistil.masking import Ints
 from fastdistil.models import LanguageModel
 from fastdistil.objective import Denominators, denominators, loss_terms
 from fastdistil.optim import learning_rate
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Objective, Optim
 from fastdistil.students import distilbert_from_bert, fewer_layers
 
@@ -111,7 +111,7 @@ def published_terms(student: Any, teacher: Any, text: dict[str, Tensor], tempera
 
 def packed(batch: Batch, text: dict[str, Tensor], causal: bool) -> Batch:
     """The same sequences laid end to end, shortest first."""
-    from fastdistil.batches import assemble
+    from fastdistil.data.batches import assemble
 
     lengths = text["attention_mask"].sum(1).numpy()
     rows = np.argsort(lengths, kind="stable")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil import gutenberg
-from fastdistil.gutenberg import GutenbergText, find_marks
+from fastdistil.data import gutenberg
+from fastdistil.data.gutenberg import GutenbergText, find_marks
 
 STORY = "\n\n".join(f"Chapter {n}.\n\nIt was the {n}th day, and nobody had yet come down the hill." for n in range(30))
 

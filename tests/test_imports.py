@@ -30,7 +30,7 @@ FOREIGN = {"kernels", "profiling"}
 DOORS = {
     "triton": ("fastdistil.kernels",),
     "horovod": ("fastdistil.world", "fastdistil.launch"),
-    "transformers": ("fastdistil.models", "fastdistil.loading", "fastdistil.corpus", "fastdistil.evaluate"),
+    "transformers": ("fastdistil.models", "fastdistil.loading", "fastdistil.data.corpus", "fastdistil.evaluate"),
 }
 # Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {
@@ -39,10 +39,10 @@ TOP = {
     "fastdistil.attempts": ("fastdistil.launch",),
     "fastdistil.calls": ("fastdistil.launch",),
     "fastdistil.train": ("fastdistil.api", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
-    "fastdistil.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
-    "fastdistil.shards": ("fastdistil.prepare",),
+    "fastdistil.data.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
+    "fastdistil.data.shards": ("fastdistil.data.prepare",),
     "fastdistil.cache_teacher": ("fastdistil.cli",),
-    "fastdistil.tokenising": ("fastdistil.prepare", "fastdistil.shards"),
+    "fastdistil.data.tokenise": ("fastdistil.data.prepare", "fastdistil.data.shards"),
 }
 
 
@@ -164,7 +164,7 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.profiling.device", "import triton.language as tl", "only fastdistil.kernels may"),
         ("fastdistil.kernels.x", "def f():\n    import transformers", "only fastdistil.models"),
         ("fastdistil.train", "from transformers import AutoModel", "only fastdistil.models"),
-        ("fastdistil.prepare", "if 1:\n    from transformers import AutoTokenizer", "only fastdistil.models"),
+        ("fastdistil.data.prepare", "if 1:\n    from transformers import AutoTokenizer", "only fastdistil.models"),
         ("fastdistil.cli", "import importlib\nimportlib.import_module('transformers.utils')", "only fastdistil.models"),
         ("fastdistil.buckets", "if 1:\n    import horovod.torch as hvd", "only fastdistil.world, fastdistil.launch may"),
         ("fastdistil.kernels.x", "from fastdistil.errors import UserError", "imports nothing else of fastdistil"),
@@ -177,8 +177,16 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.profiling.memory", "import fastdistil.profiling.history", "only fastdistil.cli may"),
         ("fastdistil.errors", "from fastdistil.cli import main", "only fastdistil.__main__ may"),
         ("fastdistil.errors", "from fastdistil import train", "only fastdistil.api, fastdistil.cli"),
-        ("fastdistil.corpus", "def f():\n    from fastdistil.prepare import prepare", "only fastdistil.cli, fastdistil.demo"),
-        ("fastdistil.corpus", "from fastdistil.tokenising import Encoder", "only fastdistil.prepare, fastdistil.shards may"),
+        (
+            "fastdistil.data.corpus",
+            "def f():\n    from fastdistil.data.prepare import prepare",
+            "only fastdistil.cli, fastdistil.demo",
+        ),
+        (
+            "fastdistil.data.corpus",
+            "from fastdistil.data.tokenise import Encoder",
+            "only fastdistil.data.prepare, fastdistil.data.shards may",
+        ),
         ("fastdistil.errors", "def f():\n    from fastdistil import recipe", "import cycle"),
         ("fastdistil.errors", "from .recipe import Recipe", "import cycle"),
     ],
@@ -196,7 +204,7 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
     [
         ("fastdistil.kernels.distill", "import triton\nimport triton.language as tl\nfrom fastdistil.kernels.tiles import f"),
         ("fastdistil.models", "from transformers import AutoModel"),
-        ("fastdistil.evaluate", "from fastdistil.prepare import prepare"),
+        ("fastdistil.evaluate", "from fastdistil.data.prepare import prepare"),
         ("fastdistil.world", "import horovod.torch as hvd"),
         ("fastdistil.objective", "from fastdistil.kernels.distill import f\nfrom fastdistil.profiling import spans"),
         ("fastdistil.profiling.compare", "from fastdistil.errors import UserError\nfrom fastdistil.profiling import summary"),

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdistil.data.masking import choose_targets, hashed, mask_table, mask_tokens, offsets, ranges, uniform, update_seed
 from fastdistil.errors import UserError
-from fastdistil.masking import choose_targets, hashed, mask_table, mask_tokens, offsets, ranges, uniform, update_seed
 from fastdistil.recipe import Mask
 
 V = 60

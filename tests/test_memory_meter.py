@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import nn
 
-from fastdistil.batches import assemble
 from fastdistil.compression import make_compressor
 from fastdistil.compressor import Layout
+from fastdistil.data.batches import assemble
 from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.estimate import estimate_memory, make_plan, show_plan, size_text, transformer_shape
 from fastdistil.inputs import load_inputs, open_corpus, resolve

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastdistil import models, students
-from fastdistil.batches import Batch, assemble
+from fastdistil.data.batches import Batch, assemble
 from fastdistil.errors import UserError
 from fastdistil.models import LanguageModel
 from fastdistil.recipe import Student

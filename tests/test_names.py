@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.corpus import Manifest, canonical, text_sha256
+from fastdistil.data.corpus import Manifest, canonical, text_sha256
 from fastdistil.metrics import Console
 from fastdistil.profiling.report import write_text
 from tests.small_run import Run

@@ -14,10 +14,10 @@ from typing import IO
 import pytest
 
 from fastdistil import node_setup
-from fastdistil.corpus import Corpus, train_wordpiece
+from fastdistil.data.corpus import Corpus, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, DiskFull, UserError
 from fastdistil.node_setup import cached_corpus, run_once_per_node
-from fastdistil.prepare import PrepareOptions, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = [f"sentence {number} of a small corpus about {number * 7 % 31} things" for number in range(60)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdistil import distil, train
 from fastdistil.cache_teacher import cache_teacher
-from fastdistil.corpus import Corpus, file_sha256, load_tokenizer, token_facts
+from fastdistil.data.corpus import Corpus, file_sha256, load_tokenizer, token_facts
 from fastdistil.errors import NonFinite
 from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
 from fastdistil.models import LanguageModel, load_model

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil import gutenberg, textfiles
-from fastdistil.corpus import Corpus, load_tokenizer, train_wordpiece
+from fastdistil.data import gutenberg, text_files
+from fastdistil.data.corpus import Corpus, load_tokenizer, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.text_files import Reading, cut_documents, cut_in_line
+from fastdistil.data.text_inputs import find_inputs
 from fastdistil.errors import UserError
-from fastdistil.prepare import PrepareOptions, Progress, prepare
-from fastdistil.textfiles import Reading, cut_documents, cut_in_line
-from fastdistil.textinputs import find_inputs
 
 TEXTS = [f"document {number} of the small library, with words and more words" for number in range(30)]
 
@@ -111,8 +111,8 @@ def test_documents_do_not_depend_on_the_chunks(text: str, sizes: list[int], docu
 
 @pytest.mark.parametrize("documents", ["file", "paragraph", "line"])
 def test_small_blocks_and_chunks_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: Any) -> None:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 100)
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 64)
     words = [f"w\u00f6rd{number}" for number in range(3000)]
     kinds = [" ".join(words), "\n".join(words), "\n\n".join(words), "\u5b57" * 1000]
     for text in kinds:
@@ -130,7 +130,7 @@ def test_small_blocks_and_chunks_lose_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_long_documents_are_cut_at_the_best_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 20)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 20)
     for text, expected in (
         ("aaaa bbbb\n\ncc dd\nee ff gg hh", ["aaaa bbbb\n\ncc dd", "ee ff gg hh"]),  # blank line in the first half
         ("aaaa bbbb cc\n\ndd\nee ff gg hh", ["aaaa bbbb cc", "dd\nee ff gg hh"]),
@@ -152,8 +152,8 @@ def test_a_line_without_spaces_is_cut_between_characters(text: str) -> None:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 20_000)
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 20_000)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(gutenberg, "WINDOW", 20_000)
     peaks = []
     for repeats in (2_000, 40_000):
@@ -225,7 +225,7 @@ def quarantine(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_bad_lines_of_text_are_set_aside_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 200)  # longer than a line, which would count twice
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 200)  # longer than a line, which would count twice
     path = tmp_path / "text.txt"
     raw = [text.encode() for text in TEXTS]
     raw[3], raw[17] = b"caf\xe9 " + b"x" * 40, b"\xff"
@@ -307,8 +307,8 @@ def test_too_many_bad_records_stop_with_file_count_and_quarantine(tmp_path: Path
 
 
 def test_hopeless_files_are_given_up_early_and_only_those(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(textfiles, "EARLY_STOP_RECORDS", 50)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(text_files, "EARLY_STOP_RECORDS", 50)
     path = tmp_path / "text.txt"
     path.write_bytes(b"s\xfc\xdf\n" * 20_000)
     with pytest.raises(UserError, match=r"of \d{3} records are bad"):
@@ -408,8 +408,8 @@ def test_every_sequence_dropped(tokenizer: str, tmp_path: Path) -> None:
 
 
 def test_a_line_of_json_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(textfiles, "LONGEST_RECORD_BYTES", 5000)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(text_files, "LONGEST_RECORD_BYTES", 5000)
     (tmp_path / "a.jsonl").write_text(json.dumps([{"text": text} for text in TEXTS * 10]))
     with pytest.raises(UserError, match="JSON lines hold one record a line"):
         read([tmp_path / "a.jsonl"], tmp_path)

@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from fastdistil import prepare as prepare_module
-from fastdistil import textfiles
-from fastdistil.corpus import Corpus, Manifest, train_wordpiece
+from fastdistil.data import prepare as prepare_module
+from fastdistil.data import text_files
+from fastdistil.data.corpus import Corpus, Manifest, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, Progress, prepare
 from fastdistil.errors import CorruptData, DiskFull, OutOfMemory, UserError
-from fastdistil.prepare import PrepareOptions, Progress, prepare
 
 LINES = [f"sentence {number} of a text that fills several shards, and says {number % 7}" for number in range(400)]
 
 SCRIPT = """
 import json, multiprocessing, os, signal, sys
-from fastdistil import textfiles
-from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.data import textfiles
+from fastdistil.data.prepare import PrepareOptions, prepare
 
 def told(progress):
     global blocks
@@ -75,8 +75,8 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 1000)
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 1000)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 700)
     return Job(tmp_path)
 
 

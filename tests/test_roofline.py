@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastdistil import attention
-from fastdistil.batches import Batch, assemble
+from fastdistil.data.batches import Batch, assemble
 from fastdistil.kernels import linear_distill, products
 from fastdistil.kernels.options import DistillOptions, pack
 from fastdistil.models import LanguageModel, fresh_model

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastdistil import export, models, student_checks, students
+from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import UserError
 from fastdistil.models import LanguageModel
-from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.recipe import Student, load_recipe
 from tests.small_run import TINY, quiet, small
 from tests.test_models import (

@@ -16,17 +16,18 @@ import rich.console
 import torch
 import transformers
 
-from fastdistil import cli, teacher_cache
-from fastdistil.batches import Batches
+from fastdistil import cli
 from fastdistil.cache_teacher import cache_teacher
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data import teacher_cache
+from fastdistil.data.batches import Batches
+from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.estimate import show_plan
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
 from fastdistil.models import load_model
-from fastdistil.prepare import PrepareOptions, prepare
-from fastdistil.pythondocs import docstrings
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.train import train
 
@@ -180,7 +181,7 @@ def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Pat
     whole = cache_teacher(recipe, tmp_path / "whole")
     code = (
         "import sys, yaml\nfrom pathlib import Path\n"
-        "from fastdistil import teacher_cache\nfrom fastdistil.recipe import validated\n"
+        "from fastdistil.data import teacher_cache\nfrom fastdistil.recipe import validated\n"
         "teacher_cache.SHARD_TOKENS = 2000\nfrom fastdistil.cache_teacher import cache_teacher\n"
         "cache_teacher(validated(yaml.safe_load(sys.argv[1]), 'x'), Path(sys.argv[2]))\n"
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastdistil.batches import Counts
+from fastdistil.data.batches import Counts
 from fastdistil.errors import UserError
 from fastdistil.ranks import Place
 from fastdistil.team import Decision, Team

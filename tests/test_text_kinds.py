@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fastdistil import textfiles
 from fastdistil.cli import app
-from fastdistil.corpus import Manifest, canonical, text_sha256, train_wordpiece
+from fastdistil.data import text_files
+from fastdistil.data.corpus import Manifest, canonical, text_sha256, train_wordpiece
+from fastdistil.data.json_text import array_elements, whole_lines
+from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.text_files import Reading
+from fastdistil.data.text_inputs import SUFFIXES, find_inputs
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions
-from fastdistil.jsontext import array_elements, whole_lines
-from fastdistil.prepare import PrepareOptions, Progress, prepare
-from fastdistil.textfiles import Reading
-from fastdistil.textinputs import SUFFIXES, find_inputs
 from tests.test_gutenberg import FOOTERS, HEADERS, STORY
 
 TEXTS = [f"record {number} about dogs" for number in range(20)]
@@ -175,7 +175,7 @@ def write_kind(folder: Path, kind: str, texts: list[str]) -> Path:
 def test_a_nul_byte_makes_a_bad_record_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, at: int
 ) -> None:
-    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 2000)
     texts = [f"line {number} about dogs" for number in range(3000)]
     path = write_kind(tmp_path, kind, [*texts[:at], "a stray \0 byte", *texts[at + 1 :]])
     documents, reader = read(path, tmp_path, max_bad_fraction=0.001)

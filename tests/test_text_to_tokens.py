@@ -11,13 +11,22 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastdistil import textfiles
 from fastdistil.cli import app
-from fastdistil.corpus import Corpus, Manifest, canonical, load_tokenizer, text_sha256, token_facts, train_wordpiece, unknown_id
+from fastdistil.data import text_files
+from fastdistil.data.corpus import (
+    Corpus,
+    Manifest,
+    canonical,
+    load_tokenizer,
+    text_sha256,
+    token_facts,
+    train_wordpiece,
+    unknown_id,
+)
+from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.tokenise import Encoder, Plan
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
-from fastdistil.prepare import PrepareOptions, Progress, prepare
-from fastdistil.tokenising import Encoder, Plan
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 NAMES = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
@@ -199,7 +208,7 @@ def test_a_text_that_is_mostly_unknown_is_refused_with_the_likely_reason(
 
 
 def test_unknown_text_stops_early_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfiles, "BLOCK_CHARACTERS", 40)
+    monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 40)
     tokenizer = word_level(tmp_path / "tokenizer", "a b")
     text = "a b a b\n" * 100 + "x x x x\n" * 1000
     blocks: list[Progress] = []

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fastdistil import distil, train
 from fastdistil.checkpoint import list_updates
-from fastdistil.corpus import train_wordpiece
+from fastdistil.data.corpus import train_wordpiece
+from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
 from fastdistil.estimate import make_plan
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
 from fastdistil.optim import LossScale
-from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import sole_user
 from tests.small_run import TINY, assert_same_bits, events, learnt, quiet, saved_state, small

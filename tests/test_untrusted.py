@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from fastdistil import checkpoint
-from fastdistil.corpus import Corpus
+from fastdistil.data.corpus import Corpus
+from fastdistil.data.json_text import json_text
 from fastdistil.errors import CorruptData, FastdistilError, UserError
-from fastdistil.jsontext import json_text
 from fastdistil.launch import MOST_RANKS, choose_slots, parse_elastic
 from fastdistil.node_setup import cached_corpus
 from fastdistil.recipe import load_recipe

@@ -14,7 +14,9 @@ import transformers
 from torch import Tensor
 
 from fastdistil.cache_teacher import cache_teacher
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.masking import mask_table
+from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import UserError
 from fastdistil.estimate import make_plan
 from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
@@ -23,11 +25,9 @@ from fastdistil.kernels.linear_distill import linear_sparse_distill_loss
 from fastdistil.kernels.options import DistillOptions
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.mappings import from_mappings
-from fastdistil.masking import mask_table
 from fastdistil.metrics import Console
 from fastdistil.models import LanguageModel
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.prepare import PrepareOptions, prepare
 from fastdistil.recipe import Mask, Objective, Recipe
 from fastdistil.vocabularies import differing_ids, facts_within
 from tests.small_run import TINY, learnt, quiet, saved_state, small

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastdistil.corpus import Corpus, load_tokenizer, token_facts
-from fastdistil.masking import MaskTable, mask_table, word_starts
-from fastdistil.prepare import PrepareOptions, prepare
+from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts
+from fastdistil.data.masking import MaskTable, mask_table, word_starts
+from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.word_marks import check_words, compare_words
 from fastdistil.recipe import Mask
-from fastdistil.word_marks import check_words, compare_words
 
 SPECIAL = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
 NAMES = {f"{name.strip('<>')}_token": name for name in SPECIAL}

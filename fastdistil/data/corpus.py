@@ -25,11 +25,11 @@ import numpy.typing as npt
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
+from fastdistil.data.masking import ranges
+from fastdistil.data.word_marks import word_marks
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.masking import ranges
 from fastdistil.storage import RangeReader
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
-from fastdistil.word_marks import word_marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -30,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdistil.errors import UserError
-from fastdistil.masking import (
+from fastdistil.data.epoch_plan import Plan, grouped_plan, packed_plan, shuffled
+from fastdistil.data.masking import (
     Facts,
     Ints,
     MaskTable,
@@ -42,9 +42,9 @@ from fastdistil.masking import (
     offsets,
     target_counts,
 )
-from fastdistil.plans import Plan, grouped_plan, packed_plan, shuffled
+from fastdistil.data.teacher_cache import Cached, TeacherCache
+from fastdistil.errors import UserError
 from fastdistil.recipe import Data, Mask
-from fastdistil.teacher_cache import Cached, TeacherCache
 
 NO_LABEL = -100
 Layout = Literal["packed", "length-grouped"]

@@ -7,9 +7,9 @@ single pieces.
 from collections.abc import Mapping
 from typing import Any
 
-from fastdistil.corpus import FastTokenizer, Integers, added_tokens, unknown_id
+from fastdistil.data.corpus import FastTokenizer, Integers, added_tokens, unknown_id
+from fastdistil.data.word_marks import normalized
 from fastdistil.errors import UserError
-from fastdistil.word_marks import normalized
 
 WARNING_SHARE = 0.01
 MAX_UNKNOWN_SHARE = 0.2

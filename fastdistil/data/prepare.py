@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
-from fastdistil.corpus import (
+from fastdistil.data.corpus import (
     FORMAT,
     FastTokenizer,
     InputFacts,
@@ -38,13 +38,13 @@ from fastdistil.corpus import (
     vocabulary_fingerprint,
     vocabulary_size,
 )
+from fastdistil.data.shards import HashedFile, Shards, Written, counted
+from fastdistil.data.text_files import LARGE_SHARE, Block, Documents, Reading
+from fastdistil.data.text_inputs import Source, TextKind, find_inputs
+from fastdistil.data.tokenise import Plan, encoded_blocks
+from fastdistil.data.unknown_tokens import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.errors import CorruptData, UserError, printable, translated
-from fastdistil.shards import HashedFile, Shards, Written, counted
 from fastdistil.storage import locked, write_atomically
-from fastdistil.textfiles import LARGE_SHARE, Block, Documents, Reading
-from fastdistil.textinputs import Source, TextKind, find_inputs
-from fastdistil.tokenising import Plan, encoded_blocks
-from fastdistil.unknown import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.untrusted import check, converted, read_json, reason
 
 BYTES_PER_WORKER = 8_000_000

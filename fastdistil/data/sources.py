@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from fastdistil.batches import Batches, Counts, Window
+from fastdistil.data.batches import Batches, Counts, Window
 
 
 class Made(NamedTuple):

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastdistil.corpus import Integers, Lengths, Tokens, plain
+from fastdistil.data.corpus import Integers, Lengths, Tokens, plain
+from fastdistil.data.masking import ranges
+from fastdistil.data.text_files import Block
 from fastdistil.errors import OutOfMemory, UserError, is_out_of_memory, of_a_library
-from fastdistil.masking import ranges
-from fastdistil.textfiles import Block
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

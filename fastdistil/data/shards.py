@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastdistil.corpus import (
+from fastdistil.data.corpus import (
     CorpusName,
     Integers,
     ShardFacts,
@@ -21,8 +21,8 @@ from fastdistil.corpus import (
     token_dtype,
     tokens_name,
 )
+from fastdistil.data.tokenise import Encoded
 from fastdistil.storage import write_atomically
-from fastdistil.tokenising import Encoded
 from fastdistil.untrusted import FileFacts, Whole
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastdistil.data.text_inputs import reading
 from fastdistil.errors import UserError
-from fastdistil.textinputs import reading
 
 ROWS = 256
 """Of a batch."""

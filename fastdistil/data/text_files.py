@@ -18,10 +18,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fastdistil.data.gutenberg import GutenbergText
+from fastdistil.data.json_text import array_elements, json_text, whole_lines
+from fastdistil.data.text_inputs import LINE_SUFFIXES, Source, decompressed, kind_suffix, reading
 from fastdistil.errors import UserError, printable
-from fastdistil.gutenberg import GutenbergText
-from fastdistil.jsontext import array_elements, json_text, whole_lines
-from fastdistil.textinputs import LINE_SUFFIXES, Source, decompressed, kind_suffix, reading
 
 BLOCK_CHARACTERS = 1_000_000
 CHUNK_BYTES = 1 << 20
@@ -191,7 +191,7 @@ class Reading:
 
     def _parquet(self, source: Source, before: int) -> Iterator[str]:
         with reading(source.path):
-            from fastdistil.parquettext import column_rows
+            from fastdistil.data.parquet_text import column_rows
 
         for number, (raw, share) in enumerate(column_rows(source.path, self.text_field), 1):
             self.bytes_read = before + int(source.size * share)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastdistil.masking import Bools, Ints, MaskTable, word_starts
+from fastdistil.data.masking import Bools, Ints, MaskTable, word_starts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
