@@ -112,7 +112,7 @@ from fastdistil.recipe import load_recipe
 from fastdistil.world import World
 import transformers
 from fastdistil.mappings import from_mappings
-from fastdistil.models import LanguageModel
+from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
 from torch import nn
 

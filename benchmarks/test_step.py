@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fastdistil.data.batches import Batch
 from fastdistil.mappings import from_mappings
-from fastdistil.models import LanguageModel
+from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.students import distilbert_from_bert
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.optim import make_optimizer
 from fastdistil.recipe import Objective, Optim
-from fastdistil.students import distilbert_from_bert
 
 from .measure import DEVICE, measured
 

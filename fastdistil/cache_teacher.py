@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastdistil import models, students
 from fastdistil.data.batches import Batches, ascending_starts
 from fastdistil.data.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
 from fastdistil.data.masking import offsets
@@ -29,11 +28,12 @@ from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
-from fastdistil.not_finite import first_not_finite
+from fastdistil.models import language_model, students
+from fastdistil.models.not_finite import first_not_finite
+from fastdistil.models.vocabularies import check_tokenizers, facts_within, shared_columns
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
 from fastdistil.storage import write_atomically
-from fastdistil.vocabularies import check_tokenizers, facts_within, shared_columns
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def cache_teacher(
     note = partial(progress, 0.0)
     check_tokenizers(recipe, corpus, note)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
-    teacher = models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note).to(device)
-    vocabulary, longest = models.shape(teacher)[0], models.max_length(teacher)
+    teacher = language_model.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note).to(device)
+    vocabulary, longest = language_model.shape(teacher)[0], language_model.max_length(teacher)
     if longest is not None and int(corpus.lengths.max()) > longest:
         raise UserError(
             f"the corpus has sequences of {int(corpus.lengths.max())} tokens, the teacher takes {longest}; "
@@ -143,7 +143,7 @@ def _shard(
 ) -> NDArray[Any]:
     """Records [tokens] of the sequences first ... end - 1."""
     assert recipe.teacher is not None
-    vocabulary, k = models.shape(teacher)[0], recipe.teacher.top_k
+    vocabulary, k = language_model.shape(teacher)[0], recipe.teacher.top_k
     bounds = offsets(corpus.lengths)
     values = np.zeros(int(bounds[end] - bounds[first]), record(vocabulary, k))
     order_n = first + np.argsort(corpus.lengths[first:end], kind="stable")

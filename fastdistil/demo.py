@@ -20,7 +20,6 @@ import rich.console
 import rich.table
 import torch
 
-from fastdistil import models, students
 from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import python_documents
@@ -29,6 +28,7 @@ from fastdistil.estimate import show_plan
 from fastdistil.evaluate import HeldOut, held_out
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
+from fastdistil.models import language_model, students
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import Result, train
@@ -147,18 +147,22 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     corpus = Corpus.open(heldout)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
     device = torch.device(recipe.device)
-    reference = models.load_model(str(teacher.run_dir / "student")).to(device)
+    reference = language_model.load_model(str(teacher.run_dir / "student")).to(device)
     untrained = students.make_student(recipe.student, reference, facts.vocab_size).eval().to(device)
     candidates = (
         ("teacher", reference, teacher.tokens_per_second),
-        ("student", models.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
-        ("control (no teacher)", models.load_model(str(control.run_dir / "student")).to(device), control.tokens_per_second),
+        ("student", language_model.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
+        (
+            "control (no teacher)",
+            language_model.load_model(str(control.run_dir / "student")).to(device),
+            control.tokens_per_second,
+        ),
         ("student, untrained", untrained, None),
     )
     rows = []
     for name, model, speed in candidates:
         found = held_out(model, corpus, facts, teacher=reference, device=device)
-        rows.append(Row(name, models.parameter_count(model), found, speed))
+        rows.append(Row(name, language_model.parameter_count(model), found, speed))
     return rows
 
 
@@ -208,7 +212,7 @@ def plan_demo(recipe: Recipe, console: rich.console.Console) -> None:
     """--dry-run: both recipes with their estimates."""
     run, _ = choose_run(recipe, "demo", None)
     teacher_recipe = resolve(load_recipe("demo-teacher"))
-    config = models.config_from(teacher_recipe.student.config or {}, VOCABULARY)
+    config = language_model.config_from(teacher_recipe.student.config or {}, VOCABULARY)
     console.print("# teacher", markup=False)
     show_plan(teacher_recipe, run.with_name(f"{run.name}-teacher"), console, teacher_config=None, vocabulary=VOCABULARY)
     console.print("\n# student (the control's is the same with objective a_ce, a_cos and a_mse 0)", markup=False)

@@ -9,8 +9,6 @@ import rich.console
 import rich.table
 import torch
 
-from fastdistil import models, students
-from fastdistil.compiling import check_compiler
 from fastdistil.data.corpus import load_tokenizer, token_facts
 from fastdistil.inputs import (
     CorpusSource,
@@ -22,6 +20,9 @@ from fastdistil.inputs import (
     open_corpus,
 )
 from fastdistil.kernels.linear_distill import workspace_bytes
+from fastdistil.models import language_model, students
+from fastdistil.models.compiling import check_compiler
+from fastdistil.models.vocabularies import check_heldout, check_tokenizers, shared_columns, teacher_rows
 from fastdistil.profiling.memory import (
     DiskEstimate,
     MemoryEstimate,
@@ -31,7 +32,6 @@ from fastdistil.profiling.memory import (
     whole_logits_bytes,
 )
 from fastdistil.recipe import Recipe
-from fastdistil.vocabularies import check_heldout, check_tokenizers, shared_columns, teacher_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +67,16 @@ def make_plan(
     special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
-        teacher_config = models.load_config(recipe.teacher.path)
+        teacher_config = language_model.load_config(recipe.teacher.path)
     if corpus is not None:
         check_tokenizers(recipe, corpus, note)
         if recipe.data.heldout is not None:
             check_heldout(recipe, corpus, open_corpus(recipe.data.heldout, "size", "data.heldout"))
     student_config = students.student_config(recipe.student, teacher_config, vocabulary, special_ids)
-    student_model = models.without_weights(student_config)
-    teacher_model = models.without_weights(teacher_config) if teacher_config is not None else None
+    student_model = language_model.without_weights(student_config)
+    teacher_model = language_model.without_weights(teacher_config) if teacher_config is not None else None
     rows_t, corpora = teacher_rows(recipe, teacher_model), [(corpus, facts)] if corpus is not None and facts is not None else []
-    columns = shared_columns(recipe, rows_t, models.shape(student_model)[0], corpora, student_model.causal, note)
+    columns = shared_columns(recipe, rows_t, language_model.shape(student_model)[0], corpora, student_model.causal, note)
     check_models(recipe, teacher_model, student_model, corpus)
     if recipe.student.dropout is not None:
         students.set_dropout(student_model.module, recipe.student.dropout)
@@ -138,8 +138,8 @@ def estimate_memory(recipe: Recipe, student: Shape, teacher: Shape | None, *, ca
         student=student,
         teacher=teacher,
         rows=rows,
-        compute_dtype=models.DTYPES[recipe.loop.precision],
-        teacher_dtype=models.DTYPES[recipe.teacher.dtype] if recipe.teacher is not None else torch.float32,
+        compute_dtype=language_model.DTYPES[recipe.loop.precision],
+        teacher_dtype=language_model.DTYPES[recipe.teacher.dtype] if recipe.teacher is not None else torch.float32,
         on_gpu=recipe.device == "cuda",
         sequence_length=longest,
         logits=_logits_bytes(recipe, logit_rows, student, teacher),
@@ -157,16 +157,16 @@ def _residual_bytes(recipe: Recipe, parameters: int) -> int:
 
 
 def _logits_bytes(recipe: Recipe, rows: int, student: Shape, teacher: Shape | None) -> int:
-    dtype = models.DTYPES[recipe.loop.precision]
+    dtype = language_model.DTYPES[recipe.loop.precision]
     if recipe.kernels == "reference":
         return whole_logits_bytes(rows, student.vocabulary, dtype)
     itemsizes = dtype.itemsize
     if teacher is not None and recipe.teacher is not None and recipe.objective.a_ce:
-        itemsizes += models.DTYPES[recipe.teacher.dtype].itemsize
+        itemsizes += language_model.DTYPES[recipe.teacher.dtype].itemsize
     return workspace_bytes(rows, student.vocabulary, student.hidden, itemsizes, torch.device(recipe.device))
 
 
-def transformer_shape(model: models.LanguageModel) -> Shape:
+def transformer_shape(model: language_model.LanguageModel) -> Shape:
     """What memory estimates need to know of a model."""
     config: Any = model.module.config
     hidden = int(config.hidden_size)
@@ -176,7 +176,7 @@ def transformer_shape(model: models.LanguageModel) -> Shape:
     dropouts = {name: value for name, value in config.to_dict().items() if "dropout" in name or name.endswith("pdrop")}
     attention = {name for name in dropouts if name.startswith("att")}
     return Shape(
-        parameters=models.parameter_count(model),
+        parameters=language_model.parameter_count(model),
         layers=int(config.num_hidden_layers),
         hidden=hidden,
         intermediate=int(inner or 4 * hidden),

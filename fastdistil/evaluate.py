@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdistil import models
 from fastdistil.data.batches import Batch, Layout, Tokens, assemble, evaluation_batches
 from fastdistil.data.corpus import (
     Corpus,
@@ -42,9 +41,8 @@ from fastdistil.data.text_files import Documents
 from fastdistil.data.text_inputs import TextKind, find_inputs
 from fastdistil.data.unknown_tokens import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.errors import NonFinite, UserError, translated
-from fastdistil.profiling.device import has_fast_bf16
-from fastdistil.recipe import Mask
-from fastdistil.scoring import (
+from fastdistil.models import language_model
+from fastdistil.models.scoring import (
     Progress,
     budget_of,
     by_sequence,
@@ -59,7 +57,9 @@ from fastdistil.scoring import (
     sequence_sums,
     sliding_windows,
 )
-from fastdistil.vocabularies import check_rows, disagreement, facts_within
+from fastdistil.models.vocabularies import check_rows, disagreement, facts_within
+from fastdistil.profiling.device import has_fast_bf16
+from fastdistil.recipe import Mask
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,11 @@ def held_out(
     if not 0 < probability < 1:
         raise UserError(f"probability must lie between 0 and 1, got {probability:g}")
     chosen_n = drawn_sequences(len(corpus), max_sequences, seed)
-    if teacher is not None and columns is None and (v_t := models.vocabulary(teacher)) != (v_m := models.vocabulary(model)):
+    if (
+        teacher is not None
+        and columns is None
+        and (v_t := language_model.vocabulary(teacher)) != (v_m := language_model.vocabulary(model))
+    ):
         raise UserError(f"the teacher's vocabulary has {v_t} entries, the model's {v_m}; say which they share with columns")
     for scorer in (teacher, model):
         if scorer is not None:
@@ -236,7 +240,7 @@ def causal_perplexity(
     """
     if not model.causal:
         raise UserError("sliding-window perplexity is for causal models; a masked one has held-out loss and pseudo-perplexity")
-    limit = models.max_length(model)
+    limit = language_model.max_length(model)
     size = max_length if max_length is not None else limit or int(corpus.lengths.max())
     step = stride if stride is not None else max(size // 2, 1)
     if size < 2 or (limit is not None and size > limit):
@@ -264,13 +268,13 @@ def causal_perplexity(
 
 def _checked_facts(model: Any, corpus: Tokens, lengths_n: NDArray[Any], facts: Facts) -> Facts:
     """What of the tokenizer concerns the model. Raises UserError where the corpus is not for it."""
-    longest, limit = int(lengths_n.max(initial=0)), models.max_length(model)
-    check_rows("the model", models.vocabulary(model), corpus, facts, bool(model.causal))
+    longest, limit = int(lengths_n.max(initial=0)), language_model.max_length(model)
+    check_rows("the model", language_model.vocabulary(model), corpus, facts, bool(model.causal))
     if limit is not None and longest > limit:
         raise UserError(
             f"the corpus has sequences of {longest} tokens, the model takes {limit}; prepare it with --max-length {limit}"
         )
-    return facts_within(facts, models.vocabulary(model))
+    return facts_within(facts, language_model.vocabulary(model))
 
 
 def _exp(loss: float) -> float:
@@ -390,7 +394,7 @@ def evaluate(
     if not corpora:
         raise UserError("nothing to evaluate on; give prepared directories or text files")
     device, precision = _resolve(options)
-    config, causal = models.evaluation_config(model_path)
+    config, causal = language_model.evaluation_config(model_path)
     raw = [path for path in corpora if not _is_prepared(path)]
     for path in raw:
         find_inputs([path], Path(path), options.read_as)
@@ -404,7 +408,7 @@ def evaluate(
         if options.bos not in ("auto", has):
             raise UserError(f"bos is {options.bos} and {path} was prepared with bos {has}; prepare it with --bos {options.bos}")
     tell(0.0, f"loading {model_path}")
-    model = models.load_for_evaluation(model_path, note=partial(tell, 0.0)).to(device)
+    model = language_model.load_for_evaluation(model_path, note=partial(tell, 0.0)).to(device)
     size = _size(model, options, causal)
     for path, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
@@ -428,8 +432,8 @@ def evaluate(
     return Report(
         model=model_path,
         architecture=str(config.model_type),
-        parameters=models.parameter_count(model),
-        vocabulary=models.vocabulary(model),
+        parameters=language_model.parameter_count(model),
+        vocabulary=language_model.vocabulary(model),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         precision=precision,
         torch=torch.__version__,
@@ -460,7 +464,7 @@ class _Share(NamedTuple):
 
 
 def _evaluate_one(
-    model: models.LanguageModel | models.AnyModel,
+    model: language_model.LanguageModel | language_model.AnyModel,
     given: str,
     corpus: Corpus,
     options: EvaluateOptions,
@@ -531,7 +535,7 @@ def _is_prepared(given: str) -> bool:
 
 def _open(path: str, model_path: str, causal: bool) -> Corpus:
     corpus = Corpus.open(path)
-    if models.has_tokenizer(model_path) and (difference := disagreement(model_path, corpus, causal)) is not None:
+    if language_model.has_tokenizer(model_path) and (difference := disagreement(model_path, corpus, causal)) is not None:
         raise UserError(
             f"the model {model_path} has another vocabulary than the corpus ({difference}); "
             f"prepare the corpus with --tokenizer {model_path}"
@@ -539,9 +543,9 @@ def _open(path: str, model_path: str, causal: bool) -> Corpus:
     return corpus
 
 
-def _size(model: models.LanguageModel | models.AnyModel, options: EvaluateOptions, causal: bool) -> int:
+def _size(model: language_model.LanguageModel | language_model.AnyModel, options: EvaluateOptions, causal: bool) -> int:
     """Tokens of a sequence or window."""
-    limit = models.max_length(model)
+    limit = language_model.max_length(model)
     if limit is not None and options.max_length is not None and options.max_length > limit:
         raise UserError(f"max_length is {options.max_length} and the model takes {limit} tokens; lower it")
     size = options.max_length if options.max_length is not None else 1024 if causal else 512

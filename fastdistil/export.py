@@ -7,15 +7,16 @@ import numpy as np
 import torch
 import yaml
 
-from fastdistil import __version__, models
+from fastdistil import __version__
 from fastdistil.checkpoint import atomic_directory
 from fastdistil.data.corpus import difference_as_loaded, save_tokenizer
 from fastdistil.errors import printable
 from fastdistil.evaluate import HeldOut
 from fastdistil.inputs import CorpusSource, Inputs
+from fastdistil.models import language_model
+from fastdistil.models.student_checks import check_saved
 from fastdistil.recipe import Recipe
 from fastdistil.redaction import redacted
-from fastdistil.student_checks import check_saved
 
 
 def export_student(
@@ -34,7 +35,7 @@ def export_student(
     Raises UserError where transformers cannot load or run the student, or computes something else.
     """
     with atomic_directory(target) as directory:
-        models.save_pretrained(inputs.student, directory)
+        language_model.save_pretrained(inputs.student, directory)
         card = model_card(inputs, recipe, heldout_scores, updates, tokens)
         if inputs.tokenizer is not None:
             save_tokenizer(inputs.tokenizer, directory)
@@ -46,7 +47,7 @@ def export_student(
                 note(f"the student's tokenizer: {advice}")
                 card += f"\n## Tokenizer\n\n{advice}.\n"
         (directory / "README.md").write_text(printable(card), encoding="utf-8")
-    if isinstance(inputs.student, models.LanguageModel):
+    if isinstance(inputs.student, language_model.LanguageModel):
         check_saved(inputs.student, target)
 
 
@@ -74,7 +75,7 @@ def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: i
         "",
         (
             f"A language model {teacher} with fastdistil {__version__} (torch {torch.__version__}, {inputs.device.type}, "
-            f"{recipe.loop.precision}): {models.parameter_count(inputs.student):,} parameters, {updates:,} updates, "
+            f"{recipe.loop.precision}): {language_model.parameter_count(inputs.student):,} parameters, {updates:,} updates, "
             f"{tokens:,} training tokens."
         ),
         "",

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastdistil import models, students
-from fastdistil.compiling import check_compiler
 from fastdistil.data.batches import Batch, Batches, Counts, Tokens, Window
 from fastdistil.data.corpus import (
     Corpus,
@@ -28,9 +26,11 @@ from fastdistil.data.word_marks import check_words
 from fastdistil.errors import UserError
 from fastdistil.kernels.handover import chosen_path
 from fastdistil.mappings import from_mappings
+from fastdistil.models import language_model, students
+from fastdistil.models.compiling import check_compiler
+from fastdistil.models.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Loop, Recipe, Teacher
-from fastdistil.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
 
 
 class Source(Protocol):
@@ -252,8 +252,8 @@ def load_inputs(
     teacher_model = None if cached and not (from_layers and student is None) else _teacher(recipe, teacher, note)
     vocabulary = facts.vocab_size if facts is not None else 0
     if student is not None:
-        student_model = models.as_language_model(student)
-        if isinstance(student_model, models.LanguageModel):
+        student_model = language_model.as_language_model(student)
+        if isinstance(student_model, language_model.LanguageModel):
             students.train_every_embedding(student_model)
     else:
         special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
@@ -261,7 +261,7 @@ def load_inputs(
     if cached:
         teacher_model = None  # it was needed for its layers only
     own_models = teacher is not None or student is not None
-    rows_t, rows_s = teacher_rows(recipe, teacher_model), models.shape(student_model)[0]
+    rows_t, rows_s = teacher_rows(recipe, teacher_model), language_model.shape(student_model)[0]
     pairs = ((corpus, facts), (heldout, heldout_facts))
     corpora = [(opened, ids) for opened, ids in pairs if opened is not None and ids is not None]
     columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, own_models=own_models)
@@ -273,7 +273,7 @@ def load_inputs(
         projection.to(device)
     if recipe.loop.compile:
         for model in (student_model, teacher_model):
-            if isinstance(model, models.LanguageModel):
+            if isinstance(model, language_model.LanguageModel):
                 model.compile_backbone()
             elif model is not None:
                 raise UserError("loop.compile is for transformers models; compile your own module yourself and set it to false")
@@ -282,7 +282,7 @@ def load_inputs(
     source: Source
     if batches is not None:
         update_batches = recipe.loop.accumulation * (recipe.world.ranks or ranks)
-        source = MappingSource(batches, causal, models.shape(student_model)[0], update_batches, rank, ranks)
+        source = MappingSource(batches, causal, language_model.shape(student_model)[0], update_batches, rank, ranks)
     else:
         assert corpus is not None and facts is not None and tokenizer is not None
         used_facts = facts_within(facts, min(rows_s, rows_t or rows_s))
@@ -358,7 +358,7 @@ def open_cache(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, co
 
 def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None) -> dict[str, Any]:
     assert recipe.teacher is not None
-    fingerprint = teacher_fingerprint(recipe.teacher.path, models.load_config(recipe.teacher.path))
+    fingerprint = teacher_fingerprint(recipe.teacher.path, language_model.load_config(recipe.teacher.path))
     return identity(recipe, corpus, causal, fingerprint, vocabulary, columns)
 
 
@@ -370,12 +370,12 @@ def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
 
 def _teacher(recipe: Recipe, module: nn.Module | None, note: Callable[[str], None]) -> Any | None:
     if module is not None:
-        own = models.as_language_model(module)
+        own = language_model.as_language_model(module)
         named = recipe.teacher.dtype if recipe.teacher is not None else "auto"
-        return own if named == "auto" else own.to(models.DTYPES[named])
+        return own if named == "auto" else own.to(language_model.DTYPES[named])
     if recipe.teacher is None:
         return None
-    return models.load_model(recipe.teacher.path, models.DTYPES[recipe.teacher.dtype], note)
+    return language_model.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note)
 
 
 def check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None) -> nn.Linear | None:
@@ -386,7 +386,7 @@ def check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corp
         raise UserError(f"the student is a {kind} model: set objective.{right} instead of objective.{wrong}")
     longest = int(corpus.lengths.max()) if corpus is not None else 0
     for name, model in (("student", student), ("teacher", teacher)):
-        limit = models.max_length(model) if model is not None else None
+        limit = language_model.max_length(model) if model is not None else None
         if limit is not None and longest > limit:
             raise UserError(
                 f"the corpus has sequences of {longest} tokens, the {name} takes {limit}; prepare it with --max-length {limit}"
@@ -394,7 +394,7 @@ def check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corp
     if teacher is None:
         return None
     hidden_terms = bool(objective.a_cos or objective.a_mse)
-    models.check_pair(teacher, student, hidden_terms=hidden_terms, projection=objective.projection)
+    language_model.check_pair(teacher, student, hidden_terms=hidden_terms, projection=objective.projection)
     if not (objective.projection and hidden_terms):
         return None
-    return nn.Linear(models.shape(student)[1], models.shape(teacher)[1], bias=False)
+    return nn.Linear(language_model.shape(student)[1], language_model.shape(teacher)[1], bias=False)

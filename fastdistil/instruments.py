@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from fastdistil import __version__, models
+from fastdistil import __version__
 from fastdistil.estimate import transformer_shape
 from fastdistil.inputs import Inputs
+from fastdistil.models import language_model
 from fastdistil.out_of_memory import Sizes, naming
 from fastdistil.profiling import roofline
 from fastdistil.profiling.device import (
@@ -68,7 +69,7 @@ class Instruments:
                 inputs.teacher,
                 inputs.projection,
                 device_type=inputs.device.type,
-                dtype=models.DTYPES[recipe.loop.precision],
+                dtype=language_model.DTYPES[recipe.loop.precision],
                 teacher_dtype=None if inputs.teacher is None else next(inputs.teacher.parameters()).dtype,
             )
         except ValueError as error:
@@ -201,9 +202,9 @@ def with_teacher_dtype(recipe: Recipe, inputs: Inputs) -> Recipe:
 
 def sizes_of(inputs: Inputs, recipe: Recipe) -> Sizes | None:
     """None for modules that the estimate does not know."""
-    if not isinstance(inputs.student, models.LanguageModel):
+    if not isinstance(inputs.student, language_model.LanguageModel):
         return None
-    if inputs.teacher is not None and not isinstance(inputs.teacher, models.LanguageModel):
+    if inputs.teacher is not None and not isinstance(inputs.teacher, language_model.LanguageModel):
         return None
     longest = getattr(inputs.source, "longest", None) or recipe.data.micro_batch_tokens
     return Sizes(

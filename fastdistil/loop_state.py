@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil import metrics, models
+from fastdistil import metrics
 from fastdistil.data.batches import Counts
 from fastdistil.exchange import Exchange, Load
 from fastdistil.inputs import Inputs
 from fastdistil.instruments import Instruments
+from fastdistil.models import language_model
 from fastdistil.optim import LossScale
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE, pause_requested
@@ -103,4 +104,4 @@ class Run:
         precision = self.recipe.loop.precision
         if precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.inputs.device.type, models.DTYPES[precision])
+        return torch.autocast(self.inputs.device.type, language_model.DTYPES[precision])

@@ -8,10 +8,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastdistil import models
 from fastdistil.compression import starts_at
 from fastdistil.errors import translated
 from fastdistil.loop_state import Run
+from fastdistil.models import language_model
 from fastdistil.recipe import Objective
 from fastdistil.redaction import redacted
 from fastdistil.saving import count, rolling_back
@@ -34,8 +34,8 @@ def announce(run: Run) -> None:
         torch=torch.__version__,
         precision=run.recipe.loop.precision,
         kernels=run.recipe.kernels,
-        student_parameters=models.parameter_count(run.inputs.student),
-        teacher_parameters=models.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
+        student_parameters=language_model.parameter_count(run.inputs.student),
+        teacher_parameters=language_model.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
     )
     run.event("environment", **run.instruments.survey(run.team, run.console.note))
     if run.board is not None:

@@ -17,7 +17,7 @@ from fastdistil.data.batches import Batch
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.events import Fields
 from fastdistil.loop_state import Run
-from fastdistil.not_finite import first_not_finite
+from fastdistil.models.not_finite import first_not_finite
 from fastdistil.recipe import CompressionKind
 from fastdistil.state import LEARNT, learnt_tensors, load_learnt
 from fastdistil.teacher_identity import continue_with_teacher, identify_teacher

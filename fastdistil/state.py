@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil import models
 from fastdistil.errors import CorruptData
+from fastdistil.models import language_model
 
 Modules = Mapping[str, nn.Module | None]
 """Name -> module that is trained; None where the run has none."""
@@ -23,7 +23,7 @@ def learnt_tensors(modules: Modules, optimizer: torch.optim.Optimizer) -> dict[s
         f"{part}.{name}": tensor
         for part, module in modules.items()
         if module is not None
-        for name, tensor in models.own_state(module).items()
+        for name, tensor in language_model.own_state(module).items()
     }
     moments = {
         f"{index}.{name}": value for index, values in optimizer.state_dict()["state"].items() for name, value in values.items()
@@ -36,7 +36,7 @@ def load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: Modules, o
     belong to no weight."""
     for part, module in modules.items():
         if module is not None:
-            models.load_own_state(module, _below(tensors["model"], part))
+            language_model.load_own_state(module, _below(tensors["model"], part))
     states: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = {f"{index}.{key}": (index, key) for index in range(len(parameters)) for key in MOMENTS}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistil.data.teacher_cache import teacher_fingerprint, teacher_stamps
 from fastdistil.errors import UserError
-from fastdistil.models import load_config
+from fastdistil.models.language_model import load_config
 from fastdistil.recipe import Recipe
 
 

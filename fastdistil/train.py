@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil import metrics, models
+from fastdistil import metrics
 from fastdistil.data.batches import Batch, Counts, Window
 from fastdistil.data.masking import update_seed
 from fastdistil.errors import NonFinite, Stopped, translated
@@ -36,6 +36,7 @@ from fastdistil.export import export_student
 from fastdistil.inputs import Inputs, load_inputs, resolve
 from fastdistil.instruments import Instruments, sizes_of, with_teacher_dtype
 from fastdistil.loop_state import Run
+from fastdistil.models import language_model
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
 from fastdistil.out_of_memory import naming
@@ -395,5 +396,5 @@ def _finish(run: Run) -> Result:
     run.console.close()  # if it is gone, the log says so before its last line
     run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
     student = run.inputs.student
-    module = student.module if isinstance(student, models.LanguageModel) else student
+    module = student.module if isinstance(student, language_model.LanguageModel) else student
     return Result(run.directory, module.eval(), run.update, found, speed)

@@ -87,7 +87,7 @@ class Coefficients:
         if module is None or family is None:
             raise ValueError(
                 f"the arithmetic of {type(model).__name__} is not known, so that FLOPs and MFU are not recorded; "
-                "they are for fastdistil.models.LanguageModel"
+                "they are for fastdistil.models.language_model.LanguageModel"
             )
         backbone, output = module.get_submodule(family.backbone), module.get_submodule(family.output)
         inside = {id(part) for part in backbone.modules()} | {id(output)}
@@ -199,7 +199,7 @@ def _window(layer: nn.Module) -> int | None:
 
 
 def _attention_kind(device_type: str, dtype: torch.dtype, *, dropout: bool) -> str:
-    """How fastdistil.attention computes a packed batch: "varlen" (one call, nothing that is hidden), "grouped" (a fused kernel
+    """How fastdistil.models.attention computes a packed batch: "varlen" (one call, nothing that is hidden), "grouped" (a fused kernel
     for each length; a window is a mask over all pairs), "plain" (grouped, by the written-out formula: all pairs, no scores
     computed again)."""
     if device_type == "cuda":

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistil.attention import attention_keywords, packed_attention
 from fastdistil.data.batches import Packing
+from fastdistil.models.attention import attention_keywords, packed_attention
 
 LENGTHS = (1, 1, 3, 7, 7, 7, 12)
 HEADS, WIDTH, TOKENS = 4, 6, sum(LENGTHS)

@@ -23,7 +23,7 @@ from fastdistil.compression import make_compressor, starts_at
 from fastdistil.compressor import Exchange, Layout, State
 from fastdistil.data.batches import Batch, Counts
 from fastdistil.mappings import from_mappings
-from fastdistil.models import LanguageModel
+from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.optim import learning_rate, make_optimizer, step_with_frozen_variance
 from fastdistil.recipe import Compression, Objective, Optim

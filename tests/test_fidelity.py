@@ -24,11 +24,11 @@ from fastdistil.data.masking import Ints
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
 from fastdistil.mappings import from_mappings
-from fastdistil.models import LanguageModel
+from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.students import distilbert_from_bert, fewer_layers
 from fastdistil.objective import Denominators, denominators, loss_terms
 from fastdistil.optim import learning_rate
 from fastdistil.recipe import Objective, Optim
-from fastdistil.students import distilbert_from_bert, fewer_layers
 
 VOCABULARY = 97
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": VOCABULARY}

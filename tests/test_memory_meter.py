@@ -21,7 +21,7 @@ from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.estimate import estimate_memory, make_plan, show_plan, size_text, transformer_shape
 from fastdistil.inputs import load_inputs, open_corpus, resolve
 from fastdistil.instruments import Instruments
-from fastdistil.models import LanguageModel, fresh_model
+from fastdistil.models.language_model import LanguageModel, fresh_model
 from fastdistil.out_of_memory import Sizes, out_of_memory
 from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts, student_activation_bytes
 from fastdistil.recipe import Recipe

@@ -16,10 +16,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastdistil import models, students
 from fastdistil.data.batches import Batch, assemble
 from fastdistil.errors import UserError
-from fastdistil.models import LanguageModel
+from fastdistil.models import language_model, students
+from fastdistil.models.language_model import LanguageModel
 from fastdistil.recipe import Student
 
 VOCABULARY, WIDTH, DEPTH, POSITIONS = 97, 32, 4, 48
@@ -233,22 +233,22 @@ def test_parameters_are_listed_once(kind: str) -> None:
     model = LanguageModel(module)
     assert [name.removeprefix("module.") for name, _ in model.named_parameters()] == [n for n, _ in module.named_parameters()]
     assert len(model.state_dict()) == len(module.state_dict())
-    assert models.parameter_count(model) == sum({id(p): p.numel() for p in module.parameters()}.values())
-    assert models.shape(model) == (VOCABULARY, WIDTH)
-    assert models.max_length(model) == POSITIONS - (2 if kind == "roberta" else 0)
+    assert language_model.parameter_count(model) == sum({id(p): p.numel() for p in module.parameters()}.values())
+    assert language_model.shape(model) == (VOCABULARY, WIDTH)
+    assert language_model.max_length(model) == POSITIONS - (2 if kind == "roberta" else 0)
 
 
 def test_own_state_comes_back_in_place() -> None:
     model, other = LanguageModel(build("bert")), LanguageModel(build("bert", seed=1))
     weight = other.weight
-    models.load_own_state(other, models.own_state(model))
+    language_model.load_own_state(other, language_model.own_state(model))
     assert other.weight is weight
     assert other.module.get_input_embeddings().weight is weight
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(UserError, match="another model"):
-        models.load_own_state(LanguageModel(build("bert", num_hidden_layers=2)), models.own_state(model))
+        language_model.load_own_state(LanguageModel(build("bert", num_hidden_layers=2)), language_model.own_state(model))
     with pytest.raises(UserError, match="another model"):
-        models.load_own_state(LanguageModel(build("bert", intermediate_size=44)), models.own_state(model))
+        language_model.load_own_state(LanguageModel(build("bert", intermediate_size=44)), language_model.own_state(model))
 
 
 def test_a_module_of_your_own_is_taken_or_told_what_is_missing() -> None:
@@ -259,14 +259,14 @@ def test_a_module_of_your_own_is_taken_or_told_what_is_missing() -> None:
         def transform(self, hidden: Tensor) -> Tensor: ...
 
     own = Own()
-    assert models.as_language_model(own) is own
-    assert isinstance(models.as_language_model(build("bert")), LanguageModel)
+    assert language_model.as_language_model(own) is own
+    assert isinstance(language_model.as_language_model(build("bert")), LanguageModel)
     with pytest.raises(UserError, match="missing: hidden, transform, weight, bias, causal"):
-        models.as_language_model(nn.Identity())
+        language_model.as_language_model(nn.Identity())
     with pytest.raises(UserError, match="neither"):
-        models.as_language_model("bert-base-uncased")
+        language_model.as_language_model("bert-base-uncased")
     with pytest.raises(UserError, match="'t5' is not supported; supported: bert, "):
-        models.family_of(transformers.T5Config())
+        language_model.family_of(transformers.T5Config())
 
 
 # Students
@@ -394,10 +394,10 @@ def test_make_student_follows_the_recipe(tmp_path: Path) -> None:
     assert {m.p for m in distil.modules() if isinstance(m, nn.Dropout)} == {0.25}
     config = {"model_type": "bert", **SIZES, "num_hidden_layers": 1}
     fresh = students.make_student(Student(config=config, freeze_positions=True), None, 33)
-    assert models.shape(fresh) == (33, WIDTH)
+    assert language_model.shape(fresh) == (33, WIDTH)
     frozen = [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
     assert frozen == ["module.bert.embeddings.position_embeddings.weight"]
-    models.save_pretrained(every, tmp_path)
+    language_model.save_pretrained(every, tmp_path)
     loaded = students.make_student(Student(path=str(tmp_path)), None, VOCABULARY)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), every.parameters(), strict=True))
 
@@ -437,7 +437,7 @@ def test_special_ids_of_a_new_configuration_are_the_tokenizers(kind: str, tmp_pa
     everything = {**padding, "bos_token_id": 3, "eos_token_id": 4, "cls_token_id": 5, "sep_token_id": 6, "mask_token_id": 8}
     for ids in (padding, everything):
         student = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, ids)
-        models.save_pretrained(student, tmp_path)
+        language_model.save_pretrained(student, tmp_path)
         for name in ("config.json", "generation_config.json"):
             if (tmp_path / name).exists():
                 values = json.loads((tmp_path / name).read_text())
@@ -486,13 +486,13 @@ def test_set_dropout_reaches_every_dropout(kind: str, before: float) -> None:
 
 def test_pairs_that_cannot_be_compared_are_refused() -> None:
     bert, narrow = LanguageModel(build("bert")), LanguageModel(build("bert", hidden_size=16))
-    models.check_pair(bert, LanguageModel(build("roberta")), hidden_terms=True, projection=False)
-    models.check_pair(bert, narrow, hidden_terms=False, projection=False)
-    models.check_pair(bert, narrow, hidden_terms=True, projection=True)
+    language_model.check_pair(bert, LanguageModel(build("roberta")), hidden_terms=True, projection=False)
+    language_model.check_pair(bert, narrow, hidden_terms=False, projection=False)
+    language_model.check_pair(bert, narrow, hidden_terms=True, projection=True)
     with pytest.raises(UserError, match=r"width 16 of the student with 32 of the teacher.*projection=true"):
-        models.check_pair(bert, narrow, hidden_terms=True, projection=False)
+        language_model.check_pair(bert, narrow, hidden_terms=True, projection=False)
     with pytest.raises(UserError, match="teacher is a masked model, the student causal"):
-        models.check_pair(bert, LanguageModel(build("gpt2")), hidden_terms=False, projection=False)
+        language_model.check_pair(bert, LanguageModel(build("gpt2")), hidden_terms=False, projection=False)
 
 
 # Files
@@ -503,7 +503,7 @@ def test_pairs_that_cannot_be_compared_are_refused() -> None:
 def test_a_saved_student_loads_without_fastdistil(kind: str, tmp_path: Path) -> None:
     teacher = LanguageModel(build(kind).bfloat16())
     student = students.fewer_layers(teacher.module, [0, 3]).eval()
-    models.save_pretrained(student, tmp_path)
+    language_model.save_pretrained(student, tmp_path)
     plain, report = auto(kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -511,7 +511,7 @@ def test_a_saved_student_loads_without_fastdistil(kind: str, tmp_path: Path) -> 
     assert plain.dtype == torch.float32
     texts = sequences()
     truth = own_logits(plain.double(), texts)
-    again = models.load_model(str(tmp_path))
+    again = language_model.load_model(str(tmp_path))
     torch.testing.assert_close(logits(student.eval().double(), batch_of(texts)), truth, rtol=0, atol=1e-10)
     torch.testing.assert_close(logits(again.double(), batch_of(texts)), truth, rtol=0, atol=1e-10)
 
@@ -520,14 +520,14 @@ def test_a_module_of_your_own_is_saved_as_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     module = nn.Linear(3, 2)
-    models.save_pretrained(module, tmp_path)
+    language_model.save_pretrained(module, tmp_path)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["weight"], module.weight)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "bert"
-    models.save_pretrained(LanguageModel(build("bert")), folder)
+    language_model.save_pretrained(LanguageModel(build("bert")), folder)
     return folder
 
 
@@ -539,8 +539,8 @@ def test_loading_is_quiet_and_in_evaluation_mode(tmp_path: Path, said: list[str]
     assert "UNEXPECTED" in "".join(said)
     said.clear()
     capfd.readouterr()
-    model = models.load_model(str(tmp_path), torch.bfloat16)
-    models.save_pretrained(model, tmp_path / "again")
+    model = language_model.load_model(str(tmp_path), torch.bfloat16)
+    language_model.save_pretrained(model, tmp_path / "again")
     assert (said, *capfd.readouterr()) == ([], "", "")
     assert not model.training
     assert not any(module.training for module in model.modules())
@@ -602,7 +602,7 @@ def test_what_cannot_be_loaded_is_one_line(
     said.clear()
     capfd.readouterr()
     with pytest.raises(UserError, match=complaint) as caught:
-        models.load_model(str(folder))
+        language_model.load_model(str(folder))
     assert "\n" not in str(caught.value)
     assert (said, *capfd.readouterr()) == ([], "", "")
 
@@ -611,7 +611,7 @@ def test_what_cannot_be_loaded_is_one_line(
 def test_a_model_that_is_nowhere_is_one_line(path: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(UserError, match="no model") as caught:
-        models.load_model(path)
+        language_model.load_model(path)
     assert "\n" not in str(caught.value)
     assert path in str(caught.value)
 
@@ -621,7 +621,7 @@ def test_verbosity_is_left_as_it_was(saved: Path) -> None:
     before, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_info()
     try:
-        models.load_model(str(saved))
+        language_model.load_model(str(saved))
         assert library.get_verbosity() == library.INFO
         assert library.is_progress_bar_enabled() == bars
     finally:

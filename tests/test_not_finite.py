@@ -17,7 +17,7 @@ from fastdistil.cache_teacher import cache_teacher
 from fastdistil.data.corpus import Corpus, file_sha256, load_tokenizer, token_facts
 from fastdistil.errors import NonFinite
 from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
-from fastdistil.models import LanguageModel, load_model
+from fastdistil.models.language_model import LanguageModel, load_model
 from tests.small_run import events, quiet, small
 from tests.test_train import TinyModel
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastdistil import attention
 from fastdistil.data.batches import Batch, assemble
 from fastdistil.kernels import linear_distill, products
 from fastdistil.kernels.options import DistillOptions, pack
-from fastdistil.models import LanguageModel, fresh_model
+from fastdistil.models import attention
+from fastdistil.models.language_model import LanguageModel, fresh_model
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.profiling import roofline
 from fastdistil.profiling.roofline import (

@@ -27,7 +27,7 @@ from fastdistil.errors import CorruptData, UserError
 from fastdistil.estimate import show_plan
 from fastdistil.inputs import resolve
 from fastdistil.metrics import Console
-from fastdistil.models import load_model
+from fastdistil.models.language_model import load_model
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.train import train
 
@@ -166,11 +166,12 @@ def test_a_cut_off_teaches_what_is_above_it(material: Path, tmp_path: Path) -> N
 def test_training_from_a_cache_does_not_run_the_teacher(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastdistil import inputs, models
+    from fastdistil import inputs
+    from fastdistil.models import language_model
 
     plain = recipe_of(material, tmp_path, f"student.path={material / 'other'}")
     out = _made(plain, tmp_path, top_k=4)
-    real, loaded = models.load_model, []
+    real, loaded = language_model.load_model, []
     monkeypatch.setattr(inputs.models, "load_model", lambda path, *arguments: (loaded.append(path), real(path, *arguments))[1])
     losses(plain.with_(teacher={"cache": str(out), "top_k": 4}))
     assert loaded == []

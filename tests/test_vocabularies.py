@@ -26,10 +26,10 @@ from fastdistil.kernels.options import DistillOptions
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.mappings import from_mappings
 from fastdistil.metrics import Console
-from fastdistil.models import LanguageModel
+from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.vocabularies import differing_ids, facts_within
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.recipe import Mask, Objective, Recipe
-from fastdistil.vocabularies import differing_ids, facts_within
 from tests.small_run import TINY, learnt, quiet, saved_state, small
 
 TOKENS = 300

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdistil import models
 from fastdistil.data.batches import Batch
+from fastdistil.models import language_model
 
 ROWS = 512
 """Logits of so many rows exist at a time."""
@@ -42,7 +42,7 @@ def _first_output(model: Any, batch: Batch, precision: str) -> str | None:
         return look
 
     handles = [part.register_forward_hook(look_at(name)) for name, part in model.named_modules() if name]
-    autocast = torch.autocast(batch.ids_BS.device.type, models.DTYPES[precision], enabled=precision != "fp32")
+    autocast = torch.autocast(batch.ids_BS.device.type, language_model.DTYPES[precision], enabled=precision != "fp32")
     try:
         with torch.compiler.set_stance("force_eager"), autocast:
             finite = _logits_are_finite(model, batch)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdistil.data.batches import Batch, assemble
 from fastdistil.errors import FastdistilError, UserError, is_out_of_memory
-from fastdistil.models import LanguageModel, load_model, max_length, shape
+from fastdistil.models.language_model import LanguageModel, load_model, max_length, shape
 
 PROBE_LENGTHS = (5, 11)
 """Tokens of the two sequences of a probe."""

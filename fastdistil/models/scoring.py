@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdistil import models
 from fastdistil.data.batches import Batch, Layout, Tokens, ascending_starts
 from fastdistil.data.masking import Facts, Ints, offsets, ranges
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.kernels.distill import divergence_reference
-from fastdistil.not_finite import ROWS, first_not_finite
+from fastdistil.models import language_model
+from fastdistil.models.not_finite import ROWS, first_not_finite
 
 LOGITS = 2**27
 """Elements of the logits of a batch, for models that give them whole: 0.5 GiB in float32."""
@@ -101,7 +101,7 @@ def budget_of(model: Any, longest: int, batch_tokens: int) -> int:
     """Tokens of a batch: `batch_tokens`, or less where whole logits would take more than LOGITS, but one sequence at least."""
     if model.weight is not None:
         return batch_tokens
-    return min(batch_tokens, max(longest, LOGITS // models.vocabulary(model)))
+    return min(batch_tokens, max(longest, LOGITS // language_model.vocabulary(model)))
 
 
 def device_of(model: Any) -> torch.device:
@@ -138,7 +138,7 @@ def row_losses(
     `columns`: the first entries of both vocabularies, over which the KL is taken; None: all.
     """
     device = batch.ids_BS.device
-    autocast = torch.autocast(device.type, models.DTYPES[precision], enabled=precision != "fp32")
+    autocast = torch.autocast(device.type, language_model.DTYPES[precision], enabled=precision != "fp32")
     own_dtype = torch.autocast(device.type, enabled=False)
     labels_R = batch.labels_N.index_select(0, rows)
     cross_entropy_R = torch.zeros(len(rows), dtype=torch.float64, device=device)

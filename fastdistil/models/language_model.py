@@ -26,10 +26,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from fastdistil.attention import attention_keywords, packed_attention, padded_attention
 from fastdistil.data.batches import Batch
 from fastdistil.errors import UserError
-from fastdistil.loading import library_call, quiet, read_config, read_weights, reason
+from fastdistil.models.attention import attention_keywords, packed_attention, padded_attention
+from fastdistil.models.checkpoints import library_call, quiet, read_config, read_weights, reason
 
 ATTENTION = "fastdistil"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -260,7 +260,7 @@ def family_of(config: PretrainedConfig) -> Family:
         raise UserError(
             f"architecture {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)} (`evaluate` takes any "
             "masked or causal one). Another one can be given from Python as a module with hidden, transform, weight, bias "
-            "(see fastdistil.models)"
+            "(see fastdistil.models.language_model)"
         )
     return FAMILIES[config.model_type]
 
@@ -273,7 +273,7 @@ def as_language_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module) or missing:
         raise UserError(
             f"{type(model).__name__} is neither a transformers model nor a module with hidden, transform, weight, bias and "
-            f"causal (missing: {', '.join(missing)}); see fastdistil.models.LanguageModel"
+            f"causal (missing: {', '.join(missing)}); see fastdistil.models.language_model.LanguageModel"
         )
     return model
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.errors import UserError
-from fastdistil.loading import LacksWeights
-from fastdistil.models import (
+from fastdistil.models.checkpoints import LacksWeights
+from fastdistil.models.language_model import (
     FAMILIES,
     LanguageModel,
     config_from,
@@ -26,8 +26,8 @@ from fastdistil.models import (
     model_of,
     silent,
 )
+from fastdistil.models.student_checks import check_copied_parts, check_transformers_agrees
 from fastdistil.recipe import Student
-from fastdistil.student_checks import check_copied_parts, check_transformers_agrees
 
 SpecialIds = Mapping[str, int | None]
 """Ids of a tokenizer's special tokens, by their names in configurations (`eos_token_id`)."""

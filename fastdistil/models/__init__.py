@@ -1,0 +1,1 @@
+"""Transformers' models as hidden, transform, weight; students; what they predict."""
