@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from fastdistil.buckets import Buckets
 from fastdistil.compression import make_compressor
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 engine, rounds = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -107,9 +107,9 @@ import torch
 from fastdistil.data.batches import Batches
 from fastdistil.exchange import OneRank, Several
 from fastdistil.optim import make_optimizer
-from fastdistil.ranks import Place
+from fastdistil.distributed.rank_info import Place
 from fastdistil.recipe import load_recipe
-from fastdistil.world import World
+from fastdistil.distributed.horovod_world import World
 import transformers
 from fastdistil.mappings import from_mappings
 from fastdistil.models.language_model import LanguageModel

@@ -25,7 +25,7 @@ from fastdistil.inputs import load_inputs, resolve
 from fastdistil.profiling.intervals import ratio_of
 from fastdistil.profiling.spans import unmeasured
 from fastdistil.recipe import load_recipe
-from fastdistil.team import joined
+from fastdistil.distributed.coordinator import joined
 from fastdistil.watchdog import Signals
 
 pairs, updates, folder, *settings = sys.argv[1:]

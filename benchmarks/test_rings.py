@@ -29,9 +29,9 @@ PORT = 29500
 PROGRAM = f"""
 import json, sys, time
 import torch
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 engine, rings, device = sys.argv[1], int(sys.argv[2]), torch.device(sys.argv[3])
 world = join(find_place(), World(engine=engine, rings=rings), device)

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from fastdistil.distributed.diagnosis import rank_list
+from fastdistil.distributed.rank_info import FIRST_PORT, PORTS
 from fastdistil.errors import UserError
 from fastdistil.processes import KILL_AFTER_S, RankProcess, Slot, Voices, start
-from fastdistil.ranks import FIRST_PORT, PORTS
 from fastdistil.signals import stop_signals
-from fastdistil.verdicts import rank_list
 
 SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 """What reaches another host; FASTDISTIL_SSH replaces it. No passwords are asked for, and a dead connection is noticed."""

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.compression import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.distributed.horovod_world import Handle, World
 from fastdistil.errors import CorruptData
 from fastdistil.profiling.spans import SpanName, Spans
-from fastdistil.world import Handle, World
 
 _ALIGNED = 64  # bytes: every parameter and bucket starts on a cache line
 MIB = 2**20

@@ -202,7 +202,7 @@ def _run(
         return
     if options.np not in (None, 1) or options.hosts is not None or options.elastic is not None:
         sys.exit(_launch(command, recipe, name, overrides, resume, options))  # the launcher has said why
-    from fastdistil.ranks import find_place
+    from fastdistil.distributed.rank_info import find_place
     from fastdistil.train import train as run
 
     place = find_place(os.environ)

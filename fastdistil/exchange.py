@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fastdistil.buckets import MIB, BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
 from fastdistil.cost import Measured, choose
+from fastdistil.distributed.coordinator import Team
+from fastdistil.distributed.horovod_world import Counters, World, sent_bytes
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, Recipe
-from fastdistil.team import Team
-from fastdistil.world import Counters, World, sent_bytes
 
 ReadRank = Callable[[int], Mapping[str, Tensor]]
 

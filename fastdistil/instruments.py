@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastdistil import __version__
+from fastdistil.distributed.coordinator import Team
 from fastdistil.estimate import transformer_shape
 from fastdistil.inputs import Inputs
 from fastdistil.models import language_model
@@ -34,7 +35,6 @@ from fastdistil.profiling.roofline import Work, WorkCounter
 from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe
-from fastdistil.team import Team
 
 
 class Instruments:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from fastdistil.attempts import INTERRUPTED, LOST, SAVED, SSH_FAILED, Attempt, Interrupts, Start, run_ranks
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError
 from fastdistil.processes import Slot, Voices, on_host, supervise, tie_to_launcher
-from fastdistil.ranks import find_place
 from fastdistil.untrusted import shown
 
 RESTARTS = 10

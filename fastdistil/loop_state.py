@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdistil import metrics
 from fastdistil.data.batches import Counts
+from fastdistil.distributed.coordinator import Decision, Team
 from fastdistil.exchange import Exchange, Load
 from fastdistil.inputs import Inputs
 from fastdistil.instruments import Instruments
@@ -19,7 +20,6 @@ from fastdistil.models import language_model
 from fastdistil.optim import LossScale
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE, pause_requested
-from fastdistil.team import Decision, Team
 from fastdistil.watchdog import FiniteGuard, Signals
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 from fastdistil.data.corpus import PREPARE_AGAIN, Manifest, check_file, text_sha256
+from fastdistil.distributed.rank_info import environment_of_no_rank
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
-from fastdistil.ranks import environment_of_no_rank
 from fastdistil.storage import locked
 from fastdistil.untrusted import FileFacts
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from fastdistil.distributed.diagnosis import rank_list
+from fastdistil.distributed.rank_info import RANK_VARIABLES
 from fastdistil.profiling.device import usable_cores
-from fastdistil.ranks import RANK_VARIABLES
 from fastdistil.streams import lasting
-from fastdistil.verdicts import rank_list
 
 # What a rank on another host is told of the launcher's environment; the rest (PATH, HOME, ...) is that host's own.
 CARRIED = re.compile(

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdistil import metrics
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError, translated
 from fastdistil.launch import launch_function
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import write_report
 from fastdistil.profiling.summary import summarise
-from fastdistil.ranks import find_place
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import train

@@ -28,6 +28,7 @@ from fastdistil.data import prepare
 from fastdistil.data.corpus import Corpus, Manifest, canonical, text_sha256
 from fastdistil.data.shards import counted
 from fastdistil.data.teacher_cache import TeacherCache, record, shard_name
+from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import UserError
 from fastdistil.exchange import OneRank
 from fastdistil.launch import choose_slots, parse_elastic
@@ -42,7 +43,6 @@ from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
 from fastdistil.state import learnt_tensors
 from fastdistil.teacher_identity import module_fingerprint
-from fastdistil.world import World
 from tests.damage import ODD_YAML, Subject, check_subject, outcome
 from tests.event_streams import Stream, write_run
 

@@ -29,7 +29,7 @@ FOREIGN = {"kernels", "profiling"}
 # One door per dependency: outside package -> the modules, or parents of modules, that may import it.
 DOORS = {
     "triton": ("fastdistil.kernels",),
-    "horovod": ("fastdistil.world", "fastdistil.launch"),
+    "horovod": ("fastdistil.distributed.horovod_world", "fastdistil.launch"),
     "transformers": (
         "fastdistil.models.language_model",
         "fastdistil.models.checkpoints",
@@ -179,7 +179,11 @@ def os_walk() -> list["os.DirEntry[str]"]:
             "import importlib\nimportlib.import_module('transformers.utils')",
             "only fastdistil.models.language_model",
         ),
-        ("fastdistil.buckets", "if 1:\n    import horovod.torch as hvd", "only fastdistil.world, fastdistil.launch may"),
+        (
+            "fastdistil.buckets",
+            "if 1:\n    import horovod.torch as hvd",
+            "only fastdistil.distributed.horovod_world, fastdistil.launch may",
+        ),
         ("fastdistil.kernels.x", "from fastdistil.errors import UserError", "imports nothing else of fastdistil"),
         ("fastdistil.kernels.x", "from fastdistil import __version__", "imports nothing else of fastdistil"),
         ("fastdistil.kernels.x", "from ..errors import UserError", "imports nothing else of fastdistil"),
@@ -218,7 +222,7 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
         ("fastdistil.kernels.distill", "import triton\nimport triton.language as tl\nfrom fastdistil.kernels.tiles import f"),
         ("fastdistil.models.language_model", "from transformers import AutoModel"),
         ("fastdistil.evaluate", "from fastdistil.data.prepare import prepare"),
-        ("fastdistil.world", "import horovod.torch as hvd"),
+        ("fastdistil.distributed.horovod_world", "import horovod.torch as hvd"),
         ("fastdistil.objective", "from fastdistil.kernels.distill import f\nfrom fastdistil.profiling import spans"),
         ("fastdistil.profiling.compare", "from fastdistil.errors import UserError\nfrom fastdistil.profiling import summary"),
         (

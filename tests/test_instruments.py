@@ -8,11 +8,11 @@ import torch
 import transformers
 
 from fastdistil import instruments, train
+from fastdistil.distributed.coordinator import Team
+from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import OutOfMemory
 from fastdistil.metrics import TensorBoard
 from fastdistil.profiling import trace
-from fastdistil.team import Team
-from fastdistil.world import World
 from tests.small_run import events, quiet, small
 
 

@@ -322,9 +322,9 @@ def test_what_a_killed_rank_started_ends(ranks: Ranks) -> None:
 
 LOSES_RANK_0 = """
 from fastdistil.errors import RankLost
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
-from fastdistil.team import joined
+from fastdistil.distributed.coordinator import joined
 
 settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=10", "world.engine=torch"]
 try:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from fastdistil import meeting, team
-from fastdistil.collectives import World
+from fastdistil.distributed import coordinator, rendezvous
+from fastdistil.distributed.monitor import Monitor
+from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.world import World
 from fastdistil.errors import RankLost
-from fastdistil.monitor import Monitor
-from fastdistil.ranks import Place
 from fastdistil.recipe import load_recipe
 
 GONE = "rank 0 is gone (its connection is closed: killed or crashed)"
@@ -42,7 +42,7 @@ class Rank0:
 
 @pytest.fixture
 def rank0(monkeypatch: pytest.MonkeyPatch) -> Rank0:
-    monkeypatch.setattr(team, "Monitor", partial(Monitor, beat_s=0.05, hard_exit=lambda _: None))
+    monkeypatch.setattr(coordinator, "Monitor", partial(Monitor, beat_s=0.05, hard_exit=lambda _: None))
     return Rank0()
 
 
@@ -59,18 +59,18 @@ def before(owner: Any, name: str, deed: Callable[[], None], monkeypatch: pytest.
 
 def joined_words(rank0: Rank0) -> str:
     settings = ["device=cpu", "data.train=none", "teacher.path=none", f"world.timeout_s={TIMEOUT_S}", "world.engine=torch"]
-    with pytest.raises(RankLost) as caught, team.joined(rank0.place(), load_recipe("distilbert", settings), print):
+    with pytest.raises(RankLost) as caught, coordinator.joined(rank0.place(), load_recipe("distilbert", settings), print):
         pytest.fail("they never met")
     return str(caught.value)
 
 
 def test_before_its_first_sign_of_life(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) -> None:
-    before(team, "agree_equal", rank0.end, monkeypatch)
+    before(coordinator, "agree_equal", rank0.end, monkeypatch)
     assert joined_words(rank0) == GONE
 
 
 def test_while_the_ranks_agree(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdistil import monitor
+    from fastdistil.distributed import monitor
 
     before(monitor, "_await_keys", rank0.end, monkeypatch)
     assert joined_words(rank0) == GONE
@@ -78,14 +78,14 @@ def test_while_the_ranks_agree(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_before_another_connection_to_it(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor has its connection; what needs the store next finds nobody."""
-    real_monitor = team.Monitor
+    real_monitor = coordinator.Monitor
 
     def monitor(*positional: Any, **named: Any) -> Monitor:
         here = real_monitor(*positional, **named)
         rank0.end()
         return here
 
-    monkeypatch.setattr(team, "Monitor", monitor)
+    monkeypatch.setattr(coordinator, "Monitor", monitor)
     assert joined_words(rank0) == GONE
 
 
@@ -97,15 +97,15 @@ def refuses() -> Iterator[None]:
 
 def test_while_the_engine_connects(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) -> None:
     def join(place: Place, options: Any, device: torch.device, met: Any) -> World:
-        from fastdistil.collectives import starting
+        from fastdistil.distributed.world import starting
 
-        watch = met(meeting.open_store(place, 5.0))
+        watch = met(rendezvous.open_store(place, 5.0))
         rank0.end()
         with starting(watch, 1), refuses():
             raise AssertionError
 
-    monkeypatch.setattr(team, "agree_equal", lambda *_: None)
-    monkeypatch.setattr(team, "join", join)
+    monkeypatch.setattr(coordinator, "agree_equal", lambda *_: None)
+    monkeypatch.setattr(coordinator, "join", join)
     assert joined_words(rank0) == GONE
 
 
@@ -113,4 +113,4 @@ def test_before_this_rank_ever_reached_it(rank0: Rank0) -> None:
     rank0.end()
     place = rank0.place()
     with pytest.raises(RankLost, match=rf"rank 0 is gone \(no connection to it at 127\.0\.0\.1:{place.port} within 1 s"):
-        meeting.open_store(place, 1.0)
+        rendezvous.open_store(place, 1.0)

@@ -24,9 +24,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastdistil.distributed.monitor import GRACE_S, Monitor, agree_equal
+from fastdistil.distributed.rendezvous import SharedStore
 from fastdistil.errors import RankLost, UserError
-from fastdistil.meeting import SharedStore
-from fastdistil.monitor import GRACE_S, Monitor, agree_equal
 
 TIMEOUT_S = 4.0
 SLACK_S = 4.0

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 
 from fastdistil import cli, distil, train
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.profiling import profile
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.profile import WARMUP, profiled, show
 from fastdistil.profiling.roofline import Work, utilisation
 from fastdistil.profiling.summary import summarise
-from fastdistil.ranks import find_place
 from fastdistil.recipe import Recipe
 from tests.small_run import small
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdistil.distributed.rank_info import Place, environment_of_no_rank, expand_counts, expand_hosts, find_place
 from fastdistil.errors import UserError
-from fastdistil.ranks import Place, environment_of_no_rank, expand_counts, expand_hosts, find_place
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = {
@@ -217,7 +217,7 @@ def test_counts() -> None:
     assert expand_counts("") == []
 
 
-PROGRAM = "import os; from fastdistil.ranks import find_place; print(find_place(os.environ))"
+PROGRAM = "import os; from fastdistil.distributed.rank_info import find_place; print(find_place(os.environ))"
 
 
 def test_torchrun_itself() -> None:
@@ -239,9 +239,9 @@ def test_torchrun_itself() -> None:
 RESTARTED = """
 import os, signal, sys
 from pathlib import Path
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
-from fastdistil.team import joined
+from fastdistil.distributed.coordinator import joined
 
 died = Path(sys.argv[1])
 settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=60", "world.engine=torch"]

@@ -8,10 +8,10 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
+from fastdistil.distributed.diagnosis import Beat
+from fastdistil.distributed.monitor import Monitor
+from fastdistil.distributed.rendezvous import SharedStore
 from fastdistil.errors import RankLost
-from fastdistil.meeting import SharedStore
-from fastdistil.monitor import Monitor
-from fastdistil.verdicts import Beat
 
 SECRET = "0123456789abcdef"
 STRANGERS = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastdistil.data.batches import Counts
+from fastdistil.distributed.coordinator import Decision, Team
+from fastdistil.distributed.horovod_world import World
+from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import UserError
-from fastdistil.ranks import Place
-from fastdistil.team import Decision, Team
-from fastdistil.world import World
 
 
 class Two(World):

@@ -5,7 +5,7 @@ import traceback
 from dataclasses import replace
 from typing import Any
 
-from fastdistil.verdicts import Beat, Verdict, View, compact_stack, judge, rank_list, silent
+from fastdistil.distributed.diagnosis import Beat, Verdict, View, compact_stack, judge, rank_list, silent
 
 TIMEOUT_S, QUICK_S = 10.0, 2.0
 WELL = Beat(5, "running", "forward", 7, "", 0.1, "in train.py:142 train_step", None)

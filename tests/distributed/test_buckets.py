@@ -19,10 +19,10 @@ from fastdistil.buckets import BucketOptions, Buckets
 from fastdistil.compression import make_compressor
 from fastdistil.inputs import load_inputs
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options, load_recipe
-from fastdistil.team import content_hash
-from fastdistil.world import join
+from fastdistil.distributed.coordinator import content_hash
+from fastdistil.distributed.horovod_world import join
 
 recipe, engine, rings, folder = load_recipe(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
 torch.set_num_threads(1)
@@ -126,9 +126,9 @@ import torch
 from torch import nn
 from fastdistil.buckets import BucketOptions, Buckets
 from fastdistil.compression import make_compressor
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 engine, every = sys.argv[1], sys.argv[2] == "every"
 rings = 2 if engine == "torch" else 1
@@ -229,9 +229,9 @@ import torch
 from torch import nn
 from fastdistil.buckets import BucketOptions, Buckets
 from fastdistil.compression import make_compressor
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.world import join, sent_bytes
+from fastdistil.distributed.horovod_world import join, sent_bytes
 
 world = join(find_place(os.environ), Options(engine=sys.argv[1], rings=2, timeout_s=60), torch.device("cpu"))
 none = make_compressor(Compression(), ranks=2, rank=world.rank, engine=sys.argv[1], seed=0)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from fastdistil.buckets import BucketOptions, Buckets
 from fastdistil.compression import make_compressor, starts_at
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.team import content_hash
-from fastdistil.world import join
+from fastdistil.distributed.coordinator import content_hash
+from fastdistil.distributed.horovod_world import join
 
 engine = sys.argv[1]
 world = join(find_place(os.environ), Options(engine=engine, rings=2, timeout_s=60), torch.device("cpu"))
@@ -93,10 +93,11 @@ def test_every_compressor_over_real_ranks(engine: str, ranks: int, run_ranks: Ca
 STATES = """
 import json, os, sys
 import torch
-from fastdistil import collectives, world as worlds
-from fastdistil.ranks import find_place
+from fastdistil.distributed import world as collectives
+from fastdistil.distributed import horovod_world as worlds
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.team import Team
+from fastdistil.distributed.coordinator import Team
 
 collectives._MOVED_BYTES = 4000  # so that a state goes in parts
 world = worlds.join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
@@ -149,7 +150,7 @@ POISONED = """
 import os, sys
 from fastdistil import train
 from fastdistil.errors import NonFinite
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
 
 place, real, calls = find_place(), train.loss_terms, 0

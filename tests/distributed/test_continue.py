@@ -17,7 +17,7 @@ RUNS = """
 import os, signal, sys
 from fastdistil import train
 from fastdistil.errors import Stopped
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
 
 stop_in, resume = int(sys.argv[1]), sys.argv[2] or None
@@ -126,7 +126,7 @@ def test_two_ranks_continue_what_one_began(material: Path, tmp_path: Path, run_r
 SLOW = """
 import os, sys, time
 from fastdistil import train
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
 
 recipe = load_recipe(sys.argv[1])

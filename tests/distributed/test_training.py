@@ -20,7 +20,7 @@ import os, signal, sys, time
 from pathlib import Path
 from fastdistil import train
 from fastdistil.errors import FastdistilError
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
 how, at, on, resume = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] or None
 place = find_place(os.environ)
@@ -42,7 +42,7 @@ def counted(run, window, counts, waited_s):
     return step(run, window, counts, waited_s)
 train.train_step = counted
 if how == "LATE":  # rank 0 signals the other, which waits for it to leave, while it writes the student
-    from fastdistil import team
+    from fastdistil.distributed import coordinator as team
     leaving, leave, export = Path(sys.argv[1]).parent / "leaving", team._leave, train.export_student
     def left(*given):
         if place.rank == on:
@@ -162,7 +162,7 @@ import os, sys
 import torch
 from fastdistil import distil
 from fastdistil.errors import FastdistilError
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
 torch.manual_seed(find_place().rank)
 batches = [{"input_ids": torch.randint(5, 300, (2, 8 + int(torch.randint(0, 8, ())))), "labels": None} for _ in range(8)]
@@ -321,7 +321,7 @@ def test_ranks_that_differ_are_named(
         "import os, sys\n"
         "from fastdistil import train\n"
         "from fastdistil.errors import FastdistilError\n"
-        "from fastdistil.ranks import find_place\n"
+        "from fastdistil.distributed.rank_info import find_place\n"
         "from fastdistil.recipe import load_recipe\n"
         "place = find_place()\n"
         "try:\n"

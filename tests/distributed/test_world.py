@@ -15,12 +15,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastdistil import world
+from fastdistil.distributed import horovod_world
+from fastdistil.distributed.horovod_world import Handle, World, join, sent_bytes
+from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rendezvous import own_address
 from fastdistil.errors import RankLost, UserError
-from fastdistil.meeting import own_address
-from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
-from fastdistil.world import Handle, World, join, sent_bytes
 
 Start = Callable[..., list["subprocess.Popen[str]"]]
 
@@ -33,9 +33,9 @@ class Joined(NamedTuple):
 PROGRAM = """
 import json, os, sys
 import torch
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 engine, rings = sys.argv[1], int(sys.argv[2])
 world = join(find_place(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
@@ -108,9 +108,9 @@ def test_collectives(engine: str, rings: int, ranks: int, run_ranks: Callable[..
 TWICE = """
 import os, sys
 import torch
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 for port in sys.argv[2:]:
     os.environ["MASTER_PORT"] = port
@@ -193,9 +193,11 @@ def test_without_horovod_the_command_that_builds_it_is_named(monkeypatch: pytest
 JOINED = """
 import os, signal, sys, time
 import torch
-from fastdistil import meeting, team, world
+from fastdistil.distributed import meeting
+from fastdistil.distributed import team
+from fastdistil.distributed import world
 from fastdistil.errors import FastdistilError
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
 
 place = find_place(os.environ)
@@ -299,9 +301,9 @@ raise Stopped("SIGTERM: saved")
 IDLES = """
 import os, sys, time
 import torch
-from fastdistil.ranks import find_place
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 world = join(find_place(os.environ), Options(engine="horovod", timeout_s=60), torch.device("cpu"))
 world.barrier()
@@ -326,10 +328,10 @@ ENQUEUES = """
 import os, signal, threading
 import torch
 from fastdistil.errors import RankLost
-from fastdistil.monitor import Monitor
-from fastdistil.ranks import find_place
+from fastdistil.distributed.monitor import Monitor
+from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.world import join
+from fastdistil.distributed.horovod_world import join
 
 place = find_place(os.environ)
 def met(connect):
@@ -403,8 +405,8 @@ def test_an_engine_that_mpirun_connects_and_that_fails_is_a_lost_rank(step: str,
         raise RuntimeError("Connection reset by peer")
 
     engine = SimpleNamespace(**{"init": lambda: None, "broadcast_": lambda *_, **__: None, step: fail})
-    monkeypatch.setattr(world, "import_horovod", lambda: engine)
-    monkeypatch.setattr(world, "_set_horovod", lambda *_: None)
+    monkeypatch.setattr(horovod_world, "import_horovod", lambda: engine)
+    monkeypatch.setattr(horovod_world, "_set_horovod", lambda *_: None)
     with pytest.raises(RankLost, match="rank 1 could not finish its connections: Connection reset by peer"):
         join(place(rank=1, address=None, port=None), Options(engine="horovod"), CPU)
 
@@ -455,9 +457,11 @@ def test_ring_processes_load_unhurried_and_connect_once_all_have_loaded(
     )
     store: dict[str, bytes] = {}
     connection = SimpleNamespace(set=lambda key, value: store.update({key: value.encode()}), get=store.__getitem__)
-    monkeypatch.setattr(world, "_serve_rendezvous", lambda *_: 1)
-    monkeypatch.setattr(world, "_RING_COMMAND", (sys.executable, "-c", STAND_IN_RING, str(tmp_path)))
-    ranks = world.HorovodWorld(place(), CPU, Options(engine="horovod", rings=2), lambda: connection, engine, [], Recorder())
+    monkeypatch.setattr(horovod_world, "_serve_rendezvous", lambda *_: 1)
+    monkeypatch.setattr(horovod_world, "_RING_COMMAND", (sys.executable, "-c", STAND_IN_RING, str(tmp_path)))
+    ranks = horovod_world.HorovodWorld(
+        place(), CPU, Options(engine="horovod", rings=2), lambda: connection, engine, [], Recorder()
+    )
     ranks.close()
 
 
@@ -465,7 +469,7 @@ def test_ring_processes_load_unhurried_and_connect_once_all_have_loaded(
 def test_ring_processes_may_load_for_longer_than_the_timeout(horovod: None, start_ranks: Start, tmp_path: Path) -> None:
     slowly = """
 if place.rank == 1:
-    later = "import time; time.sleep(9); from fastdistil import world; world._ring_main()"
+    later = "import time; time.sleep(9); from fastdistil.distributed import world; world._ring_main()"
     world._RING_COMMAND = (sys.executable, "-c", later)
 settings += ["world.rings=2"]
 """

@@ -20,9 +20,9 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from fastdistil.distributed.diagnosis import gone
+from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import RankLost, UserError
-from fastdistil.ranks import Place
-from fastdistil.verdicts import gone
 
 T = TypeVar("T")
 

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter
 
+from fastdistil.distributed.diagnosis import Beat, Kind, Verdict, View, compact_stack, gone, judge, rank_list, silent
+from fastdistil.distributed.rendezvous import SharedStore
 from fastdistil.errors import RankLost, UserError
-from fastdistil.meeting import SharedStore
-from fastdistil.verdicts import Beat, Kind, Verdict, View, compact_stack, gone, judge, rank_list, silent
 
 GRACE_S = 5.0
 """From a verdict until a process that has not ended by itself is ended."""

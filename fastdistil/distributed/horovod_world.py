@@ -27,19 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil import rings
 from fastdistil.build_horovod import HOW_TO_BUILD, IDLE_CYCLES
-from fastdistil.collectives import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting, unhurried
+from fastdistil.distributed import horovod_rings
+from fastdistil.distributed.monitor import GRACE_S
+from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store, own_address
+from fastdistil.distributed.torch_world import TorchWorld
+from fastdistil.distributed.world import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting, unhurried
 from fastdistil.errors import UserError
-from fastdistil.meeting import Connect, choose_interface, open_store, own_address
-from fastdistil.monitor import GRACE_S
-from fastdistil.ranks import Place
 from fastdistil.recipe import World as Options
-from fastdistil.torch_world import TorchWorld
 
 __all__ = ["Counters", "Handle", "Kind", "World", "join", "sent_bytes"]
 
-_RING_COMMAND = (sys.executable, "-m", "fastdistil.world")
+_RING_COMMAND = (sys.executable, "-m", "fastdistil.distributed.horovod_world")
 
 
 class HorovodWorld(World):
@@ -62,12 +62,12 @@ class HorovodWorld(World):
         self._told = [] if place.launcher == "horovodrun" else list(_horovod_environment(place, 0))
         if options.topology != "flat":
             self._told += ["HOROVOD_TORUS_ALLREDUCE", "HOROVOD_HIERARCHICAL_ALLREDUCE"]
-        self._processes: rings.RingProcesses | None = None
+        self._processes: horovod_rings.RingProcesses | None = None
         if device.type == "cpu" and options.rings > 1:
             with starting(watch, self.rank):
                 self._processes = self._start_rings(place)
 
-    def _start_rings(self, place: Place) -> rings.RingProcesses:
+    def _start_rings(self, place: Place) -> horovod_rings.RingProcesses:
         assert self.connect is not None
         store, ports = self.connect(), []
         if self.is_chief:
@@ -75,7 +75,7 @@ class HorovodWorld(World):
             store.set("horovod/rings", ",".join(map(str, ports)))
         ports = [int(port) for port in store.get("horovod/rings").decode().split(",")]
         _idle_seldom(self.device)
-        processes = rings.RingProcesses(_RING_COMMAND, [_horovod_environment(place, port) for port in ports])
+        processes = horovod_rings.RingProcesses(_RING_COMMAND, [_horovod_environment(place, port) for port in ports])
         # A busy machine or a slow disk may load the library for longer than timeout_s: nobody is lost by that, and nobody
         # connects, for which Gloo has its limit, before all others can.
         with unhurried(self.watch, "loading the rings' processes"):
@@ -309,9 +309,9 @@ def _agree_on_address(hvd: Any, place: Place) -> Place:
 
 
 def _ring_main() -> None:
-    """A communicator process: `python -m fastdistil.world`, started by rings.RingProcesses."""
+    """A communicator process: `python -m fastdistil.distributed.horovod_world`, started by rings.RingProcesses."""
     hvd = import_horovod()
-    rings.serve(hvd.init, partial(start_horovod, hvd), hvd.shutdown)
+    horovod_rings.serve(hvd.init, partial(start_horovod, hvd), hvd.shutdown)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdistil.collectives import Handle, Kind, Watch, World, starting
-from fastdistil.meeting import Connect
-from fastdistil.ranks import Place
+from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rendezvous import Connect
+from fastdistil.distributed.world import Handle, Kind, Watch, World, starting
 from fastdistil.recipe import World as Options
 
 _FOREVER = timedelta(days=7)

@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rendezvous import Connect
 from fastdistil.errors import FastdistilError, RankLost
-from fastdistil.meeting import Connect
-from fastdistil.ranks import Place
 
 Kind = Literal["allreduce", "all_to_all", "all_gather"]
 _MOVED_BYTES = 2**26

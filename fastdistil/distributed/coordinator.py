@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fastdistil import __version__, errors
 from fastdistil.data.batches import Counts
+from fastdistil.distributed.horovod_world import World, join
+from fastdistil.distributed.monitor import Monitor, agree_equal
+from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rendezvous import Connect
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
-from fastdistil.meeting import Connect
-from fastdistil.monitor import Monitor, agree_equal
 from fastdistil.node_setup import cached_corpus, run_once_per_node
-from fastdistil.ranks import Place
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE
-from fastdistil.world import World, join
 
 T = TypeVar("T")
 

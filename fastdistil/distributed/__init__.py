@@ -1,0 +1,1 @@
+"""The ranks: who am I, how do we meet, collectives, who is lost."""
