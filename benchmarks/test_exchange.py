@@ -15,8 +15,8 @@ import json, os, statistics, sys, time
 import torch
 import torch.distributed as dist
 from torch import nn
-from fastdistil.buckets import Buckets
-from fastdistil.compression import make_compressor
+from fastdistil.gradients.buckets import Buckets
+from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
 from fastdistil.distributed.horovod_world import join
@@ -105,7 +105,7 @@ LAYER = """
 import json, statistics, sys, time
 import torch
 from fastdistil.data.batches import Batches
-from fastdistil.exchange import OneRank, Several
+from fastdistil.gradients.exchange import OneRank, Several
 from fastdistil.optim import make_optimizer
 from fastdistil.distributed.rank_info import Place
 from fastdistil.recipe import load_recipe

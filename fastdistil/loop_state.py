@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdistil import metrics
 from fastdistil.data.batches import Counts
 from fastdistil.distributed.coordinator import Decision, Team
-from fastdistil.exchange import Exchange, Load
+from fastdistil.gradients.exchange import Exchange, Load
 from fastdistil.inputs import Inputs
 from fastdistil.instruments import Instruments
 from fastdistil.models import language_model

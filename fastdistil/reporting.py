@@ -8,8 +8,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastdistil.compression import starts_at
 from fastdistil.errors import translated
+from fastdistil.gradients.compressors import starts_at
 from fastdistil.loop_state import Run
 from fastdistil.models import language_model
 from fastdistil.recipe import Objective

@@ -33,8 +33,8 @@ from fastdistil.distributed.coordinator import Team, joined
 from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import NonFinite, Stopped, translated
 from fastdistil.evaluate import HeldOut, held_out
-from fastdistil.exchange import Load, make_exchange
 from fastdistil.export import export_student
+from fastdistil.gradients.exchange import Load, make_exchange
 from fastdistil.inputs import Inputs, load_inputs, resolve
 from fastdistil.instruments import Instruments, sizes_of, with_teacher_dtype
 from fastdistil.loop_state import Run

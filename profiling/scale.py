@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastdistil import __version__
-from fastdistil.cost import touched_bytes
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.events import Fields
+from fastdistil.gradients.cost_model import touched_bytes
 from fastdistil.launch import Job, choose_slots, launch
 from fastdistil.processes import Slot
 from fastdistil.profiling.device import usable_cores

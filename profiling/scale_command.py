@@ -12,8 +12,8 @@ from typing import Any
 import rich.console
 import rich.table
 
-from fastdistil.cost import WORTH, Kind
 from fastdistil.errors import UserError, printable, translated
+from fastdistil.gradients.cost_model import WORTH, Kind
 from fastdistil.profiling import scale_table
 from fastdistil.profiling.scale import Study, as_json, baseline_of, load_points, measure, model_points, workload
 from fastdistil.profiling.scale_networks import Network, load_network

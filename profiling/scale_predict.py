@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastdistil.cost import WORTH, Kind, allreduce_s, exposed_s, update_s
+from fastdistil.gradients.cost_model import WORTH, Kind, allreduce_s, exposed_s, update_s
 from fastdistil.profiling.scale_networks import Constant, Network, Side
 from fastdistil.profiling.scaling import HIDES, MEANING, Fit, Floats, Point, Workload, seconds
 

@@ -14,8 +14,8 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fastdistil.cost import allreduce_s
 from fastdistil.errors import UserError
+from fastdistil.gradients.cost_model import allreduce_s
 from fastdistil.profiling.scale_networks import load_named
 from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure
 from fastdistil.profiling.scaling import OPEN

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fastdistil.cost import BACKWARD_SHARE, HIDING_SHARE, Kind, exposed_s, touched_bytes, wire
 from fastdistil.errors import UserError
+from fastdistil.gradients.cost_model import BACKWARD_SHARE, HIDING_SHARE, Kind, exposed_s, touched_bytes, wire
 from fastdistil.untrusted import Text
 
 Floats = NDArray[np.float64]

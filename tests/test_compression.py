@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistil.compression import make_compressor, redistribute, starts_at
-from fastdistil.compressor import Compressor, Exchange, Layout, State
 from fastdistil.errors import UserError
-from fastdistil.linear_compression import RandomK
-from fastdistil.powersgd import PowerSGD, orthonormal
+from fastdistil.gradients.allreduced import RandomK
+from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State
+from fastdistil.gradients.compressors import make_compressor, redistribute, starts_at
+from fastdistil.gradients.powersgd import PowerSGD, orthonormal
 from fastdistil.recipe import Compression
 
 KINDS = ("none", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign")

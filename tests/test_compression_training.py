@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastdistil.compression import make_compressor, starts_at
-from fastdistil.compressor import Exchange, Layout, State
 from fastdistil.data.batches import Batch, Counts
+from fastdistil.gradients.compressor import Exchange, Layout, State
+from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.mappings import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms

@@ -5,7 +5,16 @@ import math
 
 import pytest
 
-from fastdistil.cost import GLOO_FP16_S, Measured, allreduce_s, candidates_for, choose, exposed_s, predict, update_s
+from fastdistil.gradients.cost_model import (
+    GLOO_FP16_S,
+    Measured,
+    allreduce_s,
+    candidates_for,
+    choose,
+    exposed_s,
+    predict,
+    update_s,
+)
 
 DISTILBERT_BYTES = 66_400_000 * 4
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistil.buckets import MIB, BucketOptions, Buckets
-from fastdistil.compression import make_compressor, starts_at
 from fastdistil.distributed.coordinator import Team
 from fastdistil.distributed.horovod_world import Handle, Kind, World
 from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import UserError
-from fastdistil.exchange import Load, Several, make_exchange
+from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
+from fastdistil.gradients.compressors import make_compressor, starts_at
+from fastdistil.gradients.exchange import Load, Several, make_exchange
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, load_recipe
 from fastdistil.recipe import World as Options

@@ -180,7 +180,7 @@ def os_walk() -> list["os.DirEntry[str]"]:
             "only fastdistil.models.language_model",
         ),
         (
-            "fastdistil.buckets",
+            "fastdistil.gradients.buckets",
             "if 1:\n    import horovod.torch as hvd",
             "only fastdistil.distributed.horovod_world, fastdistil.launch may",
         ),

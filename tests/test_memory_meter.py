@@ -14,11 +14,11 @@ import torch
 import transformers
 from torch import nn
 
-from fastdistil.compression import make_compressor
-from fastdistil.compressor import Layout
 from fastdistil.data.batches import assemble
 from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.estimate import estimate_memory, make_plan, show_plan, size_text, transformer_shape
+from fastdistil.gradients.compressor import Layout
+from fastdistil.gradients.compressors import make_compressor
 from fastdistil.inputs import load_inputs, open_corpus, resolve
 from fastdistil.instruments import Instruments
 from fastdistil.models.language_model import LanguageModel, fresh_model

@@ -15,8 +15,8 @@ GRADIENTS = """
 import os, sys
 from pathlib import Path
 import torch
-from fastdistil.buckets import BucketOptions, Buckets
-from fastdistil.compression import make_compressor
+from fastdistil.gradients.buckets import BucketOptions, Buckets
+from fastdistil.gradients.compressors import make_compressor
 from fastdistil.inputs import load_inputs
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.distributed.rank_info import find_place
@@ -124,8 +124,8 @@ EDGES = """
 import json, os, sys
 import torch
 from torch import nn
-from fastdistil.buckets import BucketOptions, Buckets
-from fastdistil.compression import make_compressor
+from fastdistil.gradients.buckets import BucketOptions, Buckets
+from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
 from fastdistil.distributed.horovod_world import join
@@ -227,8 +227,8 @@ FIFTY = """
 import json, os, sys
 import torch
 from torch import nn
-from fastdistil.buckets import BucketOptions, Buckets
-from fastdistil.compression import make_compressor
+from fastdistil.gradients.buckets import BucketOptions, Buckets
+from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
 from fastdistil.distributed.horovod_world import join, sent_bytes

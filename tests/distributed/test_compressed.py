@@ -14,8 +14,8 @@ PROGRAM = """
 import json, os, sys
 import torch
 from torch import nn
-from fastdistil.buckets import BucketOptions, Buckets
-from fastdistil.compression import make_compressor, starts_at
+from fastdistil.gradients.buckets import BucketOptions, Buckets
+from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
 from fastdistil.distributed.coordinator import content_hash

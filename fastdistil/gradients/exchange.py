@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdistil.buckets import MIB, BucketOptions, Buckets
-from fastdistil.compression import make_compressor, starts_at
-from fastdistil.cost import Measured, choose
 from fastdistil.distributed.coordinator import Team
 from fastdistil.distributed.horovod_world import Counters, World, sent_bytes
 from fastdistil.errors import CorruptData, UserError
+from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
+from fastdistil.gradients.compressors import make_compressor, starts_at
+from fastdistil.gradients.cost_model import Measured, choose
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, Recipe
 

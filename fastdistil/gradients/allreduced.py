@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdistil.compressor import (
+from fastdistil.gradients.compressor import (
     Compressor,
     Exchange,
     Feedback,

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdistil.compressor import Exchange, Feedback, Kind, Layout, Request, State, chosen_numel, part_numel
+from fastdistil.gradients.compressor import Exchange, Feedback, Kind, Layout, Request, State, chosen_numel, part_numel
 from fastdistil.kernels.compress import (
     dequantize_int8,
     dequantize_sum_int8,

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastdistil.compressor import Exchange, Feedback, Kind, Layout, Request, State, poison, ring_allreduce_bytes
+from fastdistil.gradients.compressor import Exchange, Feedback, Kind, Layout, Request, State, poison, ring_allreduce_bytes
 
 Pieces = tuple[tuple[int, tuple[int, ...]], ...]
 

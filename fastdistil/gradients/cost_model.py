@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdistil.compression import make_compressor
-from fastdistil.compressor import Layout
+from fastdistil.gradients.compressor import Layout
+from fastdistil.gradients.compressors import make_compressor
 from fastdistil.recipe import Compression
 
 Kind = Literal["none", "fp16", "bf16", "int8"]

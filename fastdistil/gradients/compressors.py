@@ -28,11 +28,11 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from fastdistil.compressor import Compressor, Exchange, Kind, Layout, Request, State, part_numel, ring_allreduce_bytes
 from fastdistil.errors import UserError
-from fastdistil.gathered_compression import Int8, Sign, TopK
-from fastdistil.linear_compression import Cast, RandomK, Uncompressed
-from fastdistil.powersgd import PowerSGD
+from fastdistil.gradients.allreduced import Cast, RandomK, Uncompressed
+from fastdistil.gradients.compressor import Compressor, Exchange, Kind, Layout, Request, State, part_numel, ring_allreduce_bytes
+from fastdistil.gradients.gathered import Int8, Sign, TopK
+from fastdistil.gradients.powersgd import PowerSGD
 from fastdistil.recipe import Compression
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""From backward to the optimizer: buckets, compression, exchange."""
