@@ -87,11 +87,11 @@ check: $(STAMP)
 	$(VENV)/bin/mypy
 
 horovod: $(STAMP)
-	@$(VENV)/bin/python -m fastdistil.build_horovod --constraint constraints.txt
+	@$(VENV)/bin/python -m fastdistil.install.horovod_build --constraint constraints.txt
 
 # Exit 2: something that building needs is not here; it has said what.
 horovod-if-possible: $(STAMP)
-	@$(VENV)/bin/python -m fastdistil.build_horovod --constraint constraints.txt || { \
+	@$(VENV)/bin/python -m fastdistil.install.horovod_build --constraint constraints.txt || { \
 		code=$$?; \
 		[ $$code -eq 2 ] || exit $$code; \
 		echo "fastdistil: going on; without Horovod the tests that need it are skipped"; \

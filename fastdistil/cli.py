@@ -562,7 +562,7 @@ def pause(run: Annotated[Path, typer.Argument(help="Directory of the run.")]) ->
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, devices, what is available, what is not and how to get it."""
-    from fastdistil import doctor as doctors
+    from fastdistil.install import doctor as doctors
 
     findings = doctors.examine()
     if json:

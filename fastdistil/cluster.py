@@ -270,7 +270,7 @@ def _installs(cluster: Cluster) -> list[str]:
     if "world.engine=torch" in cluster.overrides:
         return ["pip install ."]
     # Without GPUs no CUDA compiler is wanted, though torch may be a CUDA build.
-    return ["pip install '.[horovod]'", "python -m fastdistil.build_horovod" + ("" if cluster.gpu_count else " --cpu")]
+    return ["pip install '.[horovod]'", "python -m fastdistil.install.horovod_build" + ("" if cluster.gpu_count else " --cpu")]
 
 
 def _skypilot(cluster: Cluster) -> str:

@@ -20,11 +20,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastdistil import build_horovod, horovod_tools, installed_horovod
-from fastdistil.build_horovod import Build, BuildFailed, apply_edits, cached_wheel, edits_for, locked, main, wanted_build
 from fastdistil.errors import UserError
-from fastdistil.horovod_tools import Cuda, find_cuda, first_line, link_libraries, nccl_version
-from fastdistil.installed_horovod import STAMP, Torch, installed_torch, probe, two_ranks
+from fastdistil.install import horovod_build, horovod_installed, horovod_tools
+from fastdistil.install.horovod_build import (
+    Build,
+    BuildFailed,
+    apply_edits,
+    cached_wheel,
+    edits_for,
+    locked,
+    main,
+    wanted_build,
+)
+from fastdistil.install.horovod_installed import STAMP, Torch, installed_torch, probe, two_ranks
+from fastdistil.install.horovod_tools import Cuda, find_cuda, first_line, link_libraries, nccl_version
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Build(
@@ -129,7 +138,7 @@ def test_wheels_are_kept_apart_by_everything_they_depend_on(name: str) -> None:
 
 @pytest.mark.parametrize("loads", [True, False])
 def test_tools_may_be_gone_while_the_wheel_loads(loads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_horovod, "probe", lambda: {"gloo": 1} if loads else "libmpi.so.40: cannot open")
+    monkeypatch.setattr(horovod_build, "probe", lambda: {"gloo": 1} if loads else "libmpi.so.40: cannot open")
     without_tools = replace(BUILD, compiler="", mpi="", cuda="", nccl="")
     assert without_tools.met_by(asdict(BUILD), gpu=True) is loads
     assert not without_tools.met_by(asdict(replace(BUILD, cuda="", nccl="")), gpu=True), "no GPU operations"
@@ -159,9 +168,9 @@ def test_what_this_machine_builds_follows_its_tools(tmp_path: Path) -> None:
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment whose torch has no Horovod and whose PATH and cache are empty; pip and the ranks are not started."""
-    monkeypatch.setattr(build_horovod, "installed_build", lambda: None)
-    monkeypatch.setattr(build_horovod, "installed_torch", lambda: Torch("2.13.0+cpu", "cf30153", None, None))
-    monkeypatch.setattr(build_horovod, "two_ranks", lambda _: "")
+    monkeypatch.setattr(horovod_build, "installed_build", lambda: None)
+    monkeypatch.setattr(horovod_build, "installed_torch", lambda: Torch("2.13.0+cpu", "cf30153", None, None))
+    monkeypatch.setattr(horovod_build, "two_ranks", lambda _: "")
     (tmp_path / "bin").mkdir()
     return {"PATH": str(tmp_path / "bin"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
@@ -170,8 +179,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
 def pip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What pip is asked to install."""
     asked: list[str] = []
-    monkeypatch.setattr(build_horovod, "is_installed", lambda _: True)
-    monkeypatch.setattr(build_horovod, "pip_install", lambda _log, _environ, *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(horovod_build, "is_installed", lambda _: True)
+    monkeypatch.setattr(horovod_build, "pip_install", lambda _log, _environ, *arguments: asked.append(arguments[-1]))
     return asked
 
 
@@ -184,7 +193,7 @@ def fake_wheel(path: Path) -> Path:
 
 def test_cached_wheel_is_installed_without_building(elsewhere: dict[str, str], pip: list[str]) -> None:
     build = wanted_build(Torch("2.13.0+cpu", "cf30153", None, None), None, elsewhere)
-    wheel = fake_wheel(build_horovod.cache_directory(elsewhere) / build.key / "horovod-0.28.1-cp311.whl")
+    wheel = fake_wheel(horovod_build.cache_directory(elsewhere) / build.key / "horovod-0.28.1-cp311.whl")
     assert main([], elsewhere) == 0
     assert pip == [str(wheel)]
     assert main([], {**elsewhere, "XDG_CACHE_HOME": str(wheel.parents[3] / "other")}) == 2, "built: no compiler"
@@ -194,8 +203,8 @@ def test_wheel_that_does_not_work_is_not_installed(
     elsewhere: dict[str, str], pip: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build = wanted_build(Torch("2.13.0+cpu", "cf30153", None, None), None, elsewhere)
-    fake_wheel(build_horovod.cache_directory(elsewhere) / build.key / "horovod-0.28.1-cp311.whl")
-    monkeypatch.setattr(build_horovod, "two_ranks", lambda _: "undefined symbol")
+    fake_wheel(horovod_build.cache_directory(elsewhere) / build.key / "horovod-0.28.1-cp311.whl")
+    monkeypatch.setattr(horovod_build, "two_ranks", lambda _: "undefined symbol")
     assert main([], elsewhere) == 1
     assert pip == []
     assert "cannot add up a tensor: undefined symbol" in capsys.readouterr().err
@@ -217,7 +226,7 @@ def test_damaged_wheel_is_thrown_away(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_one_build_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = threading.Event()
-    monkeypatch.setattr(build_horovod, "say", lambda _: waits.set())
+    monkeypatch.setattr(horovod_build, "say", lambda _: waits.set())
     order = []
 
     def second() -> None:
@@ -235,9 +244,9 @@ def test_one_build_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert build_horovod.cache_directory({"XDG_CACHE_HOME": "/big"}) == Path("/big/fastdistil/horovod")
-    assert build_horovod.cache_directory({"XDG_CACHE_HOME": "here"}) == tmp_path / ".cache/fastdistil/horovod"
-    assert build_horovod.cache_directory({}) == tmp_path / ".cache/fastdistil/horovod"
+    assert horovod_build.cache_directory({"XDG_CACHE_HOME": "/big"}) == Path("/big/fastdistil/horovod")
+    assert horovod_build.cache_directory({"XDG_CACHE_HOME": "here"}) == tmp_path / ".cache/fastdistil/horovod"
+    assert horovod_build.cache_directory({}) == tmp_path / ".cache/fastdistil/horovod"
 
 
 # Messages
@@ -261,10 +270,10 @@ def test_missing_tools_are_named_with_their_packages(
 def test_unusable_torch_is_refused(
     elsewhere: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build_horovod, "installed_torch", lambda: None)
+    monkeypatch.setattr(horovod_build, "installed_torch", lambda: None)
     assert main([], elsewhere) == 2
     assert "pip install torch" in capsys.readouterr().err
-    monkeypatch.setattr(build_horovod, "installed_torch", lambda: Torch("2.13.0+rocm7", "", None, "7.0"))
+    monkeypatch.setattr(horovod_build, "installed_torch", lambda: Torch("2.13.0+rocm7", "", None, "7.0"))
     assert main([], elsewhere) == 2
     assert "got 2.13.0+rocm7 for ROCm: use world.engine=torch" in capsys.readouterr().err
 
@@ -273,7 +282,7 @@ def test_failing_command_shows_what_went_wrong(tmp_path: Path, capsys: pytest.Ca
     script = "print('error: no member named x', flush=True); import subprocess; subprocess.run(['false'], check=True)"
     log = tmp_path / "log"
     with pytest.raises(BuildFailed, match=rf"building failed \(exit 1\); above the end of its log, {log}"):
-        build_horovod.run_logged([sys.executable, "-c", script], log, os.environ, tmp_path, "building")
+        horovod_build.run_logged([sys.executable, "-c", script], log, os.environ, tmp_path, "building")
     assert capsys.readouterr().err == "error: no member named x\n"
     assert "CalledProcessError" in log.read_text()
 
@@ -316,13 +325,13 @@ def test_installed_one_needs_no_cuda_compiler(
 ) -> None:
     """A machine that only runs: its torch is a CUDA build, its Horovod was built where nvcc is."""
     torch = Torch("2.13.0+cu999", "", "99.1", None)
-    monkeypatch.setattr(build_horovod, "installed_torch", lambda: torch)
+    monkeypatch.setattr(horovod_build, "installed_torch", lambda: torch)
     assert main([], elsewhere) == 2
     assert "pip install 'nvidia-cuda-nvcc==99.1.*'" in capsys.readouterr().err
     built = {**asdict(wanted_build(torch, None, elsewhere)), "cuda": "99.1", "nccl": "2.99.0", "compiler": "g++"}
-    monkeypatch.setattr(build_horovod, "installed_build", lambda: built)
-    monkeypatch.setattr(build_horovod, "is_installed", lambda _: True)
-    monkeypatch.setattr(build_horovod, "probe", dict)
+    monkeypatch.setattr(horovod_build, "installed_build", lambda: built)
+    monkeypatch.setattr(horovod_build, "is_installed", lambda _: True)
+    monkeypatch.setattr(horovod_build, "probe", dict)
     assert main([], elsewhere) == 0
     assert "Horovod 0.28.1 for torch 2.13.0+cu999 with Gloo, NCCL is installed" in capsys.readouterr().out
 
@@ -357,7 +366,7 @@ def plant(folder: Path, torch: str, metadata: str | None) -> None:
 
 def ask(folder: Path, expression: str) -> str:
     """Of a Python that has only `folder` and the standard library."""
-    script = f"from fastdistil.installed_horovod import *; print({expression})"
+    script = f"from fastdistil.install.horovod_installed import *; print({expression})"
     environ = {"PYTHONPATH": f"{folder}:{ROOT}"}
     done = subprocess.run([sys.executable, "-S", "-P", "-c", script], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -456,7 +465,7 @@ def test_two_ranks_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         """Its time is over as soon as the child is there."""
 
         def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002
-            assert timeout == installed_horovod.CHECK_SECONDS
+            assert timeout == horovod_installed.CHECK_SECONDS
             while not server.with_name("pid").exists():
                 time.sleep(0.01)
             raise subprocess.TimeoutExpired(self.args, timeout)
@@ -471,9 +480,9 @@ def test_two_ranks_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_two_ranks_of_the_installed_one_add_up(need: Callable[[str, str], None]) -> None:
-    found = installed_horovod.state()
+    found = horovod_installed.state()
     if found.status != "ok":
-        need("horovod", f"Horovod: {found.text}; {build_horovod.HOW_TO_BUILD}")
+        need("horovod", f"Horovod: {found.text}; {horovod_build.HOW_TO_BUILD}")
     assert two_ranks(os.environ) == ""
     built = probe()
     assert isinstance(built, dict)
@@ -483,9 +492,9 @@ def test_two_ranks_of_the_installed_one_add_up(need: Callable[[str, str], None])
 def test_requirements_are_declared_and_pinned() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["optional-dependencies"]["horovod"]
-    assert [re.split("[<>=~]", requirement)[0] for requirement in declared] == list(installed_horovod.REQUIREMENTS)
+    assert [re.split("[<>=~]", requirement)[0] for requirement in declared] == list(horovod_installed.REQUIREMENTS)
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert set(installed_horovod.REQUIREMENTS) <= pinned
-    for name in installed_horovod.REQUIREMENTS:
-        assert installed_horovod.is_installed(name) == bool(importlib.metadata.version(name))
+    assert set(horovod_installed.REQUIREMENTS) <= pinned
+    for name in horovod_installed.REQUIREMENTS:
+        assert horovod_installed.is_installed(name) == bool(importlib.metadata.version(name))
     assert first_line(None) == ""

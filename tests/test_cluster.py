@@ -249,7 +249,7 @@ def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], 
     done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', **installs)
     assert done.returncode == 0, done.stderr
     if kind == "dstack":
-        built = ["pip install .[horovod]", "python -m fastdistil.build_horovod"]
+        built = ["pip install .[horovod]", "python -m fastdistil.install.horovod_build"]
         assert (tmp_path / "installed").read_text().splitlines() == built
     assert done.stdout.splitlines() == [
         "-m",

@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdistil import __version__, doctor
-from fastdistil.build_horovod import HOW_TO_BUILD
-from fastdistil.doctor import Finding
-from fastdistil.installed_horovod import State
+from fastdistil import __version__
+from fastdistil.install import doctor
+from fastdistil.install.doctor import Finding
+from fastdistil.install.horovod_build import HOW_TO_BUILD
+from fastdistil.install.horovod_installed import State
 from fastdistil.profiling import device
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -226,7 +226,7 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
         ("fastdistil.objective", "from fastdistil.kernels.distill import f\nfrom fastdistil.profiling import spans"),
         ("fastdistil.profiling.compare", "from fastdistil.errors import UserError\nfrom fastdistil.profiling import summary"),
         (
-            "fastdistil.doctor",
+            "fastdistil.install.doctor",
             "import importlib.util\nimportlib.util.find_spec('transformers')\nfrom fastdistil import __version__",
         ),
         ("tests.test_models", "import transformers, triton\nfrom fastdistil.train import train"),

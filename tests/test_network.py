@@ -174,7 +174,7 @@ HOROVOD_RANKS = """if True:
 
 
 def test_horovods_collectives_take_the_named_interface(need: Callable[[str, str], Never]) -> None:
-    """As the build of fastdistil.build_horovod has it: 0.28.1 itself opens their connections where the host's name leads."""
+    """As the build of fastdistil.install.horovod_build has it: 0.28.1 itself opens their connections where the host's name leads."""
     if subprocess.run([sys.executable, "-c", "import horovod.torch"], capture_output=True, check=False).returncode:
         need("horovod", "needs Horovod: make horovod")
     command = [sys.executable, "-c", HOROVOD_RANKS, HOROVOD_RANK]

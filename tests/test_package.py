@@ -129,7 +129,7 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
 def test_doctor_judges_by_the_declared_versions() -> None:
     from packaging.requirements import Requirement
 
-    from fastdistil.doctor import TESTED
+    from fastdistil.install.doctor import TESTED
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bounds = {(r := Requirement(text)).name: r.specifier for text in project["dependencies"]}

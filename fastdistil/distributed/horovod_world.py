@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.build_horovod import HOW_TO_BUILD, IDLE_CYCLES
 from fastdistil.distributed import horovod_rings
 from fastdistil.distributed.monitor import GRACE_S
 from fastdistil.distributed.rank_info import Place
@@ -35,6 +34,7 @@ from fastdistil.distributed.rendezvous import Connect, choose_interface, open_st
 from fastdistil.distributed.torch_world import TorchWorld
 from fastdistil.distributed.world import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting, unhurried
 from fastdistil.errors import UserError
+from fastdistil.install.horovod_build import HOW_TO_BUILD, IDLE_CYCLES
 from fastdistil.recipe import World as Options
 
 __all__ = ["Counters", "Handle", "Kind", "World", "join", "sent_bytes"]

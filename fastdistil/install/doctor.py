@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdistil import __version__
-from fastdistil.build_horovod import HOW_TO_BUILD
-from fastdistil.installed_horovod import probe, state
+from fastdistil.install.horovod_build import HOW_TO_BUILD
+from fastdistil.install.horovod_installed import probe, state
 from fastdistil.profiling.device import installed_version
 
 Status = Literal["ok", "absent", "problem"]

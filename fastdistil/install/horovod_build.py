@@ -1,4 +1,4 @@
-"""Build Horovod for the torch of this environment and install it: `python -m fastdistil.build_horovod`, or `make horovod`.
+"""Build Horovod for the torch of this environment and install it: `python -m fastdistil.install.horovod_build`, or `make horovod`.
 
 The package index holds Horovod's sources only, and its last release (0.28.1, 2023) asks for C++14 where today's torch
 headers want C++17. So the sources are downloaded, edited (EDITS), built against the installed torch without build isolation,
@@ -31,8 +31,7 @@ from typing import NamedTuple
 
 from fastdistil import storage
 from fastdistil.errors import FastdistilError, UserError, translated
-from fastdistil.horovod_tools import Cuda, cuda_home, cxx, find_cuda, first_line, found, nccl_home, nccl_version, require_tools
-from fastdistil.installed_horovod import (
+from fastdistil.install.horovod_installed import (
     REQUIREMENTS,
     STAMP,
     Torch,
@@ -43,12 +42,23 @@ from fastdistil.installed_horovod import (
     state,
     two_ranks,
 )
+from fastdistil.install.horovod_tools import (
+    Cuda,
+    cuda_home,
+    cxx,
+    find_cuda,
+    first_line,
+    found,
+    nccl_home,
+    nccl_version,
+    require_tools,
+)
 
 VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 IDLE_CYCLES = "FASTDISTIL_HOROVOD_IDLE_CYCLES"
 """Environment variable: see EDITS. Unset: 1, Horovod's own way."""
-HOW_TO_BUILD = "build it with `make horovod` in a checkout, with `python -m fastdistil.build_horovod` elsewhere"
+HOW_TO_BUILD = "build it with `make horovod` in a checkout, with `python -m fastdistil.install.horovod_build` elsewhere"
 # From release 81 on setuptools lacks what Horovod's build imports.
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging")
 
@@ -382,7 +392,7 @@ def say(text: str) -> None:
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fastdistil.build_horovod", description="Build and install Horovod for the installed torch."
+        prog="python -m fastdistil.install.horovod_build", description="Build and install Horovod for the installed torch."
     )
     parser.add_argument("--cpu", action="store_true", help="without GPU operations, although torch is a CUDA build")
     parser.add_argument("--constraint", type=Path, metavar="FILE", help="pip's constraints for what Horovod requires")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdistil.errors import UserError
-from fastdistil.installed_horovod import Torch, package_directory
+from fastdistil.install.horovod_installed import Torch, package_directory
 
 
 @dataclass(frozen=True)

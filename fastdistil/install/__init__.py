@@ -1,0 +1,1 @@
+"""What this machine has, what it lacks, how to get it: doctor, Horovod's build."""
