@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastdistil.distributed.rank_info import find_place
-from fastdistil.launch import launch_function
+from fastdistil.launch.launcher import launch_function
 from fastdistil.recipe import Recipe, load_recipe, replace_alternatives, validated
 from fastdistil.train import Result, train
 

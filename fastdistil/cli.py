@@ -81,7 +81,7 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's na
 def main() -> NoReturn:
     """Entry point: every FastdistilError becomes one line on standard error and its exit code."""
     if "FASTDISTIL_LAUNCHER_PID" in os.environ:
-        from fastdistil.processes import tie_to_launcher
+        from fastdistil.launch.rank_process import tie_to_launcher
 
         tie_to_launcher(os.environ)
     try:
@@ -217,7 +217,7 @@ def _run(
 def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: str | None, options: RankOptions) -> int:
     """Start the ranks: each runs this same command without the options that start ranks. Returns the exit code."""
     from fastdistil.errors import UserError
-    from fastdistil.launch import Elastic, Job, choose_slots, launch, parse_elastic
+    from fastdistil.launch.launcher import Elastic, Job, choose_slots, launch, parse_elastic
     from fastdistil.runs import choose_run, is_run
 
     elastic, np = None, options.np
@@ -507,8 +507,8 @@ def cluster(
     """Write the one file that sets a cluster up for a recipe and starts the run there."""
     from datetime import UTC, datetime
 
-    from fastdistil.cluster import KINDS, Cluster, cluster_file, local_paths
     from fastdistil.errors import UserError, printable, translated
+    from fastdistil.launch.cluster import KINDS, Cluster, cluster_file, local_paths
     from fastdistil.recipe import load_recipe
 
     chosen = next((known for known in KINDS if known == kind), None)

@@ -19,7 +19,7 @@ from rich.table import Table
 from fastdistil import metrics
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError, translated
-from fastdistil.launch import launch_function
+from fastdistil.launch.launcher import launch_function
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import write_report

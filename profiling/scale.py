@@ -21,8 +21,8 @@ from fastdistil import __version__
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.events import Fields
 from fastdistil.gradients.cost_model import touched_bytes
-from fastdistil.launch import Job, choose_slots, launch
-from fastdistil.processes import Slot
+from fastdistil.launch.launcher import Job, choose_slots, launch
+from fastdistil.launch.rank_process import Slot
 from fastdistil.profiling.device import usable_cores
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.scale_networks import Network

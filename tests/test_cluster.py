@@ -16,11 +16,11 @@ import transformers
 import yaml
 
 from fastdistil import cli
-from fastdistil.cluster import KINDS, Cluster, Kind, cluster_file
 from fastdistil.data.corpus import train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import UserError
+from fastdistil.launch.cluster import KINDS, Cluster, Kind, cluster_file
 from fastdistil.metrics import read_events
 
 

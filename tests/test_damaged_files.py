@@ -31,7 +31,7 @@ from fastdistil.data.teacher_cache import TeacherCache, record, shard_name
 from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import UserError
 from fastdistil.gradients.exchange import OneRank
-from fastdistil.launch import choose_slots, parse_elastic
+from fastdistil.launch.launcher import choose_slots, parse_elastic
 from fastdistil.node_setup import cached_corpus
 from fastdistil.profiling.compare import run_compare
 from fastdistil.profiling.history import load_history

@@ -29,7 +29,7 @@ FOREIGN = {"kernels", "profiling"}
 # One door per dependency: outside package -> the modules, or parents of modules, that may import it.
 DOORS = {
     "triton": ("fastdistil.kernels",),
-    "horovod": ("fastdistil.distributed.horovod_world", "fastdistil.launch"),
+    "horovod": ("fastdistil.distributed.horovod_world", "fastdistil.launch.launcher"),
     "transformers": (
         "fastdistil.models.language_model",
         "fastdistil.models.checkpoints",
@@ -40,9 +40,14 @@ DOORS = {
 # Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
 TOP = {
     "fastdistil.cli": ("fastdistil.__main__",),
-    "fastdistil.launch": ("fastdistil.cli", "fastdistil.api", "fastdistil.profiling.profile", "fastdistil.profiling.scale"),
-    "fastdistil.attempts": ("fastdistil.launch",),
-    "fastdistil.calls": ("fastdistil.launch",),
+    "fastdistil.launch.launcher": (
+        "fastdistil.cli",
+        "fastdistil.api",
+        "fastdistil.profiling.profile",
+        "fastdistil.profiling.scale",
+    ),
+    "fastdistil.launch.attempt": ("fastdistil.launch.launcher",),
+    "fastdistil.launch.remote_call": ("fastdistil.launch.launcher",),
     "fastdistil.train": ("fastdistil.api", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
     "fastdistil.data.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
     "fastdistil.data.shards": ("fastdistil.data.prepare",),
@@ -182,7 +187,7 @@ def os_walk() -> list["os.DirEntry[str]"]:
         (
             "fastdistil.gradients.buckets",
             "if 1:\n    import horovod.torch as hvd",
-            "only fastdistil.distributed.horovod_world, fastdistil.launch may",
+            "only fastdistil.distributed.horovod_world, fastdistil.launch.launcher may",
         ),
         ("fastdistil.kernels.x", "from fastdistil.errors import UserError", "imports nothing else of fastdistil"),
         ("fastdistil.kernels.x", "from fastdistil import __version__", "imports nothing else of fastdistil"),

@@ -20,17 +20,17 @@ from typing import Any
 import psutil
 import pytest
 
-from fastdistil.attempts import free_port
-from fastdistil.calls import answer_call, read_answer, write_call
 from fastdistil.errors import CorruptData, RankLost, Stopped, UserError
-from fastdistil.launch import Elastic, Job, choose_slots, launch, launch_function, parse_elastic, parse_hosts
-from fastdistil.processes import Slot, Voices, rank_environment
+from fastdistil.launch.attempt import free_port
+from fastdistil.launch.launcher import Elastic, Job, choose_slots, launch, launch_function, parse_elastic, parse_hosts
+from fastdistil.launch.rank_process import Slot, Voices, rank_environment
+from fastdistil.launch.remote_call import answer_call, read_answer, write_call
 
 # A rank: appends its environment to `starts`, then does what the plan says for it ("default" otherwise).
 STAND_IN = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
-from fastdistil.processes import tie_to_launcher
+from fastdistil.launch.rank_process import tie_to_launcher
 
 tie_to_launcher(os.environ)
 folder, *arguments = sys.argv[1:]
@@ -189,7 +189,7 @@ def test_every_rank_is_told_its_place(ranks: Ranks, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_launcher_does_not_load_torch() -> None:
-    code = "import sys, fastdistil.launch, fastdistil.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, fastdistil.launch.launcher, fastdistil.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
@@ -303,8 +303,8 @@ def test_a_rank_that_does_not_end_is_ended(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stuck: str
 ) -> None:
     """Stopped as by SIGSTOP it cannot hear SIGTERM. What it started goes with it."""
-    monkeypatch.setattr("fastdistil.attempts.END_S", 0.3)
-    monkeypatch.setattr("fastdistil.attempts.KILL_AFTER_S", 0.3)
+    monkeypatch.setattr("fastdistil.launch.attempt.END_S", 0.3)
+    monkeypatch.setattr("fastdistil.launch.attempt.KILL_AFTER_S", 0.3)
     ranks.plan(rank1=STARTS_A_CHILD + stuck, rank0="wait_for('started'); sys.exit(12)")
     begun = time.monotonic()
     assert launch(ranks.job(2, timeout_s=0.2)) == 12
@@ -365,7 +365,7 @@ def background(ranks: Ranks, job: Job, before: str = "pass", **more: Any) -> Ite
     """The launcher in a process of its own, which is gone behind the block."""
     slots = [(slot.host, slot.index) for slot in job.slots]
     code = (
-        "import sys; from fastdistil.launch import *; from fastdistil.processes import Slot\n"
+        "import sys; from fastdistil.launch.launcher import *; from fastdistil.launch.rank_process import Slot\n"
         f"{before}\n"
         f"slots = tuple(Slot(*slot) for slot in {slots!r})\n"
         f"sys.exit(launch(Job(command={job.command!r}, slots=slots, ranks={job.ranks}, timeout_s={job.timeout_s})))"
@@ -403,7 +403,7 @@ def test_a_signal_before_training_is_an_interruption(ranks: Ranks) -> None:
     assert ranks.alive() == []
 
 
-SPEAKS_SOON = "import fastdistil.attempts; fastdistil.attempts.SAVE_S = fastdistil.attempts.END_S = 0.1"
+SPEAKS_SOON = "import fastdistil.launch.attempt; fastdistil.launch.attempt.SAVE_S = fastdistil.launch.attempt.END_S = 0.1"
 SAVES_SLOWLY = (
     "def save(*_): (folder / f'heard-{rank}').touch(); wait_for('go'); os._exit(75)\n"
     "signal.signal(15, save); (folder / f'ready-{rank}').touch()\n"
@@ -436,7 +436,7 @@ def test_a_second_signal_ends_ranks_that_hear_nothing(ranks: Ranks, stuck: str, 
     """Not one that hangs by itself, and not one that cannot be told."""
     deaf = f"signal.signal(15, signal.SIG_IGN); (folder / f'ready-{{rank}}').touch(); {stuck}"
     ranks.plan(default=deaf)
-    before = f"{SPEAKS_SOON}; fastdistil.attempts.SAME_SIGNAL_S = 0.0"
+    before = f"{SPEAKS_SOON}; fastdistil.launch.attempt.SAME_SIGNAL_S = 0.0"
     with background(ranks, ranks.job(count, timeout_s=0.1), before) as launcher:
         ranks.ready(count)
         launcher.send_signal(signal.SIGTERM)
@@ -575,7 +575,7 @@ def test_elastic_is_given_up_without_progress(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody is known to be lost: the same ranks start again, but not for ever; a new checkpoint counts anew."""
-    monkeypatch.setattr("fastdistil.launch.RESTARTS", 3)
+    monkeypatch.setattr("fastdistil.launch.launcher.RESTARTS", 3)
     ranks.plan(default="sys.exit(12)")
     assert launch(elastic(ranks, 1, 1, progress=lambda: min(len(ranks.starts), 2))) == 12
     assert ranks.sizes() == 5 * [1]
@@ -618,7 +618,7 @@ def test_elastic_obeys_the_user(ranks: Ranks, deed: str, code: int) -> None:
     ranks.plan(default=deed)
     job = elastic(ranks, 2, 1)
     program = (
-        "import sys; from fastdistil.launch import *; from fastdistil.processes import Slot\n"
+        "import sys; from fastdistil.launch.launcher import *; from fastdistil.launch.rank_process import Slot\n"
         f"elastic = Elastic(min_ranks=1, again=lambda: {job.command!r}, progress=lambda: None)\n"
         f"job = Job(command={job.command!r}, slots=(Slot(None, 0), Slot(None, 1)), ranks=2, timeout_s=5.0, elastic=elastic)\n"
         "sys.exit(launch(job))"
@@ -787,7 +787,7 @@ def test_an_interrupted_call_leaves_no_process(tmp_path: Path) -> None:
     program = f"""
 import os, signal, time
 from pathlib import Path
-from fastdistil.launch import launch_function
+from fastdistil.launch.launcher import launch_function
 
 def forever():
     signal.signal(signal.SIGINT, lambda *_: Path({str(tmp_path)!r}, "heard-" + os.environ["RANK"]).touch())
@@ -833,7 +833,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
 
     jobs: list[Job] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastdistil.launch.launch", lambda job: jobs.append(job) or 75)
+    monkeypatch.setattr("fastdistil.launch.launcher.launch", lambda job: jobs.append(job) or 75)
 
     def run(*arguments: str) -> tuple[int, list[Job]]:
         monkeypatch.setattr(sys, "argv", ["fastdistil", *arguments])

@@ -12,8 +12,8 @@ from typing import TextIO
 import pytest
 
 from fastdistil import cli, train
+from fastdistil.launch.rank_process import _pump
 from fastdistil.metrics import Console, read_events
-from fastdistil.processes import _pump
 from fastdistil.streams import LastingStream, lasting
 from tests.small_run import events, small
 

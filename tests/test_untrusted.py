@@ -13,7 +13,7 @@ from fastdistil import checkpoint
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.json_text import json_text
 from fastdistil.errors import CorruptData, FastdistilError, UserError
-from fastdistil.launch import MOST_RANKS, choose_slots, parse_elastic
+from fastdistil.launch.launcher import MOST_RANKS, choose_slots, parse_elastic
 from fastdistil.node_setup import cached_corpus
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import stored_recipe

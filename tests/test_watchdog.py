@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdistil import runs
-from fastdistil.attempts import Interrupts
 from fastdistil.errors import NonFinite, UserError
+from fastdistil.launch.attempt import Interrupts
 from fastdistil.signals import stopping_as_interrupts
 from fastdistil.watchdog import FiniteGuard, Signals
 

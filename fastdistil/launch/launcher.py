@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdistil.attempts import INTERRUPTED, LOST, SAVED, SSH_FAILED, Attempt, Interrupts, Start, run_ranks
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError
-from fastdistil.processes import Slot, Voices, on_host, supervise, tie_to_launcher
+from fastdistil.launch.attempt import INTERRUPTED, LOST, SAVED, SSH_FAILED, Attempt, Interrupts, Start, run_ranks
+from fastdistil.launch.rank_process import Slot, Voices, on_host, supervise, tie_to_launcher
 from fastdistil.untrusted import shown
 
 RESTARTS = 10
@@ -250,7 +250,7 @@ def launch_function(
     Functions and classes of a notebook or script travel by value. An error of a rank is raised here as it was there; a rank
     that died without one is a RankLost. No process is left behind, whatever happens.
     """
-    from fastdistil.calls import read_answer, write_call
+    from fastdistil.launch.remote_call import read_answer, write_call
 
     slots, ranks = choose_slots(np, hosts)
     # Other hosts see it where they see the run: below the working directory.
@@ -270,7 +270,7 @@ def launch_function(
 
 def _answer_call(folder: Path) -> int:
     """In a rank: what `launch_function` asked for."""
-    from fastdistil.calls import answer_call
+    from fastdistil.launch.remote_call import answer_call
 
     tie_to_launcher(os.environ)
     place = find_place(os.environ)

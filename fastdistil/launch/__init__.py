@@ -1,0 +1,1 @@
+"""Starts processes on machines and says how they ended."""
