@@ -26,7 +26,7 @@ TIMES = 1000
 ROUNDS = 3
 TRAIN = """
 import json, sys
-from fastdistil.metrics import Console, read_events
+from fastdistil.training.metrics import Console, read_events
 from fastdistil.profiling.memory import host_memory
 from fastdistil.recipe import load_recipe
 from fastdistil.train import train

@@ -106,12 +106,12 @@ import json, statistics, sys, time
 import torch
 from fastdistil.data.batches import Batches
 from fastdistil.gradients.exchange import OneRank, Several
-from fastdistil.optim import make_optimizer
+from fastdistil.training.optim import make_optimizer
 from fastdistil.distributed.rank_info import Place
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.horovod_world import World
 import transformers
-from fastdistil.mappings import from_mappings
+from fastdistil.data.mappings import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
 from torch import nn

@@ -20,13 +20,15 @@ import json, sys, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 import torch
-from fastdistil import metrics, reporting, train
-from fastdistil.inputs import load_inputs, resolve
+from fastdistil import train
+from fastdistil.training import metrics
+from fastdistil.training import reporting
+from fastdistil.training.inputs import load_inputs, resolve
 from fastdistil.profiling.intervals import ratio_of
 from fastdistil.profiling.spans import unmeasured
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.coordinator import joined
-from fastdistil.watchdog import Signals
+from fastdistil.training.guards import Signals
 
 pairs, updates, folder, *settings = sys.argv[1:]
 pairs, updates = int(pairs), int(updates)

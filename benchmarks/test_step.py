@@ -16,12 +16,12 @@ import transformers
 from torch import Tensor, nn
 
 from fastdistil.data.batches import Batch
-from fastdistil.mappings import from_mappings
+from fastdistil.data.mappings import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.students import distilbert_from_bert
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.optim import make_optimizer
 from fastdistil.recipe import Objective, Optim
+from fastdistil.training.optim import make_optimizer
 
 from .measure import DEVICE, measured
 

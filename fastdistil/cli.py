@@ -194,9 +194,9 @@ def _run(
 ) -> None:
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     if dry_run:
-        from fastdistil.estimate import show_plan
-        from fastdistil.inputs import resolve
         from fastdistil.runs import choose_run
+        from fastdistil.training.inputs import resolve
+        from fastdistil.training.memory_plan import show_plan
 
         show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())
         return
@@ -417,9 +417,9 @@ def cache_teacher(
     ] = None,
 ) -> None:
     """Write the teacher's likeliest tokens for all that a recipe trains on, so that training needs no teacher."""
-    from fastdistil.cache_teacher import cache_teacher as run
     from fastdistil.errors import translated
     from fastdistil.recipe import load_recipe
+    from fastdistil.training.cache_teacher import cache_teacher as run
 
     with EvaluateBar("caching") as bar, translated("caching the teacher", out):
         written = run(load_recipe(recipe, overrides or ()), out, bar)

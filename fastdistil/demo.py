@@ -24,14 +24,14 @@ from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wo
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import python_documents
 from fastdistil.errors import FellShort, Stopped, UserError, translated
-from fastdistil.estimate import show_plan
 from fastdistil.evaluate import HeldOut, held_out
-from fastdistil.inputs import resolve
-from fastdistil.metrics import Console
 from fastdistil.models import language_model, students
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import Result, train
+from fastdistil.training.inputs import resolve
+from fastdistil.training.memory_plan import show_plan
+from fastdistil.training.metrics import Console
 
 TEXT_BYTES = 4_000_000
 VOCABULARY = 8192

@@ -140,7 +140,7 @@ def sole_user(run: Path, note: Callable[[str], None] = print) -> Iterator[None]:
 
 def restore_recipe(run: Path, note: Callable[[str], None]) -> None:
     """Write a run's recipe.yaml anew from its newest whole checkpoint if it is lost. Raises UserError, CorruptData."""
-    from fastdistil import checkpoint  # loads torch
+    from fastdistil.training import checkpoint  # loads torch
 
     path = run / RECIPE
     if _has_text(path) or not is_run(run):

@@ -26,30 +26,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil import metrics
 from fastdistil.data.batches import Batch, Counts, Window
 from fastdistil.data.masking import update_seed
 from fastdistil.distributed.coordinator import Team, joined
 from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import NonFinite, Stopped, translated
 from fastdistil.evaluate import HeldOut, held_out
-from fastdistil.export import export_student
 from fastdistil.gradients.exchange import Load, make_exchange
-from fastdistil.inputs import Inputs, load_inputs, resolve
-from fastdistil.instruments import Instruments, sizes_of, with_teacher_dtype
-from fastdistil.loop_state import Run
 from fastdistil.models import language_model
 from fastdistil.objective import LossTerms, denominators, loss_terms
-from fastdistil.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
-from fastdistil.out_of_memory import naming
 from fastdistil.profiling.memory import MemoryMeter
 from fastdistil.recipe import Recipe
-from fastdistil.reporting import announce, finish_trace, log, start_trace
 from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, restore_recipe, sole_user, stored_recipe
-from fastdistil.saving import give_up_evaluation, restore, resume_command, rolling_back, save, saving_what_is_sound
-from fastdistil.state import learnt_tensors
-from fastdistil.teacher_identity import identify_teacher
-from fastdistil.watchdog import FiniteGuard, Signals
+from fastdistil.training import metrics
+from fastdistil.training.export import export_student
+from fastdistil.training.guards import FiniteGuard, Signals
+from fastdistil.training.inputs import Inputs, load_inputs, resolve
+from fastdistil.training.instruments import Instruments, sizes_of, with_teacher_dtype
+from fastdistil.training.memory_advice import naming
+from fastdistil.training.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
+from fastdistil.training.reporting import announce, finish_trace, log, start_trace
+from fastdistil.training.run_state import Run
+from fastdistil.training.saving import give_up_evaluation, restore, resume_command, rolling_back, save, saving_what_is_sound
+from fastdistil.training.state import learnt_tensors
+from fastdistil.training.teacher_identity import identify_teacher
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.events import Fields
-from fastdistil.metrics import effective_events, read_events
 from fastdistil.profiling.values import real
 from fastdistil.redaction import redacted
+from fastdistil.training.metrics import effective_events, read_events
 from fastdistil.untrusted import Positive, check, read_yaml, reason
 
 Outcome = Literal["done", "stopped", "nonfinite", "open"]

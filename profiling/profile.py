@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastdistil import metrics
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError, translated
 from fastdistil.launch.launcher import launch_function
@@ -27,6 +26,7 @@ from fastdistil.profiling.summary import summarise
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import train
+from fastdistil.training import metrics
 
 WARMUP = 5
 """Updates that are not measured: allocators, autotuning and caches settle in them."""

@@ -241,7 +241,7 @@ def _with_demo(study: Study, tell: Callable[[str], None]) -> Study:
     if study.recipe != "demo":
         return study
     from fastdistil.demo import make_corpus
-    from fastdistil.metrics import Console
+    from fastdistil.training.metrics import Console
 
     folder = study.out / "demo"
     tell("demo: collecting text from this Python installation, training a tokenizer, making a teacher")

@@ -19,9 +19,9 @@ from fastdistil.data.batches import (
     evaluation_batches,
 )
 from fastdistil.data.epoch_plan import grouped_plan, packed_plan, shuffled
+from fastdistil.data.mappings import from_mappings
 from fastdistil.data.sources import prefetched
 from fastdistil.errors import UserError
-from fastdistil.mappings import from_mappings
 from fastdistil.recipe import Data, Mask
 
 LAYOUTS = ["packed", "length-grouped"]

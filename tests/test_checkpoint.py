@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistil import checkpoint
 from fastdistil.errors import CorruptData, DiskFull, UserError
+from fastdistil.training import checkpoint
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]

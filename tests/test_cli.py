@@ -19,7 +19,7 @@ from fastdistil import __version__
 from fastdistil.data.corpus import train_wordpiece
 from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import EXIT_CODES
-from fastdistil.metrics import read_events
+from fastdistil.training.metrics import read_events
 from tests.small_run import Run
 
 

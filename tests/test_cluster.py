@@ -21,7 +21,7 @@ from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import UserError
 from fastdistil.launch.cluster import KINDS, Cluster, Kind, cluster_file
-from fastdistil.metrics import read_events
+from fastdistil.training.metrics import read_events
 
 
 class Required:

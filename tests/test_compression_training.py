@@ -20,13 +20,13 @@ import transformers
 from torch import Tensor, nn
 
 from fastdistil.data.batches import Batch, Counts
+from fastdistil.data.mappings import from_mappings
 from fastdistil.gradients.compressor import Exchange, Layout, State
 from fastdistil.gradients.compressors import make_compressor, starts_at
-from fastdistil.mappings import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.optim import learning_rate, make_optimizer, step_with_frozen_variance
 from fastdistil.recipe import Compression, Objective, Optim
+from fastdistil.training.optim import learning_rate, make_optimizer, step_with_frozen_variance
 
 UPDATES, RANKS, VOCABULARY, LENGTH = 300, 2, 160, 24
 OBJECTIVE = Objective()

@@ -23,7 +23,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from fastdistil import checkpoint, saving
 from fastdistil.data import prepare
 from fastdistil.data.corpus import Corpus, Manifest, canonical, text_sha256
 from fastdistil.data.shards import counted
@@ -32,7 +31,6 @@ from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import UserError
 from fastdistil.gradients.exchange import OneRank
 from fastdistil.launch.launcher import choose_slots, parse_elastic
-from fastdistil.node_setup import cached_corpus
 from fastdistil.profiling.compare import run_compare
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.live import Live
@@ -41,8 +39,10 @@ from fastdistil.profiling.scale_command import Options, command
 from fastdistil.profiling.summary import summarise
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
-from fastdistil.state import learnt_tensors
-from fastdistil.teacher_identity import module_fingerprint
+from fastdistil.training import checkpoint, saving
+from fastdistil.training.pre_run import cached_corpus
+from fastdistil.training.state import learnt_tensors
+from fastdistil.training.teacher_identity import module_fingerprint
 from tests.damage import ODD_YAML, Subject, check_subject, outcome
 from tests.event_streams import Stream, write_run
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from fastdistil import distil
 from fastdistil.data.batches import Batch, Batches, Counts
 from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.mappings import from_mappings
 from fastdistil.data.masking import Ints
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
-from fastdistil.mappings import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.students import distilbert_from_bert, fewer_layers
 from fastdistil.objective import Denominators, denominators, loss_terms
-from fastdistil.optim import learning_rate
 from fastdistil.recipe import Objective, Optim
+from fastdistil.training.optim import learning_rate
 
 VOCABULARY = 97
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": VOCABULARY}
@@ -354,9 +354,9 @@ def test_reference_and_fast_kernels_train_alike(precision: str, tmp_path: Path) 
 
 def test_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdistil.errors import UserError
-    from fastdistil.inputs import resolve
     from fastdistil.kernels import handover
     from fastdistil.recipe import load_recipe
+    from fastdistil.training.inputs import resolve
 
     recipe = load_recipe("demo", ["device=cpu"])
     assert resolve(recipe).kernels == "torch"

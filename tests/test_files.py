@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdistil import storage
-from fastdistil.cache_teacher import cache_teacher
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.install.horovod_build import locked as horovod_locked
-from fastdistil.node_setup import cached_corpus
 from fastdistil.runs import sole_user
+from fastdistil.training.cache_teacher import cache_teacher
+from fastdistil.training.pre_run import cached_corpus
 from tests.small_run import small
 
 

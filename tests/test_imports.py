@@ -51,7 +51,7 @@ TOP = {
     "fastdistil.train": ("fastdistil.api", "fastdistil.cli", "fastdistil.demo", "fastdistil.profiling.profile"),
     "fastdistil.data.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
     "fastdistil.data.shards": ("fastdistil.data.prepare",),
-    "fastdistil.cache_teacher": ("fastdistil.cli",),
+    "fastdistil.training.cache_teacher": ("fastdistil.cli",),
     "fastdistil.data.tokenise": ("fastdistil.data.prepare", "fastdistil.data.shards"),
 }
 

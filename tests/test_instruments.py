@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers
 
-from fastdistil import instruments, train
+from fastdistil import train
 from fastdistil.distributed.coordinator import Team
 from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import OutOfMemory
-from fastdistil.metrics import TensorBoard
 from fastdistil.profiling import trace
+from fastdistil.training import instruments
+from fastdistil.training.metrics import TensorBoard
 from tests.small_run import events, quiet, small
 
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdistil.errors import DiskFull, OutOfMemory, UserError
-from fastdistil.estimate import make_plan
 from fastdistil.evaluate import EvaluateOptions, evaluate
-from fastdistil.inputs import resolve
 from fastdistil.models import language_model
+from fastdistil.training.inputs import resolve
+from fastdistil.training.memory_plan import make_plan
 from tests.small_run import quiet, small
 from tests.test_models import CONFIGS, batch_of, build, every_family, logits, sequences
 

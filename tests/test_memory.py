@@ -275,7 +275,7 @@ def test_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_disk_of_a_run(tmp_path: Path) -> None:
-    from fastdistil import checkpoint
+    from fastdistil.training import checkpoint
 
     model = tiny_bert()
     optimizer = torch.optim.AdamW(model.parameters())

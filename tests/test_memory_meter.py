@@ -16,15 +16,15 @@ from torch import nn
 
 from fastdistil.data.batches import assemble
 from fastdistil.errors import OutOfMemory, is_out_of_memory
-from fastdistil.estimate import estimate_memory, make_plan, show_plan, size_text, transformer_shape
 from fastdistil.gradients.compressor import Layout
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.inputs import load_inputs, open_corpus, resolve
-from fastdistil.instruments import Instruments
 from fastdistil.models.language_model import LanguageModel, fresh_model
-from fastdistil.out_of_memory import Sizes, out_of_memory
 from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts, student_activation_bytes
 from fastdistil.recipe import Recipe
+from fastdistil.training.inputs import load_inputs, open_corpus, resolve
+from fastdistil.training.instruments import Instruments
+from fastdistil.training.memory_advice import Sizes, out_of_memory
+from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, size_text, transformer_shape
 from tests.small_run import small
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,7 +283,7 @@ def test_which_errors_they_are(error: Exception, expected: bool) -> None:
 
 
 def test_activations_that_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: True)
     recipe, sizes = small_recipe(), sizes_of()
     told = advice("backward", recipe, sizes)
     assert told.startswith("out of memory in backward, for 1.50 GiB more")
@@ -299,7 +299,7 @@ def test_activations_that_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_advice_that_would_not_help_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: False)
     assert "bf16" not in advice("backward", small_recipe(), sizes_of()), "it would be emulated"
     whole = small_recipe(data={"micro_batch_tokens": LENGTH})
     assert "micro_batch_tokens" not in advice("backward", whole, sizes_of()), "a sequence must fit"
@@ -311,18 +311,18 @@ def test_advice_that_would_not_help_is_not_given(monkeypatch: pytest.MonkeyPatch
     assert "kernels=auto" in advice("losses", small_recipe(kernels="reference"), sizes_of())
     feedback = small_recipe(compression={"kind": "sign", "frozen_variance_after": 5}, world={"ranks": 2})
     assert "compression=none" in advice("optimizer", feedback, sizes_of())
-    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: True)
     assert "bf16" not in advice("optimizer", small_recipe(), sizes_of(teacher=False)), "the weights stay fp32"
     evaluating = advice("evaluation", small_recipe(), sizes_of(teacher=False))
     assert "what helps: evaluation.batch_tokens=4096;" in evaluating, "and nothing else"
-    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: False)
     assert "; take a smaller student" in advice("loading", small_recipe(), None)
     assert "a lower data.micro_batch_tokens" in advice("backward", small_recipe(), None)
 
 
 def test_measured_parts_stand_beside_the_estimate(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
-    monkeypatch.setattr("fastdistil.out_of_memory.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 79 << 30))
     allocator.hold(60 << 30, reserved=70 << 30)
     meter = MemoryMeter(GPU)

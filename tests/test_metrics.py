@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
-from fastdistil.metrics import Console, EventLog, Meter, TensorBoard, read_events
-from fastdistil.watchdog import FiniteGuard
+from fastdistil.training.guards import FiniteGuard
+from fastdistil.training.metrics import Console, EventLog, Meter, TensorBoard, read_events
 
 # --- the event log ---
 
@@ -165,7 +165,7 @@ def effective_by_definition(events: list[dict[str, Any]]) -> list[dict[str, Any]
 )
 @example([("step", 5), ("resume", 7), ("resume", 3)])
 def test_effective_events_leave_out_what_was_superseded(kinds: list[tuple[str, int | None]]) -> None:
-    from fastdistil.metrics import effective_events
+    from fastdistil.training.metrics import effective_events
 
     events = [
         {"event": kind, "n": n, **({} if update is None else {"update": update})} for n, (kind, update) in enumerate(kinds)

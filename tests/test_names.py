@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastdistil.data.corpus import Manifest, canonical, text_sha256
-from fastdistil.metrics import Console
 from fastdistil.profiling.report import write_text
+from fastdistil.training.metrics import Console
 from tests.small_run import Run
 
 LATIN = os.fsdecode(b"caf\xe9")

@@ -13,11 +13,11 @@ from typing import IO
 
 import pytest
 
-from fastdistil import node_setup
 from fastdistil.data.corpus import Corpus, train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, DiskFull, UserError
-from fastdistil.node_setup import cached_corpus, run_once_per_node
+from fastdistil.training import pre_run
+from fastdistil.training.pre_run import cached_corpus, run_once_per_node
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = [f"sentence {number} of a small corpus about {number * 7 % 31} things" for number in range(60)]
@@ -196,11 +196,11 @@ def test_what_will_not_fit_is_told_before_anything_is_copied(
 ) -> None:
     total = sum(len(data) for name, data in contents(corpus).items() if name != "manifest.json")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(node_setup.shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
+    monkeypatch.setattr(pre_run.shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
     with pytest.raises(DiskFull, match=r"needs 0\.\d MB in .*data\.cache_dir"):
         cached(corpus, tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    monkeypatch.setattr(node_setup.shutil, "disk_usage", lambda _: usage._replace(free=total))
+    monkeypatch.setattr(pre_run.shutil, "disk_usage", lambda _: usage._replace(free=total))
     assert contents(cached(corpus, tmp_path / "cache")[0]) == contents(corpus)
 
 
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_all_the_same(corpus: Path, tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(node_setup, "_copy_file", full)
+    monkeypatch.setattr(pre_run, "_copy_file", full)
     with pytest.raises(DiskFull, match=r"copying the corpus to data\.cache_dir"):
         cached(corpus, tmp_path / "cache")
 
@@ -225,7 +225,7 @@ def test_a_file_in_the_way(corpus: Path, tmp_path: Path) -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-from fastdistil.node_setup import cached_corpus
+from fastdistil.training.pre_run import cached_corpus
 note = lambda text: print(text, flush=True)
 print(cached_corpus(Path(sys.argv[1]), Path(sys.argv[2]), 0, lambda: None, note), flush=True)
 """

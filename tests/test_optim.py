@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from fastdistil.optim import LossScale, learning_rate, make_optimizer, parameter_groups, step_with_frozen_variance
 from fastdistil.recipe import Optim
+from fastdistil.training.optim import LossScale, learning_rate, make_optimizer, parameter_groups, step_with_frozen_variance
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

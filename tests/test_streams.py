@@ -13,8 +13,8 @@ import pytest
 
 from fastdistil import cli, train
 from fastdistil.launch.rank_process import _pump
-from fastdistil.metrics import Console, read_events
 from fastdistil.streams import LastingStream, lasting
+from fastdistil.training.metrics import Console, read_events
 from tests.small_run import events, small
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,12 +14,12 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fastdistil import export
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import UserError
 from fastdistil.models import language_model, student_checks, students
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.recipe import Student, load_recipe
+from fastdistil.training import export
 from tests.small_run import TINY, quiet, small
 from tests.test_models import (
     CONFIGS,

@@ -17,19 +17,19 @@ import torch
 import transformers
 
 from fastdistil import cli
-from fastdistil.cache_teacher import cache_teacher
 from fastdistil.data import teacher_cache
 from fastdistil.data.batches import Batches
 from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
 from fastdistil.errors import CorruptData, UserError
-from fastdistil.estimate import show_plan
-from fastdistil.inputs import resolve
-from fastdistil.metrics import Console
 from fastdistil.models.language_model import load_model
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.train import train
+from fastdistil.training.cache_teacher import cache_teacher
+from fastdistil.training.inputs import resolve
+from fastdistil.training.memory_plan import show_plan
+from fastdistil.training.metrics import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES = 6
@@ -166,8 +166,8 @@ def test_a_cut_off_teaches_what_is_above_it(material: Path, tmp_path: Path) -> N
 def test_training_from_a_cache_does_not_run_the_teacher(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastdistil import inputs
     from fastdistil.models import language_model
+    from fastdistil.training import inputs
 
     plain = recipe_of(material, tmp_path, f"student.path={material / 'other'}")
     out = _made(plain, tmp_path, top_k=4)
@@ -183,7 +183,7 @@ def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Pat
     code = (
         "import sys, yaml\nfrom pathlib import Path\n"
         "from fastdistil.data import teacher_cache\nfrom fastdistil.recipe import validated\n"
-        "teacher_cache.SHARD_TOKENS = 2000\nfrom fastdistil.cache_teacher import cache_teacher\n"
+        "teacher_cache.SHARD_TOKENS = 2000\nfrom fastdistil.training.cache_teacher import cache_teacher\n"
         "cache_teacher(validated(yaml.safe_load(sys.argv[1]), 'x'), Path(sys.argv[2]))\n"
     )
     out = tmp_path / "cut"

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdistil import distil, train
-from fastdistil.checkpoint import list_updates
 from fastdistil.data.corpus import train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
-from fastdistil.estimate import make_plan
-from fastdistil.inputs import resolve
-from fastdistil.metrics import Console
-from fastdistil.optim import LossScale
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import sole_user
+from fastdistil.training.checkpoint import list_updates
+from fastdistil.training.inputs import resolve
+from fastdistil.training.memory_plan import make_plan
+from fastdistil.training.metrics import Console
+from fastdistil.training.optim import LossScale
 from tests.small_run import TINY, assert_same_bits, events, learnt, quiet, saved_state, small
 
 
@@ -80,9 +80,10 @@ def test_the_weights_move_and_the_teacher_does_not(material: Path, tmp_path: Pat
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from fastdistil import checkpoint, train
+from fastdistil import train
+from fastdistil.training import checkpoint
 from fastdistil.errors import FastdistilError
-from fastdistil.metrics import Console
+from fastdistil.training.metrics import Console
 from fastdistil.recipe import load_recipe
 how, at, resume = sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
 step, calls = train.train_step, 0

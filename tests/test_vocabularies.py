@@ -13,23 +13,23 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from fastdistil.cache_teacher import cache_teacher
 from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.mappings import from_mappings
 from fastdistil.data.masking import mask_table
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import UserError
-from fastdistil.estimate import make_plan
 from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
-from fastdistil.inputs import resolve
 from fastdistil.kernels.linear_distill import linear_sparse_distill_loss
 from fastdistil.kernels.options import DistillOptions
 from fastdistil.kernels.sparse_distill import top_k
-from fastdistil.mappings import from_mappings
-from fastdistil.metrics import Console
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.vocabularies import differing_ids, facts_within
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.recipe import Mask, Objective, Recipe
+from fastdistil.training.cache_teacher import cache_teacher
+from fastdistil.training.inputs import resolve
+from fastdistil.training.memory_plan import make_plan
+from fastdistil.training.metrics import Console
 from tests.small_run import TINY, learnt, quiet, saved_state, small
 
 TOKENS = 300

@@ -17,7 +17,7 @@ from fastdistil import runs
 from fastdistil.errors import NonFinite, UserError
 from fastdistil.launch.attempt import Interrupts
 from fastdistil.signals import stopping_as_interrupts
-from fastdistil.watchdog import FiniteGuard, Signals
+from fastdistil.training.guards import FiniteGuard, Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

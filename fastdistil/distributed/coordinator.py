@@ -21,9 +21,9 @@ from fastdistil.distributed.monitor import Monitor, agree_equal
 from fastdistil.distributed.rank_info import Place
 from fastdistil.distributed.rendezvous import Connect
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
-from fastdistil.node_setup import cached_corpus, run_once_per_node
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE
+from fastdistil.training.pre_run import cached_corpus, run_once_per_node
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdistil.inputs import load_inputs
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.recipe import Recipe, load_recipe
+from fastdistil.training.inputs import load_inputs
 
 GRADIENTS = """
 import os, sys
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.inputs import load_inputs
+from fastdistil.training.inputs import load_inputs
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options, load_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.checkpoint import list_updates
+from fastdistil.training.checkpoint import list_updates
 from tests.small_run import assert_same_bits, learnt, saved_state, small
 
 PROGRAM = """

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.checkpoint import list_updates
-from fastdistil.metrics import read_events
 from fastdistil.recipe import Recipe, load_recipe
+from fastdistil.training.checkpoint import list_updates
+from fastdistil.training.metrics import read_events
 from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 
 DRIVER = """
@@ -419,7 +419,7 @@ def test_elastic_goes_on_with_the_ranks_that_remain(material: Path, tmp_path: Pa
         "    from importlib.abc import MetaPathFinder\n"
         "    class Plant(MetaPathFinder):\n"
         "        def find_spec(self, name, path, target=None):\n"
-        "            if name == 'fastdistil.export':  # fastdistil.train is being imported\n"
+        "            if name == 'fastdistil.training.export':  # fastdistil.train is being imported\n"
         "                sys.meta_path.remove(self)\n"
         "                from fastdistil.gradients import exchange\n"
         "                begin = exchange.Several.begin\n"

@@ -27,8 +27,8 @@ from fastdistil.errors import CorruptData, UserError, printable, translated
 from fastdistil.events import LINE_BYTES, check_fields, parse_event
 from fastdistil.profiling.memory import device_memory, host_memory
 from fastdistil.streams import lasting
+from fastdistil.training.guards import FiniteGuard
 from fastdistil.untrusted import reason
-from fastdistil.watchdog import FiniteGuard
 
 
 class EventLog:

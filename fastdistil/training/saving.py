@@ -12,17 +12,17 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 
-from fastdistil import checkpoint
 from fastdistil.data.batches import Batch
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.events import Fields
-from fastdistil.loop_state import Run
 from fastdistil.models.not_finite import first_not_finite
 from fastdistil.recipe import CompressionKind
-from fastdistil.state import LEARNT, learnt_tensors, load_learnt
-from fastdistil.teacher_identity import continue_with_teacher, identify_teacher
+from fastdistil.training import checkpoint
+from fastdistil.training.guards import FiniteGuard
+from fastdistil.training.run_state import Run
+from fastdistil.training.state import LEARNT, learnt_tensors, load_learnt
+from fastdistil.training.teacher_identity import continue_with_teacher, identify_teacher
 from fastdistil.untrusted import Amount, Whole, check, reason
-from fastdistil.watchdog import FiniteGuard
 
 
 class ScaleState(Fields):

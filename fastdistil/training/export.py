@@ -8,15 +8,15 @@ import torch
 import yaml
 
 from fastdistil import __version__
-from fastdistil.checkpoint import atomic_directory
 from fastdistil.data.corpus import difference_as_loaded, save_tokenizer
 from fastdistil.errors import printable
 from fastdistil.evaluate import HeldOut
-from fastdistil.inputs import CorpusSource, Inputs
 from fastdistil.models import language_model
 from fastdistil.models.student_checks import check_saved
 from fastdistil.recipe import Recipe
 from fastdistil.redaction import redacted
+from fastdistil.training.checkpoint import atomic_directory
+from fastdistil.training.inputs import CorpusSource, Inputs
 
 
 def export_student(

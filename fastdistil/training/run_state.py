@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil import metrics
 from fastdistil.data.batches import Counts
 from fastdistil.distributed.coordinator import Decision, Team
 from fastdistil.gradients.exchange import Exchange, Load
-from fastdistil.inputs import Inputs
-from fastdistil.instruments import Instruments
 from fastdistil.models import language_model
-from fastdistil.optim import LossScale
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE, pause_requested
-from fastdistil.watchdog import FiniteGuard, Signals
+from fastdistil.training import metrics
+from fastdistil.training.guards import FiniteGuard, Signals
+from fastdistil.training.inputs import Inputs
+from fastdistil.training.instruments import Instruments
+from fastdistil.training.optim import LossScale
 
 
 @dataclass

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastdistil.errors import translated
 from fastdistil.gradients.compressors import starts_at
-from fastdistil.loop_state import Run
 from fastdistil.models import language_model
 from fastdistil.recipe import Objective
 from fastdistil.redaction import redacted
-from fastdistil.saving import count, rolling_back
+from fastdistil.training.run_state import Run
+from fastdistil.training.saving import count, rolling_back
 
 
 def announce(run: Run) -> None:

@@ -25,7 +25,6 @@ from fastdistil.data.corpus import Corpus, canonical, file_sha256, load_tokenize
 from fastdistil.data.masking import offsets
 from fastdistil.data.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
-from fastdistil.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.models import language_model, students
@@ -34,6 +33,7 @@ from fastdistil.models.vocabularies import check_tokenizers, facts_within, share
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
 from fastdistil.storage import write_atomically
+from fastdistil.training.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,6 @@ import rich.table
 import torch
 
 from fastdistil.data.corpus import load_tokenizer, token_facts
-from fastdistil.inputs import (
-    CorpusSource,
-    check_cached,
-    check_models,
-    epochs_of,
-    make_batches,
-    open_cache,
-    open_corpus,
-)
 from fastdistil.kernels.linear_distill import workspace_bytes
 from fastdistil.models import language_model, students
 from fastdistil.models.compiling import check_compiler
@@ -32,6 +23,15 @@ from fastdistil.profiling.memory import (
     whole_logits_bytes,
 )
 from fastdistil.recipe import Recipe
+from fastdistil.training.inputs import (
+    CorpusSource,
+    check_cached,
+    check_models,
+    epochs_of,
+    make_batches,
+    open_cache,
+    open_corpus,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from fastdistil.errors import OutOfMemory, is_out_of_memory
-from fastdistil.estimate import estimate_memory, size_text
 from fastdistil.profiling.bottleneck import cacheable
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.profiling.memory import MemoryEstimate, MemoryMeter, Shape
 from fastdistil.recipe import Recipe
+from fastdistil.training.memory_plan import estimate_memory, size_text
 
 WORTH = 0.05
 """Share of the estimated whole that advice must save."""

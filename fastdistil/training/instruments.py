@@ -16,10 +16,7 @@ import torch
 
 from fastdistil import __version__
 from fastdistil.distributed.coordinator import Team
-from fastdistil.estimate import transformer_shape
-from fastdistil.inputs import Inputs
 from fastdistil.models import language_model
-from fastdistil.out_of_memory import Sizes, naming
 from fastdistil.profiling import roofline
 from fastdistil.profiling.device import (
     Sampler,
@@ -35,6 +32,9 @@ from fastdistil.profiling.roofline import Work, WorkCounter
 from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe
+from fastdistil.training.inputs import Inputs
+from fastdistil.training.memory_advice import Sizes, naming
+from fastdistil.training.memory_plan import transformer_shape
 
 
 class Instruments:
