@@ -610,7 +610,7 @@ def scale(
     out: Annotated[Path | None, typer.Option(help="Directory to write; default: one below runs/.")] = None,
 ) -> None:
     """Measure how training scales against the linear ideal, say where the rest goes, and predict what was not measured."""
-    from fastdistil.profiling.scale_command import Options, command
+    from fastdistil.studies.scale import Options, command
 
     command(
         Options(
@@ -645,7 +645,7 @@ def profile(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run some real updates, say where their time goes, and name the bottleneck and the recipe key that addresses it."""
-    from fastdistil.profiling.profile import run_profile
+    from fastdistil.studies.profile import run_profile
 
     run_profile(recipe, overrides or (), steps=steps, np=np, as_json=json, console=rich.console.Console())
 

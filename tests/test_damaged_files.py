@@ -35,10 +35,10 @@ from fastdistil.profiling.compare import run_compare
 from fastdistil.profiling.history import load_history
 from fastdistil.profiling.live import Live
 from fastdistil.profiling.report import run_report
-from fastdistil.profiling.scale_command import Options, command
 from fastdistil.profiling.summary import summarise
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
+from fastdistil.studies.scale import Options, command
 from fastdistil.training import checkpoint, saving
 from fastdistil.training.pre_run import cached_corpus
 from fastdistil.training.state import learnt_tensors

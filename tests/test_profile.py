@@ -15,12 +15,12 @@ from rich.console import Console
 
 from fastdistil import cli, distil, train
 from fastdistil.distributed.rank_info import find_place
-from fastdistil.profiling import profile
 from fastdistil.profiling.history import load_history
-from fastdistil.profiling.profile import WARMUP, profiled, show
 from fastdistil.profiling.roofline import Work, utilisation
 from fastdistil.profiling.summary import summarise
 from fastdistil.recipe import Recipe
+from fastdistil.studies import profile
+from fastdistil.studies.profile import WARMUP, profiled, show
 from tests.small_run import small
 
 Command = Callable[..., tuple[int, str, str]]

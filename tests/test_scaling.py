@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from fastdistil.errors import UserError
-from fastdistil.profiling.scale_command import Question, _model
-from fastdistil.profiling.scale_networks import NETWORKS, Constant, Network, load_network
-from fastdistil.profiling.scale_predict import FASTEST, FOREVER, break_even, predict
-from fastdistil.profiling.scaling import Fit, Point, Sample, Workload, expected_max, fit
+from fastdistil.studies.cost_fit import Fit, Point, Sample, Workload, expected_max, fit
+from fastdistil.studies.networks import NETWORKS, Constant, Network, load_network
+from fastdistil.studies.predict import FASTEST, FOREVER, break_even, predict
+from fastdistil.studies.scale import Question, _model
 
 TRUE = {"s": 0.1, "o": 0.03, "sigma": 0.004, "a0": 0.002, "a": 3e-4, "b1": 1e-8, "b4": 4e-9, "g": 2e-11}
 # Expected largest of N standard normals, from tables of order statistics.

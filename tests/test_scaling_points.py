@@ -13,12 +13,18 @@ import rich.console
 
 from fastdistil import cli
 from fastdistil.errors import UserError
-from fastdistil.profiling import scale
 from fastdistil.profiling.history import load_history
-from fastdistil.profiling.scale import Study, _measured, as_json, settings
-from fastdistil.profiling.scale_command import Options, command, question, run_given
-from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
-from fastdistil.profiling.scale_points import (
+from fastdistil.recipe import load_recipe
+from fastdistil.studies import scale_runs
+from fastdistil.studies.minutes_table import (
+    default_base,
+    determined,
+    efficiency,
+    explaining_bandwidth,
+    load_table,
+    study,
+)
+from fastdistil.studies.points import (
     Measured,
     Round,
     Setting,
@@ -29,15 +35,9 @@ from fastdistil.profiling.scale_points import (
     model_point,
     read_round,
 )
-from fastdistil.profiling.scale_table import (
-    default_base,
-    determined,
-    efficiency,
-    explaining_bandwidth,
-    load_table,
-    study,
-)
-from fastdistil.recipe import load_recipe
+from fastdistil.studies.scale import Options, command, question, run_given
+from fastdistil.studies.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.studies.scale_runs import Study, _measured, as_json, settings
 
 
 def run(folder: Path, steps: list[float], tokens: int, device: str = "cpu", **fields: Any) -> Round:
@@ -223,8 +223,8 @@ def test_the_machine_is_the_runs_and_not_the_launchers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [75, 130])
 def test_a_side_run_that_is_stopped_stops_the_study(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale, "launch", lambda job: code)
-    runner = scale._Runner(plan(), "train", 1)
+    monkeypatch.setattr(scale_runs, "launch", lambda job: code)
+    runner = scale_runs._Runner(plan(), "train", 1)
     with pytest.raises(KeyboardInterrupt):
         runner.side_by_side(ONE, 2, tmp_path)
 
@@ -320,7 +320,7 @@ def test_points_of_a_study() -> None:
 def test_what_disturbs_an_update_is_not_in_those_that_count() -> None:
     """The run watches memory in the last update of its own warm-up, and traces when it is told to."""
     disturbing = ["profile.trace_steps=[3,5]", "profile.warmup=9", "evaluation.every=3", "checkpoint.every=1"]
-    recipe = load_recipe("demo", [*disturbing, *scale._overrides(ONE, plan(steps=6), Path("runs/x"))])
+    recipe = load_recipe("demo", [*disturbing, *scale_runs._overrides(ONE, plan(steps=6), Path("runs/x"))])
     assert (recipe.profile.warmup, recipe.loop.updates) == (2, 8)
     assert recipe.profile.trace_steps is recipe.evaluation.every is recipe.checkpoint.every is None
 

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastdistil.errors import UserError
 from fastdistil.gradients.cost_model import allreduce_s
-from fastdistil.profiling.scale_networks import load_named
-from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure
-from fastdistil.profiling.scaling import OPEN
+from fastdistil.studies.cost_fit import OPEN
+from fastdistil.studies.networks import load_named
+from fastdistil.studies.scale_plot import Curve, Grid, Ideal, figure
 
 TABLES = Path(__file__).parent / "tables"
 

@@ -25,8 +25,11 @@ from fastdistil.launch.launcher import Job, choose_slots, launch
 from fastdistil.launch.rank_process import Slot
 from fastdistil.profiling.device import usable_cores
 from fastdistil.profiling.history import load_history
-from fastdistil.profiling.scale_networks import Network
-from fastdistil.profiling.scale_points import (
+from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
+from fastdistil.redaction import redacted
+from fastdistil.studies.cost_fit import Point, Workload
+from fastdistil.studies.networks import Network
+from fastdistil.studies.points import (
     MODELLED,
     Measured,
     Mode,
@@ -36,9 +39,6 @@ from fastdistil.profiling.scale_points import (
     model_point,
     read_round,
 )
-from fastdistil.profiling.scaling import Point, Workload
-from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
-from fastdistil.redaction import redacted
 from fastdistil.untrusted import Text, Whole, converted, read_json, reason
 
 WARMUP = 2

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastdistil.gradients.cost_model import WORTH, Kind, allreduce_s, exposed_s, update_s
-from fastdistil.profiling.scale_networks import Constant, Network, Side
-from fastdistil.profiling.scaling import HIDES, MEANING, Fit, Floats, Point, Workload, seconds
+from fastdistil.studies.cost_fit import HIDES, MEANING, Fit, Floats, Point, Workload, seconds
+from fastdistil.studies.networks import Constant, Network, Side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from fastdistil.errors import UserError
 from fastdistil.profiling.history import History
-from fastdistil.profiling.scaling import Point, Sample
+from fastdistil.studies.cost_fit import Point, Sample
 
 Mode = Literal["weak", "strong"]
 LOSSES = {

@@ -14,14 +14,14 @@ import rich.table
 
 from fastdistil.errors import UserError, printable, translated
 from fastdistil.gradients.cost_model import WORTH, Kind
-from fastdistil.profiling import scale_table
-from fastdistil.profiling.scale import Study, as_json, baseline_of, load_points, measure, model_points, workload
-from fastdistil.profiling.scale_networks import Network, load_network
-from fastdistil.profiling.scale_plot import Curve, Grid, Ideal, figure, page
-from fastdistil.profiling.scale_points import LOSSES, MODELLED, Measured, Mode, ceilings, efficiencies, losses
-from fastdistil.profiling.scale_predict import FASTEST, FOREVER, BreakEven, Prediction, break_even, predict
-from fastdistil.profiling.scaling import Fit, Point, Workload, fit
 from fastdistil.runs import next_free
+from fastdistil.studies import minutes_table
+from fastdistil.studies.cost_fit import Fit, Point, Workload, fit
+from fastdistil.studies.networks import Network, load_network
+from fastdistil.studies.points import LOSSES, MODELLED, Measured, Mode, ceilings, efficiencies, losses
+from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, Prediction, break_even, predict
+from fastdistil.studies.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.studies.scale_runs import Study, as_json, baseline_of, load_points, measure, model_points, workload
 from fastdistil.untrusted import shown
 
 SMALLER: tuple[Kind, ...] = ("fp16", "int8")
@@ -232,8 +232,8 @@ def _described(ran: Mapping[str, Any]) -> str:
 
 def run_table(name: str, baseline: int | None, out: Path | None, console: rich.console.Console) -> None:
     """A given table. Raises UserError."""
-    table = scale_table.load_table(name)
-    grids, svg, values = scale_table.study(table, baseline)
+    table = minutes_table.load_table(name)
+    grids, svg, values = minutes_table.study(table, baseline)
     if out is None:
         for grid in grids:
             show(grid, console)

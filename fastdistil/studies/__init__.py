@@ -1,0 +1,1 @@
+"""Commands that start short trainings to measure them: profile, scale."""
