@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.compress import (
+from fastdistil.kernels.block_codes import (
     bytes_moved,
     dequantize_int8,
     dequantize_sum_int8,

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastdistil.kernels import cosine, distill, linear_distill, sparse_distill
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
 from fastdistil.kernels.distill import distill_loss
+from fastdistil.kernels.distill_options import DistillOptions
 from fastdistil.kernels.linear_distill import linear_distill_loss
-from fastdistil.kernels.options import DistillOptions
 from fastdistil.kernels.sparse_distill import sparse_distill_loss, top_k
 
 from .measure import DEVICE, GPU, mark, measured, median_between_s

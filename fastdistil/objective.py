@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.data.batches import Batch, Counts
+from fastdistil.kernels.autograd import Path
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
-from fastdistil.kernels.handover import Path
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher
 from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss
-from fastdistil.kernels.options import DistillOptions, DistillTerms, SparseTeacher
 from fastdistil.profiling.spans import Span, unmeasured
 from fastdistil.recipe import Objective
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
-from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.handover import Path, chosen_path, hand_gradients, keep_gradients
+from fastdistil.kernels.autograd import Path, chosen_path, hand_gradients, keep_gradients
+from fastdistil.kernels.cpu import buffer
 
 # torch's cosine_embedding_loss adds it to each squared norm.
 EPSILON = 1e-12

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels.distill_triton import on_device
-from fastdistil.kernels.launches import Launch, launch
+from fastdistil.kernels.triton_launch import Launch, launch
 
 # Elements of a program's block, a side: 16 a thread.
 _BLOCK = 2048

@@ -36,10 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.distill_torch import distill_rows_torch
-from fastdistil.kernels.handover import Path, chosen_path, register_handover
-from fastdistil.kernels.options import (
+from fastdistil.kernels.autograd import Path, chosen_path, register_handover
+from fastdistil.kernels.cpu import buffer
+from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
     DistillOptions,
     DistillTerms,
@@ -48,6 +47,7 @@ from fastdistil.kernels.options import (
     pack,
     unpack,
 )
+from fastdistil.kernels.distill_torch import distill_rows_torch
 
 
 def times(p: Tensor, difference: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.options import DistillOptions
+from fastdistil.kernels.cpu import buffer
+from fastdistil.kernels.distill_options import DistillOptions
 
 # Elements of one block's buffer: in float32 six of 2 MiB, which the third-level cache holds.
 BLOCK = 2**19

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.launches import Launch, launch
-from fastdistil.kernels.options import DistillOptions, Divergence
+from fastdistil.kernels.distill_options import DistillOptions, Divergence
+from fastdistil.kernels.triton_launch import Launch, launch
 
 DIVERGENCES: dict[Divergence, int] = {"forward-kl": 0, "reverse-kl": 1, "jsd": 2}
 # Stages of a launch: all of it, or up to one of the exchanges.

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastdistil.kernels.buffers import buffer
+from fastdistil.kernels.autograd import Path, chosen_path, register_handover
+from fastdistil.kernels.cpu import buffer
 from fastdistil.kernels.distill import check_rows, distill_loss_reference, rows_function, sum_terms
-from fastdistil.kernels.distill_torch import BLOCK
-from fastdistil.kernels.handover import Path, chosen_path, register_handover
-from fastdistil.kernels.options import (
+from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
     DistillOptions,
     DistillTerms,
@@ -38,6 +37,7 @@ from fastdistil.kernels.options import (
     pack,
     unpack,
 )
+from fastdistil.kernels.distill_torch import BLOCK
 from fastdistil.kernels.products import product
 from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_rows_function
 

@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.buffers import buffer
+from fastdistil.kernels.autograd import Path, chosen_path, register_handover
+from fastdistil.kernels.cpu import buffer
 from fastdistil.kernels.distill import capped, check_rows, distill_loss_reference, sum_terms, times
-from fastdistil.kernels.distill_torch import blocks, cap_gradient, hard_rows, load, softmax
-from fastdistil.kernels.handover import Path, chosen_path, register_handover
-from fastdistil.kernels.options import (
+from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
     DistillOptions,
     DistillTerms,
@@ -41,6 +40,7 @@ from fastdistil.kernels.options import (
     pack,
     unpack,
 )
+from fastdistil.kernels.distill_torch import blocks, cap_gradient, hard_rows, load, softmax
 
 
 def top_k(

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistil.kernels.distill_options import DistillOptions, SparseTeacher
 from fastdistil.kernels.distill_triton import capped, on_device
-from fastdistil.kernels.launches import Launch, launch
-from fastdistil.kernels.options import DistillOptions, SparseTeacher
+from fastdistil.kernels.triton_launch import Launch, launch
 
 _BLOCK, _WARPS = 2048, 8
 _LARGEST = 4096

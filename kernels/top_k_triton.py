@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.compress_torch import guessed_key
+from fastdistil.kernels.block_codes_torch import guessed_key
 from fastdistil.kernels.distill_triton import on_device
-from fastdistil.kernels.launches import Launch, launch
+from fastdistil.kernels.triton_launch import Launch, launch
 
 _TILE = 4096
 # Candidates of a tile worked on at a time; at a density of 1% a tile has about 50.

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdistil.kernels import compress_torch
-from fastdistil.kernels.compress import (
+from fastdistil.kernels import block_codes_torch
+from fastdistil.kernels.block_codes import (
     bytes_moved,
     dequantize_int8,
     dequantize_sum_int8,
@@ -296,7 +296,7 @@ def test_keys_that_differ_in_any_of_their_bits(path: Any) -> None:
 @pytest.mark.parametrize("case", ["usual", "guess too high", "almost all zero", "all equal"])
 def test_whatever_the_sample_says(case: str, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a sample guesses the threshold; also where the guess is wrong, or of no use."""
-    monkeypatch.setattr(compress_torch, "SAMPLE", 64)
+    monkeypatch.setattr(block_codes_torch, "SAMPLE", 64)
     numel, k = 5003, 50
     g, residual = gradient(numel), gradient(numel, seed=1)
     match case:
@@ -310,7 +310,7 @@ def test_whatever_the_sample_says(case: str, path: Any, monkeypatch: pytest.Monk
         case "all equal":
             g, residual = torch.full((numel,), -0.5), torch.zeros(numel)
     v = g + residual
-    guess = compress_torch.guessed_key(g, residual, k)
+    guess = block_codes_torch.guessed_key(g, residual, k)
     reached = int((v.abs().view(torch.int32) >= guess).sum())
     assert int(guess) > 0
     assert (reached < k) == (case in {"guess too high", "almost all zero"})
@@ -331,7 +331,7 @@ def test_the_sample_is_good_enough() -> None:
     for seed in range(200):
         torch.manual_seed(seed)
         v = (torch.randn(400, 768) * torch.randn(400, 1).exp()).flatten()
-        guess = compress_torch.guessed_key(v, None, 3072)
+        guess = block_codes_torch.guessed_key(v, None, 3072)
         reached = int((v.abs().view(torch.int32) >= guess).sum())
         failures += reached < 3072
         shares.append(reached / 3072)
@@ -406,7 +406,7 @@ def test_any_values_in_triton(values: list[float], data: Any) -> None:
 def test_several_chunks(encode: Any, decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU path where a gradient is larger than what stays in the cache, and where a block is."""
     whole = encode(gradient(10_003), gradient(10_003, seed=1), block=64, path="torch")
-    monkeypatch.setattr(compress_torch, "CHUNK", 1000)
+    monkeypatch.setattr(block_codes_torch, "CHUNK", 1000)
     for block in (64, 2048):
         residual = gradient(10_003, seed=1)
         v = gradient(10_003) + residual

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdistil.kernels import distill
+from fastdistil.kernels.autograd import scale_
 from fastdistil.kernels.distill import bytes_moved, distill_loss, flops
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, pack
 from fastdistil.kernels.distill_torch import distill_rows_torch
 from fastdistil.kernels.distill_triton import distill_rows_triton
-from fastdistil.kernels.handover import scale_
-from fastdistil.kernels.options import DistillOptions, DistillTerms, pack
 
 PATHS = ["torch", "triton"]
 DIVERGENCES = ["forward-kl", "reverse-kl", "jsd"]

@@ -354,13 +354,13 @@ def test_reference_and_fast_kernels_train_alike(precision: str, tmp_path: Path) 
 
 def test_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdistil.errors import UserError
-    from fastdistil.kernels import handover
+    from fastdistil.kernels import autograd
     from fastdistil.recipe import load_recipe
     from fastdistil.training.inputs import resolve
 
     recipe = load_recipe("demo", ["device=cpu"])
     assert resolve(recipe).kernels == "torch"
     assert resolve(recipe.with_(kernels="reference")).kernels == "reference"
-    monkeypatch.setattr(handover, "_interpreted", lambda: False)
+    monkeypatch.setattr(autograd, "_interpreted", lambda: False)
     with pytest.raises(UserError, match="kernels is triton and the run's device is cpu: triton kernels need tensors on a GPU"):
         resolve(recipe.with_(kernels="triton"))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdistil.kernels import linear_distill
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, pack
 from fastdistil.kernels.linear_distill import (
     bytes_moved,
     flops,
@@ -17,7 +18,6 @@ from fastdistil.kernels.linear_distill import (
     linear_sparse_distill_loss,
     rows_per_chunk,
 )
-from fastdistil.kernels.options import DistillOptions, DistillTerms, pack
 from fastdistil.kernels.sparse_distill import top_k
 
 OPTIONS = DistillOptions(temperature=2.0, soft=0.7, hard=0.4, z=0.1)

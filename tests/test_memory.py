@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fastdistil.kernels import distill_torch, linear_distill, products
-from fastdistil.kernels.options import DistillOptions, pack
+from fastdistil.kernels.distill_options import DistillOptions, pack
 from fastdistil.profiling.memory import (
     EAGER_LOGIT_TENSORS,
     Shape,

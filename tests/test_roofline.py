@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fastdistil.data.batches import Batch, assemble
 from fastdistil.kernels import linear_distill, products
-from fastdistil.kernels.options import DistillOptions, pack
+from fastdistil.kernels.distill_options import DistillOptions, pack
 from fastdistil.models import attention
 from fastdistil.models.language_model import LanguageModel, fresh_model
 from fastdistil.objective import denominators, loss_terms

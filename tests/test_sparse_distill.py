@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdistil.kernels import sparse_distill as module
 from fastdistil.kernels.distill import distill_loss
-from fastdistil.kernels.options import DistillOptions, DistillTerms, SparseTeacher, pack
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher, pack
 from fastdistil.kernels.sparse_distill import bytes_moved, flops, sparse_distill_loss, top_k
 
 PATHS = ["torch", "triton"]

@@ -19,8 +19,8 @@ from fastdistil.data.masking import mask_table
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
+from fastdistil.kernels.distill_options import DistillOptions
 from fastdistil.kernels.linear_distill import linear_sparse_distill_loss
-from fastdistil.kernels.options import DistillOptions
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.vocabularies import differing_ids, facts_within

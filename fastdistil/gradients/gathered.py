@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.gradients.compressor import Exchange, Feedback, Kind, Layout, Request, State, chosen_numel, part_numel
-from fastdistil.kernels.compress import (
+from fastdistil.kernels.block_codes import (
     dequantize_int8,
     dequantize_sum_int8,
     quantize_int8,

@@ -25,7 +25,7 @@ from fastdistil.data.sources import prefetched
 from fastdistil.data.teacher_cache import TeacherCache, identity, teacher_fingerprint
 from fastdistil.data.word_marks import check_words
 from fastdistil.errors import UserError
-from fastdistil.kernels.handover import chosen_path
+from fastdistil.kernels.autograd import chosen_path
 from fastdistil.models import language_model, students
 from fastdistil.models.compiling import check_compiler
 from fastdistil.models.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows

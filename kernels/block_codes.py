@@ -23,8 +23,8 @@ Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks, K el
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.compress_reference import (
+from fastdistil.kernels.autograd import Path, chosen_path
+from fastdistil.kernels.block_codes_reference import (
     dequantize_int8_reference,
     quantize_int8_reference,
     scatter_sum_reference,
@@ -32,7 +32,7 @@ from fastdistil.kernels.compress_reference import (
     sign_decompress_reference,
     top_k_select_reference,
 )
-from fastdistil.kernels.handover import Path, chosen_path
+from fastdistil.kernels.cpu import buffer
 
 
 def _check(gradient_N: Tensor, residual_N: Tensor | None, path: str) -> None:
@@ -97,11 +97,11 @@ def quantize_int8(
     _check_block(block)
     _check(gradient_N, residual_N, chosen)
     if chosen == "triton":
-        from fastdistil.kernels.compress_triton import quantize_int8_triton
+        from fastdistil.kernels.block_codes_triton import quantize_int8_triton
 
         return quantize_int8_triton(gradient_N, residual_N, block)
     if chosen == "torch":
-        from fastdistil.kernels.compress_torch import quantize_int8_torch
+        from fastdistil.kernels.block_codes_torch import quantize_int8_torch
 
         return quantize_int8_torch(gradient_N, residual_N, block)
     codes_N, scales_B, left_N = quantize_int8_reference(gradient_N, residual_N, block=block)
@@ -140,11 +140,11 @@ def _decoded_int8(
     out_N = buffer((numel,), dtype, codes_RN.device) if out is None else out
     _check_out(out_N, numel, chosen)
     if chosen == "triton":
-        from fastdistil.kernels.compress_triton import dequantize_sum_int8_triton
+        from fastdistil.kernels.block_codes_triton import dequantize_sum_int8_triton
 
         dequantize_sum_int8_triton(codes_RN, scales_RB, block, out_N)
     elif chosen == "torch":
-        from fastdistil.kernels.compress_torch import dequantize_sum_int8_torch
+        from fastdistil.kernels.block_codes_torch import dequantize_sum_int8_torch
 
         dequantize_sum_int8_torch(codes_RN, scales_RB, block, out_N)
     else:
@@ -163,11 +163,11 @@ def sign_compress(
     _check_block(block, 8)
     _check(gradient_N, residual_N, chosen)
     if chosen == "triton":
-        from fastdistil.kernels.compress_triton import sign_compress_triton
+        from fastdistil.kernels.block_codes_triton import sign_compress_triton
 
         return sign_compress_triton(gradient_N, residual_N, block)
     if chosen == "torch":
-        from fastdistil.kernels.compress_torch import sign_compress_torch
+        from fastdistil.kernels.block_codes_torch import sign_compress_torch
 
         return sign_compress_torch(gradient_N, residual_N, block)
     bits_W, scales_B, left_N = sign_compress_reference(gradient_N, residual_N, block=block)
@@ -207,11 +207,11 @@ def _decoded_signs(
     out_N = buffer((numel,), dtype, bits_RW.device) if out is None else out
     _check_out(out_N, numel, chosen)
     if chosen == "triton":
-        from fastdistil.kernels.compress_triton import sign_decompress_sum_triton
+        from fastdistil.kernels.block_codes_triton import sign_decompress_sum_triton
 
         sign_decompress_sum_triton(bits_RW, scales_RB, block, out_N)
     elif chosen == "torch":
-        from fastdistil.kernels.compress_torch import sign_decompress_sum_torch
+        from fastdistil.kernels.block_codes_torch import sign_decompress_sum_torch
 
         sign_decompress_sum_torch(bits_RW, scales_RB, block, out_N)
     else:
@@ -233,7 +233,7 @@ def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, path:
 
         return top_k_select_triton(gradient_N, residual_N, k)
     if chosen == "torch":
-        from fastdistil.kernels.compress_torch import top_k_select_torch
+        from fastdistil.kernels.block_codes_torch import top_k_select_torch
 
         return top_k_select_torch(gradient_N, residual_N, k)
     indices_K, values_K, left_N = top_k_select_reference(gradient_N, residual_N, k)

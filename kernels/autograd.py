@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.options import OPTIONS, low_precision_unit, unpack
+from fastdistil.kernels.distill_options import OPTIONS, low_precision_unit, unpack
 
 Path = Literal["auto", "reference", "triton", "torch"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.buffers import buffer
-from fastdistil.kernels.compress_reference import quantize_int8_reference, sign_compress_reference
+from fastdistil.kernels.block_codes_reference import quantize_int8_reference, sign_compress_reference
+from fastdistil.kernels.cpu import buffer
 
 # Elements of a chunk for each thread: up to four such buffers (512 KiB in float32) are in use at a time.
 CHUNK = 2**17
