@@ -24,7 +24,7 @@ from fastdistil import train
 from fastdistil.training import metrics
 from fastdistil.training import reporting
 from fastdistil.training.inputs import load_inputs, resolve
-from fastdistil.profiling.intervals import ratio_of
+from fastdistil.profiling.report.bootstrap import ratio_of
 from fastdistil.profiling.spans import unmeasured
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.coordinator import joined

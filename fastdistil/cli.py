@@ -581,7 +581,7 @@ def watch(
     ] = "127.0.0.1",
 ) -> None:
     """Show a run in a browser while it goes: progress, losses, speed, ranks, device, log."""
-    from fastdistil.profiling.watch import watch as serve
+    from fastdistil.profiling.report.watch import watch as serve
 
     serve(run, host, port)
 
@@ -661,7 +661,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two measurements, with 95% intervals."""
-    from fastdistil.profiling.compare import run_compare
+    from fastdistil.profiling.report.compare import run_compare
 
     run_compare(a, b, fail_above=fail_above, anyway=anyway, as_json=json, console=rich.console.Console())
 
@@ -677,7 +677,7 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
 ) -> None:
     """Write what runs recorded into one HTML file that needs nothing else: charts, figures, differences."""
-    from fastdistil.profiling.report import run_report
+    from fastdistil.profiling.report.report import run_report
 
     run_report(runs, out, markdown=markdown, as_json=json)
 

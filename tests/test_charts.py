@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from fastdistil.profiling import charts, quantities
-from fastdistil.profiling.charts import Axis, Bar, Layer, Series
+from fastdistil.profiling import quantities
+from fastdistil.profiling.report import svg as charts
+from fastdistil.profiling.report.svg import Axis, Bar, Layer, Series
 
 finite = st.floats(-1e15, 1e15, allow_nan=False).filter(lambda value: value == 0 or abs(value) > 1e-9)
 BAD = re.compile(r"\b(nan|inf|infinity|none)\b", re.IGNORECASE)

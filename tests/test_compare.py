@@ -13,10 +13,10 @@ from rich.console import Console
 
 from fastdistil import cli
 from fastdistil.errors import FellShort, UserError
-from fastdistil.profiling.compare import compare, load_measurement, parse_limit, run_compare, show
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.intervals import block_length, ratio_of
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.report.bootstrap import block_length, ratio_of
+from fastdistil.profiling.report.compare import compare, load_measurement, parse_limit, run_compare, show
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.summary import summarise
 
 RECIPE = {"data": {"micro_batch_tokens": 256}, "loop": {"accumulation": 2}, "teacher": {"path": "a"}}
 START = {
@@ -69,7 +69,7 @@ def test_interval_holds_the_truth_as_often_as_it_says(
     n: int, correlation: float, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """95 in 100; where steps resemble each other a little less, as intervals.py says."""
-    monkeypatch.setattr("fastdistil.profiling.intervals.RESAMPLES", 2000)  # quicker, and sharp enough
+    monkeypatch.setattr("fastdistil.profiling.report.bootstrap.RESAMPLES", 2000)  # quicker, and sharp enough
     held = 0
     for seed in range(100):
         a, b = (noisy(n, 2 * seed + side, median, correlation=correlation) for side, median in ((0, 0.1), (1, 0.11)))
@@ -83,7 +83,7 @@ def test_single_steps_would_claim_too_much(monkeypatch: pytest.MonkeyPatch) -> N
     """The same correlated steps without blocks: the interval is narrower by far."""
     a, b = noisy(300, 0, correlation=0.8), noisy(300, 1, correlation=0.8)
     blocks = ratio_of(a, b)
-    monkeypatch.setattr("fastdistil.profiling.intervals.block_length", lambda _: 1)
+    monkeypatch.setattr("fastdistil.profiling.report.bootstrap.block_length", lambda _: 1)
     single = ratio_of(a, b)
     assert blocks is not None and single is not None
     assert blocks.high - blocks.low > 1.5 * (single.high - single.low)  # type: ignore[operator]
@@ -94,7 +94,7 @@ def test_blocks_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = noisy(300, 0), noisy(300, 1)
     widths = []
     for length in (1, 10):
-        monkeypatch.setattr("fastdistil.profiling.intervals.block_length", lambda _, length=length: length)
+        monkeypatch.setattr("fastdistil.profiling.report.bootstrap.block_length", lambda _, length=length: length)
         found = ratio_of(a, b)
         assert found is not None and found.low is not None and found.high is not None
         widths.append(found.high - found.low)

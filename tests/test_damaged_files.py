@@ -31,11 +31,11 @@ from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import UserError
 from fastdistil.gradients.exchange import OneRank
 from fastdistil.launch.launcher import choose_slots, parse_elastic
-from fastdistil.profiling.compare import run_compare
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.live import Live
-from fastdistil.profiling.report import run_report
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.report.compare import run_compare
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.live import Live
+from fastdistil.profiling.report.report import run_report
+from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
 from fastdistil.studies.scale import Options, command

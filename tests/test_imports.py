@@ -195,8 +195,8 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.kernels.x", "from fastdistil.profiling.device import cpuinfo", "imports nothing else of fastdistil"),
         ("fastdistil.profiling.x", "from fastdistil import kernels", "imports nothing else of fastdistil"),
         ("fastdistil.profiling.x", "import fastdistil.recipe", "imports nothing else of fastdistil"),
-        ("fastdistil.recipe", "from fastdistil.profiling.history import load_history", "only fastdistil.cli may"),
-        ("fastdistil.profiling.memory", "import fastdistil.profiling.history", "only fastdistil.cli may"),
+        ("fastdistil.recipe", "from fastdistil.profiling.report.history import load_history", "only fastdistil.cli may"),
+        ("fastdistil.profiling.memory", "import fastdistil.profiling.report.history", "only fastdistil.cli may"),
         ("fastdistil.errors", "from fastdistil.cli import main", "only fastdistil.__main__ may"),
         ("fastdistil.errors", "from fastdistil import train", "only fastdistil.api, fastdistil.cli"),
         (
@@ -229,7 +229,10 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
         ("fastdistil.evaluate", "from fastdistil.data.prepare import prepare"),
         ("fastdistil.distributed.horovod_world", "import horovod.torch as hvd"),
         ("fastdistil.objective", "from fastdistil.kernels.distill import f\nfrom fastdistil.profiling import spans"),
-        ("fastdistil.profiling.compare", "from fastdistil.errors import UserError\nfrom fastdistil.profiling import summary"),
+        (
+            "fastdistil.profiling.report.compare",
+            "from fastdistil.errors import UserError\nfrom fastdistil.profiling import summary",
+        ),
         (
             "fastdistil.install.doctor",
             "import importlib.util\nimportlib.util.find_spec('transformers')\nfrom fastdistil import __version__",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil.data.corpus import Manifest, canonical, text_sha256
-from fastdistil.profiling.report import write_text
+from fastdistil.profiling.report.report import write_text
 from fastdistil.training.metrics import Console
 from tests.small_run import Run
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from fastdistil import cli, distil, train
 from fastdistil.distributed.rank_info import find_place
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.roofline import Work, utilisation
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.flops import Work, utilisation
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import Recipe
 from fastdistil.studies import profile
 from fastdistil.studies.profile import WARMUP, profiled, show

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.profiling import report
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.live import Live
+from fastdistil.profiling.report import report
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.live import Live
 from fastdistil.redaction import REDACTED, redacted
 from tests.event_streams import write_events
 from tests.small_run import quiet, small

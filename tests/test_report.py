@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from fastdistil.cli import app
 from fastdistil.errors import UserError
-from fastdistil.profiling import report
-from fastdistil.profiling.figures import Figure
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.roofline import Work, utilisation
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.flops import Work, utilisation
+from fastdistil.profiling.report import report
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.key_figures import Figure
+from fastdistil.profiling.report.summary import summarise
 from tests.event_streams import BEGUN, GIB, Stream, write_events, write_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}

@@ -15,7 +15,7 @@ from typing import Never
 
 import pytest
 
-from fastdistil.profiling.report import write_report
+from fastdistil.profiling.report.report import write_report
 from tests.event_streams import Stream, write_run
 
 PROBE = """<!doctype html><title>probe</title><style>body { margin: 0 } iframe { border: 0; height: 4000px }</style>

@@ -17,8 +17,8 @@ from fastdistil.kernels.distill_options import DistillOptions, pack
 from fastdistil.models import attention
 from fastdistil.models.language_model import LanguageModel, fresh_model
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.profiling import roofline
-from fastdistil.profiling.roofline import (
+from fastdistil.profiling import flops as roofline
+from fastdistil.profiling.flops import (
     DATASHEETS,
     Coefficients,
     Work,

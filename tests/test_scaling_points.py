@@ -13,7 +13,7 @@ import rich.console
 
 from fastdistil import cli
 from fastdistil.errors import UserError
-from fastdistil.profiling.history import load_history
+from fastdistil.profiling.report.history import load_history
 from fastdistil.recipe import load_recipe
 from fastdistil.studies import scale_runs
 from fastdistil.studies.minutes_table import (

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.roofline import Work, utilisation
-from fastdistil.profiling.summary import statistics_of, summarise
+from fastdistil.profiling.flops import Work, utilisation
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.summary import statistics_of, summarise
 
 Event = dict[str, Any]
 START = {

@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdistil.errors import UserError
-from fastdistil.profiling import live
-from fastdistil.profiling.live import Live
-from fastdistil.profiling.watch import Watch
+from fastdistil.profiling.report import live
+from fastdistil.profiling.report.live import Live
+from fastdistil.profiling.report.watch import Watch
 from fastdistil.runs import sole_user
 from fastdistil.training.metrics import EventLog, read_events
 

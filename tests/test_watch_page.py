@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from fastdistil.profiling.watch import Watch
+from fastdistil.profiling.report.watch import Watch
 from tests.test_watch import append, serving, start, train
 
 PATIENCE_S = 60

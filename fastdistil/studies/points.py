@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastdistil.errors import UserError
-from fastdistil.profiling.history import History
+from fastdistil.profiling.report.history import History
 from fastdistil.studies.cost_fit import Point, Sample
 
 Mode = Literal["weak", "strong"]

@@ -19,10 +19,10 @@ from rich.table import Table
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError, translated
 from fastdistil.launch.launcher import launch_function
-from fastdistil.profiling.history import load_history
 from fastdistil.profiling.quantities import quantity
-from fastdistil.profiling.report import write_report
-from fastdistil.profiling.summary import summarise
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.report import write_report
+from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import train

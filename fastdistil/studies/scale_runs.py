@@ -24,7 +24,7 @@ from fastdistil.gradients.cost_model import touched_bytes
 from fastdistil.launch.launcher import Job, choose_slots, launch
 from fastdistil.launch.rank_process import Slot
 from fastdistil.profiling.device import usable_cores
-from fastdistil.profiling.history import load_history
+from fastdistil.profiling.report.history import load_history
 from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
 from fastdistil.redaction import redacted
 from fastdistil.studies.cost_fit import Point, Workload

@@ -17,7 +17,7 @@ import torch
 from fastdistil import __version__
 from fastdistil.distributed.coordinator import Team
 from fastdistil.models import language_model
-from fastdistil.profiling import roofline
+from fastdistil.profiling import flops as roofline
 from fastdistil.profiling.device import (
     Sampler,
     cpuinfo,
@@ -27,8 +27,8 @@ from fastdistil.profiling.device import (
     usable_cores,
     usable_memory,
 )
+from fastdistil.profiling.flops import Work, WorkCounter
 from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
-from fastdistil.profiling.roofline import Work, WorkCounter
 from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe

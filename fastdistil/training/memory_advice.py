@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from fastdistil.errors import OutOfMemory, is_out_of_memory
-from fastdistil.profiling.bottleneck import cacheable
 from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.profiling.memory import MemoryEstimate, MemoryMeter, Shape
+from fastdistil.profiling.report.bottleneck import cacheable
 from fastdistil.recipe import Recipe
 from fastdistil.training.memory_plan import estimate_memory, size_text
 

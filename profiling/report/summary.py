@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdistil import __version__
-from fastdistil.profiling.bottleneck import causes_of, name_bottleneck
-from fastdistil.profiling.history import Event, History
+from fastdistil.profiling.report.bottleneck import causes_of, name_bottleneck
+from fastdistil.profiling.report.history import Event, History
 from fastdistil.profiling.spans import NAMES
 from fastdistil.profiling.values import at
 

@@ -23,13 +23,13 @@ from markupsafe import Markup
 
 from fastdistil import __version__
 from fastdistil.errors import UserError, printable, translated
-from fastdistil.profiling import charts
-from fastdistil.profiling.figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
-from fastdistil.profiling.history import Event, History, load_history
-from fastdistil.profiling.intervals import MAX_SAMPLES, ratio_of
-from fastdistil.profiling.panels import Section, sections
 from fastdistil.profiling.quantities import quantity
-from fastdistil.profiling.summary import PHASES, slowed_down, summarise
+from fastdistil.profiling.report import svg
+from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, ratio_of
+from fastdistil.profiling.report.history import Event, History, load_history
+from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
+from fastdistil.profiling.report.plots import Section, sections
+from fastdistil.profiling.report.summary import PHASES, slowed_down, summarise
 from fastdistil.profiling.values import at, real
 
 NOTES_SHOWN = 100
@@ -175,7 +175,7 @@ def read_runs(runs: Sequence[Path]) -> list[Reported]:
         ]
     found = []
     for history in histories:
-        history = replace(history, name=charts.without_controls(history.name), environment=_without_hosts(history.environment))
+        history = replace(history, name=svg.without_controls(history.name), environment=_without_hosts(history.environment))
         summary = summarise(history)
         found.append(Reported(history=history, summary=summary, groups=groups(history, summary)))
     return found
@@ -281,7 +281,7 @@ def as_markdown(runs: Sequence[Reported]) -> str:
 
 def _cell(text: str) -> str:
     """One line that Markdown takes as it is, HTML and links included."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(charts.without_controls(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(svg.without_controls(text).split()))
 
 
 def change_text(difference: float | None) -> str:
@@ -321,7 +321,7 @@ def cautions(run: Reported) -> list[str]:
     slowed = slowed_down(summary)
     if told := [f"{reason.replace('_', ' ')} in {share:.1%} of the samples" for reason, share in slowed.items()]:
         found.append(f"The device slowed itself down: {', '.join(told)}.")
-    return [charts.without_controls(text) for text in found]
+    return [svg.without_controls(text) for text in found]
 
 
 def uneven(runs: Sequence[Reported]) -> list[str]:
@@ -335,7 +335,7 @@ def uneven(runs: Sequence[Reported]) -> list[str]:
                 NOT_RECORDED if value is None else f"{value:,}" if isinstance(value, int) else str(value) for value in values
             )
             found.append(f"The runs differ in {name.replace('_', ' ')}: {told}.")
-    return [charts.without_controls(text) for text in found]
+    return [svg.without_controls(text) for text in found]
 
 
 def traced(run: Reported) -> str:
@@ -346,7 +346,7 @@ def traced(run: Reported) -> str:
 def kernels(run: Reported) -> list[tuple[str, int, float, float]]:
     """(name, calls, seconds in all, share of all kernels' time) of the trace, the longest first; empty without a trace."""
     kernels_by_time = (run.summary["trace"] or {}).get("kernels") or ()
-    return [(charts.without_controls(str(row["name"])), row["calls"], row["ms"] / 1e3, row["share"]) for row in kernels_by_time]
+    return [(svg.without_controls(str(row["name"])), row["calls"], row["ms"] / 1e3, row["share"]) for row in kernels_by_time]
 
 
 def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -361,7 +361,7 @@ def recipe_differences(runs: Sequence[Reported]) -> list[tuple[str, list[str]]]:
     """(key, value in each run) of the recipes' fields that differ."""
     flat = [dict(_leaves(run.history.recipe)) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each)
-    rows = [(key, [charts.without_controls(str(each[key])) if key in each else "" for each in flat]) for key in keys]
+    rows = [(key, [svg.without_controls(str(each[key])) if key in each else "" for each in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -375,7 +375,7 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
         known = [update for update in updates if update is not None]
         where = f"update {known[0]:,}" if known else ""
         where += f", and {len(updates) - 1:,} more" if len(updates) > 1 else ""
-        found.append((where, charts.without_controls(message)))
+        found.append((where, svg.without_controls(message)))
     return found[:NOTES_SHOWN], max(0, len(found) - NOTES_SHOWN)
 
 
@@ -435,10 +435,10 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
     recipe = yaml.safe_dump(history.recipe, sort_keys=False, allow_unicode=True)
     return {
         "name": run.name,
-        "swatch": charts.swatch(index),
+        "swatch": svg.swatch(index),
         "outcome": history.outcome,
         "outcome_text": OUTCOMES[history.outcome],
-        "setting": charts.without_controls(setting(run.summary)),
+        "setting": svg.without_controls(setting(run.summary)),
         "teacher": at(history.recipe, "teacher", "path"),
         "student": at(history.recipe, "student", "path") or at(history.recipe, "student", "architecture"),
         "done": f"{done:,}",
@@ -452,7 +452,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "more_notes": more,
         "traced": traced(run),
         "kernels": [(name, f"{calls:,}", quantity(s, "s"), f"{share:.1%}") for name, calls, s, share in kernels(run)],
-        "recipe": charts.without_controls(recipe),
+        "recipe": svg.without_controls(recipe),
     }
 
 
@@ -486,7 +486,7 @@ def _phase_rows(run: Reported) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "patch": charts.patch(name),
+            "patch": svg.patch(name),
             "share": quantity(phases[name]["share"], "share"),
             "width": f"{max(0.0, 100 * phases[name]['share'] / widest):.1f}",
             **{key: quantity(phases[name][key], "s") for key in ("mean", "p50", "p95", "p99")},

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastdistil.errors import UserError
-from fastdistil.profiling.live import Live
+from fastdistil.profiling.report.live import Live
 
 STATIC = Path(__file__).parent / "static"
 FILES = {

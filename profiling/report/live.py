@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from fastdistil.events import parse_event
-from fastdistil.profiling.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
+from fastdistil.profiling.report.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
 from fastdistil.profiling.values import real
 from fastdistil.redaction import redacted
 from fastdistil.untrusted import read_yaml

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastdistil.profiling.history import Event, History
-from fastdistil.profiling.intervals import Statistic
 from fastdistil.profiling.quantities import quantity
-from fastdistil.profiling.summary import PHASES
+from fastdistil.profiling.report.bootstrap import Statistic
+from fastdistil.profiling.report.history import Event, History
+from fastdistil.profiling.report.summary import PHASES
 from fastdistil.profiling.values import at, real
 
 Better = Literal["higher", "lower"]

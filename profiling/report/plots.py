@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastdistil.profiling import charts
-from fastdistil.profiling.charts import Axis, Floats, Layer, Series
-from fastdistil.profiling.history import Event, History
 from fastdistil.profiling.quantities import quantity
+from fastdistil.profiling.report import svg as charts
+from fastdistil.profiling.report.history import Event, History
+from fastdistil.profiling.report.summary import MFU, PHASES, measured_updates, phased_updates
+from fastdistil.profiling.report.svg import Axis, Floats, Layer, Series
 from fastdistil.profiling.spans import NAMES
-from fastdistil.profiling.summary import MFU, PHASES, measured_updates, phased_updates
 from fastdistil.profiling.values import at, real
 
 Get = Callable[[Event], object]

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdistil.errors import FellShort, UserError, translated
-from fastdistil.profiling.charts import without_controls
-from fastdistil.profiling.history import load_history
-from fastdistil.profiling.intervals import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
-from fastdistil.profiling.measurement_files import Benchmarks, Profile
 from fastdistil.profiling.quantities import quantity
-from fastdistil.profiling.summary import slowed_down, summarise
+from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
+from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.measurement_files import Benchmarks, Profile
+from fastdistil.profiling.report.summary import slowed_down, summarise
+from fastdistil.profiling.report.svg import without_controls
 from fastdistil.profiling.values import real
 from fastdistil.untrusted import check, read_json, reason
 
