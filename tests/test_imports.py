@@ -32,7 +32,7 @@ DOORS = {
     "horovod": ("fastdistil.distributed.horovod_world", "fastdistil.launch.launcher"),
     "transformers": (
         "fastdistil.models.language_model",
-        "fastdistil.models.checkpoints",
+        "fastdistil.models.pretrained",
         "fastdistil.data.corpus",
         "fastdistil.evaluate",
     ),

@@ -377,7 +377,7 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
 
     Where the directory names no special tokens, those of BERT, RoBERTa or GPT-2 are taken if the vocabulary has them all.
     """
-    from fastdistil.models.checkpoints import library_call
+    from fastdistil.models.pretrained import library_call
 
     name = str(path)
     folder = Path(path)

@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from fastdistil.data.corpus import Corpus, canonical, file_sha256, text_sha256
 from fastdistil.data.masking import Ints, offsets
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.models.checkpoints import weight_files
+from fastdistil.models.pretrained import weight_files
 from fastdistil.recipe import Recipe
 from fastdistil.storage import RangeReader
 from fastdistil.untrusted import FileFacts, Sha256, check, read_json, reason

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fastdistil.data.batches import Batch
 from fastdistil.errors import UserError
 from fastdistil.models.attention import attention_keywords, packed_attention, padded_attention
-from fastdistil.models.checkpoints import library_call, quiet, read_config, read_weights, reason
+from fastdistil.models.pretrained import library_call, quiet, read_config, read_weights, reason
 
 ATTENTION = "fastdistil"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

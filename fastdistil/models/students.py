@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.errors import UserError
-from fastdistil.models.checkpoints import LacksWeights
+from fastdistil.models.pretrained import LacksWeights
 from fastdistil.models.language_model import (
     FAMILIES,
     LanguageModel,
