@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdistil.kernels.products import product
+from fastdistil.kernels.cpu import product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"

@@ -12,9 +12,9 @@ from typing import Any
 
 import transformers
 
+from fastdistil.console import Console
 from fastdistil.demo import make_corpus
 from fastdistil.recipe import RECIPES, load_recipe
-from fastdistil.training.metrics import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK_THREADS = 1

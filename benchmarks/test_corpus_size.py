@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdistil.data.corpus import Manifest, file_sha256, train_wordpiece
+from fastdistil.data.corpus import Manifest
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenizer import train_wordpiece
+from fastdistil.storage import file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = 1000
 ROUNDS = 3
 TRAIN = """
 import json, sys
-from fastdistil.training.metrics import Console, read_events
+from fastdistil.console import Console
+from fastdistil.events import read_events
 from fastdistil.profiling.memory import host_memory
 from fastdistil.recipe import load_recipe
 from fastdistil.train import train

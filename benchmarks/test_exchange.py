@@ -19,7 +19,7 @@ from fastdistil.gradients.buckets import Buckets
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 engine, rounds = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -111,7 +111,7 @@ from fastdistil.distributed.rank_info import Place
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.horovod_world import World
 import transformers
-from fastdistil.data.mappings import from_mappings
+from fastdistil.data.sources import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
 from torch import nn

@@ -18,9 +18,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastdistil.data import text_files
-from fastdistil.data.corpus import load_tokenizer, plain, train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.tokenise import cut_at_spaces
+from fastdistil.data.tokenizer import load_tokenizer, plain, train_wordpiece
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 3

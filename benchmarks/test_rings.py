@@ -31,7 +31,7 @@ import json, sys, time
 import torch
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 engine, rings, device = sys.argv[1], int(sys.argv[2]), torch.device(sys.argv[3])
 world = join(find_place(), World(engine=engine, rings=rings), device)

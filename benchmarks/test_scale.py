@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from fastdistil.data.corpus import train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
+from fastdistil.data.tokenizer import train_wordpiece
 
 from .network import INTERFACE, Network, missing
 from .ranks import ROOT

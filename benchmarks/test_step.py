@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch
-from fastdistil.data.mappings import from_mappings
+from fastdistil.data.batch import Batch
+from fastdistil.data.sources import from_mappings
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.students import distilbert_from_bert
 from fastdistil.objective import denominators, loss_terms

@@ -4,19 +4,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import rich.console
 import typer
 
 from fastdistil import __version__
+from fastdistil.console import EvaluateBar, PrepareBar
 from fastdistil.errors import EXIT_CODES, DiskFull, FastdistilError, RankLost
 from fastdistil.signals import stopping_as_interrupts
 from fastdistil.streams import lasting_output
 
 if TYPE_CHECKING:
     from fastdistil.data.corpus import Manifest
-    from fastdistil.data.prepare import Progress
     from fastdistil.evaluate import Report
 
 app = typer.Typer(
@@ -217,7 +217,8 @@ def _run(
 def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: str | None, options: RankOptions) -> int:
     """Start the ranks: each runs this same command without the options that start ranks. Returns the exit code."""
     from fastdistil.errors import UserError
-    from fastdistil.launch.launcher import Elastic, Job, choose_slots, launch, parse_elastic
+    from fastdistil.launch.job import Elastic, Job, choose_slots, parse_elastic
+    from fastdistil.launch.launcher import launch
     from fastdistil.runs import choose_run, is_run
 
     elastic, np = None, options.np
@@ -320,36 +321,6 @@ def gutenberg_summary(manifest: "Manifest") -> str:
     )
 
 
-class PrepareBar:
-    """A bar with the time left on a terminal; elsewhere a line every 10 seconds."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-        self._console = rich.console.Console(highlight=False)
-        columns = TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=None)
-        self._told_s = 0.0
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: "Progress") -> None:
-        if progress.note:
-            self._console.print(progress.note, markup=False, soft_wrap=True)
-        self._bar.update(self._task, completed=progress.bytes_read, total=progress.bytes_total)
-        if not self._console.is_terminal and progress.seconds - self._told_s >= 10 and progress.bytes_read:
-            self._told_s = progress.seconds
-            left_s = progress.seconds * (progress.bytes_total / progress.bytes_read - 1)
-            share = progress.bytes_read / progress.bytes_total
-            print(f"prepared {share:.0%}, {progress.tokens:,} tokens, about {left_s:.0f} s left", flush=True)
-
-
 @app.command(epilog="Example: fastdistil evaluate runs/distilbert-1/student wikitext/test.txt --positions 2000")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id or directory of a masked or causal language model.")],
@@ -427,32 +398,6 @@ def cache_teacher(
         f"{written.shards} shards of {written.epochs} epochs, {written.size / 2**20:,.0f} MiB ({written.made} made now); "
         f"train from it with teacher.cache={written.directory} objective.a_cos=0"
     )
-
-
-class EvaluateBar:
-    """On standard error, so that --json leaves standard output clean: a bar on a terminal, a line a stage elsewhere."""
-
-    def __init__(self, task: str = "evaluating") -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self._console = rich.console.Console(stderr=True, highlight=False)
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task(task, total=1.0)
-        self._stage = ""
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, fraction: float, text: str) -> None:
-        self._bar.update(self._task, completed=fraction, description=text)
-        if not self._console.is_terminal and text != self._stage:
-            self._stage = text
-            self._console.print(f"{fraction:.0%} {text}", markup=False, soft_wrap=True)
 
 
 def _print_report(report: "Report") -> None:

@@ -20,18 +20,19 @@ import rich.console
 import rich.table
 import torch
 
-from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.console import Console
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import python_documents
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import FellShort, Stopped, UserError, translated
-from fastdistil.evaluate import HeldOut, held_out
-from fastdistil.models import language_model, students
+from fastdistil.models import language_model, loading, students
+from fastdistil.models.perplexity import HeldOut, held_out
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import Result, train
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import show_plan
-from fastdistil.training.metrics import Console
 
 TEXT_BYTES = 4_000_000
 VOCABULARY = 8192
@@ -147,14 +148,14 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     corpus = Corpus.open(heldout)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
     device = torch.device(recipe.device)
-    reference = language_model.load_model(str(teacher.run_dir / "student")).to(device)
+    reference = loading.load_model(str(teacher.run_dir / "student")).to(device)
     untrained = students.make_student(recipe.student, reference, facts.vocab_size).eval().to(device)
     candidates = (
         ("teacher", reference, teacher.tokens_per_second),
-        ("student", language_model.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
+        ("student", loading.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
         (
             "control (no teacher)",
-            language_model.load_model(str(control.run_dir / "student")).to(device),
+            loading.load_model(str(control.run_dir / "student")).to(device),
             control.tokens_per_second,
         ),
         ("student, untrained", untrained, None),
@@ -212,7 +213,7 @@ def plan_demo(recipe: Recipe, console: rich.console.Console) -> None:
     """--dry-run: both recipes with their estimates."""
     run, _ = choose_run(recipe, "demo", None)
     teacher_recipe = resolve(load_recipe("demo-teacher"))
-    config = language_model.config_from(teacher_recipe.student.config or {}, VOCABULARY)
+    config = loading.config_from(teacher_recipe.student.config or {}, VOCABULARY)
     console.print("# teacher", markup=False)
     show_plan(teacher_recipe, run.with_name(f"{run.name}-teacher"), console, teacher_config=None, vocabulary=VOCABULARY)
     console.print("\n# student (the control's is the same with objective a_ce, a_cos and a_mse 0)", markup=False)

@@ -6,12 +6,21 @@ or a kind that is not listed here passes as it is. A number that is not finite i
 Without torch: following a run must not cost its machine anything.
 """
 
-from typing import Annotated, Any
+import dataclasses
+import json
+import math
+import numbers
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fastdistil.profiling.values import LARGEST
-from fastdistil.untrusted import Amount, Positive, Real, Whole, check, parse_json
+from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.untrusted import LARGEST, Amount, Positive, Real, Whole, check, parse_json, reason
 
 LINE_BYTES = 2**26
 """Of a log line: it holds a few numbers for each of its updates and ranks."""
@@ -246,3 +255,113 @@ def parse_event(line: bytes) -> Event:
 def check_fields(event: Event) -> None:
     """Raise ValueError unless an event holds what its kind does."""
     check(KINDS.get(event["event"], Known), event)
+
+
+class EventLog:
+    """Appends to a file of JSON lines; each line is one write, so that a killed process tears at most the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with translated("opening the event log", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+            whole = _whole_lines_bytes(path)
+            if whole < path.stat().st_size:
+                self._file.truncate(whole)
+
+    def write(self, kind: str, /, **fields: Any) -> None:
+        """Append {"event": kind, "time": now, **fields}. Numbers that are not finite become "nan", "inf", "-inf" (float() reads
+        them back), other values that JSON does not know become text. Raises DiskFull, UserError (no permission)."""
+        line = json.dumps(_plain({"event": kind, "time": time.time(), **fields}), allow_nan=False).encode() + b"\n"
+        with translated("writing the event log", self.path):
+            before = self._file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(line):  # a nearly full disk takes a part; the next write tells why
+                    written += self._file.write(line[written:])
+            except OSError:
+                self._file.truncate(before)
+                raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def read_events(path: Path, effective: bool = False) -> Iterator[dict[str, Any]]:
+    """The events of a log, in order; a torn last line is left out. Raises UserError without a log, CorruptData on a bad line.
+
+    effective: without the events of updates that a later start or resume went back behind (their own lines stay).
+    """
+    if not path.is_file():
+        raise UserError(f"no event log at {path}; give the events.jsonl of a run")
+    events = _parsed(path)
+    return iter(effective_events(list(events))) if effective else events
+
+
+def _parsed(path: Path) -> Iterator[dict[str, Any]]:
+    with translated("reading the event log", path), path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+            if len(line) == LINE_BYTES:
+                raise CorruptData(f"{path} line {number} is not an event: it has {LINE_BYTES:,} bytes or more")
+            if not line.endswith(b"\n"):
+                return
+            try:
+                event = parse_event(line)
+                check_fields(event)
+            except ValueError as error:
+                raise CorruptData(
+                    f"{path} line {number} is not an event ({reason(error)}): {line[:60]!r}; it was damaged, or a newer "
+                    "fastdistil wrote it"
+                ) from error
+            yield event
+
+
+def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = []
+    resumed_from = math.inf
+    for event in reversed(events):
+        update = event.get("update")
+        if event.get("event") in ("start", "resume") and isinstance(update, int):
+            resumed_from = min(resumed_from, update)
+        elif isinstance(update, int) and update > resumed_from:
+            continue
+        kept.append(event)
+    return kept[::-1]
+
+
+def _whole_lines_bytes(path: Path) -> int:
+    """Size of the file up to and including its last newline."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        while end > 0:
+            start = max(0, end - 4096)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | str():
+            return value
+        case numbers.Integral():
+            return int(value)
+        case numbers.Real():
+            return float(value) if math.isfinite(value) else str(float(value))
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return _plain(dataclasses.asdict(value))
+        case _:
+            return str(value)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch, Counts
-from fastdistil.kernels.autograd import Path
+from fastdistil.data.batch import Batch, Counts
+from fastdistil.kernels.backend import Path
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
 from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher
 from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss

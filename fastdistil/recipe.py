@@ -445,3 +445,9 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "string_pattern_mismatch":
         return f"{key}: only letters, digits and . _ - (not first) make a name, got {shown(problem['input'])}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}"
+
+
+def cacheable(objective: Mapping[str, Any]) -> bool:
+    """Whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_cached)."""
+    hidden = objective.get("a_cos") or objective.get("a_mse")
+    return bool(objective.get("a_ce") and not hidden and objective.get("divergence") == "forward-kl")

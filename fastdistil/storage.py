@@ -6,16 +6,15 @@ goes on, with a note that says what is not protected.
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fastdistil.errors import CorruptData, UserError
+from fastdistil.errors import UserError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What `flock` answers where the file system, or a network server behind it, has no locks."""
@@ -69,62 +68,36 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def canonical(values: Any) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_tree(directory: Path) -> None:
+    for root, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory; the files themselves are on disk.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
-        os.close(folder)
-
-
-class RangeReader:
-    """Reads ranges of a file's items, where a file that somebody shortens meanwhile is an error with its name.
-
-    A memory map is not used: reading one beyond the file's new end gives zeros, and beyond its last page ends the process
-    (SIGBUS) without a word. Positioned reads cost about the same (1 to 2 us a range) and any thread may make them.
-    """
-
-    def __init__(self, path: Path, dtype: "np.dtype[Any]", header_bytes: int = 0) -> None:
-        """Open `path`, whose items of `dtype` begin after `header_bytes`. Raises ValueError where it does not end with one."""
-        self.path, self.dtype = path, dtype
-        self._file = path.open("rb", buffering=0)
-        self._header_bytes = header_bytes
-        self._bytes = os.fstat(self._file.fileno()).st_size
-        self._items, remainder = divmod(self._bytes - header_bytes, dtype.itemsize)
-        if remainder or self._items < 0:
-            raise ValueError(f"{self._bytes} bytes are no whole number of items of {dtype.itemsize} bytes")
-
-    def __len__(self) -> int:
-        """Return how many items the file had when it was opened."""
-        return self._items
-
-    def read(self, starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[Any]:
-        """Return the items of these ranges (first item and number of items, [n] each), laid end to end.
-
-        Raises CorruptData where the file has become shorter than it was when it was opened.
-        """
-        if os.fstat(self._file.fileno()).st_size < self._bytes:
-            raise self._shortened()
-        ends = np.cumsum(lengths, dtype=np.int64)
-        items = np.empty(int(ends[-1]) if len(ends) else 0, self.dtype)
-        memory = memoryview(items.view(np.uint8).data)
-        positions = np.asarray(starts, np.int64) * self.dtype.itemsize + self._header_bytes
-        begin = 0
-        for end, position in zip((ends * self.dtype.itemsize).tolist(), positions.tolist(), strict=True):
-            self._fill(memory[begin:end], position)
-            begin = end
-        return items
-
-    def _fill(self, memory: memoryview, position: int) -> None:
-        handle = self._file.fileno()
-        received = os.preadv(handle, [memory], position)
-        while received < len(memory):  # Linux reads 2 GiB at most at once
-            count = os.preadv(handle, [memory[received:]], position + received)
-            if count == 0:
-                raise self._shortened()
-            received += count
-
-    def _shortened(self) -> CorruptData:
-        return CorruptData(
-            f"{self.path} was shortened while it was in use: {self._bytes} bytes when it was opened, now "
-            f"{os.fstat(self._file.fileno()).st_size}; restore it or make it again, and write into no file that is in use"
-        )
+        os.close(descriptor)

@@ -26,14 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch, Counts, Window
-from fastdistil.data.masking import update_seed
+from fastdistil.console import Console
+from fastdistil.data.batch import Batch, Counts, Window
+from fastdistil.data.ragged import update_seed
 from fastdistil.distributed.coordinator import Team, joined
 from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import NonFinite, Stopped, translated
-from fastdistil.evaluate import HeldOut, held_out
-from fastdistil.gradients.exchange import Load, make_exchange
+from fastdistil.events import EventLog
+from fastdistil.gradients.exchange import make_exchange
 from fastdistil.models import language_model
+from fastdistil.models.perplexity import HeldOut, held_out
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.profiling.memory import MemoryMeter
 from fastdistil.recipe import Recipe
@@ -44,11 +46,19 @@ from fastdistil.training.guards import FiniteGuard, Signals
 from fastdistil.training.inputs import Inputs, load_inputs, resolve
 from fastdistil.training.instruments import Instruments, sizes_of, with_teacher_dtype
 from fastdistil.training.memory_advice import naming
+from fastdistil.training.metrics import Load
 from fastdistil.training.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
 from fastdistil.training.reporting import announce, finish_trace, log, start_trace
 from fastdistil.training.run_state import Run
-from fastdistil.training.saving import give_up_evaluation, restore, resume_command, rolling_back, save, saving_what_is_sound
-from fastdistil.training.state import learnt_tensors
+from fastdistil.training.saving import (
+    give_up_evaluation,
+    learnt_tensors,
+    restore,
+    resume_command,
+    rolling_back,
+    save,
+    saving_what_is_sound,
+)
 from fastdistil.training.teacher_identity import identify_teacher
 
 
@@ -72,7 +82,7 @@ def train(
     teacher: nn.Module | None = None,
     student: nn.Module | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
-    console: metrics.Console | None = None,
+    console: Console | None = None,
     place: Place | None = None,
 ) -> Result:
     """Run a recipe from its first update, or from where it stopped, to its last. Raises FastdistilError.
@@ -82,7 +92,7 @@ def train(
     """
     recipe = resolve(recipe, own_teacher=teacher is not None)
     with ExitStack() as last, ExitStack() as stack:
-        console = console or metrics.Console(quiet=place is not None and place.rank > 0)
+        console = console or Console(quiet=place is not None and place.rank > 0)
         stack.callback(console.close)
         team = stack.enter_context(joined(place, recipe, console.note))
         chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size, console.note))
@@ -286,7 +296,7 @@ def _assemble(
     directory: Path,
     inputs: Inputs,
     team: Team,
-    console: metrics.Console,
+    console: Console,
     signals: Signals,
 ) -> Run:
     if recipe.loop.deterministic:
@@ -296,7 +306,7 @@ def _assemble(
         stack.callback(torch.use_deterministic_algorithms, False)
     events = board = None
     if team.is_chief:
-        events = stack.enter_context(metrics.EventLog(directory / "events.jsonl"))
+        events = stack.enter_context(EventLog(directory / "events.jsonl"))
         if recipe.logging.tensorboard:
             board = metrics.TensorBoard(directory / "tensorboard", console.note)
             stack.callback(board.close)

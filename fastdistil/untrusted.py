@@ -13,8 +13,10 @@ that is damage of our own file (CorruptData) or a mistake of the user (UserError
 """
 
 import json
+import math
 import re
 import reprlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,8 +24,6 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
-
-from fastdistil.profiling.values import LARGEST
 
 JSON_BYTES = 2**28
 """Of a document. Manifests list every input file, and measurements every step."""
@@ -35,6 +35,8 @@ YAML_NODES = 100_000
 """Values of a document, those behind an alias counted at each."""
 JSON_DIGITS = 100
 _UNFIT = re.compile("[\0\ud800-\udfff]")  # no file can have such a name, nor can a file hold it
+LARGEST = 1e60
+"""Of a finite number: sums and squares of such numbers are finite too."""
 YAML_INT = 2**64
 """Beyond this a number that a person writes is a mistake."""
 
@@ -243,3 +245,21 @@ _SHORT.maxlevel = 2
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def real(value: object) -> float:
+    """Also of "nan" and "inf", as the log writes them; nan for what is no number, or beyond LARGEST."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return math.nan if LARGEST < abs(number) < math.inf else number
+
+
+def at(values: object, *path: str) -> Any:
+    """What lies at a path of keys; None where it ends."""
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values

@@ -6,51 +6,13 @@ number on the device and then touches nothing, so nobody waits. Since the buffer
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistil.kernels.backend import _has_triton
 from fastdistil.kernels.distill_options import OPTIONS, low_precision_unit, unpack
-
-Path = Literal["auto", "reference", "triton", "torch"]
-
-
-def chosen_path(path: Path, device: torch.device | str) -> str:
-    """ "triton" or "torch" for tensors on a device. Raises ValueError for a path that it has not."""
-    kind = torch.device(device).type
-    if path == "torch":
-        return path
-    if path == "auto":
-        if kind == "cuda" and not _has_triton():
-            raise ValueError(
-                "losses on a GPU need the package triton, which is not installed; pip install triton, or say 'torch'"
-            )
-        return "triton" if kind == "cuda" else "torch"
-    if path != "triton":
-        raise ValueError(f"the path must be one of auto, reference, triton, torch; got {path!r}")
-    if not _has_triton():
-        raise ValueError("triton kernels need the package triton, which is not installed; pip install triton, or say 'torch'")
-    if kind != "cuda" and not _interpreted():
-        raise ValueError(
-            f"triton kernels need tensors on a GPU, these are on {kind}; say 'torch' or 'auto', or for tests set "
-            "TRITON_INTERPRET=1 before triton is imported (slow)"
-        )
-    return "triton"
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 @torch.library.custom_op("fastdistil::scale_", mutates_args=("tensor",))

@@ -23,14 +23,12 @@ Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks, K el
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.autograd import Path, chosen_path
+from fastdistil.kernels.backend import Path, chosen_path
 from fastdistil.kernels.block_codes_reference import (
     dequantize_int8_reference,
     quantize_int8_reference,
-    scatter_sum_reference,
     sign_compress_reference,
     sign_decompress_reference,
-    top_k_select_reference,
 )
 from fastdistil.kernels.cpu import buffer
 
@@ -219,46 +217,6 @@ def _decoded_signs(
         for bits_W, scales_B in zip(bits_RW, scales_RB, strict=True):
             out_N += sign_decompress_reference(bits_W, scales_B, numel, block=block, dtype=out_N.dtype)
     return out_N
-
-
-@torch.no_grad()
-def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, path: Path = "auto") -> tuple[Tensor, Tensor]:
-    """(indices_K int32, ascending; values_K) of exactly k elements; residual_N becomes v with zeros in their places."""
-    chosen = _path(path, gradient_N.device)
-    _check(gradient_N, residual_N, chosen)
-    if not 1 <= k <= gradient_N.numel() < 2**31:
-        raise ValueError(f"k must lie in 1 ... {gradient_N.numel()}, the gradient's size (below 2**31); got {k}")
-    if chosen == "triton":
-        from fastdistil.kernels.top_k_triton import top_k_select_triton
-
-        return top_k_select_triton(gradient_N, residual_N, k)
-    if chosen == "torch":
-        from fastdistil.kernels.block_codes_torch import top_k_select_torch
-
-        return top_k_select_torch(gradient_N, residual_N, k)
-    indices_K, values_K, left_N = top_k_select_reference(gradient_N, residual_N, k)
-    if residual_N is not None:
-        residual_N.copy_(left_N)
-    return indices_K, values_K
-
-
-@torch.no_grad()
-def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, path: Path = "auto") -> Tensor:
-    """The ranks' selected elements at their places, summed in the ranks' order, [N]; a rank names no place twice.
-
-    One index_add_ a rank on every device: its places differ, so that no two of its additions meet, in whatever order.
-    """
-    if indices_RK.shape != values_RK.shape or indices_RK.ndim != 2 or indices_RK.dtype != torch.int32:
-        raise ValueError(
-            f"indices must be int32 [R, K] and values [R, K]; got {indices_RK.dtype} {list(indices_RK.shape)} and "
-            f"{list(values_RK.shape)}"
-        )
-    if path == "reference":
-        return scatter_sum_reference(indices_RK, values_RK, numel)
-    total_N = buffer((numel,), values_RK.dtype, values_RK.device).zero_()
-    for indices_K, values_K in zip(indices_RK, values_RK, strict=True):
-        total_N.index_add_(0, indices_K, values_K)
-    return total_N
 
 
 # ---- what it costs ----

@@ -64,19 +64,3 @@ def sign_decompress_reference(
     set_N = (bits_W[:, None] >> torch.arange(8, device=bits_W.device) & 1).flatten()[:numel].bool()
     scales_N = scales_B.to(dtype).repeat_interleave(block)[:numel]
     return torch.where(set_N, scales_N, -scales_N)
-
-
-def top_k_select_reference(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(indices_K int32, ascending; values_K; the new residual_N)."""
-    v_N, _ = _with_residual(gradient_N, residual_N)
-    magnitudes_N = v_N.abs().where(v_N.isfinite(), torch.inf)
-    indices_K = magnitudes_N.sort(descending=True, stable=True).indices[:k].sort().values
-    return indices_K.int(), v_N[indices_K], v_N.index_fill(0, indices_K, 0.0)
-
-
-def scatter_sum_reference(indices_RK: Tensor, values_RK: Tensor, numel: int) -> Tensor:
-    """[N], of the values' dtype."""
-    total_N = values_RK.new_zeros(numel)
-    for indices_K, values_K in zip(indices_RK, values_RK, strict=True):
-        total_N[indices_K.long()] += values_K
-    return total_N

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.distill_triton import on_device
-from fastdistil.kernels.triton_launch import Launch, launch
+from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
 # Elements of a program's tile: 16 a thread.
 _TILE = 2048

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
-from fastdistil.kernels.autograd import Path, chosen_path, hand_gradients, keep_gradients
+from fastdistil.kernels.autograd import hand_gradients, keep_gradients
+from fastdistil.kernels.backend import Path, chosen_path
 from fastdistil.kernels.cpu import buffer
 
 # torch's cosine_embedding_loss adds it to each squared norm.

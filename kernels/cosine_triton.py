@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.distill_triton import on_device
-from fastdistil.kernels.triton_launch import Launch, launch
+from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
 # Elements of a program's block, a side: 16 a thread.
 _BLOCK = 2048

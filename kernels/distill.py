@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistil.kernels.autograd import Path, chosen_path, register_handover
+from fastdistil.kernels.autograd import register_handover
+from fastdistil.kernels.backend import Path, chosen_path
 from fastdistil.kernels.cpu import buffer
 from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,

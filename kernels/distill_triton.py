@@ -20,7 +20,6 @@ Legend: N rows, V vocabulary, K segments of a row, B columns of a segment.
 # ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels.distill_options import DistillOptions, Divergence
-from fastdistil.kernels.triton_launch import Launch, launch
+from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
 DIVERGENCES: dict[Divergence, int] = {"forward-kl": 0, "reverse-kl": 1, "jsd": 2}
 # Stages of a launch: all of it, or up to one of the exchanges.
@@ -414,11 +413,6 @@ def _can_wait(device: torch.device, segments: int) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
         return False
     return segments <= torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the tensor's GPU, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def scale_triton_(tensor: Tensor, factor: Tensor) -> None:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastdistil.kernels.autograd import Path, chosen_path, register_handover
-from fastdistil.kernels.cpu import buffer
+from fastdistil.kernels.autograd import register_handover
+from fastdistil.kernels.backend import Path, chosen_path
+from fastdistil.kernels.cpu import buffer, product
 from fastdistil.kernels.distill import check_rows, distill_loss_reference, rows_function, sum_terms
 from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
@@ -38,7 +39,6 @@ from fastdistil.kernels.distill_options import (
     unpack,
 )
 from fastdistil.kernels.distill_torch import BLOCK
-from fastdistil.kernels.products import product
 from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_rows_function
 
 # Bytes of both sides' logits of one chunk.

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.autograd import Path, chosen_path, register_handover
+from fastdistil.kernels.autograd import register_handover
+from fastdistil.kernels.backend import Path, chosen_path
 from fastdistil.kernels.cpu import buffer
 from fastdistil.kernels.distill import capped, check_rows, distill_loss_reference, sum_terms, times
 from fastdistil.kernels.distill_options import (

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels.distill_options import DistillOptions, SparseTeacher
-from fastdistil.kernels.distill_triton import capped, on_device
-from fastdistil.kernels.triton_launch import Launch, launch
+from fastdistil.kernels.distill_triton import capped
+from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
 _BLOCK, _WARPS = 2048, 8
 _LARGEST = 4096

@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.block_codes_torch import guessed_key
-from fastdistil.kernels.distill_triton import on_device
-from fastdistil.kernels.triton_launch import Launch, launch
+from fastdistil.kernels.top_k_torch import guessed_key
+from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
 _TILE = 4096
 # Candidates of a tile worked on at a time; at a density of 1% a tile has about 50.
@@ -33,7 +32,7 @@ _DIGITS = 4
 
 @triton.jit
 def _key(v):
-    """Integers in the order of |v|; all that is not finite is the same, above the rest."""
+    """Ints in the order of |v|; all that is not finite is the same, above the rest."""
     return tl.minimum(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
 
 

@@ -1,7 +1,11 @@
 """What a Triton launch consists of, so that every configuration that ships can be compiled ahead of time by a test."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 _TYPES = {
     "float16": "*fp16",
@@ -54,3 +58,8 @@ def launch(
         for place in [(at,)] if argument in pointers else inner:
             attributes[place] = [["tt.divisibility", 16]]
     return Launch(name, fn, signature, known, attributes, {"num_warps": num_warps})
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdistil import train
-from fastdistil.data.corpus import train_wordpiece
+from fastdistil.console import Console
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
+from fastdistil.data.tokenizer import train_wordpiece
+from fastdistil.events import read_events
 from fastdistil.recipe import Recipe, load_recipe
-from fastdistil.training.metrics import Console, read_events
 
 Run = Callable[..., tuple[int, str, str]]
 """Arguments of the command line -> (exit code, standard output, standard error)."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Packing
+from fastdistil.data.batch import Packing
 from fastdistil.models.attention import attention_keywords, packed_attention
 
 LENGTHS = (1, 1, 3, 7, 7, 7, 12)

@@ -11,16 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil.data.batches import (
-    Batches,
-    Counts,
-    Packing,
-    assemble,
-    evaluation_batches,
-)
+from fastdistil.data.batch import Counts, Packing, assemble
+from fastdistil.data.batches import Batches, evaluation_batches
 from fastdistil.data.epoch_plan import grouped_plan, packed_plan, shuffled
-from fastdistil.data.mappings import from_mappings
-from fastdistil.data.sources import prefetched
+from fastdistil.data.sources import from_mappings, prefetched
 from fastdistil.errors import UserError
 from fastdistil.recipe import Data, Mask
 

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastdistil.cli import _print_report
-from fastdistil.data.corpus import Corpus, Manifest, load_tokenizer, train_wordpiece
+from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.tokenizer import load_tokenizer, train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
 

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from fastdistil import __version__
-from fastdistil.data.corpus import train_wordpiece
 from fastdistil.data.python_docs import docstrings
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import EXIT_CODES
-from fastdistil.training.metrics import read_events
+from fastdistil.events import read_events
 from tests.small_run import Run
 
 

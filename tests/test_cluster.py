@@ -16,12 +16,12 @@ import transformers
 import yaml
 
 from fastdistil import cli
-from fastdistil.data.corpus import train_wordpiece
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import UserError
+from fastdistil.events import read_events
 from fastdistil.launch.cluster import KINDS, Cluster, Kind, cluster_file
-from fastdistil.training.metrics import read_events
 
 
 class Required:

@@ -11,18 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdistil.kernels import block_codes_torch
+from fastdistil.kernels import block_codes_torch, top_k_torch
 from fastdistil.kernels.block_codes import (
     bytes_moved,
     dequantize_int8,
     dequantize_sum_int8,
     quantize_int8,
-    scatter_sum,
     sign_compress,
     sign_decompress,
     sign_decompress_sum,
-    top_k_select,
 )
+from fastdistil.kernels.top_k import scatter_sum, top_k_select
 
 PATHS: list[Any] = ["torch", "triton"]
 ALL: list[Any] = ["reference", *PATHS]
@@ -296,7 +295,7 @@ def test_keys_that_differ_in_any_of_their_bits(path: Any) -> None:
 @pytest.mark.parametrize("case", ["usual", "guess too high", "almost all zero", "all equal"])
 def test_whatever_the_sample_says(case: str, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a sample guesses the threshold; also where the guess is wrong, or of no use."""
-    monkeypatch.setattr(block_codes_torch, "SAMPLE", 64)
+    monkeypatch.setattr(top_k_torch, "SAMPLE", 64)
     numel, k = 5003, 50
     g, residual = gradient(numel), gradient(numel, seed=1)
     match case:
@@ -310,7 +309,7 @@ def test_whatever_the_sample_says(case: str, path: Any, monkeypatch: pytest.Monk
         case "all equal":
             g, residual = torch.full((numel,), -0.5), torch.zeros(numel)
     v = g + residual
-    guess = block_codes_torch.guessed_key(g, residual, k)
+    guess = top_k_torch.guessed_key(g, residual, k)
     reached = int((v.abs().view(torch.int32) >= guess).sum())
     assert int(guess) > 0
     assert (reached < k) == (case in {"guess too high", "almost all zero"})
@@ -331,7 +330,7 @@ def test_the_sample_is_good_enough() -> None:
     for seed in range(200):
         torch.manual_seed(seed)
         v = (torch.randn(400, 768) * torch.randn(400, 1).exp()).flatten()
-        guess = block_codes_torch.guessed_key(v, None, 3072)
+        guess = top_k_torch.guessed_key(v, None, 3072)
         reached = int((v.abs().view(torch.int32) >= guess).sum())
         failures += reached < 3072
         shares.append(reached / 3072)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastdistil.errors import UserError
 from fastdistil.gradients.allreduced import RandomK
-from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State
-from fastdistil.gradients.compressors import make_compressor, redistribute, starts_at
+from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.gradients.powersgd import PowerSGD, orthonormal
 from fastdistil.recipe import Compression
 

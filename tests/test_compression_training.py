@@ -19,8 +19,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch, Counts
-from fastdistil.data.mappings import from_mappings
+from fastdistil.data.batch import Batch, Counts
+from fastdistil.data.sources import from_mappings
 from fastdistil.gradients.compressor import Exchange, Layout, State
 from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.models.language_model import LanguageModel

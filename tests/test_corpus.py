@@ -12,16 +12,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastdistil.data import text_files, tokenise
-from fastdistil.data.corpus import (
-    Corpus,
-    Manifest,
-    load_tokenizer,
-    token_facts,
-    train_wordpiece,
-    vocabulary_fingerprint,
-)
+from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.tokenise import Encoder, Plan, pieces
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece, vocabulary_fingerprint
 from fastdistil.errors import CorruptData, UserError
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards boxed quietly, then slept"

@@ -24,13 +24,14 @@ import yaml
 from rich.console import Console
 
 from fastdistil.data import prepare
-from fastdistil.data.corpus import Corpus, Manifest, canonical, text_sha256
+from fastdistil.data.corpus import Corpus, Manifest
+from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.shards import counted
 from fastdistil.data.teacher_cache import TeacherCache, record, shard_name
 from fastdistil.distributed.horovod_world import World
 from fastdistil.errors import UserError
 from fastdistil.gradients.exchange import OneRank
-from fastdistil.launch.launcher import choose_slots, parse_elastic
+from fastdistil.launch.job import choose_slots, parse_elastic
 from fastdistil.profiling.report.compare import run_compare
 from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.live import Live
@@ -38,10 +39,10 @@ from fastdistil.profiling.report.report import run_report
 from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
+from fastdistil.storage import canonical, text_sha256
 from fastdistil.studies.scale import Options, command
 from fastdistil.training import checkpoint, saving
-from fastdistil.training.pre_run import cached_corpus
-from fastdistil.training.state import learnt_tensors
+from fastdistil.training.saving import learnt_tensors
 from fastdistil.training.teacher_identity import module_fingerprint
 from tests.damage import ODD_YAML, Subject, check_subject, outcome
 from tests.event_streams import Stream, write_run

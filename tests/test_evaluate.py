@@ -15,14 +15,16 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch
-from fastdistil.data.corpus import Corpus, TokenFacts, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.batch import Batch
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import mask_table, mask_tokens
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenizer import TokenFacts, load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import CorruptData, UserError
-from fastdistil.evaluate import EvaluateOptions, causal_perplexity, evaluate, held_out, pseudo_perplexity
-from fastdistil.models import language_model
+from fastdistil.evaluate import EvaluateOptions, evaluate
+from fastdistil.models import language_model, loading
 from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.perplexity import causal_perplexity, held_out, pseudo_perplexity
 from fastdistil.models.scoring import drawn_positions, drawn_sequences, ratio, sliding_windows
 from fastdistil.recipe import Mask
 
@@ -561,9 +563,9 @@ def saved(tokenizer: Path, facts: TokenFacts, tmp_path_factory: pytest.TempPathF
     """Model directories with the tokenizer, and one without."""
     folder = tmp_path_factory.mktemp("saved")
     for kind in ("bert", "gpt2"):
-        language_model.save_pretrained(LanguageModel(build(kind, facts.vocab_size).float()), folder / kind)
+        loading.save_pretrained(LanguageModel(build(kind, facts.vocab_size).float()), folder / kind)
         load_tokenizer(tokenizer).save_pretrained(folder / kind)
-    language_model.save_pretrained(LanguageModel(build("bert", facts.vocab_size).float()), folder / "bare")
+    loading.save_pretrained(LanguageModel(build("bert", facts.vocab_size).float()), folder / "bare")
     return {name: str(folder / name) for name in ("bert", "gpt2", "bare")}
 
 
@@ -577,7 +579,7 @@ def test_evaluate_measures_prepared_corpora_and_raw_text_alike(
     report = evaluate(saved["bert"], [str(corpus.path), str(text)], FP32, lambda *what: told.append(what))
     assert capfd.readouterr() == ("", "")
     prepared, raw = report.corpora
-    model = language_model.load_model(saved["bert"])
+    model = loading.load_model(saved["bert"])
     assert prepared.heldout == held_out(model, corpus, facts, batch_tokens=200)
     assert prepared.pseudo == pseudo_perplexity(model, corpus, facts, positions=30, batch_tokens=200)
     assert (raw.heldout, raw.pseudo) == (prepared.heldout, prepared.pseudo)
@@ -601,7 +603,7 @@ def test_evaluate_slides_over_whole_documents_for_causal_models(
 ) -> None:
     options = EvaluateOptions(precision="fp32", device="cpu", documents="line", stride=5, bos="no")
     report = evaluate(saved["gpt2"], [str(text), str(whole.path)], options)
-    expected = causal_perplexity(language_model.load_model(saved["gpt2"]), whole, facts, stride=5)
+    expected = causal_perplexity(loading.load_model(saved["gpt2"]), whole, facts, stride=5)
     for found in report.corpora:
         assert found.causal == expected
         assert (found.heldout, found.pseudo) == (None, None)
@@ -693,7 +695,7 @@ def test_any_masked_model_is_measured_as_transformers_computes_it(
     path = save(reference, tokenizer, tmp_path / "model")
     limit = 32 - (reference.config.pad_token_id + 1 if kind == "xlm-roberta" else 0)
 
-    model = language_model.load_for_evaluation(path, torch.float64)
+    model = loading.load_for_evaluation(path, torch.float64)
     assert isinstance(model, language_model.AnyModel)
     assert language_model.max_length(model) == limit
     model.module.load_state_dict(reference.state_dict())  # of float64, before it was rounded
@@ -743,7 +745,7 @@ def test_any_causal_model_is_measured_as_transformers_computes_it(
         counts.append(len(losses))
     path = save(reference, tokenizer, tmp_path / "model")
 
-    model = language_model.load_for_evaluation(path, torch.float64)
+    model = loading.load_for_evaluation(path, torch.float64)
     model.module.load_state_dict(reference.state_dict())
     assert (type(model), language_model.max_length(model)) == (language_model.AnyModel, 32)
     found = causal_perplexity(model, whole, facts, max_length=size, batch_tokens=70)
@@ -783,11 +785,11 @@ def test_masked_or_causal_is_what_transformers_and_the_configuration_say(
         transformers.AutoConfig.for_model(kind, **values).save_pretrained(tmp_path / name)
         return str(tmp_path / name)
 
-    assert not language_model.evaluation_config(saved_as("plain", "electra"))[1]
-    assert not language_model.evaluation_config(saved_as("masked", "electra", architectures=["ElectraForMaskedLM"]))[1]
-    assert language_model.evaluation_config(saved_as("causal", "electra", architectures=["ElectraForCausalLM"]))[1]
-    assert not language_model.evaluation_config(saved_as("one class", "xlm", architectures=["XLMWithLMHeadModel"]))[1]
-    assert language_model.evaluation_config(saved_as("decoder", "mistral"))[1]
+    assert not loading.evaluation_config(saved_as("plain", "electra"))[1]
+    assert not loading.evaluation_config(saved_as("masked", "electra", architectures=["ElectraForMaskedLM"]))[1]
+    assert loading.evaluation_config(saved_as("causal", "electra", architectures=["ElectraForCausalLM"]))[1]
+    assert not loading.evaluation_config(saved_as("one class", "xlm", architectures=["XLMWithLMHeadModel"]))[1]
+    assert loading.evaluation_config(saved_as("decoder", "mistral"))[1]
     refused(saved_as("t5", "t5"), [str(corpus.path)], "architecture 't5' is neither a masked nor a causal language model")
 
     for decoder in (True, False):

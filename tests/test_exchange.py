@@ -12,10 +12,11 @@ from fastdistil.distributed.rank_info import Place
 from fastdistil.errors import UserError
 from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor, starts_at
-from fastdistil.gradients.exchange import Load, Several, make_exchange
+from fastdistil.gradients.exchange import Several, make_exchange
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, load_recipe
 from fastdistil.recipe import World as Options
+from fastdistil.training.metrics import Load
 
 
 class TwoRanks:

@@ -18,12 +18,15 @@ import transformers
 from torch import Tensor, nn
 
 from fastdistil import distil
-from fastdistil.data.batches import Batch, Batches, Counts
-from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
-from fastdistil.data.mappings import from_mappings
-from fastdistil.data.masking import Ints
+from fastdistil.data.batch import Batch, Counts
+from fastdistil.data.batches import Batches
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
+from fastdistil.data.ragged import Ints
+from fastdistil.data.sources import from_mappings
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
+from fastdistil.kernels import backend
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.students import distilbert_from_bert, fewer_layers
 from fastdistil.objective import Denominators, denominators, loss_terms
@@ -111,7 +114,7 @@ def published_terms(student: Any, teacher: Any, text: dict[str, Tensor], tempera
 
 def packed(batch: Batch, text: dict[str, Tensor], causal: bool) -> Batch:
     """The same sequences laid end to end, shortest first."""
-    from fastdistil.data.batches import assemble
+    from fastdistil.data.batch import assemble
 
     lengths = text["attention_mask"].sum(1).numpy()
     rows = np.argsort(lengths, kind="stable")
@@ -354,13 +357,12 @@ def test_reference_and_fast_kernels_train_alike(precision: str, tmp_path: Path) 
 
 def test_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdistil.errors import UserError
-    from fastdistil.kernels import autograd
     from fastdistil.recipe import load_recipe
     from fastdistil.training.inputs import resolve
 
     recipe = load_recipe("demo", ["device=cpu"])
     assert resolve(recipe).kernels == "torch"
     assert resolve(recipe.with_(kernels="reference")).kernels == "reference"
-    monkeypatch.setattr(autograd, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
     with pytest.raises(UserError, match="kernels is triton and the run's device is cpu: triton kernels need tensors on a GPU"):
         resolve(recipe.with_(kernels="triton"))

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdistil import storage
+from fastdistil.data import range_reader
+from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.install.horovod_build import locked as horovod_locked
 from fastdistil.runs import sole_user
 from fastdistil.training.cache_teacher import cache_teacher
-from fastdistil.training.pre_run import cached_corpus
 from tests.small_run import small
 
 
@@ -94,12 +95,12 @@ def test_ranges_are_read_end_to_end(records: tuple[Path, npt.NDArray[np.void]], 
     path, items = records
     starts, lengths = np.array(pairs, np.int64).reshape(-1, 2).T
     expected = b"".join(items[start : start + length].tobytes() for start, length in pairs)
-    assert storage.RangeReader(path, RECORD, HEADER_BYTES).read(starts, lengths).tobytes() == expected
+    assert range_reader.RangeReader(path, RECORD, HEADER_BYTES).read(starts, lengths).tobytes() == expected
 
 
 def test_a_file_that_ends_within_an_item_is_refused(records: tuple[Path, npt.NDArray[np.void]]) -> None:
     with pytest.raises(ValueError, match="10007 bytes are no whole number of items of 10 bytes"):
-        storage.RangeReader(records[0], RECORD)
+        range_reader.RangeReader(records[0], RECORD)
 
 
 @pytest.mark.parametrize("by", [1, 9_000])
@@ -109,7 +110,7 @@ def test_a_file_that_is_cut_within_one_read_is_an_error_with_its_name(
     """By less than a page, or by pages; the part that was read before the cut is not given out."""
     path = tmp_path / "records.bin"
     path.write_bytes(records[0].read_bytes())
-    reader = storage.RangeReader(path, RECORD, HEADER_BYTES)
+    reader = range_reader.RangeReader(path, RECORD, HEADER_BYTES)
     real, calls = os.preadv, []
 
     def cut_after_the_first_range(descriptor: int, buffers: list[memoryview], position: int) -> int:
@@ -132,5 +133,5 @@ def test_reads_that_the_system_makes_in_parts_are_put_together(
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, position: real(descriptor, [buffers[0][:3]], position))
     path, items = records
-    read = storage.RangeReader(path, RECORD, HEADER_BYTES).read(np.array([5]), np.array([90]))
+    read = range_reader.RangeReader(path, RECORD, HEADER_BYTES).read(np.array([5]), np.array([90]))
     assert read.tobytes() == items[5:95].tobytes()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from fastdistil.console import Console
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.profiling.report.history import load_history
 from fastdistil.train import train
-from fastdistil.training.metrics import Console
 from tests.small_run import small
 
 

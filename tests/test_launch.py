@@ -22,8 +22,10 @@ import pytest
 
 from fastdistil.errors import CorruptData, RankLost, Stopped, UserError
 from fastdistil.launch.attempt import free_port
-from fastdistil.launch.launcher import Elastic, Job, choose_slots, launch, launch_function, parse_elastic, parse_hosts
-from fastdistil.launch.rank_process import Slot, Voices, rank_environment
+from fastdistil.launch.job import Elastic, Job, choose_slots, parse_elastic, parse_hosts
+from fastdistil.launch.launcher import launch, launch_function
+from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_process import Slot, rank_environment
 from fastdistil.launch.remote_call import answer_call, read_answer, write_call
 
 # A rank: appends its environment to `starts`, then does what the plan says for it ("default" otherwise).
@@ -575,7 +577,7 @@ def test_elastic_is_given_up_without_progress(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody is known to be lost: the same ranks start again, but not for ever; a new checkpoint counts anew."""
-    monkeypatch.setattr("fastdistil.launch.launcher.RESTARTS", 3)
+    monkeypatch.setattr("fastdistil.launch.elastic.RESTARTS", 3)
     ranks.plan(default="sys.exit(12)")
     assert launch(elastic(ranks, 1, 1, progress=lambda: min(len(ranks.starts), 2))) == 12
     assert ranks.sizes() == 5 * [1]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdistil.errors import DiskFull, OutOfMemory, UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
-from fastdistil.models import language_model
+from fastdistil.models import language_model, loading
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import make_plan
 from tests.small_run import quiet, small
@@ -31,7 +31,7 @@ ZERO = torch.zeros(4)
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("families")
     for kind in ("bert", "gpt2", "llama"):
-        language_model.save_pretrained(language_model.LanguageModel(build(kind)), folder / kind)
+        loading.save_pretrained(language_model.LanguageModel(build(kind)), folder / kind)
     return {kind: folder / kind for kind in ("bert", "gpt2", "llama")}
 
 
@@ -94,7 +94,7 @@ def test_weights_without_a_place_are_refused_by_name(
 ) -> None:
     path = with_weights(saved[kind], tmp_path / "model", {name: ZERO}, pickled=pickled)
     with pytest.raises(UserError, match=complaint) as caught:
-        language_model.load_model(str(path))
+        loading.load_model(str(path))
     assert name in str(caught.value)
 
 
@@ -102,7 +102,7 @@ def test_an_adapter_around_its_layer_is_no_missing_weight(saved: dict[str, Path]
     name = SELF.format(0) + "query."
     added = {name + "base_layer.weight": ZERO, name + "lora_A.default.weight": ZERO.clone()}
     path = with_weights(saved["bert"], tmp_path / "model", added, drop=name + "weight")
-    assert "merge_and_unload" in refusal(lambda: language_model.load_model(str(path)))
+    assert "merge_and_unload" in refusal(lambda: loading.load_model(str(path)))
 
 
 @pytest.mark.parametrize("beside_a_model", [False, True])
@@ -143,16 +143,16 @@ HARMLESS = {
 def test_weights_that_no_logit_needs_are_passed_over_and_said(kind: str, saved: dict[str, Path], tmp_path: Path) -> None:
     path = with_weights(saved[kind], tmp_path / "model", {name: ZERO.clone() for name in HARMLESS[kind]})
     notes: list[str] = []
-    model = language_model.load_model(str(path), note=notes.append)
+    model = loading.load_model(str(path), note=notes.append)
     assert len(notes) == 1
     assert "passed over" in notes[0] and "\n" not in notes[0]
     batch = batch_of(sequences())
-    torch.testing.assert_close(logits(model, batch), logits(language_model.load_model(str(saved[kind])), batch), rtol=0, atol=0)
+    torch.testing.assert_close(logits(model, batch), logits(loading.load_model(str(saved[kind])), batch), rtol=0, atol=0)
 
 
 def test_a_whole_checkpoint_is_loaded_without_a_note(saved: dict[str, Path]) -> None:
     for path in saved.values():
-        language_model.load_model(str(path), note=lambda text: pytest.fail(text))
+        loading.load_model(str(path), note=lambda text: pytest.fail(text))
 
 
 def test_names_of_old_checkpoints_are_no_strangers(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_names_of_old_checkpoints_are_no_strangers(saved: dict[str, Path], tmp_p
         old[name] = tensor
     assert old.keys() != tensors.keys()
     save_file(old, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    language_model.load_model(str(tmp_path / "model"), note=lambda text: pytest.fail(text))
+    loading.load_model(str(tmp_path / "model"), note=lambda text: pytest.fail(text))
 
 
 @every_family
@@ -306,7 +306,7 @@ def test_weights_whose_header_has_the_length_of_a_letter_are_no_web_page(saved: 
         padded_length.to_bytes(8, "little") + data[8 : 8 + length] + b" " * (padded_length - length) + data[8 + length :]
     )
     assert path.read_bytes().lstrip().startswith(b"<")
-    language_model.load_model(str(folder))
+    loading.load_model(str(folder))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 440473133\n"
@@ -420,7 +420,7 @@ def test_what_is_no_fault_of_the_checkpoint_stays_what_it_is(
 
     monkeypatch.setattr("transformers.AutoModelForMaskedLM.from_pretrained", fail)
     with pytest.raises(wanted):
-        language_model.load_model(str(saved["bert"]))
+        loading.load_model(str(saved["bert"]))
 
 
 def test_an_error_of_our_own_is_not_told_as_the_users(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,4 +429,4 @@ def test_an_error_of_our_own_is_not_told_as_the_users(saved: dict[str, Path], mo
 
     monkeypatch.setattr("fastdistil.models.language_model.LanguageModel.__init__", fail)
     with pytest.raises(TypeError, match="a bug"):
-        language_model.load_model(str(saved["bert"]))
+        loading.load_model(str(saved["bert"]))

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil.data.masking import choose_targets, hashed, mask_table, mask_tokens, offsets, ranges, uniform, update_seed
+from fastdistil.data.masking import choose_targets, mask_table, mask_tokens
+from fastdistil.data.ragged import hashed, offsets, ranges, uniform, update_seed
 from fastdistil.errors import UserError
 from fastdistil.recipe import Mask
 

@@ -23,15 +23,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fastdistil.kernels import distill_torch, linear_distill, products
+from fastdistil.kernels import cpu, distill_torch, linear_distill
 from fastdistil.kernels.distill_options import DistillOptions, pack
-from fastdistil.profiling.memory import (
+from fastdistil.profiling.memory import device_memory, host_memory
+from fastdistil.profiling.memory_estimate import (
     EAGER_LOGIT_TENSORS,
     Shape,
-    device_memory,
     estimate_disk,
     estimate_training_memory,
-    host_memory,
     student_activation_bytes,
 )
 
@@ -226,7 +225,7 @@ def test_what_fused_losses_hold(rows: int, dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setitem(linear_distill._BUDGET, "cpu", 2**20)
     monkeypatch.setattr(distill_torch, "BLOCK", 2**13)
     monkeypatch.setattr(linear_distill, "BLOCK", 2**13)
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: False)  # whose pieces are small only at real sizes
+    monkeypatch.setattr(cpu, "_onednn_is_faster", lambda: False)  # whose pieces are small only at real sizes
     width, vocabulary = 32, 1000
     hidden, teacher = (torch.randn(rows, width).to(dtype) for _ in range(2))
     weight, teacher_weight = torch.randn(vocabulary, width), torch.randn(vocabulary, width).to(dtype)

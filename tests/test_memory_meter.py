@@ -14,17 +14,20 @@ import torch
 import transformers
 from torch import nn
 
-from fastdistil.data.batches import assemble
+from fastdistil.data.batch import assemble
 from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.gradients.compressor import Layout
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.models.language_model import LanguageModel, fresh_model
-from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts, student_activation_bytes
+from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.loading import fresh_model
+from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts
+from fastdistil.profiling.memory_estimate import student_activation_bytes
+from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
 from fastdistil.training.inputs import load_inputs, open_corpus, resolve
 from fastdistil.training.instruments import Instruments
 from fastdistil.training.memory_advice import Sizes, out_of_memory
-from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, size_text, transformer_shape
+from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, transformer_shape
 from tests.small_run import small
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,9 +22,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastdistil.console import Console
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
+from fastdistil.events import EventLog, read_events
 from fastdistil.training.guards import FiniteGuard
-from fastdistil.training.metrics import Console, EventLog, Meter, TensorBoard, read_events
+from fastdistil.training.metrics import Meter, TensorBoard
 
 # --- the event log ---
 
@@ -165,7 +167,7 @@ def effective_by_definition(events: list[dict[str, Any]]) -> list[dict[str, Any]
 )
 @example([("step", 5), ("resume", 7), ("resume", 3)])
 def test_effective_events_leave_out_what_was_superseded(kinds: list[tuple[str, int | None]]) -> None:
-    from fastdistil.training.metrics import effective_events
+    from fastdistil.events import effective_events
 
     events = [
         {"event": kind, "n": n, **({} if update is None else {"update": update})} for n, (kind, update) in enumerate(kinds)

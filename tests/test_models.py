@@ -16,9 +16,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastdistil.data.batches import Batch, assemble
+from fastdistil.data.batch import Batch, assemble
 from fastdistil.errors import UserError
-from fastdistil.models import language_model, students
+from fastdistil.models import language_model, loading, students
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.recipe import Student
 
@@ -397,7 +397,7 @@ def test_make_student_follows_the_recipe(tmp_path: Path) -> None:
     assert language_model.shape(fresh) == (33, WIDTH)
     frozen = [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
     assert frozen == ["module.bert.embeddings.position_embeddings.weight"]
-    language_model.save_pretrained(every, tmp_path)
+    loading.save_pretrained(every, tmp_path)
     loaded = students.make_student(Student(path=str(tmp_path)), None, VOCABULARY)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), every.parameters(), strict=True))
 
@@ -437,7 +437,7 @@ def test_special_ids_of_a_new_configuration_are_the_tokenizers(kind: str, tmp_pa
     everything = {**padding, "bos_token_id": 3, "eos_token_id": 4, "cls_token_id": 5, "sep_token_id": 6, "mask_token_id": 8}
     for ids in (padding, everything):
         student = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, ids)
-        language_model.save_pretrained(student, tmp_path)
+        loading.save_pretrained(student, tmp_path)
         for name in ("config.json", "generation_config.json"):
             if (tmp_path / name).exists():
                 values = json.loads((tmp_path / name).read_text())
@@ -503,7 +503,7 @@ def test_pairs_that_cannot_be_compared_are_refused() -> None:
 def test_a_saved_student_loads_without_fastdistil(kind: str, tmp_path: Path) -> None:
     teacher = LanguageModel(build(kind).bfloat16())
     student = students.fewer_layers(teacher.module, [0, 3]).eval()
-    language_model.save_pretrained(student, tmp_path)
+    loading.save_pretrained(student, tmp_path)
     plain, report = auto(kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -511,7 +511,7 @@ def test_a_saved_student_loads_without_fastdistil(kind: str, tmp_path: Path) -> 
     assert plain.dtype == torch.float32
     texts = sequences()
     truth = own_logits(plain.double(), texts)
-    again = language_model.load_model(str(tmp_path))
+    again = loading.load_model(str(tmp_path))
     torch.testing.assert_close(logits(student.eval().double(), batch_of(texts)), truth, rtol=0, atol=1e-10)
     torch.testing.assert_close(logits(again.double(), batch_of(texts)), truth, rtol=0, atol=1e-10)
 
@@ -520,14 +520,14 @@ def test_a_module_of_your_own_is_saved_as_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     module = nn.Linear(3, 2)
-    language_model.save_pretrained(module, tmp_path)
+    loading.save_pretrained(module, tmp_path)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["weight"], module.weight)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "bert"
-    language_model.save_pretrained(LanguageModel(build("bert")), folder)
+    loading.save_pretrained(LanguageModel(build("bert")), folder)
     return folder
 
 
@@ -539,8 +539,8 @@ def test_loading_is_quiet_and_in_evaluation_mode(tmp_path: Path, said: list[str]
     assert "UNEXPECTED" in "".join(said)
     said.clear()
     capfd.readouterr()
-    model = language_model.load_model(str(tmp_path), torch.bfloat16)
-    language_model.save_pretrained(model, tmp_path / "again")
+    model = loading.load_model(str(tmp_path), torch.bfloat16)
+    loading.save_pretrained(model, tmp_path / "again")
     assert (said, *capfd.readouterr()) == ([], "", "")
     assert not model.training
     assert not any(module.training for module in model.modules())
@@ -602,7 +602,7 @@ def test_what_cannot_be_loaded_is_one_line(
     said.clear()
     capfd.readouterr()
     with pytest.raises(UserError, match=complaint) as caught:
-        language_model.load_model(str(folder))
+        loading.load_model(str(folder))
     assert "\n" not in str(caught.value)
     assert (said, *capfd.readouterr()) == ([], "", "")
 
@@ -611,7 +611,7 @@ def test_what_cannot_be_loaded_is_one_line(
 def test_a_model_that_is_nowhere_is_one_line(path: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(UserError, match="no model") as caught:
-        language_model.load_model(path)
+        loading.load_model(path)
     assert "\n" not in str(caught.value)
     assert path in str(caught.value)
 
@@ -621,7 +621,7 @@ def test_verbosity_is_left_as_it_was(saved: Path) -> None:
     before, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_info()
     try:
-        language_model.load_model(str(saved))
+        loading.load_model(str(saved))
         assert library.get_verbosity() == library.INFO
         assert library.is_progress_bar_enabled() == bars
     finally:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.data.corpus import Manifest, canonical, text_sha256
+from fastdistil.console import Console
+from fastdistil.data.corpus import Manifest
 from fastdistil.profiling.report.report import write_text
-from fastdistil.training.metrics import Console
+from fastdistil.storage import canonical, text_sha256
 from tests.small_run import Run
 
 LATIN = os.fsdecode(b"caf\xe9")

@@ -153,7 +153,7 @@ HOROVOD_RANK = """
 import torch
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 world = join(find_place(), World(engine="horovod", timeout_s=20), torch.device("cpu"))
 found = world.wait(world.allreduce(torch.full((500_000,), 1.0 + world.rank), name="numbers"))

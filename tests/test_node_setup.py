@@ -13,11 +13,14 @@ from typing import IO
 
 import pytest
 
-from fastdistil.data.corpus import Corpus, train_wordpiece
+from fastdistil.data import local_copy
+from fastdistil.data.corpus import Corpus
+from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, DiskFull, UserError
 from fastdistil.training import pre_run
-from fastdistil.training.pre_run import cached_corpus, run_once_per_node
+from fastdistil.training.pre_run import run_once_per_node
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = [f"sentence {number} of a small corpus about {number * 7 % 31} things" for number in range(60)]
@@ -208,7 +211,7 @@ def test_a_disk_that_fills_up_all_the_same(corpus: Path, tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pre_run, "_copy_file", full)
+    monkeypatch.setattr(local_copy, "_copy_file", full)
     with pytest.raises(DiskFull, match=r"copying the corpus to data\.cache_dir"):
         cached(corpus, tmp_path / "cache")
 
@@ -225,7 +228,7 @@ def test_a_file_in_the_way(corpus: Path, tmp_path: Path) -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-from fastdistil.training.pre_run import cached_corpus
+from fastdistil.data.local_copy import cached_corpus
 note = lambda text: print(text, flush=True)
 print(cached_corpus(Path(sys.argv[1]), Path(sys.argv[2]), 0, lambda: None, note), flush=True)
 """

@@ -13,10 +13,14 @@ import transformers
 from torch import Tensor
 
 from fastdistil import distil, train
-from fastdistil.data.corpus import Corpus, file_sha256, load_tokenizer, token_facts
+from fastdistil.data.corpus import Corpus
+from fastdistil.data.tokenizer import load_tokenizer, token_facts
 from fastdistil.errors import NonFinite
-from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
-from fastdistil.models.language_model import LanguageModel, load_model
+from fastdistil.evaluate import EvaluateOptions, evaluate
+from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.loading import load_model
+from fastdistil.models.perplexity import held_out
+from fastdistil.storage import file_sha256
 from fastdistil.training.cache_teacher import cache_teacher
 from tests.small_run import events, quiet, small
 from tests.test_train import TinyModel

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil.data import gutenberg, text_files
-from fastdistil.data.corpus import Corpus, load_tokenizer, train_wordpiece
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import PrepareOptions, Progress, prepare
 from fastdistil.data.text_files import Reading, cut_documents, cut_in_line
 from fastdistil.data.text_inputs import find_inputs
+from fastdistil.data.tokenizer import load_tokenizer, train_wordpiece
 from fastdistil.errors import UserError
 
 TEXTS = [f"document {number} of the small library, with words and more words" for number in range(30)]

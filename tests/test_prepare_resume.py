@@ -15,8 +15,9 @@ import pytest
 
 from fastdistil.data import prepare as prepare_module
 from fastdistil.data import text_files
-from fastdistil.data.corpus import Corpus, Manifest, train_wordpiece
+from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, DiskFull, OutOfMemory, UserError
 
 LINES = [f"sentence {number} of a text that fills several shards, and says {number % 7}" for number in range(400)]

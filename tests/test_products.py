@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastdistil.kernels import products
-from fastdistil.kernels.products import product
+from fastdistil.kernels import cpu
+from fastdistil.kernels.cpu import product
 
 PATHS = ["mm", "onednn"] if torch.backends.mkldnn.is_available() else ["mm"]
 
@@ -13,7 +13,7 @@ PATHS = ["mm", "onednn"] if torch.backends.mkldnn.is_available() else ["mm"]
 @pytest.mark.parametrize("what", ["new", "bias", "keep"])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 1), (5, 16, 37), (37, 16, 5), (33, 1, 33), (0, 4, 9), (20, 64, 20)])
 def test_against_float64(m: int, k: int, n: int, what: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_PIECE", 8)
+    monkeypatch.setattr(cpu, "_PIECE", 8)
     torch.manual_seed(0)
     bias = torch.randn(2 * n)[::2] if what == "bias" else None
     # As the losses call it: plain and transposed operands, and an out that is a slice of something larger.
@@ -31,19 +31,19 @@ def test_against_float64(m: int, k: int, n: int, what: str, path: str, monkeypat
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_stay_with_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(cpu, "_onednn_is_faster", lambda: pytest.fail("asked"))
     a, b = torch.ones(3, 4, dtype=dtype), torch.ones(4, 5, dtype=dtype)
     assert (product(a, b, torch.empty(3, 5, dtype=dtype)) == 4).all()
 
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
 def test_which_processors(vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_cpuinfo", lambda: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(cpu, "_cpuinfo", lambda: f"vendor_id\t: {vendor}\n")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    products._onednn_is_faster.cache_clear()
+    cpu._onednn_is_faster.cache_clear()
     try:
-        assert products._onednn_is_faster() == (vendor == "AuthenticAMD")
+        assert cpu._onednn_is_faster() == (vendor == "AuthenticAMD")
     finally:
-        products._onednn_is_faster.cache_clear()
+        cpu._onednn_is_faster.cache_clear()

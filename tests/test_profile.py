@@ -15,7 +15,8 @@ from rich.console import Console
 
 from fastdistil import cli, distil, train
 from fastdistil.distributed.rank_info import find_place
-from fastdistil.profiling.flops import Work, utilisation
+from fastdistil.profiling.flops import Work
+from fastdistil.profiling.peaks import utilisation
 from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import Recipe

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from fastdistil.cli import app
 from fastdistil.errors import UserError
-from fastdistil.profiling.flops import Work, utilisation
+from fastdistil.profiling.flops import Work
+from fastdistil.profiling.peaks import utilisation
 from fastdistil.profiling.report import report
 from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.key_figures import Figure

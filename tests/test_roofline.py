@@ -11,25 +11,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastdistil.data.batches import Batch, assemble
-from fastdistil.kernels import linear_distill, products
+from fastdistil.data.batch import Batch, assemble
+from fastdistil.kernels import cpu, linear_distill
 from fastdistil.kernels.distill_options import DistillOptions, pack
 from fastdistil.models import attention
-from fastdistil.models.language_model import LanguageModel, fresh_model
+from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.loading import fresh_model
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.profiling import flops as roofline
-from fastdistil.profiling.flops import (
-    DATASHEETS,
-    Coefficients,
-    Work,
-    WorkCounter,
-    arithmetic,
-    datasheet,
-    measure_peaks,
-    peaks,
-    utilisation,
-    visible_pairs,
-)
+from fastdistil.profiling import peaks
+from fastdistil.profiling.flops import Coefficients, Work, WorkCounter, visible_pairs
+from fastdistil.profiling.peaks import DATASHEETS, arithmetic, datasheet, measure_peaks, peaks, utilisation
 from fastdistil.recipe import Objective
 
 VOCABULARY, DEPTH, POSITIONS = 97, 3, 48
@@ -198,7 +190,7 @@ def test_fused_attention_computes_scores_again() -> None:
 
 def test_heads_compute_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op in several chunks, counted inside of it."""
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: False)  # whose products torch does not count
+    monkeypatch.setattr(cpu, "_onednn_is_faster", lambda: False)  # whose products torch does not count
     rows, width, teacher_width = 150, 32, 48
     hidden, weight = torch.randn(rows, width), torch.randn(VOCABULARY, width)
     teacher, teacher_weight = torch.randn(rows, teacher_width), torch.randn(VOCABULARY, teacher_width)
@@ -290,17 +282,17 @@ def test_the_table_is_plausible() -> None:
 
 def test_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against times of our own: sizes are multiplied and copied as they are said to be."""
-    monkeypatch.setitem(roofline._COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(peaks._COPY_BYTES, "cpu", 2**20)
     found = measure_peaks(CPU, torch.float32)
     assert found.flops_range[0] <= found.flops <= found.flops_range[1]
     assert found.bytes_range[0] <= found.bytes <= found.bytes_range[1]
-    assert found.size in roofline._SIZES
+    assert found.size in peaks._SIZES
 
     def timed(work: Any, device: torch.device, warmup: int) -> list[float]:
         work()
         return [3.0, 1.0, 2.0, 5.0, 4.0]
 
-    monkeypatch.setattr(roofline, "_timed", timed)
+    monkeypatch.setattr(peaks, "_timed", timed)
     found = measure_peaks(CPU, torch.float32)
     assert found.flops == pytest.approx(2 * 512**3 / 3)
     assert found.flops_range == (pytest.approx(2 * 512**3 / 5), pytest.approx(2 * 512**3))
@@ -314,16 +306,16 @@ def test_a_slow_processor_is_not_kept_long(monkeypatch: pytest.MonkeyPatch) -> N
     def work(seconds: float) -> None:
         now[0] += seconds
 
-    assert roofline._timed(lambda: work(7.0), CPU, warmup=1) == [7.0] * 3
-    assert len(roofline._timed(lambda: work(0.001), CPU, warmup=1)) == 5
+    assert peaks._timed(lambda: work(7.0), CPU, warmup=1) == [7.0] * 3
+    assert len(peaks._timed(lambda: work(0.001), CPU, warmup=1)) == 5
 
 
 def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = roofline.MeasuredPeaks(
+    measured = peaks.MeasuredPeaks(
         flops=1e14, flops_range=(1e14, 1e14), bytes=1e12, bytes_range=(1e12, 1e12), size=4096, copied_bytes=2**28,
         dtype=torch.bfloat16, rounds=5, copies=5,
     )  # fmt: skip
-    monkeypatch.setattr(roofline, "measure_peaks", lambda device, dtype: measured)
+    monkeypatch.setattr(peaks, "measure_peaks", lambda device, dtype: measured)
     name = "NVIDIA Something New"
 
     class Properties:
@@ -350,9 +342,9 @@ def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.Monkey
 def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """An fp32 student beside a bf16 teacher: against the rate of fp32 both together could be more than there is."""
 
-    def measured(device: torch.device, dtype: torch.dtype) -> roofline.MeasuredPeaks:
+    def measured(device: torch.device, dtype: torch.dtype) -> peaks.MeasuredPeaks:
         flops = {torch.float32: 5e13, torch.bfloat16: 6e14}[dtype]
-        return roofline.MeasuredPeaks(
+        return peaks.MeasuredPeaks(
             flops=flops, flops_range=(flops, flops), bytes=1e12, bytes_range=(1e12, 1e12), size=4096, copied_bytes=2**28,
             dtype=dtype, rounds=5, copies=5,
         )  # fmt: skip
@@ -360,7 +352,7 @@ def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -
     class H100:
         name, multi_processor_count = "NVIDIA H100 80GB HBM3", 132
 
-    monkeypatch.setattr(roofline, "measure_peaks", measured)
+    monkeypatch.setattr(peaks, "measure_peaks", measured)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100())
     for both in (("fp32", "bf16"), ("bf16", "fp32"), ("bf16",)):
         found = peaks(torch.device("cuda"), *both)["flops"]
@@ -371,7 +363,7 @@ def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -
 
 def test_measuring_leaves_nothing_in_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(roofline, "_measure_peaks", lambda device, dtype: done.append("measured"))
+    monkeypatch.setattr(peaks, "_measure_peaks", lambda device, dtype: done.append("measured"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("peaks"))
     measure_peaks(torch.device("cuda"), torch.float32)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdistil import cli, distil, train
+from fastdistil.data.sources import CorpusSource
 from fastdistil.errors import CorruptData, DiskFull, Stopped, UserError
 from fastdistil.runs import choose_run, create_run, stored_recipe
 from fastdistil.training import checkpoint, teacher_identity
 from fastdistil.training.cache_teacher import cache_teacher
-from fastdistil.training.inputs import CorpusSource
 from tests.small_run import quiet, small
 from tests.test_train import TinyModel, stop_after
 

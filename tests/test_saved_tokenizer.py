@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fastdistil.data.corpus import difference_as_loaded, fast_tokenizer, load_tokenizer, save_tokenizer, train_wordpiece
+from fastdistil.data.tokenizer import difference_as_loaded, fast_tokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.recipe import load_recipe
 from tests.small_run import events, quiet

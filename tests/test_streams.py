@@ -12,9 +12,10 @@ from typing import TextIO
 import pytest
 
 from fastdistil import cli, train
+from fastdistil.console import Console
+from fastdistil.events import read_events
 from fastdistil.launch.rank_process import _pump
 from fastdistil.streams import LastingStream, lasting
-from fastdistil.training.metrics import Console, read_events
 from tests.small_run import events, small
 
 ROOT = Path(__file__).resolve().parents[1]

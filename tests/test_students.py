@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.errors import UserError
-from fastdistil.models import language_model, student_checks, students
+from fastdistil.models import language_model, loading, student_checks, students
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.recipe import Student, load_recipe
 from fastdistil.training import export
@@ -77,17 +77,17 @@ def untied(kind: str, folder: Path) -> Tensor:
 def test_weights_that_differ_are_not_tied(kind: str, tmp_path: Path) -> None:
     truth = untied(kind, tmp_path / "untied")
     path = str(tmp_path / "untied")
-    assert_computes(language_model.load_model(path), truth)
+    assert_computes(loading.load_model(path), truth)
     students_by_kind = {
-        "layers": students.make_student(Student(layers=ALL), language_model.load_model(path), VOCABULARY),
+        "layers": students.make_student(Student(layers=ALL), loading.load_model(path), VOCABULARY),
         "path": students.make_student(Student(path=path), None, VOCABULARY),
     }
     if kind == "bert":
         recipe = Student(layers=ALL, architecture="distilbert")
-        students_by_kind["distilbert"] = students.make_student(recipe, language_model.load_model(path), VOCABULARY)
+        students_by_kind["distilbert"] = students.make_student(recipe, loading.load_model(path), VOCABULARY)
     for name, student in students_by_kind.items():
         assert_computes(student, truth)
-        language_model.save_pretrained(student, tmp_path / name)
+        loading.save_pretrained(student, tmp_path / name)
         assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
         plain = auto(str(student.module.config.model_type)).from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_weights_that_differ_are_not_tied(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_the_second_bias_of_an_untied_head_is_not_trained_and_saved_as_the_first(kind: str, tmp_path: Path) -> None:
     untied(kind, tmp_path / "untied")
-    student = language_model.load_model(str(tmp_path / "untied"))
+    student = loading.load_model(str(tmp_path / "untied"))
     bias = student.bias
     assert bias is not None
     batch = student_checks._probe(student)
@@ -109,7 +109,7 @@ def test_the_second_bias_of_an_untied_head_is_not_trained_and_saved_as_the_first
     )
     with torch.no_grad():
         bias += 1.0
-    language_model.save_pretrained(student, tmp_path / "saved")
+    loading.save_pretrained(student, tmp_path / "saved")
     weights = load_file(tmp_path / "saved" / "model.safetensors")
     saved = [
         tensor
@@ -151,7 +151,7 @@ def test_gpt2_layers_keep_the_scale_of_their_number(layers: tuple[int, ...], tmp
     student = of_layers(teacher, *layers)
     truth = own_logits(with_layers(teacher, *layers), sequences())
     assert_computes(student, truth)
-    language_model.save_pretrained(student, tmp_path)
+    loading.save_pretrained(student, tmp_path)
     plain = auto("gpt2").from_pretrained(tmp_path).eval()
     torch.testing.assert_close(own_logits(plain, sequences()), truth, rtol=0, atol=1e-5)
 
@@ -175,7 +175,7 @@ def test_layers_keep_their_window_and_rotary_base(kind: str, layers: tuple[int, 
     teacher.config.use_cache = False
     truth = own_logits(with_layers(teacher, *layers), sequences())
     assert_computes(student, truth)
-    language_model.save_pretrained(student, tmp_path)
+    loading.save_pretrained(student, tmp_path)
     plain = auto(kind).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(own_logits(plain, sequences()), truth, rtol=0, atol=1e-5)
     # Programs that go by the older words must come to the same types, where these can say them.
@@ -362,7 +362,7 @@ def test_sizes_left_out_fit_those_given(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_a_configuration_of_no_sizes_is_the_architectures(kind: str) -> None:
-    ours = language_model.config_from({"model_type": kind, "pad_token_id": 1}, VOCABULARY).to_dict()
+    ours = loading.config_from({"model_type": kind, "pad_token_id": 1}, VOCABULARY).to_dict()
     plain = transformers.AutoConfig.for_model(kind).to_dict()
     assert {name: value for name, value in ours.items() if "token_id" not in name and name != "vocab_size"} == {
         name: value for name, value in plain.items() if "token_id" not in name and name != "vocab_size"
@@ -390,7 +390,7 @@ def test_sizes_that_transformers_cannot_run_are_refused(values: dict[str, Any]) 
 def test_an_exported_student_that_transformers_cannot_run_is_an_error_and_stays(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = language_model.save_pretrained
+    real = loading.save_pretrained
 
     changes: dict[str, Any] = {}
 
@@ -429,7 +429,7 @@ def test_a_head_is_drawn_where_the_recipe_says_so(kind: str, tied: bool, tmp_pat
     path = str(tmp_path)
     if not (kind in ("gpt2", "llama", "qwen2", "qwen3") and tied):  # else the embedding is all of the head
         with pytest.raises(UserError, match="language-model head") as caught:
-            language_model.load_model(path)
+            loading.load_model(path)
         assert "student.head" not in str(caught.value)  # a teacher's is never drawn
         with pytest.raises(UserError, match=r"lacks .*, or set student\.head=fresh to have the missing head drawn"):
             students.make_student(Student(path=path), None, VOCABULARY)
@@ -501,12 +501,12 @@ def test_a_causal_model_of_few_tokens_is_evaluated(size: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    assert not language_model._sees_later_tokens(model)
+    assert not loading._sees_later_tokens(model)
     encoder = copy.deepcopy(model)
     real = encoder.module.forward
     # What an encoder does: the first tokens' logits depend on the last one.
     encoder.module.forward = lambda input_ids, **keywords: real(input_ids=input_ids.flip(1), **keywords)
-    assert language_model._sees_later_tokens(encoder)
+    assert loading._sees_later_tokens(encoder)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fastdistil.profiling.flops import Work, utilisation
+from fastdistil.profiling.flops import Work
+from fastdistil.profiling.peaks import utilisation
 from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.summary import statistics_of, summarise
 

@@ -17,19 +17,21 @@ import torch
 import transformers
 
 from fastdistil import cli
+from fastdistil.console import Console
 from fastdistil.data import teacher_cache
 from fastdistil.data.batches import Batches
-from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import CorruptData, UserError
-from fastdistil.models.language_model import load_model
+from fastdistil.models import loading
+from fastdistil.models.loading import load_model
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.train import train
 from fastdistil.training.cache_teacher import cache_teacher
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import show_plan
-from fastdistil.training.metrics import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES = 6
@@ -166,12 +168,11 @@ def test_a_cut_off_teaches_what_is_above_it(material: Path, tmp_path: Path) -> N
 def test_training_from_a_cache_does_not_run_the_teacher(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastdistil.models import language_model
     from fastdistil.training import inputs
 
     plain = recipe_of(material, tmp_path, f"student.path={material / 'other'}")
     out = _made(plain, tmp_path, top_k=4)
-    real, loaded = language_model.load_model, []
+    real, loaded = loading.load_model, []
     monkeypatch.setattr(inputs.models, "load_model", lambda path, *arguments: (loaded.append(path), real(path, *arguments))[1])
     losses(plain.with_(teacher={"cache": str(out), "top_k": 4}))
     assert loaded == []

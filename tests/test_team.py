@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastdistil.data.batches import Counts
+from fastdistil.data.batch import Counts
 from fastdistil.distributed.coordinator import Decision, Team
 from fastdistil.distributed.horovod_world import World
 from fastdistil.distributed.rank_info import Place

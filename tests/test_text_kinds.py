@@ -20,13 +20,15 @@ from typer.testing import CliRunner
 
 from fastdistil.cli import app
 from fastdistil.data import text_files
-from fastdistil.data.corpus import Manifest, canonical, text_sha256, train_wordpiece
+from fastdistil.data.corpus import Manifest
 from fastdistil.data.json_text import array_elements, whole_lines
 from fastdistil.data.prepare import PrepareOptions, Progress, prepare
 from fastdistil.data.text_files import Reading
 from fastdistil.data.text_inputs import SUFFIXES, find_inputs
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions
+from fastdistil.storage import canonical, text_sha256
 from tests.test_gutenberg import FOOTERS, HEADERS, STORY
 
 TEXTS = [f"record {number} about dogs" for number in range(20)]

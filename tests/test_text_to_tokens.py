@@ -13,20 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from fastdistil.cli import app
 from fastdistil.data import text_files
-from fastdistil.data.corpus import (
-    Corpus,
-    Manifest,
-    canonical,
-    load_tokenizer,
-    text_sha256,
-    token_facts,
-    train_wordpiece,
-    unknown_id,
-)
+from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.prepare import PrepareOptions, Progress, prepare
 from fastdistil.data.tokenise import Encoder, Plan
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece, unknown_id
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
+from fastdistil.storage import canonical, text_sha256
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 NAMES = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdistil import distil, train
-from fastdistil.data.corpus import train_wordpiece
+from fastdistil.console import Console
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import sole_user
 from fastdistil.training.checkpoint import list_updates
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import make_plan
-from fastdistil.training.metrics import Console
 from fastdistil.training.optim import LossScale
 from tests.small_run import TINY, assert_same_bits, events, learnt, quiet, saved_state, small
 
@@ -83,7 +83,7 @@ from pathlib import Path
 from fastdistil import train
 from fastdistil.training import checkpoint
 from fastdistil.errors import FastdistilError
-from fastdistil.training.metrics import Console
+from fastdistil.console import Console
 from fastdistil.recipe import load_recipe
 how, at, resume = sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
 step, calls = train.train_step, 0

@@ -11,12 +11,12 @@ import yaml
 
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.json_text import json_text
+from fastdistil.data.local_copy import cached_corpus
 from fastdistil.errors import CorruptData, FastdistilError, UserError
-from fastdistil.launch.launcher import MOST_RANKS, choose_slots, parse_elastic
+from fastdistil.launch.job import MOST_RANKS, choose_slots, parse_elastic
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import stored_recipe
 from fastdistil.training import checkpoint
-from fastdistil.training.pre_run import cached_corpus
 from fastdistil.untrusted import DEPTH, PlainName, Real, Whole, converted, parse_json, parse_yaml, reason
 from tests.damage import ALIASES
 from tests.test_damaged_files import facts, seal_checkpoint, sealed, small_corpus

@@ -13,23 +13,25 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts, train_wordpiece
-from fastdistil.data.mappings import from_mappings
+from fastdistil.console import Console
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import mask_table
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.sources import from_mappings
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import UserError
-from fastdistil.evaluate import EvaluateOptions, evaluate, held_out
+from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.kernels.distill_options import DistillOptions
 from fastdistil.kernels.linear_distill import linear_sparse_distill_loss
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.models.language_model import LanguageModel
+from fastdistil.models.perplexity import held_out
 from fastdistil.models.vocabularies import differing_ids, facts_within
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.recipe import Mask, Objective, Recipe
 from fastdistil.training.cache_teacher import cache_teacher
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import make_plan
-from fastdistil.training.metrics import Console
 from tests.small_run import TINY, learnt, quiet, saved_state, small
 
 TOKENS = 300

@@ -22,11 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdistil.errors import UserError
+from fastdistil.events import EventLog, read_events
 from fastdistil.profiling.report import live
 from fastdistil.profiling.report.live import Live
 from fastdistil.profiling.report.watch import Watch
 from fastdistil.runs import sole_user
-from fastdistil.training.metrics import EventLog, read_events
 
 
 class Clock:

@@ -30,7 +30,7 @@ WIDE, NARROW = 1200, 380
 WRITER = """
 import json, sys
 from pathlib import Path
-from fastdistil.training.metrics import EventLog
+from fastdistil.events import EventLog
 from fastdistil.runs import sole_user
 run = Path(sys.argv[1])
 with sole_user(run), EventLog(run / "events.jsonl") as log:

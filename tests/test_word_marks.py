@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastdistil.data.corpus import Corpus, load_tokenizer, token_facts
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import MaskTable, mask_table, word_starts
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.tokenizer import load_tokenizer, token_facts
 from fastdistil.data.word_marks import check_words, compare_words
 from fastdistil.recipe import Mask
 

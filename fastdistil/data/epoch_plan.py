@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdistil.data.masking import ORDER, SETS, Ints, hashed, offsets
+from fastdistil.data.ragged import ORDER, SETS, Ints, hashed, offsets
 
 
 @dataclass(frozen=True)

@@ -16,35 +16,26 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
-from fastdistil.data.corpus import (
-    FORMAT,
-    FastTokenizer,
-    InputFacts,
-    Manifest,
-    begins_texts,
-    canonical,
-    check_file,
-    file_sha256,
-    frame,
-    front_token,
-    lengths_name,
-    load_tokenizer,
-    plain,
-    save_tokenizer,
-    text_sha256,
-    token_dtype,
-    tokens_name,
-    unknown_id,
-    vocabulary_fingerprint,
-    vocabulary_size,
-)
+from fastdistil.data.corpus import FORMAT, InputFacts, Manifest, check_file, lengths_name, token_dtype, tokens_name
 from fastdistil.data.shards import HashedFile, Shards, Written, counted
 from fastdistil.data.text_files import LARGE_SHARE, Block, Documents, Reading
 from fastdistil.data.text_inputs import Source, TextKind, find_inputs
 from fastdistil.data.tokenise import Plan, encoded_blocks
+from fastdistil.data.tokenizer import (
+    FastTokenizer,
+    begins_texts,
+    frame,
+    front_token,
+    load_tokenizer,
+    plain,
+    save_tokenizer,
+    unknown_id,
+    vocabulary_fingerprint,
+    vocabulary_size,
+)
 from fastdistil.data.unknown_tokens import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.errors import CorruptData, UserError, printable, translated
-from fastdistil.storage import locked, write_atomically
+from fastdistil.storage import canonical, file_sha256, locked, text_sha256, write_atomically
 from fastdistil.untrusted import check, converted, read_json, reason
 
 BYTES_PER_WORKER = 8_000_000

@@ -11,18 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastdistil.data.corpus import (
-    CorpusName,
-    Integers,
-    ShardFacts,
-    canonical,
-    lengths_name,
-    text_sha256,
-    token_dtype,
-    tokens_name,
-)
+from fastdistil.data.corpus import CorpusName, ShardFacts, lengths_name, token_dtype, tokens_name
+from fastdistil.data.ragged import Ints
 from fastdistil.data.tokenise import Encoded
-from fastdistil.storage import write_atomically
+from fastdistil.storage import canonical, text_sha256, write_atomically
 from fastdistil.untrusted import FileFacts, Whole
 
 
@@ -69,7 +61,7 @@ class HashedFile:
 class Shards:
     """Appends blocks to shard files; `written` counts what they hold, `counts_V` how often each token occurs."""
 
-    def __init__(self, out: Path, written: Written, counts_V: Integers, identity: dict[str, Any], shard_tokens: int) -> None:
+    def __init__(self, out: Path, written: Written, counts_V: Ints, identity: dict[str, Any], shard_tokens: int) -> None:
         self.out, self.written, self.counts_V = out, written, counts_V
         self.identity, self.shard_tokens = identity, shard_tokens
         self._open: tuple[HashedFile, HashedFile] | None = None
@@ -113,7 +105,7 @@ class Shards:
             file.abandon()
 
 
-def counted(out: Path, written: Written, vocab_size: int) -> Integers:
+def counted(out: Path, written: Written, vocab_size: int) -> Ints:
     """int64 [V]: token frequencies of the finished shards."""
     counts_V = np.zeros(vocab_size, np.int64)
     for shard in range(len(written.shards)):

@@ -14,7 +14,6 @@ Shapes: n sequences, T tokens end to end, K listed tokens.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
@@ -24,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from fastdistil.data.corpus import Corpus, canonical, file_sha256, text_sha256
-from fastdistil.data.masking import Ints, offsets
+from fastdistil.data.corpus import Corpus
+from fastdistil.data.ragged import Ints, offsets
+from fastdistil.data.range_reader import RangeReader
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.models.pretrained import weight_files
 from fastdistil.recipe import Recipe
-from fastdistil.storage import RangeReader
+from fastdistil.storage import canonical, file_sha256, text_sha256
 from fastdistil.untrusted import FileFacts, Sha256, check, read_json, reason
 
 FORMAT = 1
@@ -62,26 +61,6 @@ def shard_starts(corpus: Corpus) -> list[int]:
 
 def shard_name(epoch: int, shard: int) -> str:
     return f"{epoch}-{shard:05d}.npy"
-
-
-def teacher_fingerprint(path: str, config: Any) -> str:
-    """Return what changes when the teacher does: its files' sha256, or for a hub id its name and commit."""
-    if not Path(path).is_dir():
-        return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
-    return _files_fingerprint(path, tuple(teacher_stamps(path)))
-
-
-@lru_cache(maxsize=4)
-def _files_fingerprint(path: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Hash a teacher's files, once a process while their stamps stay as they are."""
-    return text_sha256(canonical([[name, file_sha256(Path(path, name))] for name, _, _ in stamps]))
-
-
-def teacher_stamps(path: str) -> list[tuple[str, int, int]]:
-    """Return name, bytes and time (ns) of the files that decide what a model's directory computes; none for a hub id."""
-    folder = Path(path)
-    files = sorted([*weight_files(folder), *folder.glob("config.json")])
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def identity(

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastdistil.data.corpus import Integers, Lengths, Tokens, plain
-from fastdistil.data.masking import ranges
+from fastdistil.data.corpus import Lengths, Tokens
+from fastdistil.data.ragged import Ints, ranges
 from fastdistil.data.text_files import Block
+from fastdistil.data.tokenizer import plain
 from fastdistil.errors import OutOfMemory, UserError, is_out_of_memory, of_a_library
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def cut_at_spaces(text: str, stretch: int) -> Iterator[str]:
     yield text[start:]
 
 
-def pieces(tokens: Tokens, lengths_d: Integers, plan: Plan) -> Encoded:
+def pieces(tokens: Tokens, lengths_d: Ints, plan: Plan) -> Encoded:
     """Split documents (tokens end to end, lengths [documents]) and frame each piece."""
     has_front = int(plan.front is not None)
     added = has_front + int(plan.back is not None)

@@ -7,7 +7,8 @@ single pieces.
 from collections.abc import Mapping
 from typing import Any
 
-from fastdistil.data.corpus import FastTokenizer, Integers, added_tokens, unknown_id
+from fastdistil.data.ragged import Ints
+from fastdistil.data.tokenizer import FastTokenizer, added_tokens, unknown_id
 from fastdistil.data.word_marks import normalized
 from fastdistil.errors import UserError
 
@@ -17,7 +18,7 @@ CAPITALS = 0.02
 """A vocabulary of cased text has a larger share of entries with capitals."""
 
 
-def unknown_share(tokenizer: FastTokenizer, counts_V: Integers, sequences: int, options: Mapping[str, Any]) -> float:
+def unknown_share(tokenizer: FastTokenizer, counts_V: Ints, sequences: int, options: Mapping[str, Any]) -> float:
     """Return the share of unknown tokens, from 0 to 1, from the counts of all tokens, int64 [V], in so many sequences.
 
     options: of the manifest; they say which special tokens stand around each sequence, and these are left out.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastdistil.data.masking import Bools, Ints, MaskTable, word_starts
+from fastdistil.data.masking import MaskTable, word_starts
+from fastdistil.data.ragged import Bools, Ints
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from fastdistil import __version__, errors
-from fastdistil.data.batches import Counts
-from fastdistil.distributed.horovod_world import World, join
+from fastdistil.data.batch import Counts
+from fastdistil.data.local_copy import cached_corpus
+from fastdistil.distributed.horovod_world import World, _join_horovod
 from fastdistil.distributed.monitor import Monitor, agree_equal
 from fastdistil.distributed.rank_info import Place
-from fastdistil.distributed.rendezvous import Connect
+from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store
+from fastdistil.distributed.torch_world import TorchWorld
+from fastdistil.distributed.world import Met
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
 from fastdistil.recipe import Recipe
+from fastdistil.recipe import World as Options
 from fastdistil.runs import PAUSE
-from fastdistil.training.pre_run import cached_corpus, run_once_per_node
+from fastdistil.training.pre_run import run_once_per_node
 
 T = TypeVar("T")
 
@@ -289,3 +293,39 @@ def content_hash(tensors: Sequence[Tensor]) -> int:
     for number, value in enumerate(torch.stack(found).tolist()):
         total = (total * 1_000_003 + value + number) % (2**53 - 111)
     return total
+
+
+def join(place: Place | None, options: Options, device: torch.device, met: Met = lambda _: None) -> World:
+    """Become one of the place's ranks. Raises UserError (an engine that is not there, a port in use), RankLost (not all came).
+
+    `met`: see Met; what it raises ends this. Not called where there is one rank.
+    Reads and sets environment variables that the engines read when they start.
+    """
+    if device.type == "cuda":
+        _choose_gpu(place)
+    if place is None:
+        for key in ("engine", "rings"):
+            if (value := getattr(options, key)) not in ("auto", "alone", 1):
+                raise UserError(f"world.{key} is {value} and there is one rank; start several with --np, or leave it out")
+    if place is None or place.size == 1:  # such as what is left of an elastic run
+        return World(None, device)
+    if options.engine == "alone":
+        raise UserError(f"world.engine is alone and {place.launcher} started {place.size} ranks; set it to horovod or torch")
+    if options.engine == "torch":
+        if options.topology != "flat":
+            raise UserError(f"world.topology={options.topology} is Horovod's; set world.topology=flat, or world.engine=horovod")
+        connect = open_store(place, options.timeout_s)
+        watch = met(connect)
+        choose_interface(place)
+        return TorchWorld(place, device, options, connect, watch)
+    return _join_horovod(place, options, device, met)
+
+
+def _choose_gpu(place: Place | None) -> None:
+    """The local rank's; or the only one, where the launcher shows each rank its own."""
+    if place is None:
+        return
+    visible = torch.cuda.device_count()
+    if visible < place.local_size and visible != 1:
+        raise UserError(f"{place.local_size} ranks on this node and {visible} GPUs; start one rank for each GPU")
+    torch.cuda.set_device(place.local_rank if visible > 1 else 0)

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from fastdistil.distributed import horovod_rings
+from fastdistil.distributed.coordinator import join
 from fastdistil.distributed.monitor import GRACE_S
 from fastdistil.distributed.rank_info import Place
 from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store, own_address
-from fastdistil.distributed.torch_world import TorchWorld
 from fastdistil.distributed.world import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting, unhurried
 from fastdistil.errors import UserError
 from fastdistil.install.horovod_build import HOW_TO_BUILD, IDLE_CYCLES
@@ -144,32 +144,6 @@ def _only(found: Any) -> Tensor:
     return tensor
 
 
-def join(place: Place | None, options: Options, device: torch.device, met: Met = lambda _: None) -> World:
-    """Become one of the place's ranks. Raises UserError (an engine that is not there, a port in use), RankLost (not all came).
-
-    `met`: see Met; what it raises ends this. Not called where there is one rank.
-    Reads and sets environment variables that the engines read when they start.
-    """
-    if device.type == "cuda":
-        _choose_gpu(place)
-    if place is None:
-        for key in ("engine", "rings"):
-            if (value := getattr(options, key)) not in ("auto", "alone", 1):
-                raise UserError(f"world.{key} is {value} and there is one rank; start several with --np, or leave it out")
-    if place is None or place.size == 1:  # such as what is left of an elastic run
-        return World(None, device)
-    if options.engine == "alone":
-        raise UserError(f"world.engine is alone and {place.launcher} started {place.size} ranks; set it to horovod or torch")
-    if options.engine == "torch":
-        if options.topology != "flat":
-            raise UserError(f"world.topology={options.topology} is Horovod's; set world.topology=flat, or world.engine=horovod")
-        connect = open_store(place, options.timeout_s)
-        watch = met(connect)
-        choose_interface(place)
-        return TorchWorld(place, device, options, connect, watch)
-    return _join_horovod(place, options, device, met)
-
-
 def _join_horovod(place: Place, options: Options, device: torch.device, met: Met) -> World:
     hvd = import_horovod()
     _check_topology(hvd, place, options, device)
@@ -200,16 +174,6 @@ def _join_horovod(place: Place, options: Options, device: torch.device, met: Met
             "start the ranks with mpirun, or set world.topology=torus"
         )
     return HorovodWorld(place, device, options, connect, hvd, servers, watch)
-
-
-def _choose_gpu(place: Place | None) -> None:
-    """The local rank's; or the only one, where the launcher shows each rank its own."""
-    if place is None:
-        return
-    visible = torch.cuda.device_count()
-    if visible < place.local_size and visible != 1:
-        raise UserError(f"{place.local_size} ranks on this node and {visible} GPUs; start one rank for each GPU")
-    torch.cuda.set_device(place.local_rank if visible > 1 else 0)
 
 
 def import_horovod() -> Any:

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from fastdistil.distributed.horovod_world import Handle, World
 from fastdistil.errors import CorruptData
-from fastdistil.gradients.compressors import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.gradients.compressor import redistribute
+from fastdistil.gradients.compressors import Compressor, Exchange, Layout, State
 from fastdistil.profiling.spans import SpanName, Spans
 
 _ALIGNED = 64  # bytes: every parameter and bucket starts on a cache line

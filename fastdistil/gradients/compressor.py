@@ -7,7 +7,7 @@ K selected elements. A bucket's last parts are shorter than C, or empty.
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -113,3 +113,27 @@ def poison(gradient_N: Tensor) -> Tensor:
 def chosen_numel(density: float, layout: Layout) -> int:
     """K"""
     return max(1, round(density * layout.numel))
+
+
+def redistribute(kinds: Mapping[str, Kind], states: list[State], layout: Layout, ranks: int) -> list[State]:
+    """From the states of all old ranks, in order, those of `ranks` new ones. Residuals keep their sum. Ranks share memory."""
+    new: list[State] = [{} for _ in range(ranks)]
+    for name, kind in kinds.items():
+        old = [state[name] for state in states]
+        parts: list[Tensor]
+        match kind:
+            case "rank":
+                parts = [sum(old[1:], start=old[0]) / ranks] * ranks
+            case "chunk":
+                unit = old[0].shape[1]
+                part = part_numel(layout.numel, ranks, unit)
+                whole = old[0].new_zeros(ranks * part)
+                whole[: layout.numel] = torch.cat([each.reshape(-1) for each in old])[: layout.numel]
+                parts = list(whole.view(ranks, -1, unit))
+            case "shared":
+                parts = [old[0]] * ranks
+            case other:
+                assert_never(other)
+        for state, each in zip(new, parts, strict=True):
+            state[name] = each
+    return new

@@ -22,15 +22,22 @@ update is skipped, with its whole gradient, and buckets.py puts the states back 
 went with it is owed again. Gradients are float32, or float64 in tests; values that travel unrounded keep their dtype.
 """
 
-from collections.abc import Mapping
 from typing import assert_never
 
 import torch
-from torch import Tensor
 
 from fastdistil.errors import UserError
 from fastdistil.gradients.allreduced import Cast, RandomK, Uncompressed
-from fastdistil.gradients.compressor import Compressor, Exchange, Kind, Layout, Request, State, part_numel, ring_allreduce_bytes
+from fastdistil.gradients.compressor import (
+    Compressor,
+    Exchange,
+    Kind,
+    Layout,
+    Request,
+    State,
+    redistribute,
+    ring_allreduce_bytes,
+)
 from fastdistil.gradients.gathered import Int8, Sign, TopK
 from fastdistil.gradients.powersgd import PowerSGD
 from fastdistil.recipe import Compression
@@ -109,27 +116,3 @@ def starts_at(config: Compression) -> int:
     if config.kind == "none":
         return 0
     return max(1, config.warmup_updates, config.frozen_variance_after or 0)
-
-
-def redistribute(kinds: Mapping[str, Kind], states: list[State], layout: Layout, ranks: int) -> list[State]:
-    """From the states of all old ranks, in order, those of `ranks` new ones. Residuals keep their sum. Ranks share memory."""
-    new: list[State] = [{} for _ in range(ranks)]
-    for name, kind in kinds.items():
-        old = [state[name] for state in states]
-        parts: list[Tensor]
-        match kind:
-            case "rank":
-                parts = [sum(old[1:], start=old[0]) / ranks] * ranks
-            case "chunk":
-                unit = old[0].shape[1]
-                part = part_numel(layout.numel, ranks, unit)
-                whole = old[0].new_zeros(ranks * part)
-                whole[: layout.numel] = torch.cat([each.reshape(-1) for each in old])[: layout.numel]
-                parts = list(whole.view(ranks, -1, unit))
-            case "shared":
-                parts = [old[0]] * ranks
-            case other:
-                assert_never(other)
-        for state, each in zip(new, parts, strict=True):
-            state[name] = each
-    return new

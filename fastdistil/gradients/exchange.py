@@ -1,15 +1,16 @@
 """How an update's gradients become those of all ranks: not at all on one rank, else through buckets, perhaps compressed."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdistil.distributed.coordinator import Team
-from fastdistil.distributed.horovod_world import Counters, World, sent_bytes
+from fastdistil.distributed.horovod_world import Counters, World
 from fastdistil.errors import CorruptData, UserError
+from fastdistil.gradients.auto import measure_copy, measure_exchange
 from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.gradients.cost_model import Measured, choose
@@ -264,95 +265,3 @@ def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer
     if world.size == 1:
         return OneRank(optimizer, recipe)
     return Several(optimizer, recipe, world, spans)
-
-
-class Load:
-    """What this rank did since the last log line, to find out who keeps the others waiting."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._tokens, self._data_wait_s = 0, 0.0
-
-    def add(self, tokens: int, data_wait_s: float) -> None:
-        self._tokens += tokens
-        self._data_wait_s += data_wait_s
-
-    def read(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest. And, true on rank
-        0 alone, how long it waited for whoever was, in each update: another time it may be another one.
-
-        Work is the updates' time, as this rank's spans in `line` have it, without what was waited for other ranks (`exposed`):
-        whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
-        """
-        exposed = line["phases"].get("exposed") or [0.0] * len(line["step_s"])
-        worked_s = [step - waited for step, waited in zip(line["step_s"], exposed, strict=True)]
-        told = self._world.gather([self._tokens, self._data_wait_s, *worked_s], "fastdistil.load")
-        ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in told]
-        self._tokens, self._data_wait_s = 0, 0.0
-        tokens, seconds = [each.tokens for each in ranks], [sum(each.worked_s) for each in ranks]
-        behind_s = [max(update) - update[0] for update in zip(*(each.worked_s for each in ranks), strict=True)]
-        return {
-            "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,
-            "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
-            "slowest_rank": seconds.index(max(seconds)),
-            "rank_tokens": [int(each) for each in tokens],
-            "rank_data_wait_s": [each.data_wait_s for each in ranks],
-            "rank_worked_s": seconds,
-            # Ranks do not begin an update at once: more than it waited at all was no wait.
-            "rank_0_waited_s": sum(map(min, behind_s, exposed)),
-        }
-
-
-class _Load(NamedTuple):
-    tokens: float
-    data_wait_s: float
-    worked_s: list[float]
-    """In each update; all ranks did as many."""
-
-
-def measure_exchange(world: World, nbytes: int) -> tuple[float, float]:
-    """(latency in seconds, bytes a second of all rings together) of allreduce, medians of 5. All ranks call it.
-
-    These are no gradients: the counters stay as they were.
-    """
-    counters, world.counters = world.counters, world.counters.copy()
-    each = max(4, min(nbytes, 16 * MIB) // world.rings)
-    small = [world.empty(16, torch.float32)]
-    large = [world.empty(each // 4, torch.float32) for _ in range(world.rings)]
-    latency_s = _median_s(world, small)
-    whole_s = _median_s(world, large)
-    seconds = max(whole_s - latency_s, 0.1 * whole_s)  # of little data the latency, which varies, may seem to be all
-    world.counters = counters
-    return latency_s, sum(sent_bytes("allreduce", buffer.nbytes, world.size) for buffer in large) / seconds
-
-
-def _median_s(world: World, buffers: Sequence[Tensor]) -> float:
-    times = []
-    for number in range(6):
-        world.barrier("fastdistil.measure")
-        begun = time.perf_counter()
-        handles = [
-            world.allreduce(buffer, name=f"fastdistil.measure{buffer.numel()}.{ring}", ring=ring)
-            for ring, buffer in enumerate(buffers)
-        ]
-        for handle in handles:
-            world.wait(handle)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        if number:  # the first makes connections
-            times.append(time.perf_counter() - begun)
-    return sorted(times)[len(times) // 2]
-
-
-def measure_copy(device: torch.device) -> float:
-    """Bytes read and written a second by a copy: what compression is made of."""
-    source = torch.zeros(2**22, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return 2 * source.nbytes / min(times)

@@ -17,12 +17,11 @@ from fastdistil.kernels.block_codes import (
     dequantize_int8,
     dequantize_sum_int8,
     quantize_int8,
-    scatter_sum,
     sign_compress,
     sign_decompress,
     sign_decompress_sum,
-    top_k_select,
 )
+from fastdistil.kernels.top_k import scatter_sum, top_k_select
 
 
 @dataclass(frozen=True)

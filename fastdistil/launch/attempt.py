@@ -25,7 +25,8 @@ from typing import Any, Self
 from fastdistil.distributed.diagnosis import rank_list
 from fastdistil.distributed.rank_info import FIRST_PORT, PORTS
 from fastdistil.errors import UserError
-from fastdistil.launch.rank_process import KILL_AFTER_S, RankProcess, Slot, Voices, start
+from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_process import KILL_AFTER_S, RankProcess, Slot, start
 from fastdistil.signals import stop_signals
 
 SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"

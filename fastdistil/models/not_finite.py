@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch
+from fastdistil.data.batch import Batch
 from fastdistil.models import language_model
 
 ROWS = 512

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch, Layout, Tokens, ascending_starts
-from fastdistil.data.masking import Facts, Ints, offsets, ranges
+from fastdistil.data.batch import Batch, Layout, Tokens
+from fastdistil.data.batches import ascending_starts
+from fastdistil.data.masking import Facts
+from fastdistil.data.ragged import Ints, offsets, ranges
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.kernels.distill import divergence_reference
 from fastdistil.models import language_model

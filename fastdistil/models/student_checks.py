@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Batch, assemble
+from fastdistil.data.batch import Batch, assemble
 from fastdistil.errors import FastdistilError, UserError, is_out_of_memory
-from fastdistil.models.language_model import LanguageModel, load_model, max_length, shape
+from fastdistil.models.language_model import LanguageModel, max_length, shape
+from fastdistil.models.loading import load_model
 
 PROBE_LENGTHS = (5, 11)
 """Tokens of the two sequences of a probe."""

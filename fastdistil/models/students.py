@@ -12,20 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.errors import UserError
+from fastdistil.models.language_model import FAMILIES, LanguageModel, family_of, head_names, is_number, silent
+from fastdistil.models.loading import config_from, fresh_model, load_config, load_model, model_of
 from fastdistil.models.pretrained import LacksWeights
-from fastdistil.models.language_model import (
-    FAMILIES,
-    LanguageModel,
-    config_from,
-    family_of,
-    fresh_model,
-    head_names,
-    is_number,
-    load_config,
-    load_model,
-    model_of,
-    silent,
-)
 from fastdistil.models.student_checks import check_copied_parts, check_transformers_agrees
 from fastdistil.recipe import Student
 

@@ -10,11 +10,13 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from fastdistil.data.batches import Tokens
-from fastdistil.data.corpus import Corpus, FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
-from fastdistil.data.masking import Facts, Ints
+from fastdistil.data.batch import Tokens
+from fastdistil.data.corpus import Corpus
+from fastdistil.data.masking import Facts
+from fastdistil.data.ragged import Ints
+from fastdistil.data.tokenizer import FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
 from fastdistil.errors import UserError
-from fastdistil.models import language_model
+from fastdistil.models import language_model, loading
 from fastdistil.recipe import Recipe
 
 ROLES = {"bos": "front", "cls": "front", "eos": "back", "sep": "back", "pad": "pad", "mask": "mask", "unk": "unknown"}
@@ -128,15 +130,15 @@ def check_tokenizers(
     if recipe.student.path is not None and not own_student:
         paths["the student's model"] = recipe.student.path
     for who, path in paths.items():
-        causal = language_model.family_of(language_model.load_config(path)).causal  # a missing model is no missing tokenizer
-        if not language_model.has_tokenizer(path):
+        causal = language_model.family_of(loading.load_config(path)).causal  # a missing model is no missing tokenizer
+        if not loading.has_tokenizer(path):
             note(f"{who} {path} has no tokenizer files: only the size of its vocabulary can be compared with the corpus")
             continue
         if (difference := disagreement(path, corpus, causal)) is None:
             continue
         advice = f"prepare the corpus with --tokenizer {path}"
         for other in paths.values():
-            if other != path and language_model.has_tokenizer(other) and (apart := pair_disagreement(path, other)) is not None:
+            if other != path and loading.has_tokenizer(other) and (apart := pair_disagreement(path, other)) is not None:
                 advice = f"{path} and {other} differ too ({apart}), so choose a teacher and a student of one vocabulary"
         raise UserError(f"{who} {path} has another vocabulary than the corpus ({difference}); {advice}")
 
@@ -154,7 +156,7 @@ def teacher_rows(recipe: Recipe, teacher: Any | None) -> int | None:
     """Entries of the teacher's vocabulary, though only its cache be used; None without a teacher."""
     if teacher is not None:
         return language_model.shape(teacher)[0]
-    return int(language_model.load_config(recipe.teacher.path).vocab_size) if recipe.teacher is not None else None
+    return int(loading.load_config(recipe.teacher.path).vocab_size) if recipe.teacher is not None else None
 
 
 def shared_columns(
@@ -181,7 +183,7 @@ def shared_columns(
     if teacher is None or teacher == student:
         return None
     paths = [recipe.student.path, recipe.teacher.path if recipe.teacher is not None else None]
-    if own_models or not corpora or not all(language_model.has_tokenizer(path) for path in paths if path is not None):
+    if own_models or not corpora or not all(loading.has_tokenizer(path) for path in paths if path is not None):
         size = "student.config.vocab_size" if config is not None else "resize_token_embeddings of transformers"
         raise UserError(
             f"the teacher's vocabulary has {teacher} entries, the student's {student}, and the tokenizers that say which they "

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import rich.console
 from rich.table import Table
 
+from fastdistil.console import Console
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.errors import UserError, translated
 from fastdistil.launch.launcher import launch_function
@@ -26,7 +27,6 @@ from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import train
-from fastdistil.training import metrics
 
 WARMUP = 5
 """Updates that are not measured: allocators, autotuning and caches settle in them."""
@@ -53,7 +53,9 @@ def profiled(recipe: Recipe, steps: int) -> Recipe:
     )
 
 
-def run_profile(name: str, overrides: Sequence[str], *, steps: int, np: int | None, as_json: bool, console: Console) -> None:
+def run_profile(
+    name: str, overrides: Sequence[str], *, steps: int, np: int | None, as_json: bool, console: rich.console.Console
+) -> None:
     """The command; of several ranks that somebody else started, rank 0's alone prints. Raises FastdistilError."""
     if name == "demo":
         raise UserError("the demo prepares data of its own; give a recipe on prepared data, e.g. distilbert data.train=corpus/")
@@ -85,11 +87,11 @@ def run_profile(name: str, overrides: Sequence[str], *, steps: int, np: int | No
 def _train(recipe: Recipe, recipe_name: str) -> Path:
     """In one rank; progress goes to standard error, so that standard output has the result alone."""
     place = find_place(os.environ)
-    told = metrics.Console(quiet=place is not None and place.rank > 0, file=sys.stderr)
-    return train(recipe, recipe_name=recipe_name, console=told, place=place).run_dir
+    notes = Console(quiet=place is not None and place.rank > 0, file=sys.stderr)
+    return train(recipe, recipe_name=recipe_name, console=notes, place=place).run_dir
 
 
-def show(summary: Mapping[str, Any], console: Console) -> None:
+def show(summary: Mapping[str, Any], console: rich.console.Console) -> None:
     """One table, the figures below it, and the bottleneck."""
     console.print(_title(summary), markup=False, highlight=False, soft_wrap=True)
     table = Table()

@@ -21,7 +21,8 @@ from fastdistil import __version__
 from fastdistil.errors import FastdistilError, UserError, translated
 from fastdistil.events import Fields
 from fastdistil.gradients.cost_model import touched_bytes
-from fastdistil.launch.launcher import Job, choose_slots, launch
+from fastdistil.launch.job import Job, choose_slots
+from fastdistil.launch.launcher import launch
 from fastdistil.launch.rank_process import Slot
 from fastdistil.profiling.device import usable_cores
 from fastdistil.profiling.report.history import load_history
@@ -240,8 +241,8 @@ def _with_demo(study: Study, tell: Callable[[str], None]) -> Study:
     """The recipe demo has a corpus and a teacher made for it: untrained, for what it says costs the same."""
     if study.recipe != "demo":
         return study
+    from fastdistil.console import Console
     from fastdistil.demo import make_corpus
-    from fastdistil.training.metrics import Console
 
     folder = study.out / "demo"
     tell("demo: collecting text from this Python installation, training a tokenizer, making a teacher")

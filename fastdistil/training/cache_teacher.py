@@ -21,18 +21,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastdistil.data.batches import Batches, ascending_starts
-from fastdistil.data.corpus import Corpus, canonical, file_sha256, load_tokenizer, text_sha256, token_facts
-from fastdistil.data.masking import offsets
+from fastdistil.data.corpus import Corpus
+from fastdistil.data.ragged import offsets
 from fastdistil.data.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
+from fastdistil.data.tokenizer import load_tokenizer, token_facts
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
-from fastdistil.models import language_model, students
+from fastdistil.models import language_model, loading, students
 from fastdistil.models.not_finite import first_not_finite
 from fastdistil.models.vocabularies import check_tokenizers, facts_within, shared_columns
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
-from fastdistil.storage import write_atomically
+from fastdistil.storage import canonical, file_sha256, text_sha256, write_atomically
 from fastdistil.training.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
 
 
@@ -68,7 +69,7 @@ def cache_teacher(
     note = partial(progress, 0.0)
     check_tokenizers(recipe, corpus, note)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
-    teacher = language_model.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note).to(device)
+    teacher = loading.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note).to(device)
     vocabulary, longest = language_model.shape(teacher)[0], language_model.max_length(teacher)
     if longest is not None and int(corpus.lengths.max()) > longest:
         raise UserError(

@@ -30,6 +30,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
+from fastdistil.storage import sync, sync_tree
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Sha256, Whole, check, read_json, reason
 
 FORMAT = 1
@@ -193,7 +194,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             _check_from_disk(temporary)
             _replace(temporary, target)
         except BaseException:
@@ -355,7 +356,7 @@ def _replace(temporary: Path, target: Path) -> None:
         if replacing:
             aside.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if replacing:
         _remove(aside)
 
@@ -367,7 +368,7 @@ def _rotate(directory: Path, update: int, keep: int, protect: frozenset[int]) ->
             # Under its own name a half-removed checkpoint would pass for a corrupt one.
             path.rename(_hidden(path, "tmp"))
             _remove(_hidden(path, "tmp"))
-    _sync(directory)
+    sync(directory)
 
 
 def _present(directory: Path) -> dict[int, Path]:
@@ -416,22 +417,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
-
-
-def _sync_tree(directory: Path) -> None:
-    for root, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            _sync(Path(root) / name)
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a directory; the files themselves are on disk.
-        if error.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)

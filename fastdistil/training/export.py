@@ -8,15 +8,16 @@ import torch
 import yaml
 
 from fastdistil import __version__
-from fastdistil.data.corpus import difference_as_loaded, save_tokenizer
+from fastdistil.data.sources import CorpusSource
+from fastdistil.data.tokenizer import difference_as_loaded, save_tokenizer
 from fastdistil.errors import printable
-from fastdistil.evaluate import HeldOut
-from fastdistil.models import language_model
+from fastdistil.models import language_model, loading
+from fastdistil.models.perplexity import HeldOut
 from fastdistil.models.student_checks import check_saved
 from fastdistil.recipe import Recipe
 from fastdistil.redaction import redacted
 from fastdistil.training.checkpoint import atomic_directory
-from fastdistil.training.inputs import CorpusSource, Inputs
+from fastdistil.training.inputs import Inputs
 
 
 def export_student(
@@ -35,7 +36,7 @@ def export_student(
     Raises UserError where transformers cannot load or run the student, or computes something else.
     """
     with atomic_directory(target) as directory:
-        language_model.save_pretrained(inputs.student, directory)
+        loading.save_pretrained(inputs.student, directory)
         card = model_card(inputs, recipe, heldout_scores, updates, tokens)
         if inputs.tokenizer is not None:
             save_tokenizer(inputs.tokenizer, directory)

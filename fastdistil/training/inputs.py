@@ -1,163 +1,29 @@
 """From a recipe to what the loop runs on: device and precision resolved, models loaded and checked, windows of batches."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastdistil.data.batches import Batch, Batches, Counts, Tokens, Window
-from fastdistil.data.corpus import (
-    Corpus,
-    TokenFacts,
-    canonical,
-    load_tokenizer,
-    text_sha256,
-    token_facts,
-)
-from fastdistil.data.mappings import from_mappings
+from fastdistil.data.batches import Batches
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import mask_table
-from fastdistil.data.sources import prefetched
-from fastdistil.data.teacher_cache import TeacherCache, identity, teacher_fingerprint
+from fastdistil.data.sources import CorpusSource, MappingSource, Source
+from fastdistil.data.teacher_cache import TeacherCache, identity
+from fastdistil.data.tokenizer import TokenFacts, load_tokenizer, token_facts
 from fastdistil.data.word_marks import check_words
 from fastdistil.errors import UserError
-from fastdistil.kernels.autograd import chosen_path
-from fastdistil.models import language_model, students
+from fastdistil.kernels.backend import chosen_path
+from fastdistil.models import language_model, loading, students
 from fastdistil.models.compiling import check_compiler
 from fastdistil.models.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
 from fastdistil.profiling.device import has_fast_bf16
-from fastdistil.recipe import Loop, Recipe, Teacher
-
-
-class Source(Protocol):
-    """Where the windows of a run come from."""
-
-    identity: str
-    """Changes when the data does: a continued run must find the same."""
-    replayable: bool
-    """Whether `windows` gives the same windows when it is called again."""
-
-    def updates(self, loop: Loop) -> int: ...
-    def windows(self, first: int, end: int) -> Any:
-        """Context manager over an iterator of (window, counts of the update): updates first ... end - 1."""
-
-    def describe(self, update: int) -> str:
-        """Names the batches of update number `update` (from 1)."""
-
-
-class CorpusSource:
-    """Windows of a prepared corpus."""
-
-    def __init__(self, batches: Batches, identity: str, device: torch.device) -> None:
-        self.identity, self.replayable = identity, True
-        self._batches, self._device = batches, device
-
-    @property
-    def corpus(self) -> Tokens:
-        return self._batches.corpus
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self._batches.corpus.lengths.max())
-
-    def updates(self, loop: Loop) -> int:
-        """Exactly as many as `loop.epochs` has; a part of an epoch is rounded to whole updates, at least 1."""
-        if loop.updates is not None:
-            return loop.updates
-        assert loop.epochs is not None
-        whole, part = divmod(loop.epochs, 1.0)
-        total = sum(self._batches.updates_per_epoch(epoch) for epoch in range(int(whole)))
-        if part:
-            total += round(part * self._batches.updates_per_epoch(int(whole)))
-        return max(1, total)
-
-    def place(self, update: int) -> tuple[int, int]:
-        """(epoch, update in it) of the update number `update`, from 0."""
-        epoch = 0
-        while update >= (size := self._batches.updates_per_epoch(epoch)):
-            update, epoch = update - size, epoch + 1
-        return epoch, update
-
-    @contextmanager
-    def windows(self, first: int, end: int) -> Iterator[Iterator[tuple[Window, Counts]]]:
-        if first >= end:
-            yield iter(())
-            return
-        pin_for = self._device if self._device.type == "cuda" else None
-        with prefetched(self._batches, *self.place(first), pin_for=pin_for) as made:
-            yield ((each.window, each.denominators) for each in itertools.islice(made, end - first))
-
-    def describe(self, update: int) -> str:
-        epoch, number = self.place(update - 1)
-        each = self._batches.update_batches
-        return f"epoch {epoch}, batches {number * each} to {number * each + each - 1}"
-
-
-class MappingSource:
-    """Windows of your own iterable of micro-batches.
-
-    They are made when the step asks for them, so your iterable may keep it waiting (a DataLoader has workers of its own).
-    Each is a mapping of tensors [B, S]: input_ids, and optionally attention_mask, labels and weights (see
-    `mappings.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
-    batches each time for a continued run to be the same run: what was used before is iterated over again and dropped. Several
-    ranks all iterate over all of it, and each trains on its own.
-    """
-
-    def __init__(
-        self,
-        mappings: Iterable[Mapping[str, Any]],
-        causal: bool,
-        vocabulary: int,
-        update_batches: int,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.identity = f"{type(mappings).__qualname__} given from Python"
-        self.replayable = isinstance(mappings, Sized)
-        self._mappings, self._causal, self._vocabulary = mappings, causal, vocabulary
-        self._update_batches, self._rank, self._ranks = update_batches, rank, ranks
-
-    def updates(self, loop: Loop) -> int:
-        if loop.updates is not None:
-            return loop.updates
-        if not isinstance(self._mappings, Sized):
-            raise UserError("loop.epochs needs batches with a length; set loop.updates for an iterable without one")
-        assert loop.epochs is not None
-        per_epoch = -(-len(self._mappings) // self._update_batches)
-        return max(1, round(loop.epochs * per_epoch))
-
-    @contextmanager
-    def windows(self, first: int, end: int) -> Iterator[Iterator[tuple[Window, Counts]]]:
-        yield itertools.islice(self._all(), first, end)
-
-    def _all(self) -> Iterator[tuple[Window, Counts]]:
-        while True:
-            batches = from_mappings(self._mappings, causal=self._causal, vocab_size=self._vocabulary)
-            window: list[Batch] = []
-            empty = True
-            for batch in batches:
-                window.append(batch)
-                if len(window) == self._update_batches:
-                    empty = False
-                    yield self._own(window)
-                    window = []
-            if window:
-                empty = False
-                yield self._own(window)
-            if empty:
-                raise UserError("your iterable of batches ended before loop.updates; give one that can be iterated again")
-
-    def _own(self, window: Window) -> tuple[Window, Counts]:
-        return window[self._rank :: self._ranks], sum((each.counts for each in window), Counts())
-
-    def describe(self, update: int) -> str:
-        first = (update - 1) * self._update_batches
-        return f"micro-batches {first} to {first + self._update_batches - 1} of your iterable"
+from fastdistil.recipe import Recipe, Teacher
+from fastdistil.storage import canonical, text_sha256
+from fastdistil.training.teacher_identity import teacher_fingerprint
 
 
 @dataclass(frozen=True)
@@ -358,7 +224,7 @@ def open_cache(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, co
 
 def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None) -> dict[str, Any]:
     assert recipe.teacher is not None
-    fingerprint = teacher_fingerprint(recipe.teacher.path, language_model.load_config(recipe.teacher.path))
+    fingerprint = teacher_fingerprint(recipe.teacher.path, loading.load_config(recipe.teacher.path))
     return identity(recipe, corpus, causal, fingerprint, vocabulary, columns)
 
 
@@ -375,7 +241,7 @@ def _teacher(recipe: Recipe, module: nn.Module | None, note: Callable[[str], Non
         return own if named == "auto" else own.to(language_model.DTYPES[named])
     if recipe.teacher is None:
         return None
-    return language_model.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note)
+    return loading.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note)
 
 
 def check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None) -> nn.Linear | None:

@@ -17,7 +17,7 @@ import torch
 from fastdistil import __version__
 from fastdistil.distributed.coordinator import Team
 from fastdistil.models import language_model
-from fastdistil.profiling import flops as roofline
+from fastdistil.profiling import peaks
 from fastdistil.profiling.device import (
     Sampler,
     cpuinfo,
@@ -135,7 +135,7 @@ class Instruments:
             precisions = [recipe.loop.precision]
             if recipe.teacher is not None and self._inputs.teacher is not None:
                 precisions.append(recipe.teacher.dtype)
-            self._peaks = roofline.peaks(device, *precisions, measure=recipe.profile.measure_peaks)
+            self._peaks = peaks.peaks(device, *precisions, measure=recipe.profile.measure_peaks)
         team.world.barrier("fastdistil.peaks")
         return {"devices": devices, "peaks": self._peaks} | host_facts()
 
@@ -179,7 +179,7 @@ class Instruments:
 
     def _utilisation(self, work: Work, seconds: float) -> dict[str, Any]:
         """A log line's `mfu`: against the datasheet's peak, and beside it the measured one; against what there is of them."""
-        shares = [roofline.utilisation(work, seconds, flops, source) for source, flops in self._peaks["flops"].items()]
+        shares = [peaks.utilisation(work, seconds, flops, source) for source, flops in self._peaks["flops"].items()]
         if len(shares) == 2:
             return {"mfu": {**shares[0], "measured": shares[1]}}
         return {"mfu": shares[0]} if shares else {}

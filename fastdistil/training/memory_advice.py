@@ -14,10 +14,11 @@ import torch
 
 from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.profiling.device import has_fast_bf16
-from fastdistil.profiling.memory import MemoryEstimate, MemoryMeter, Shape
-from fastdistil.profiling.report.bottleneck import cacheable
-from fastdistil.recipe import Recipe
-from fastdistil.training.memory_plan import estimate_memory, size_text
+from fastdistil.profiling.memory import MemoryMeter
+from fastdistil.profiling.memory_estimate import MemoryEstimate, Shape
+from fastdistil.profiling.quantities import size_text
+from fastdistil.recipe import Recipe, cacheable
+from fastdistil.training.memory_plan import estimate_memory
 
 WORTH = 0.05
 """Share of the estimated whole that advice must save."""

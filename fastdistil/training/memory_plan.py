@@ -9,12 +9,13 @@ import rich.console
 import rich.table
 import torch
 
-from fastdistil.data.corpus import load_tokenizer, token_facts
+from fastdistil.data.sources import CorpusSource
+from fastdistil.data.tokenizer import load_tokenizer, token_facts
 from fastdistil.kernels.linear_distill import workspace_bytes
-from fastdistil.models import language_model, students
+from fastdistil.models import language_model, loading, students
 from fastdistil.models.compiling import check_compiler
 from fastdistil.models.vocabularies import check_heldout, check_tokenizers, shared_columns, teacher_rows
-from fastdistil.profiling.memory import (
+from fastdistil.profiling.memory_estimate import (
     DiskEstimate,
     MemoryEstimate,
     Shape,
@@ -22,16 +23,9 @@ from fastdistil.profiling.memory import (
     estimate_training_memory,
     whole_logits_bytes,
 )
+from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
-from fastdistil.training.inputs import (
-    CorpusSource,
-    check_cached,
-    check_models,
-    epochs_of,
-    make_batches,
-    open_cache,
-    open_corpus,
-)
+from fastdistil.training.inputs import check_cached, check_models, epochs_of, make_batches, open_cache, open_corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +61,14 @@ def make_plan(
     special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
     vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
     if teacher_config is None and recipe.teacher is not None:
-        teacher_config = language_model.load_config(recipe.teacher.path)
+        teacher_config = loading.load_config(recipe.teacher.path)
     if corpus is not None:
         check_tokenizers(recipe, corpus, note)
         if recipe.data.heldout is not None:
             check_heldout(recipe, corpus, open_corpus(recipe.data.heldout, "size", "data.heldout"))
     student_config = students.student_config(recipe.student, teacher_config, vocabulary, special_ids)
-    student_model = language_model.without_weights(student_config)
-    teacher_model = language_model.without_weights(teacher_config) if teacher_config is not None else None
+    student_model = loading.without_weights(student_config)
+    teacher_model = loading.without_weights(teacher_config) if teacher_config is not None else None
     rows_t, corpora = teacher_rows(recipe, teacher_model), [(corpus, facts)] if corpus is not None and facts is not None else []
     columns = shared_columns(recipe, rows_t, language_model.shape(student_model)[0], corpora, student_model.causal, note)
     check_models(recipe, teacher_model, student_model, corpus)
@@ -187,7 +181,3 @@ def transformer_shape(model: language_model.LanguageModel) -> Shape:
         gelu_written_out=config.model_type == "gpt2",
         gated=config.model_type in ("modernbert", "llama", "qwen2", "qwen3"),
     )
-
-
-def size_text(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

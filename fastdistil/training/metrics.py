@@ -5,140 +5,20 @@ to. A run that starts or resumes after update N appends {"event": "start" or "re
 updates before that line has been superseded, and `read_events(path, effective=True)` leaves it out.
 """
 
-import dataclasses
-import json
 import math
-import numbers
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO, cast
+from typing import Any, NamedTuple
 
-import rich.console
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastdistil.errors import CorruptData, UserError, printable, translated
-from fastdistil.events import LINE_BYTES, check_fields, parse_event
+from fastdistil.distributed.horovod_world import World
+from fastdistil.errors import UserError, translated
 from fastdistil.profiling.memory import device_memory, host_memory
-from fastdistil.streams import lasting
 from fastdistil.training.guards import FiniteGuard
-from fastdistil.untrusted import reason
-
-
-class EventLog:
-    """Appends to a file of JSON lines; each line is one write, so that a killed process tears at most the last one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with translated("opening the event log", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-            whole = _whole_lines_bytes(path)
-            if whole < path.stat().st_size:
-                self._file.truncate(whole)
-
-    def write(self, kind: str, /, **fields: Any) -> None:
-        """Append {"event": kind, "time": now, **fields}. Numbers that are not finite become "nan", "inf", "-inf" (float() reads
-        them back), other values that JSON does not know become text. Raises DiskFull, UserError (no permission)."""
-        line = json.dumps(_plain({"event": kind, "time": time.time(), **fields}), allow_nan=False).encode() + b"\n"
-        with translated("writing the event log", self.path):
-            before = self._file.seek(0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(line):  # a nearly full disk takes a part; the next write tells why
-                    written += self._file.write(line[written:])
-            except OSError:
-                self._file.truncate(before)
-                raise
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
-
-
-def read_events(path: Path, effective: bool = False) -> Iterator[dict[str, Any]]:
-    """The events of a log, in order; a torn last line is left out. Raises UserError without a log, CorruptData on a bad line.
-
-    effective: without the events of updates that a later start or resume went back behind (their own lines stay).
-    """
-    if not path.is_file():
-        raise UserError(f"no event log at {path}; give the events.jsonl of a run")
-    events = _parsed(path)
-    return iter(effective_events(list(events))) if effective else events
-
-
-def _parsed(path: Path) -> Iterator[dict[str, Any]]:
-    with translated("reading the event log", path), path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
-            if len(line) == LINE_BYTES:
-                raise CorruptData(f"{path} line {number} is not an event: it has {LINE_BYTES:,} bytes or more")
-            if not line.endswith(b"\n"):
-                return
-            try:
-                event = parse_event(line)
-                check_fields(event)
-            except ValueError as error:
-                raise CorruptData(
-                    f"{path} line {number} is not an event ({reason(error)}): {line[:60]!r}; it was damaged, or a newer "
-                    "fastdistil wrote it"
-                ) from error
-            yield event
-
-
-def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept = []
-    resumed_from = math.inf
-    for event in reversed(events):
-        update = event.get("update")
-        if event.get("event") in ("start", "resume") and isinstance(update, int):
-            resumed_from = min(resumed_from, update)
-        elif isinstance(update, int) and update > resumed_from:
-            continue
-        kept.append(event)
-    return kept[::-1]
-
-
-def _whole_lines_bytes(path: Path) -> int:
-    """Size of the file up to and including its last newline."""
-    with path.open("rb") as file:
-        end = file.seek(0, 2)
-        while end > 0:
-            start = max(0, end - 4096)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-    return 0
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case None | bool() | str():
-            return value
-        case numbers.Integral():
-            return int(value)
-        case numbers.Real():
-            return float(value) if math.isfinite(value) else str(float(value))
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple() | set() | frozenset():
-            return [_plain(item) for item in value]
-        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return _plain(dataclasses.asdict(value))
-        case _:
-            return str(value)
 
 
 class Meter:
@@ -235,102 +115,6 @@ class Meter:
         return fields
 
 
-class Console:
-    """A progress bar with the time left on a terminal, one plain line per log event elsewhere, nothing when `quiet`."""
-
-    def __init__(self, quiet: bool = False, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._quiet = quiet
-        self._file = lasting(file if file is not None else sys.stdout)
-        self._clock = clock
-        # NO_COLOR and TERM=dumb are rich's to obey.
-        self._rich = rich.console.Console(file=cast("TextIO", self._file), highlight=False)
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._when_lost: Callable[[str], None] | None = None
-        self._total = self._start = 0
-        self._started_s = 0.0
-
-    def start(self, total_updates: int, done: int) -> None:
-        """`done`: updates that were finished before this process, so that they do not count in the time left."""
-        self._total, self._start, self._started_s = total_updates, done, self._clock()
-        if self._quiet or not self._rich.is_terminal or self._rich.is_dumb_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[fields]}", markup=False),
-            console=self._rich,
-            speed_estimate_period=300.0,
-        )
-        self._task = self._progress.add_task("", total=total_updates, completed=done, fields="")
-        self._progress.start()
-
-    def update(self, update: int, fields: Mapping[str, Any]) -> None:
-        """Move the bar; with `fields`, show them: in the bar, or as a line of their own without one."""
-        text = "  ".join(_shown(name, value) for name, value in fields.items())
-        if self._quiet:
-            return
-        if self._progress is not None:
-            self._progress.update(self._task, completed=update)
-            if fields:
-                self._progress.update(self._task, fields=text)
-            self._note_loss()
-        elif fields:
-            done = update - self._start
-            left_s = (self._clock() - self._started_s) / done * (self._total - update) if done > 0 else math.nan
-            self.note(f"update {update}/{self._total}  {text}  left {_duration(left_s)}")
-
-    def note(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._quiet:
-            return
-        if self._progress is not None:
-            self._progress.console.print(printable(text), markup=False, soft_wrap=True)
-        else:
-            print(printable(text), file=cast("TextIO", self._file), flush=True)
-        self._note_loss()
-
-    def when_lost(self, tell: Callable[[str], None]) -> None:
-        """Have `tell` called once, on the thread that uses the console, if nobody reads it any more; it is silent then."""
-        self._when_lost = tell
-        self._note_loss()
-
-    def _note_loss(self) -> None:
-        if self._file.lost is not None and self._when_lost is not None and not self._file.loss_is_noted:
-            self._file.loss_is_noted = True
-            self._when_lost(f"the console is gone ({self._file.lost}): going on without it")
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        self._note_loss()  # the bar is drawn on a thread of its own, and a last time when it stops
-        self._when_lost = None
-
-
-def _shown(name: str, value: Any) -> str:
-    label = name.replace("_", " ")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return f"{label} {value}"
-    if name.endswith("_bytes"):
-        return f"{label.removesuffix(' bytes')} {value / 2**30:.2f} GiB"
-    if name.endswith("_per_s"):
-        return f"{value:,.0f} {label.removesuffix(' per s')}/s"
-    if name.endswith("_share"):
-        return f"{label.removesuffix(' share')} {100 * value:.1f}%"
-    return f"{label} {value:,}" if isinstance(value, int) else f"{label} {value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "unknown"
-    minutes, whole = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{whole:02d}"
-
-
 class TensorBoard:
     """Writes a run's numbers for TensorBoard. Trouble while writing is told once through `warn` and never stops training."""
 
@@ -375,3 +159,47 @@ class TensorBoard:
             if self._warn is not None:
                 self._warn(f"TensorBoard: {type(error).__name__}: {error}; its curves may have gaps, events.jsonl has them all")
                 self._warn = None
+
+
+class Load:
+    """What this rank did since the last log line, to find out who keeps the others waiting."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._tokens, self._data_wait_s = 0, 0.0
+
+    def add(self, tokens: int, data_wait_s: float) -> None:
+        self._tokens += tokens
+        self._data_wait_s += data_wait_s
+
+    def read(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest. And, true on rank
+        0 alone, how long it waited for whoever was, in each update: another time it may be another one.
+
+        Work is the updates' time, as this rank's spans in `line` have it, without what was waited for other ranks (`exposed`):
+        whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
+        """
+        exposed = line["phases"].get("exposed") or [0.0] * len(line["step_s"])
+        worked_s = [step - waited for step, waited in zip(line["step_s"], exposed, strict=True)]
+        told = self._world.gather([self._tokens, self._data_wait_s, *worked_s], "fastdistil.load")
+        ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in told]
+        self._tokens, self._data_wait_s = 0, 0.0
+        tokens, seconds = [each.tokens for each in ranks], [sum(each.worked_s) for each in ranks]
+        behind_s = [max(update) - update[0] for update in zip(*(each.worked_s for each in ranks), strict=True)]
+        return {
+            "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,
+            "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
+            "slowest_rank": seconds.index(max(seconds)),
+            "rank_tokens": [int(each) for each in tokens],
+            "rank_data_wait_s": [each.data_wait_s for each in ranks],
+            "rank_worked_s": seconds,
+            # Ranks do not begin an update at once: more than it waited at all was no wait.
+            "rank_0_waited_s": sum(map(min, behind_s, exposed)),
+        }
+
+
+class _Load(NamedTuple):
+    tokens: float
+    data_wait_s: float
+    worked_s: list[float]
+    """In each update; all ranks did as many."""

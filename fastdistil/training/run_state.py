@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil.data.batches import Counts
+from fastdistil.console import Console
+from fastdistil.data.batch import Counts
 from fastdistil.distributed.coordinator import Decision, Team
-from fastdistil.gradients.exchange import Exchange, Load
+from fastdistil.events import EventLog
+from fastdistil.gradients.exchange import Exchange
 from fastdistil.models import language_model
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE, pause_requested
@@ -20,6 +22,7 @@ from fastdistil.training import metrics
 from fastdistil.training.guards import FiniteGuard, Signals
 from fastdistil.training.inputs import Inputs
 from fastdistil.training.instruments import Instruments
+from fastdistil.training.metrics import Load
 from fastdistil.training.optim import LossScale
 
 
@@ -36,9 +39,9 @@ class Run:
     loss_scale: LossScale | None
     guard: FiniteGuard
     meter: metrics.Meter
-    events: metrics.EventLog | None
+    events: EventLog | None
     """None but on rank 0."""
-    console: metrics.Console
+    console: Console
     board: metrics.TensorBoard | None
     signals: Signals
     load: Load

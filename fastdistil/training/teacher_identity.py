@@ -5,15 +5,18 @@ read again, so that only a run's first start, and one after the teacher was copi
 """
 
 import hashlib
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdistil.data.teacher_cache import teacher_fingerprint, teacher_stamps
 from fastdistil.errors import UserError
-from fastdistil.models.language_model import load_config
+from fastdistil.models.loading import load_config
+from fastdistil.models.pretrained import weight_files
 from fastdistil.recipe import Recipe
+from fastdistil.storage import canonical, file_sha256, text_sha256
 
 
 def identify_teacher(recipe: Recipe, module: nn.Module | None) -> dict[str, Any] | None:
@@ -59,3 +62,23 @@ def module_fingerprint(module: nn.Module) -> str:
 def _stamps(path: str) -> list[list[Any]]:
     """Return `teacher_stamps` as JSON has them."""
     return [list(stamp) for stamp in teacher_stamps(path)]
+
+
+def teacher_fingerprint(path: str, config: Any) -> str:
+    """Return what changes when the teacher does: its files' sha256, or for a hub id its name and commit."""
+    if not Path(path).is_dir():
+        return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
+    return _files_fingerprint(path, tuple(teacher_stamps(path)))
+
+
+@lru_cache(maxsize=4)
+def _files_fingerprint(path: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash a teacher's files, once a process while their stamps stay as they are."""
+    return text_sha256(canonical([[name, file_sha256(Path(path, name))] for name, _, _ in stamps]))
+
+
+def teacher_stamps(path: str) -> list[tuple[str, int, int]]:
+    """Return name, bytes and time (ns) of the files that decide what a model's directory computes; none for a hub id."""
+    folder = Path(path)
+    files = sorted([*weight_files(folder), *folder.glob("config.json")])
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

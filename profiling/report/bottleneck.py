@@ -24,6 +24,8 @@ takes a tenth of the step or more:
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fastdistil.recipe import cacheable
+
 WORTH = 0.10
 """Share of the step from which a cause is the bottleneck."""
 PERSISTENT = 2 / 3
@@ -182,12 +184,6 @@ def _launch(summary: Summary) -> Iterator[Cause]:
     way = "larger micro-batches have longer kernels" if compiled else "compiled, fewer kernels are started"
     why = f"no kernel runs {1 - utilisation:.0%} of the time, {waits:.0%} of it in waits for data; {way}"
     yield {"name": "launch-bound", "share": share, "why": why, "key": key}
-
-
-def cacheable(objective: Mapping[str, Any]) -> bool:
-    """Whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_cached)."""
-    hidden = objective.get("a_cos") or objective.get("a_mse")
-    return bool(objective.get("a_ce") and not hidden and objective.get("divergence") == "forward-kl")
 
 
 def _teacher(summary: Summary) -> Iterator[Cause]:

@@ -29,8 +29,7 @@ from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.measurement_files import Benchmarks, Profile
 from fastdistil.profiling.report.summary import slowed_down, summarise
 from fastdistil.profiling.report.svg import without_controls
-from fastdistil.profiling.values import real
-from fastdistil.untrusted import check, read_json, reason
+from fastdistil.untrusted import check, read_json, real, reason
 
 SAME_WORK = (
     "device",

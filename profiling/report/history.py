@@ -13,11 +13,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.events import Fields
-from fastdistil.profiling.values import real
+from fastdistil.events import Fields, effective_events, read_events
 from fastdistil.redaction import redacted
-from fastdistil.training.metrics import effective_events, read_events
-from fastdistil.untrusted import Positive, check, read_yaml, reason
+from fastdistil.untrusted import Positive, check, read_yaml, real, reason
 
 Outcome = Literal["done", "stopped", "nonfinite", "open"]
 Event = dict[str, Any]

@@ -16,7 +16,7 @@ from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report.bootstrap import Statistic
 from fastdistil.profiling.report.history import Event, History
 from fastdistil.profiling.report.summary import PHASES
-from fastdistil.profiling.values import at, real
+from fastdistil.untrusted import at, real
 
 Better = Literal["higher", "lower"]
 NOT_RECORDED = "not recorded"

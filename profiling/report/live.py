@@ -34,9 +34,8 @@ import numpy as np
 
 from fastdistil.events import parse_event
 from fastdistil.profiling.report.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
-from fastdistil.profiling.values import real
 from fastdistil.redaction import redacted
-from fastdistil.untrusted import read_yaml
+from fastdistil.untrusted import read_yaml, real
 
 RECENT = 20
 """Log lines."""

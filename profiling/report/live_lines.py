@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdistil.profiling.values import at, real
+from fastdistil.untrusted import at, real
 
 Event = dict[str, Any]
 

@@ -19,7 +19,7 @@ from fastdistil.profiling.report.history import Event, History
 from fastdistil.profiling.report.summary import MFU, PHASES, measured_updates, phased_updates
 from fastdistil.profiling.report.svg import Axis, Floats, Layer, Series
 from fastdistil.profiling.spans import NAMES
-from fastdistil.profiling.values import at, real
+from fastdistil.untrusted import at, real
 
 Get = Callable[[Event], object]
 WIDE, NARROW = 740.0, 360.0

@@ -30,7 +30,7 @@ from fastdistil.profiling.report.history import Event, History, load_history
 from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
 from fastdistil.profiling.report.plots import Section, sections
 from fastdistil.profiling.report.summary import PHASES, slowed_down, summarise
-from fastdistil.profiling.values import at, real
+from fastdistil.untrusted import at, real
 
 NOTES_SHOWN = 100
 TILES = {

@@ -18,7 +18,7 @@ from fastdistil import __version__
 from fastdistil.profiling.report.bottleneck import causes_of, name_bottleneck
 from fastdistil.profiling.report.history import Event, History
 from fastdistil.profiling.spans import NAMES
-from fastdistil.profiling.values import at
+from fastdistil.untrusted import at
 
 PERCENTILES = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 PHASES = (*NAMES, "other")

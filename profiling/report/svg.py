@@ -8,6 +8,7 @@ More points than columns of pixels are drawn per column: a line through the mean
 that a spike of one update among a million stays visible.
 """
 
+import itertools
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdistil.profiling.quantities import log_ticks, nice_ticks, quantity, readable, tick_text
+from fastdistil.profiling.quantities import quantity, readable
 
 Floats = NDArray[np.float64]
 STYLES = 8
@@ -503,3 +504,55 @@ def _class(name: str) -> str:
 def _r(value: float) -> str:
     """A coordinate: a tenth of a pixel is finer than any eye."""
     return f"{value:.1f}".removesuffix(".0")
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` multiples of 1, 2 or 5 times a power of ten, ascending; the first and last enclose [low, high].
+
+    low = high gets room around it. Raises ValueError where low > high or one of them is not finite.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"wanted finite low <= high, got {low} and {high}")
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        room = abs(low) / 2 or 0.5
+        low, high = (0.0, 2 * low) if low > 0 else (low - room, high + room)
+    raw = (high - low) / max(count - 1, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, count: int = 7) -> list[float]:
+    """1, 2, 5 times powers of ten within [low, high], ascending; only the powers, or some of them, where that is too many.
+
+    Raises ValueError unless 0 < low < high < infinity.
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"wanted finite 0 < low < high, got {low} and {high}")
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors, stride in (((1, 2, 5), 1), *(((1,), stride) for stride in range(1, len(powers) + 1))):
+        ticks = [factor * 10.0**power for power in powers[::stride] for factor in factors]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= count:
+            break
+    return ticks
+
+
+def tick_text(tick: float, ticks: Sequence[float]) -> str:
+    """A label no longer than its neighbours need: 0.5 and 1.0 on one axis, 200k and 1M on another."""
+    largest = max(abs(other) for other in ticks)
+    if tick == 0:
+        return "0"
+    for start, power, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if largest >= start:
+            return f"{tick / power:.10g}{suffix}"
+    if largest < 1e-3:
+        mantissa, _, exponent = f"{tick:.6e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    gaps = [abs(b - a) for a, b in itertools.pairwise(ticks)]
+    logarithmic = len(gaps) > 1 and max(gaps) > 1.5 * min(gaps)
+    if logarithmic or not gaps:
+        return f"{tick:,.10g}"
+    decimals = max(0, -math.floor(math.log10(min(gaps)) + 1e-9))
+    return f"{tick:,.{decimals}f}"

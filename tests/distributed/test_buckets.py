@@ -22,7 +22,7 @@ from fastdistil.objective import denominators, loss_terms
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options, load_recipe
 from fastdistil.distributed.coordinator import content_hash
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 recipe, engine, rings, folder = load_recipe(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
 torch.set_num_threads(1)
@@ -128,7 +128,7 @@ from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 engine, every = sys.argv[1], sys.argv[2] == "every"
 rings = 2 if engine == "torch" else 1
@@ -231,7 +231,8 @@ from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.distributed.horovod_world import join, sent_bytes
+from fastdistil.distributed.horovod_world import sent_bytes
+from fastdistil.distributed.coordinator import join
 
 world = join(find_place(os.environ), Options(engine=sys.argv[1], rings=2, timeout_s=60), torch.device("cpu"))
 none = make_compressor(Compression(), ranks=2, rank=world.rank, engine=sys.argv[1], seed=0)

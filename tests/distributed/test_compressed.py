@@ -19,7 +19,7 @@ from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
 from fastdistil.distributed.coordinator import content_hash
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 engine = sys.argv[1]
 world = join(find_place(os.environ), Options(engine=engine, rings=2, timeout_s=60), torch.device("cpu"))

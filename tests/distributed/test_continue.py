@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdistil.console import Console
 from fastdistil.recipe import Recipe
 from fastdistil.train import train
-from fastdistil.training.metrics import Console
 from tests.distributed.conftest import free_port
 from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 

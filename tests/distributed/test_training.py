@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fastdistil.events import read_events
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.training.checkpoint import list_updates
-from fastdistil.training.metrics import read_events
 from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 
 DRIVER = """

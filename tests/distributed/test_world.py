@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from fastdistil.distributed import horovod_world
-from fastdistil.distributed.horovod_world import Handle, World, join, sent_bytes
+from fastdistil.distributed.coordinator import join
+from fastdistil.distributed.horovod_world import Handle, World, sent_bytes
 from fastdistil.distributed.rank_info import Place
 from fastdistil.distributed.rendezvous import own_address
 from fastdistil.errors import RankLost, UserError
@@ -35,7 +36,7 @@ import json, os, sys
 import torch
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 engine, rings = sys.argv[1], int(sys.argv[2])
 world = join(find_place(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
@@ -110,7 +111,7 @@ import os, sys
 import torch
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 for port in sys.argv[2:]:
     os.environ["MASTER_PORT"] = port
@@ -303,7 +304,7 @@ import os, sys, time
 import torch
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 world = join(find_place(os.environ), Options(engine="horovod", timeout_s=60), torch.device("cpu"))
 world.barrier()
@@ -331,7 +332,7 @@ from fastdistil.errors import RankLost
 from fastdistil.distributed.monitor import Monitor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.distributed.horovod_world import join
+from fastdistil.distributed.coordinator import join
 
 place = find_place(os.environ)
 def met(connect):
