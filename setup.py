@@ -7,11 +7,20 @@ The links fastdistil/kernels and fastdistil/profiling make the same names work i
 
 from setuptools import setup
 
+ROOMS = ("data", "models", "gradients", "distributed", "launch", "training", "studies", "install")
+
 setup(
-    packages=["fastdistil", "fastdistil.kernels", "fastdistil.profiling"],
+    packages=[
+        "fastdistil",
+        *(f"fastdistil.{room}" for room in ROOMS),
+        "fastdistil.kernels",
+        "fastdistil.profiling",
+        "fastdistil.profiling.report",
+    ],
     package_dir={"fastdistil.kernels": "kernels", "fastdistil.profiling": "profiling"},
     package_data={
         "fastdistil": ["py.typed", "recipes/*.yaml"],
-        "fastdistil.profiling": ["networks/*.yaml", "static/*", "tables/*.yaml", "templates/*.j2"],
+        "fastdistil.profiling.report": ["static/*", "templates/*.j2"],
+        "fastdistil.studies": ["networks/*.yaml", "tables/*.yaml"],
     },
 )

@@ -109,7 +109,7 @@ from fastdistil.gradients.exchange import OneRank, Several
 from fastdistil.training.optim import make_optimizer
 from fastdistil.distributed.rank_info import Place
 from fastdistil.recipe import load_recipe
-from fastdistil.distributed.horovod_world import World
+from fastdistil.distributed.world import World
 import transformers
 from fastdistil.data.sources import from_mappings
 from fastdistil.models.language_model import LanguageModel

@@ -25,9 +25,9 @@ def distil(
 ) -> Result:
     """Distil `teacher` into `student` on `corpus` as a recipe says; what is given here replaces what the recipe names.
 
-    teacher   hub id, directory, or a module (models.LanguageModel, transformers model, or one with its interface)
+    teacher   hub id, directory, or a module (language_model.LanguageModel, transformers model, or one with its interface)
     student   hub id, directory, a mapping of the recipe's student section, or a module
-    corpus    directory written by `fastdistil prepare`, or an iterable of micro-batches (see `inputs.MappingSource`)
+    corpus    directory written by `fastdistil prepare`, or an iterable of micro-batches (see `data.sources.MappingSource`)
     np, hosts start that many ranks, on this machine or on hosts="a:8,b:8", and wait for them; the arguments travel by value.
               Without them, a process that a launcher started as a rank is one
     overrides sections as mappings or plain keys: optim={"lr": 1e-4}, name="mine"

@@ -161,7 +161,7 @@ def _train_or_pretrain(
 ) -> None:
     from fastdistil.errors import UserError
     from fastdistil.recipe import load_recipe
-    from fastdistil.runs import restore_recipe
+    from fastdistil.training.saving import restore_recipe
 
     command, options = str(context.command.name), RankOptions(np, hosts, elastic, grow_after)
     if resume is not None and Path(recipe).name == "recipe.yaml":

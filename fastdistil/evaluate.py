@@ -7,7 +7,7 @@
     causal_perplexity   causal models: every token of a whole document once, through sliding windows
     evaluate            all of these for a model's directory, on prepared corpora and on raw text
 
-Models are those that can be trained (models.LanguageModel) or any other of transformers (models.AnyModel).
+Models are those that can be trained (language_model.LanguageModel) or any other of transformers (language_model.AnyModel).
 Perplexity is exp(loss). Standard errors have sequences as their sample (see `scoring.ratio`).
 """
 

@@ -1,6 +1,6 @@
 """Lines of a run's event log, checked: what each kind of event holds, by name and type.
 
-metrics.EventLog writes them; watch, report, compare and scale read them, of any version: a field may be absent, and a field
+EventLog writes them; watch, report, compare and scale read them, of any version: a field may be absent, and a field
 or a kind that is not listed here passes as it is. A number that is not finite is the text "nan", "inf" or "-inf" in the log.
 
 Without torch: following a run must not cost its machine anything.

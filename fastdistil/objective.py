@@ -67,7 +67,7 @@ def loss_terms(
     path: Path = "auto",
     span: Span = unmeasured,
 ) -> LossTerms:
-    """The objective on one micro-batch. `student`, `teacher`: models.LanguageModel or modules with its interface.
+    """The objective on one micro-batch. `student`, `teacher`: language_model.LanguageModel or modules with its interface.
 
     Only `total` carries a gradient. `columns`: the first entries of both vocabularies, in which student and teacher are
     compared and labels predicted, as if there were no others; None: all, equally many. `path`: which implementation of the

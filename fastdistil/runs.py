@@ -91,10 +91,10 @@ def _newest(runs: Path, recipe_name: str) -> Path | None:
 
 def is_run(path: Path) -> bool:
     """Whether a directory holds a run: its recipe, or checkpoints, each of which has a copy of it."""
-    return _has_text(path / RECIPE) or any(path.glob("checkpoints/step-*"))
+    return has_text(path / RECIPE) or any(path.glob("checkpoints/step-*"))
 
 
-def _has_text(path: Path) -> bool:
+def has_text(path: Path) -> bool:
     """Whether a file holds more than what a full disk or a power cut leaves of one: nothing, or NUL bytes."""
     return path.is_file() and bool(path.read_bytes().strip(b"\0 \t\r\n"))
 
@@ -103,7 +103,7 @@ def _in_the_way(run: Path) -> bool:
     """Whether something is at a new run's place that a start which failed did not leave there."""
     if not run.is_dir():
         return os.path.lexists(run)
-    return any(not path.name.endswith(TEMPORARY) and (path.name != RECIPE or _has_text(path)) for path in run.iterdir())
+    return any(not path.name.endswith(TEMPORARY) and (path.name != RECIPE or has_text(path)) for path in run.iterdir())
 
 
 def create_run(run: Path, recipe: Recipe) -> None:
@@ -136,22 +136,6 @@ def sole_user(run: Path, note: Callable[[str], None] = print) -> Iterator[None]:
     busy = f"another process is at work in {run}; wait until it has stopped, or choose another name=... (cache-teacher: --out)"
     with locked(run, busy, note):
         yield
-
-
-def restore_recipe(run: Path, note: Callable[[str], None]) -> None:
-    """Write a run's recipe.yaml anew from its newest whole checkpoint if it is lost. Raises UserError, CorruptData."""
-    from fastdistil.training import checkpoint  # loads torch
-
-    path = run / RECIPE
-    if _has_text(path) or not is_run(run):
-        return
-    loaded = checkpoint.latest(run / "checkpoints", note, groups=())
-    text = loaded.state.get("recipe") if loaded is not None else None
-    if loaded is None or not isinstance(text, str):
-        raise UserError(f"{path} is lost, and the run's checkpoints hold no copy of it; write the run's recipe to that file")
-    with translated("writing the run's recipe", path):
-        write_atomically(path, text)
-    note(f"{path} was lost: written anew from {loaded.path.name}")
 
 
 def stored_recipe(run: Path) -> Recipe:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastdistil.console import Console
 from fastdistil.data.batch import Batch, Counts, Window
+from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.ragged import update_seed
 from fastdistil.distributed.coordinator import Team, joined
 from fastdistil.distributed.rank_info import Place
@@ -39,7 +40,7 @@ from fastdistil.models.perplexity import HeldOut, held_out
 from fastdistil.objective import LossTerms, denominators, loss_terms
 from fastdistil.profiling.memory import MemoryMeter
 from fastdistil.recipe import Recipe
-from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, restore_recipe, sole_user, stored_recipe
+from fastdistil.runs import check_same_recipe, choose_run, clear_pause, create_run, sole_user, stored_recipe
 from fastdistil.training import metrics
 from fastdistil.training.export import export_student
 from fastdistil.training.guards import FiniteGuard, Signals
@@ -48,12 +49,14 @@ from fastdistil.training.instruments import Instruments, sizes_of, with_teacher_
 from fastdistil.training.memory_advice import naming
 from fastdistil.training.metrics import Load
 from fastdistil.training.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
+from fastdistil.training.pre_run import run_once_per_node
 from fastdistil.training.reporting import announce, finish_trace, log, start_trace
 from fastdistil.training.run_state import Run
 from fastdistil.training.saving import (
     give_up_evaluation,
     learnt_tensors,
     restore,
+    restore_recipe,
     resume_command,
     rolling_back,
     save,
@@ -87,8 +90,8 @@ def train(
 ) -> Result:
     """Run a recipe from its first update, or from where it stopped, to its last. Raises FastdistilError.
 
-    `teacher`, `student` (modules) and `batches` (an iterable of micro-batches, see `inputs.MappingSource`) stand in for what
-    the recipe names. `place`: which of several ranks this process is; all of them make this call.
+    `teacher`, `student` (modules) and `batches` (an iterable of micro-batches, see `sources.MappingSource`) stand in for
+    what the recipe names. `place`: which of several ranks this process is; all of them make this call.
     """
     recipe = resolve(recipe, own_teacher=teacher is not None)
     with ExitStack() as last, ExitStack() as stack:
@@ -98,7 +101,7 @@ def train(
         chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size, console.note))
         directory, continued = Path(chosen["directory"]), chosen["continued"]
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
-        local = team.prepare_node(recipe, console.note if team.is_chief else partial(_note_of_node, place))
+        local = _prepare_node(team, recipe, console.note if team.is_chief else partial(_note_of_node, place))
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory, console.note))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
@@ -133,6 +136,23 @@ def train(
             with saving_what_is_sound(run):
                 _loop(run)
             return _finish(run)
+
+
+def _prepare_node(team: Team, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+    """Run pre_run's commands and make data.cache_dir's copies, once on each node; return the recipe with the copies' paths."""
+    local_rank, barrier = team.world.local_rank, team.world.barrier
+    with team.unhurried("preparing the node"):
+        run_once_per_node(recipe.pre_run, local_rank, barrier, note)
+        if recipe.data.cache_dir is None:
+            return recipe
+        directory, verify = Path(recipe.data.cache_dir), recipe.data.verify
+        corpora = {"train": recipe.data.train, "heldout": recipe.data.heldout}
+        copies = {
+            key: str(cached_corpus(Path(path), directory, local_rank, barrier, note, verify=verify))
+            for key, path in corpora.items()
+            if path
+        }
+    return recipe.with_(data=copies)
 
 
 def _note_of_node(place: Place | None, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The specification of compress.py, whose formulas and legend hold here: eager torch, any float dtype, on any device.
+"""The specification of block_codes.py, whose formulas and legend hold here: eager torch, any float dtype, on any device.
 
 Nothing is written in place: each encoder also returns the new residual.
 """

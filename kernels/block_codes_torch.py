@@ -1,4 +1,4 @@
-"""The path of compress.py for the CPU: chunks that stay in the second-level cache, worked on in vectorised sweeps.
+"""The path of block_codes.py for the CPU: chunks that stay in the second-level cache, worked on in vectorised sweeps.
 
 What torch does slowly there (comparisons into booleans, packing of bits, the numbers of the set elements) numpy does, on the
 same memory. Chunks in which something is unusual (not finite, or so small that a scale is denormal) go to the reference.

@@ -1,4 +1,4 @@
-"""The Triton path of compress.py for int8 and signs: one pass over the gradient, which adds the residual, encodes and writes
+"""The Triton path of block_codes.py for int8 and signs: one pass over the gradient, which adds the residual, encodes and writes
 what is left; one pass over the codes of all ranks, which decodes and sums.
 
 A program takes some whole blocks, each in one row of its tile. Tiles that lie within the gradient are loaded without a mask

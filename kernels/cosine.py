@@ -149,7 +149,7 @@ def _rows_torch(
 
 
 def _unit(options: HiddenOptions, dtype: torch.dtype) -> tuple[HiddenOptions, float]:
-    """As low_precision_unit in options.py: float16 gradients get their coefficient in backward, in float32."""
+    """As low_precision_unit in distill_options.py: float16 gradients get their coefficient in backward, in float32."""
     unit = max(abs(options.cosine), abs(options.mse))
     if dtype != torch.float16 or unit == 0:
         return options, 1.0

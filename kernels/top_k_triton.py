@@ -1,4 +1,4 @@
-"""The Triton path of compress.py's top-k: one pass over the gradient, then work on candidates only; nothing waits for the GPU.
+"""The Triton path of top_k.py: one pass over the gradient, then work on candidates only; nothing waits for the GPU.
 
     a sample      guesses a key that, but for one time in 30,000, the k-th largest reaches (keys: the bits of |v|)
     candidates    the one pass: v = gradient + residual, written; the numbers of elements at or above the guess, tile by tile

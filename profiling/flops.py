@@ -78,7 +78,7 @@ class Coefficients:
 
     @classmethod
     def of(cls, model: Any) -> "Coefficients":
-        """Of a models.LanguageModel. Raises ValueError for a module of another kind, whose arithmetic nobody has counted."""
+        """Of a LanguageModel. Raises ValueError for a module of another kind, whose arithmetic nobody has counted."""
         module, family = getattr(model, "module", None), getattr(model, "family", None)
         if module is None or family is None:
             raise ValueError(
@@ -115,7 +115,7 @@ _DROPOUT = ("dropout", "dropout_prob", "pdrop")
 class WorkCounter:
     """The arithmetic of micro-batches of one run: `counter(batch)`, tens of microseconds on the host.
 
-    objective: a recipe's; student, teacher: models.LanguageModel (None: no teacher, or a cached one); projection: of the
+    objective: a recipe's; student, teacher: LanguageModel (None: no teacher, or a cached one); projection: of the
     hidden-state terms. device_type: "cpu" or "cuda", dtype: of the student's products; they decide what is executed, not what
     is useful. Raises ValueError as Coefficients.of does.
     """
@@ -141,7 +141,7 @@ class WorkCounter:
         self._teacher_attention = _attention_kind(device_type, teacher_dtype or dtype, dropout=False)
 
     def __call__(self, batch: Any) -> Work:
-        """Of one batches.Batch, best on the host: of a padded one the lengths are read from its mask."""
+        """Of one data.batch.Batch, best on the host: of a padded one the lengths are read from its mask."""
         objective, own, other = self._objective, self._student, self._teacher
         tokens, places = int(batch.counts.tokens), batch.ids_BS.numel()
         lengths = _lengths(batch)
@@ -195,7 +195,7 @@ def _window(layer: nn.Module) -> int | None:
 
 
 def _attention_kind(device_type: str, dtype: torch.dtype, *, dropout: bool) -> str:
-    """How fastdistil.models.attention computes a packed batch: "varlen" (one call, nothing that is hidden), "grouped" (a fused kernel
+    """How models/attention.py computes a packed batch: "varlen" (one call, nothing that is hidden), "grouped" (a fused kernel
     for each length; a window is a mask over all pairs), "plain" (grouped, by the written-out formula: all pairs, no scores
     computed again)."""
     if device_type == "cuda":

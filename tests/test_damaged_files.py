@@ -28,7 +28,7 @@ from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.shards import counted
 from fastdistil.data.teacher_cache import TeacherCache, record, shard_name
-from fastdistil.distributed.horovod_world import World
+from fastdistil.distributed.world import World
 from fastdistil.errors import UserError
 from fastdistil.gradients.exchange import OneRank
 from fastdistil.launch.job import choose_slots, parse_elastic

@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 2, "eos_token_id": 3},
     "llama": {**SIZES, "num_key_value_heads": 2},
     "qwen2": {**SIZES, "num_key_value_heads": 2},
-    # Not among models.FAMILIES: evaluated by transformers' own forward.
+    # Not among language_model.FAMILIES: evaluated by transformers' own forward.
     "albert": {**SIZES, "embedding_size": 16},
     "electra": {**SIZES, "embedding_size": 16},
     "xlm-roberta": {**SIZES, "type_vocab_size": 1},

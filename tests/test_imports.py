@@ -237,7 +237,7 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
             "fastdistil.install.doctor",
             "import importlib.util\nimportlib.util.find_spec('transformers')\nfrom fastdistil import __version__",
         ),
-        ("tests.test_models", "import transformers, triton\nfrom fastdistil.train import train"),
+        ("tests.models.test_language_model", "import transformers, triton\nfrom fastdistil.train import train"),
     ],
 )
 def test_what_the_rules_allow(name: str, source: str) -> None:

@@ -54,12 +54,13 @@ def members(wheel: Path) -> set[str]:
 def expected_members() -> set[str]:
     expected = {"fastdistil/py.typed"}
     expected |= {f"fastdistil/{path.name}" for path in (ROOT / "fastdistil").glob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastdistil").glob("*/*.py") if not path.parent.is_symlink()}
     expected |= {f"fastdistil/recipes/{path.name}" for path in (ROOT / "fastdistil" / "recipes").glob("*.yaml")}
-    expected |= {f"fastdistil/profiling/static/{path.name}" for path in (ROOT / "profiling" / "static").iterdir()}
-    for folder in ("networks", "tables"):
-        expected |= {f"fastdistil/profiling/{folder}/{path.name}" for path in (ROOT / "profiling" / folder).glob("*.yaml")}
-    expected |= {f"fastdistil/profiling/templates/{path.name}" for path in (ROOT / "profiling" / "templates").glob("*.j2")}
-    for folder in ("kernels", "profiling"):
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastdistil" / "studies").glob("*/*.yaml")}
+    report = ROOT / "profiling" / "report"
+    expected |= {f"fastdistil/profiling/report/static/{path.name}" for path in (report / "static").iterdir()}
+    expected |= {f"fastdistil/profiling/report/templates/{path.name}" for path in (report / "templates").glob("*.j2")}
+    for folder in ("kernels", "profiling", "profiling/report"):
         expected |= {f"fastdistil/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     return expected
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # corpus.py and its worker processes use the arithmetic here 
 
 
 class Facts(Protocol):
-    """What masking and batching know of a tokenizer; corpus.TokenFacts is one."""
+    """What masking and batching know of a tokenizer; tokenizer.TokenFacts is one."""
 
     @property
     def vocab_size(self) -> int: ...

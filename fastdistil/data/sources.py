@@ -174,7 +174,7 @@ class MappingSource:
 
     They are made when the step asks for them, so your iterable may keep it waiting (a DataLoader has workers of its own).
     Each is a mapping of tensors [B, S]: input_ids, and optionally attention_mask, labels and weights (see
-    `mappings.from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
+    `from_mappings`). An iterable that can be iterated anew (a list, a DataLoader) gives epochs, and must give the same
     batches each time for a continued run to be the same run: what was used before is iterated over again and dropped. Several
     ranks all iterate over all of it, and each trains on its own.
     """

@@ -8,33 +8,29 @@ import signal as signals
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdistil import __version__, errors
-from fastdistil.data.batch import Counts
-from fastdistil.data.local_copy import cached_corpus
-from fastdistil.distributed.horovod_world import World, _join_horovod
+from fastdistil.distributed.horovod_world import join_horovod
 from fastdistil.distributed.monitor import Monitor, agree_equal
 from fastdistil.distributed.rank_info import Place
 from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store
 from fastdistil.distributed.torch_world import TorchWorld
-from fastdistil.distributed.world import Met
+from fastdistil.distributed.world import Met, World
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
 from fastdistil.recipe import Recipe
 from fastdistil.recipe import World as Options
 from fastdistil.runs import PAUSE
-from fastdistil.training.pre_run import run_once_per_node
 
 T = TypeVar("T")
 
 
 @contextmanager
 def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> "Iterator[Team]":
-    """This process as one of the place's ranks, until the block ends. Raises UserError, RankLost; see world.join.
+    """This process as one of the place's ranks, until the block ends. Raises UserError, RankLost; see `join`.
 
     When this rank fails, the others learn why before they wait for it. `note` is for rank 0's warnings.
     """
@@ -96,6 +92,19 @@ _VALID = 2**48 - 59
 _COLUMNS = 1024
 
 
+class UpdateCounts(Protocol):
+    """What an update counts over all ranks, see data.batch.Counts."""
+
+    @property
+    def batches(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def labels(self) -> int: ...
+    @property
+    def valid(self) -> float: ...
+
+
 class Decision(NamedTuple):
     """The same on all ranks."""
 
@@ -135,7 +144,7 @@ class Team:
             self.monitor.request_stop(own)
         return own
 
-    def decide(self, signal: str | None, pause: bool, counts: Counts) -> Decision:
+    def decide(self, signal: str | None, pause: bool, counts: UpdateCounts) -> Decision:
         """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE.
 
         `counts` of the update over all ranks, as this rank knows them. Raises UserError where ranks know different ones: their
@@ -166,23 +175,6 @@ class Team:
             self.world.barrier("fastdistil.ready")  # some load for longer, and have all the time that they need
             store = self.world.connect()
             agree_equal(store, self.world.rank, self.world.size, facts, self.monitor)
-
-    def prepare_node(self, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
-        """pre_run's commands and data.cache_dir's copies, once on each node; the recipe with the local copies' paths."""
-        local_rank, barrier = self.world.local_rank, self.world.barrier
-        with self.unhurried("preparing the node"):
-            run_once_per_node(recipe.pre_run, local_rank, barrier, note)
-            if recipe.data.cache_dir is None:
-                return recipe
-            directory = Path(recipe.data.cache_dir)
-            named = {"train": recipe.data.train, "heldout": recipe.data.heldout}
-            verify = recipe.data.verify
-            local = {
-                key: str(cached_corpus(Path(path), directory, local_rank, barrier, note, verify=verify))
-                for key, path in named.items()
-                if path
-            }
-        return recipe.with_(data=local)
 
     def chief_does(self, what: str, work: Callable[[], T]) -> T:
         """Rank 0's result (as JSON has it) on every rank; what it raises, every rank raises."""
@@ -318,7 +310,7 @@ def join(place: Place | None, options: Options, device: torch.device, met: Met =
         watch = met(connect)
         choose_interface(place)
         return TorchWorld(place, device, options, connect, watch)
-    return _join_horovod(place, options, device, met)
+    return join_horovod(place, options, device, met)
 
 
 def _choose_gpu(place: Place | None) -> None:

@@ -1,4 +1,4 @@
-"""The ranks: one process alone, Horovod, or torch.distributed, behind the interface of collectives.py.
+"""The ranks: one process alone, Horovod, or torch.distributed, behind the interface of world.py.
 
 Nothing else in the trainer knows which engine runs. Both engines meet through one torch TCPStore that rank 0 serves at the
 place's address: it starts the engine (Horovod's own rendezvous server runs inside rank 0), and the monitor lives on it.
@@ -9,7 +9,7 @@ What a ring is:
     Horovod, NCCL    one of HOROVOD_NUM_NCCL_STREAMS communicators, taken in turn; Horovod's fusion is off, so that several
                      buckets are under way at once
     Horovod, CPU     Horovod runs one collective after another on one thread. Ring 0 is this process's Horovod; with several
-                     rings each is a communicator process with a Horovod context of its own, over shared memory (rings.py)
+                     rings each is a communicator process with its own Horovod context, over shared memory (horovod_rings.py)
 
 Gradients are float32 or float64. What Horovod cannot carry goes another way: bfloat16 is summed as float32 and broadcast as
 16-bit integers, bools as bytes.
@@ -28,16 +28,13 @@ import torch
 from torch import Tensor
 
 from fastdistil.distributed import horovod_rings
-from fastdistil.distributed.coordinator import join
 from fastdistil.distributed.monitor import GRACE_S
 from fastdistil.distributed.rank_info import Place
 from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store, own_address
-from fastdistil.distributed.world import Counters, Handle, Kind, Met, Watch, World, sent_bytes, starting, unhurried
+from fastdistil.distributed.world import Handle, Kind, Met, Watch, World, starting, unhurried
 from fastdistil.errors import UserError
 from fastdistil.install.horovod_build import HOW_TO_BUILD, IDLE_CYCLES
 from fastdistil.recipe import World as Options
-
-__all__ = ["Counters", "Handle", "Kind", "World", "join", "sent_bytes"]
 
 _RING_COMMAND = (sys.executable, "-m", "fastdistil.distributed.horovod_world")
 
@@ -144,7 +141,7 @@ def _only(found: Any) -> Tensor:
     return tensor
 
 
-def _join_horovod(place: Place, options: Options, device: torch.device, met: Met) -> World:
+def join_horovod(place: Place, options: Options, device: torch.device, met: Met) -> World:
     hvd = import_horovod()
     _check_topology(hvd, place, options, device)
     _set_horovod(options, device)
@@ -273,7 +270,7 @@ def _agree_on_address(hvd: Any, place: Place) -> Place:
 
 
 def _ring_main() -> None:
-    """A communicator process: `python -m fastdistil.distributed.horovod_world`, started by rings.RingProcesses."""
+    """A communicator process: `python -m fastdistil.distributed.horovod_world`, started by horovod_rings.RingProcesses."""
     hvd = import_horovod()
     horovod_rings.serve(hvd.init, partial(start_horovod, hvd), hvd.shutdown)
 

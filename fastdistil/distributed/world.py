@@ -4,7 +4,7 @@
     world.sum / gather / barrier                small, and waited for: control messages, counted apart
     world.broadcast / move                      rare (a start, a resume, one re-ordering of buckets): not counted
 
-world.py makes one.
+coordinator.join makes one.
 """
 
 import time

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistil.distributed.horovod_world import World, sent_bytes
+from fastdistil.distributed.world import World, sent_bytes
 from fastdistil.gradients.buckets import MIB
 
 

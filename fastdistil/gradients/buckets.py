@@ -29,10 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil.distributed.horovod_world import Handle, World
+from fastdistil.distributed.world import Handle, World
 from fastdistil.errors import CorruptData
-from fastdistil.gradients.compressor import redistribute
-from fastdistil.gradients.compressors import Compressor, Exchange, Layout, State
+from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State, redistribute
 from fastdistil.profiling.spans import SpanName, Spans
 
 _ALIGNED = 64  # bytes: every parameter and bucket starts on a cache line

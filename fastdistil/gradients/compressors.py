@@ -30,29 +30,11 @@ from fastdistil.errors import UserError
 from fastdistil.gradients.allreduced import Cast, RandomK, Uncompressed
 from fastdistil.gradients.compressor import (
     Compressor,
-    Exchange,
-    Kind,
-    Layout,
-    Request,
-    State,
-    redistribute,
     ring_allreduce_bytes,
 )
 from fastdistil.gradients.gathered import Int8, Sign, TopK
 from fastdistil.gradients.powersgd import PowerSGD
 from fastdistil.recipe import Compression
-
-__all__ = [
-    "Compressor",
-    "Exchange",
-    "Kind",
-    "Layout",
-    "Request",
-    "State",
-    "make_compressor",
-    "redistribute",
-    "starts_at",
-]
 
 
 def make_compressor(config: Compression, *, ranks: int, rank: int, engine: str, seed: int) -> Compressor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.distributed.coordinator import Team
-from fastdistil.distributed.horovod_world import Counters, World
+from fastdistil.distributed.world import Counters, World
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.gradients.auto import measure_copy, measure_exchange
 from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets

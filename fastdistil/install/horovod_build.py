@@ -1,4 +1,4 @@
-"""Build Horovod for the torch of this environment and install it: `python -m fastdistil.install.horovod_build`, or `make horovod`.
+"""Build and install Horovod for this environment's torch: `python -m fastdistil.install.horovod_build`, or `make horovod`.
 
 The package index holds Horovod's sources only, and its last release (0.28.1, 2023) asks for C++14 where today's torch
 headers want C++17. So the sources are downloaded, edited (EDITS), built against the installed torch without build isolation,

@@ -33,7 +33,7 @@ PORT = 29500
 CONTINUED = " \\\n  "
 """Between the parts of a shell's command on several lines."""
 MAKE_SECRET = """export FASTDISTIL_STORE_SECRET="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')\""""  # noqa: S105 - none yet
-"""A line of a script: the ranks it starts share what nobody else knows (meeting.py)."""
+"""A line of a script: the ranks it starts share what nobody else knows (rendezvous.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

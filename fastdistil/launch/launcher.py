@@ -2,7 +2,7 @@
 `launch_function` for Python.
 
 The launcher takes no part in training and does not load torch. Which environment a rank gets and how it is watched,
-attempts.py says; how it is started and heard, processes.py.
+attempt.py says; how it is started and heard, rank_process.py.
 
 Elastic: when a rank is lost, the others end by themselves (exit code 12); the run is then started again from its last
 checkpoint in the slots that remain. A lost slot is tried again later: the run is stopped as by SIGTERM, which saves it, and
@@ -23,7 +23,6 @@ from fastdistil.launch.attempt import INTERRUPTED, LOST, SAVED, Attempt, Interru
 from fastdistil.launch.elastic import RESTARTS, AbsentSlots, worth_a_restart
 from fastdistil.launch.job import BUG, Job, choose_slots
 from fastdistil.launch.rank_output import Voices
-from fastdistil.launch.rank_process import supervise, tie_to_launcher
 
 
 def refuse_ranks_of_ranks(environ: Mapping[str, str]) -> None:
@@ -109,25 +108,3 @@ def launch_function(
         return read_answer(folder, code, rank, attempt.why())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answer_call(folder: Path) -> int:
-    """In a rank: what `launch_function` asked for."""
-    from fastdistil.launch.remote_call import answer_call
-
-    tie_to_launcher(os.environ)
-    place = find_place(os.environ)
-    assert place is not None
-    return answer_call(folder, place.rank)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        status = _answer_call(Path(sys.argv[1]))
-    else:
-        status = supervise(open(0, "rb", buffering=0), os.environ)  # noqa: SIM115 - a buffer is locked at the end
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status == LOST:
-        os._exit(status)  # other threads may hang in a collective
-    sys.exit(status)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Packing(Protocol):
-    """What attention needs to know of a packed batch (`batches.Packing`)."""
+    """What attention needs to know of a packed batch (`batch.Packing`)."""
 
     cu_seqlens: Tensor
     max_seqlen: int

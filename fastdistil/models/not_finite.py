@@ -76,5 +76,5 @@ def _value(tensor: Tensor) -> str:
 
 
 def _plain(name: str) -> str:
-    """The name without the part that models.LanguageModel adds."""
+    """The name without the part that language_model.LanguageModel adds."""
     return name.removeprefix("module.")

@@ -93,7 +93,7 @@ def held_out(
 ) -> HeldOut:
     """Loss on held-out sequences, all or `max_sequences` drawn with the seed, and KL to a teacher that sees the same.
 
-    `model` and `teacher`: models.LanguageModel, AnyModel or modules with their interface, on `device` (None: where the model
+    `model` and `teacher`: LanguageModel, AnyModel or modules with their interface, on `device` (None: where the model
     is); training mode is off meanwhile. `columns`: the first entries of both vocabularies, over which the KL is taken (None:
     all, equally many); the loss is always over all of the model's. `layout` None: packed where the models can. `precision`
     (fp32, bf16, fp16) is autocast's for the model; the teacher computes in its own dtype. The same seed gives the same masks

@@ -95,7 +95,7 @@ def sliding_windows(lengths_n: NDArray[Any], size: int, stride: int) -> Windows:
 
 
 def layout_of(*modules: Any) -> Layout:
-    """Packed, unless one of the models gives whole logits (models.AnyModel)."""
+    """Packed, unless one of the models gives whole logits (language_model.AnyModel)."""
     return "length-grouped" if any(model is not None and model.weight is None for model in modules) else "packed"
 
 

@@ -1,4 +1,4 @@
-"""Networks as YAML files: bandwidths and latencies, each with its source; profiling/networks/ has some by name."""
+"""Networks as YAML files: bandwidths and latencies, each with its source; studies/networks/ has some by name."""
 
 import math
 from pathlib import Path

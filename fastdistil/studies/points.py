@@ -34,7 +34,7 @@ LOSSES = {
     "compute": "slower compute",
 }
 MODELLED = ("none", "fp16", "bf16", "int8")
-"""Compressors of which cost.py knows what they send and touch."""
+"""Compressors of which cost_model.py knows what they send and touch."""
 
 
 @dataclass(frozen=True, kw_only=True)

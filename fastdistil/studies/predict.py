@@ -121,7 +121,7 @@ def student_t(freedom: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class BreakEven:
-    """Predicted: where `kind` saves more than cost.WORTH of an update."""
+    """Predicted: where `kind` saves more than cost_model.WORTH of an update."""
 
     kind: Kind
     most_accumulation: int | None

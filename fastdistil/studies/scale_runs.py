@@ -207,7 +207,7 @@ class _Runner:
             except BaseException as error:  # noqa: BLE001 (raised below, by the thread that waits for this one)
                 failed.append(error)
 
-        # Threads that end with this process, and their runs with them (processes.tie_to_launcher).
+        # Threads that end with this process, and their runs with them (rank_process.tie_to_launcher).
         threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(count)]
         for thread in threads:
             thread.start()

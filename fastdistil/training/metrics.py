@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistil.distributed.horovod_world import World
+from fastdistil.distributed.world import World
 from fastdistil.errors import UserError, translated
 from fastdistil.profiling.memory import device_memory, host_memory
 from fastdistil.training.guards import FiniteGuard

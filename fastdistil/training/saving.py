@@ -4,7 +4,7 @@ Every function here is called by all ranks; rank 0 alone reads and writes.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch
-from fastdistil.errors import CorruptData, NonFinite, UserError
+from fastdistil.errors import CorruptData, NonFinite, UserError, translated
 from fastdistil.events import Fields
 from fastdistil.models import language_model
 from fastdistil.models.not_finite import first_not_finite
 from fastdistil.recipe import CompressionKind
+from fastdistil.runs import RECIPE, has_text, is_run
+from fastdistil.storage import write_atomically
 from fastdistil.training import checkpoint
 from fastdistil.training.guards import FiniteGuard
 from fastdistil.training.run_state import Run
@@ -335,3 +337,17 @@ def load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: Modules, o
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     start = prefix + "."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def restore_recipe(run: Path, note: Callable[[str], None]) -> None:
+    """Write a run's recipe.yaml anew from its newest whole checkpoint if it is lost. Raises UserError, CorruptData."""
+    path = run / RECIPE
+    if has_text(path) or not is_run(run):
+        return
+    loaded = checkpoint.latest(run / "checkpoints", note, groups=())
+    text = loaded.state.get("recipe") if loaded is not None else None
+    if loaded is None or not isinstance(text, str):
+        raise UserError(f"{path} is lost, and the run's checkpoints hold no copy of it; write the run's recipe to that file")
+    with translated("writing the run's recipe", path):
+        write_atomically(path, text)
+    note(f"{path} was lost: written anew from {loaded.path.name}")

@@ -6,7 +6,7 @@ Patton, Politis and White (2009), 1 for steps that do not depend on each other. 
 ranks, which outliers do not move; for a mean on the series itself.
 
 The interval is the percentile interval of 10,000 resamples, from a fixed seed: the same samples give the same answer. It is
-meant to hold the truth 95 times in 100; tests/test_compare.py counts how often it does in made-up series, and asks for less
+meant to hold the truth 95 times in 100; test_compare.py counts how often it does in made-up series, and asks for less
 where steps depend on each other: profile more of them where they drift.
 """
 

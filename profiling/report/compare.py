@@ -1,7 +1,7 @@
 """Two measurements side by side, and a verdict: is B slower than A by more than a limit, for certain?
 
     what                a run's directory, the profile.json of `fastdistil profile`, or what pytest --benchmark-json wrote
-    ratio               B's median step over A's, with a 95% interval (intervals.py says how it is made)
+    ratio               B's median step over A's, with a 95% interval (bootstrap.py says how it is made)
     slower by a limit   the lower bound of that interval is above 1 + limit: the whole interval says so, not the one number
 
 Measurements of different work are refused (devices, precision, ranks, micro-batch, accumulation, models; of benchmarks the

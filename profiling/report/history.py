@@ -1,7 +1,7 @@
 """What a run directory tells, read once: the recipe and the effective events, sorted by kind.
 
 Everything that shows, sums up or compares runs starts from here. Fields that an older run did not record are absent, not
-guessed. A run that died within a write loses its torn last line, as everywhere (`metrics.read_events`).
+guessed. A run that died within a write loses its torn last line, as everywhere (`events.read_events`).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 `Live.refresh` reads what events.jsonl has gained since the last call, for a bounded time; `Live.changes` gives what a page has
 not seen yet. A start or resume after update N takes back what was logged for later updates, as
-`metrics.read_events(..., effective=True)` does for the whole file.
+`events.read_events(..., effective=True)` does for the whole file.
 
 Rates are over the last `RECENT` log lines of the present attempt (since the last start or resume):
 

@@ -64,7 +64,7 @@ class Reported:
 class Judgement(NamedTuple):
     """Of a relative difference: 'better' or 'worse' where a spread says so, 'within noise' where it says neither; else ''.
 
-    The spread is that of the samples (intervals.py), 95%, or two standard errors of the difference. It is of the last samples:
+    The spread is that of the samples (bootstrap.py), 95%, or two standard errors of the difference. It is of the last samples:
     where the difference, which is of all, is not what they say, nothing is judged.
     """
 

@@ -231,7 +231,7 @@ from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import Compression, World as Options
-from fastdistil.distributed.horovod_world import sent_bytes
+from fastdistil.distributed.world import sent_bytes
 from fastdistil.distributed.coordinator import join
 
 world = join(find_place(os.environ), Options(engine=sys.argv[1], rings=2, timeout_s=60), torch.device("cpu"))

@@ -94,13 +94,12 @@ STATES = """
 import json, os, sys
 import torch
 from fastdistil.distributed import world as collectives
-from fastdistil.distributed import horovod_world as worlds
+from fastdistil.distributed.coordinator import Team, join
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import World as Options
-from fastdistil.distributed.coordinator import Team
 
 collectives._MOVED_BYTES = 4000  # so that a state goes in parts
-world = worlds.join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
+world = join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
 team, rank, size = Team(world, None), world.rank, world.size
 sent = received = 0
 move, broadcast = world._move, world._broadcast
@@ -109,7 +108,7 @@ def counted(own, nbytes, *rest):
     global sent, received
     sent, received = sent + own.nbytes, received + nbytes
     handle = move(own, nbytes, *rest)
-    return worlds.Handle(handle.name, handle.done, lambda: checked(handle.finish(), nbytes), handle.wait)
+    return collectives.Handle(handle.name, handle.done, lambda: checked(handle.finish(), nbytes), handle.wait)
 
 def checked(tensor, nbytes):
     assert tensor.nbytes == nbytes, "the engine gave other bytes than were to be moved"

@@ -42,8 +42,8 @@ def counted(run, window, counts, waited_s):
     return step(run, window, counts, waited_s)
 train.train_step = counted
 if how == "LATE":  # rank 0 signals the other, which waits for it to leave, while it writes the student
-    from fastdistil.distributed import coordinator as team
-    leaving, leave, export = Path(sys.argv[1]).parent / "leaving", team._leave, train.export_student
+    from fastdistil.distributed import coordinator
+    leaving, leave, export = Path(sys.argv[1]).parent / "leaving", coordinator._leave, train.export_student
     def left(*given):
         if place.rank == on:
             leaving.with_suffix(".part").write_text(str(os.getpid()))
@@ -55,7 +55,7 @@ if how == "LATE":  # rank 0 signals the other, which waits for it to leave, whil
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(int(leaving.read_text()), number)
         export(*given, **named)
-    team._leave, train.export_student = left, exported
+    coordinator._leave, train.export_student = left, exported
 code = 0
 try:
     train.train(load_recipe(sys.argv[1]), resume=resume, place=place)

@@ -17,9 +17,9 @@ import torch
 
 from fastdistil.distributed import horovod_world
 from fastdistil.distributed.coordinator import join
-from fastdistil.distributed.horovod_world import Handle, World, sent_bytes
 from fastdistil.distributed.rank_info import Place
 from fastdistil.distributed.rendezvous import own_address
+from fastdistil.distributed.world import Handle, World, sent_bytes
 from fastdistil.errors import RankLost, UserError
 from fastdistil.recipe import World as Options
 
@@ -194,9 +194,7 @@ def test_without_horovod_the_command_that_builds_it_is_named(monkeypatch: pytest
 JOINED = """
 import os, signal, sys, time
 import torch
-from fastdistil.distributed import meeting
-from fastdistil.distributed import team
-from fastdistil.distributed import world
+from fastdistil.distributed import coordinator, horovod_world, rendezvous
 from fastdistil.errors import FastdistilError
 from fastdistil.distributed.rank_info import find_place
 from fastdistil.recipe import load_recipe
@@ -205,7 +203,7 @@ place = find_place(os.environ)
 settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=6", f"world.engine={sys.argv[1]}"]
 PLANT
 try:
-    with team.joined(place, load_recipe("distilbert", settings), print) as joined:
+    with coordinator.joined(place, load_recipe("distilbert", settings), print) as joined:
         print("met", flush=True)
 AFTER
 except FastdistilError as error:
@@ -242,7 +240,7 @@ def test_a_rank_that_dies_while_the_engine_starts_is_named(engine: str, on: int,
 def die(place):
     if place.rank == {on}:
         os.kill(os.getpid(), signal.SIGKILL)
-world.choose_interface = die
+coordinator.choose_interface = horovod_world.choose_interface = die
 """
     ended = join_ranks(start_ranks, tmp_path, plant, 3, engine)
     for rank in {0, 1, 2} - {on}:
@@ -253,14 +251,14 @@ world.choose_interface = die
 def test_a_rank_that_stands_still_before_all_have_met_is_named(start_ranks: Start, tmp_path: Path) -> None:
     """Rank 0, which serves the store: the others are in a call that never returns."""
     plant = """
-open_store = world.open_store
+open_store = coordinator.open_store
 def stop(*given):
     connect = open_store(*given)
     if place.rank == 0:
         time.sleep(1)  # the other is connected
         os.kill(os.getpid(), signal.SIGSTOP)
     return connect
-world.open_store = stop
+coordinator.open_store = stop
 """
     program = tmp_path / "program.py"
     program.write_text(JOINED.replace("PLANT", plant).replace("AFTER\n", ""))
@@ -274,7 +272,7 @@ def test_another_program_on_the_port_is_no_reason_to_wait_for_ever(start_ranks: 
     """Rank 0 cannot serve there; the others are connected to somebody who never answers."""
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
-        first, second = join_ranks(start_ranks, tmp_path, "meeting.ANSWER_S = 1", 2, "torch", port)
+        first, second = join_ranks(start_ranks, tmp_path, "rendezvous.ANSWER_S = 1", 2, "torch", port)
     assert first.code == 2 and f"127.0.0.1:{port}: Address already in use" in first.said
     assert second.code == 12 and f"127.0.0.1:{port} does not answer as rank 0 does" in second.said
 
@@ -470,8 +468,8 @@ def test_ring_processes_load_unhurried_and_connect_once_all_have_loaded(
 def test_ring_processes_may_load_for_longer_than_the_timeout(horovod: None, start_ranks: Start, tmp_path: Path) -> None:
     slowly = """
 if place.rank == 1:
-    later = "import time; time.sleep(9); from fastdistil.distributed import world; world._ring_main()"
-    world._RING_COMMAND = (sys.executable, "-c", later)
+    later = "import time; time.sleep(9); from fastdistil.distributed import horovod_world as world; world._ring_main()"
+    horovod_world._RING_COMMAND = (sys.executable, "-c", later)
 settings += ["world.rings=2"]
 """
     for ended in join_ranks(start_ranks, tmp_path, slowly, 2, "horovod"):

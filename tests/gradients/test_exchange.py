@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.distributed.coordinator import Team
-from fastdistil.distributed.horovod_world import Handle, Kind, World
 from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.world import Handle, Kind, World
 from fastdistil.errors import UserError
 from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor, starts_at

@@ -68,7 +68,7 @@ def row(found: dict[str, Any], name: str) -> dict[str, Any]:
 def test_interval_holds_the_truth_as_often_as_it_says(
     n: int, correlation: float, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """95 in 100; where steps resemble each other a little less, as intervals.py says."""
+    """95 in 100; where steps resemble each other a little less, as bootstrap.py says."""
     monkeypatch.setattr("fastdistil.profiling.report.bootstrap.RESAMPLES", 2000)  # quicker, and sharp enough
     held = 0
     for seed in range(100):

@@ -33,7 +33,7 @@ from fastdistil.training.cache_teacher import cache_teacher
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import show_plan
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 6
 
 

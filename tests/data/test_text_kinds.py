@@ -29,7 +29,7 @@ from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions
 from fastdistil.storage import canonical, text_sha256
-from tests.test_gutenberg import FOOTERS, HEADERS, STORY
+from tests.data.test_gutenberg import FOOTERS, HEADERS, STORY
 
 TEXTS = [f"record {number} about dogs" for number in range(20)]
 PLAIN = "".join(f"{text}\n" for text in TEXTS).encode()

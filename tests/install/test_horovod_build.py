@@ -35,7 +35,7 @@ from fastdistil.install.horovod_build import (
 from fastdistil.install.horovod_installed import STAMP, Torch, installed_torch, probe, two_ranks
 from fastdistil.install.horovod_tools import Cuda, find_cuda, first_line, link_libraries, nccl_version
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = Build(
     horovod="0.28.1",
     edits="a hash",

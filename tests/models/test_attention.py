@@ -17,7 +17,7 @@ HEADS, WIDTH, TOKENS = 4, 6, sum(LENGTHS)
 
 @dataclass(frozen=True)
 class ByHand:
-    """A packing that owes nothing to batches.Packing.of."""
+    """A packing that owes nothing to batch.Packing.of."""
 
     cu_seqlens: Tensor
     max_seqlen: int

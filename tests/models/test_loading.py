@@ -19,8 +19,8 @@ from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.models import language_model, loading
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import make_plan
+from tests.models.test_language_model import CONFIGS, batch_of, build, every_family, logits, sequences
 from tests.small_run import quiet, small
-from tests.test_models import CONFIGS, batch_of, build, every_family, logits, sequences
 
 Weights = dict[str, torch.Tensor]
 SELF = "bert.encoder.layer.{}.attention.self."

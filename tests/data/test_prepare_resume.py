@@ -66,7 +66,7 @@ class Job:
         script = self.folder / "script.py"
         script.write_text(SCRIPT)
         arguments = [str(out), json.dumps(self.inputs), json.dumps({**self.options, **changes})]
-        root = Path(__file__).resolve().parents[1]
+        root = Path(__file__).resolve().parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}
         done = subprocess.run([sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, check=False)
         assert done.returncode == -signal.SIGKILL

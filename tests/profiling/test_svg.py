@@ -42,7 +42,7 @@ def points(path: str) -> list[tuple[float, float]]:
 def test_nice_ticks_enclose_in_equal_steps_of_1_2_or_5(one: float, other: float, count: int) -> None:
     low, high = sorted((one, other))
     assume(high == low or high - low > 1e-9 * max(abs(low), abs(high)))
-    ticks = svg.nice_ticks(low, high, count)
+    ticks = charts.nice_ticks(low, high, count)
     slack = 1e-6 * (ticks[-1] - ticks[0])
     assert ticks[0] <= low + slack
     assert ticks[-1] >= high - slack
@@ -57,13 +57,13 @@ def test_nice_ticks_enclose_in_equal_steps_of_1_2_or_5(one: float, other: float,
 @pytest.mark.parametrize("ends", [(math.nan, 1.0), (0.0, math.inf), (2.0, 1.0)])
 def test_nice_ticks_refuse_what_has_no_range(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="finite low <= high"):
-        svg.nice_ticks(*ends)
+        charts.nice_ticks(*ends)
 
 
 @given(st.floats(1e-12, 1e12), st.floats(charts.COLUMN_WIDTH, 1e9))
 def test_log_ticks_are_round_within_the_range_and_not_too_many(low: float, factor: float) -> None:
     high = low * max(factor, 20.0)
-    ticks = svg.log_ticks(low, high)
+    ticks = charts.log_ticks(low, high)
     assert 1 <= len(ticks) <= 7
     assert ticks == sorted(ticks)
     assert low * (1 - 1e-6) <= ticks[0]

@@ -22,7 +22,7 @@ from fastdistil.errors import CorruptData, DiskFull, UserError
 from fastdistil.training import pre_run
 from fastdistil.training.pre_run import run_once_per_node
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SENTENCES = [f"sentence {number} of a small corpus about {number * 7 % 31} things" for number in range(60)]
 
 

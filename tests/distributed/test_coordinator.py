@@ -7,8 +7,8 @@ import torch
 
 from fastdistil.data.batch import Counts
 from fastdistil.distributed.coordinator import Decision, Team
-from fastdistil.distributed.horovod_world import World
 from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.world import World
 from fastdistil.errors import UserError
 
 

@@ -11,7 +11,7 @@ import pytest
 from fastdistil.distributed.rank_info import Place, environment_of_no_rank, expand_counts, expand_hosts, find_place
 from fastdistil.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TORCH = {
     "RANK": "3",
     "WORLD_SIZE": "4",

@@ -18,7 +18,7 @@ from fastdistil.install.horovod_build import HOW_TO_BUILD
 from fastdistil.install.horovod_installed import State
 from fastdistil.profiling import device
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:

@@ -30,7 +30,7 @@ from fastdistil.training.memory_advice import Sizes, out_of_memory
 from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, transformer_shape
 from tests.small_run import small
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 V, LENGTH = 101, 32
 
@@ -354,7 +354,7 @@ CHILD = """
 import resource, sys
 sys.path.insert(0, {root!r})
 import torch
-from tests.test_memory_meter import *
+from tests.training.test_memory_meter import *
 torch.set_num_threads(1)
 student = bert(128)
 shape = transformer_shape(student)

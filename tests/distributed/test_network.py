@@ -17,7 +17,7 @@ from typing import Any, Never
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "network.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "network.py"
 HEADERS = 1.2  # frames against payload, acknowledgements included
 EARLY = 0.85  # a bucket of tokens is full at the start: 64 KiB of the 2 MB and less that the tests send
 
@@ -174,7 +174,7 @@ HOROVOD_RANKS = """if True:
 
 
 def test_horovods_collectives_take_the_named_interface(need: Callable[[str, str], Never]) -> None:
-    """As the build of fastdistil.install.horovod_build has it: 0.28.1 itself opens their connections where the host's name leads."""
+    """As install/horovod_build.py builds it: 0.28.1 itself opens their connections where the host's name leads."""
     if subprocess.run([sys.executable, "-c", "import horovod.torch"], capture_output=True, check=False).returncode:
         need("horovod", "needs Horovod: make horovod")
     command = [sys.executable, "-c", HOROVOD_RANKS, HOROVOD_RANK]

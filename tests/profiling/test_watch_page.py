@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from fastdistil.profiling.report.watch import Watch
-from tests.test_watch import append, serving, start, train
+from tests.profiling.test_watch import append, serving, start, train
 
 PATIENCE_S = 60
 WIDE, NARROW = 1200, 380

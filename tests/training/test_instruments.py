@@ -9,7 +9,7 @@ import transformers
 
 from fastdistil import train
 from fastdistil.distributed.coordinator import Team
-from fastdistil.distributed.horovod_world import World
+from fastdistil.distributed.world import World
 from fastdistil.errors import OutOfMemory
 from fastdistil.profiling import trace
 from fastdistil.training import instruments

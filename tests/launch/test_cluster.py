@@ -497,7 +497,7 @@ def test_the_slurm_script_trains_with_two_ranks(tmp_path: Path) -> None:
         "logging.every=1",
     ]
     script = made("slurm", gpus="2", nodes=1, overrides=overrides, run_name="together")
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     done = run_script(script, tmp_path, {**JOB, "PYTHONPATH": root}, srun=SRUN, scontrol="false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the student is in runs/together/student" in done.stdout and done.stdout.count("done:") == 1

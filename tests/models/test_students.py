@@ -20,8 +20,7 @@ from fastdistil.models import language_model, loading, student_checks, students
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.recipe import Student, load_recipe
 from fastdistil.training import export
-from tests.small_run import TINY, quiet, small
-from tests.test_models import (
+from tests.models.test_language_model import (
     CONFIGS,
     DEPTH,
     VOCABULARY,
@@ -33,6 +32,7 @@ from tests.test_models import (
     own_logits,
     sequences,
 )
+from tests.small_run import TINY, quiet, small
 
 ALL = tuple(range(DEPTH))
 

@@ -18,8 +18,7 @@ from fastdistil.models import attention
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.loading import fresh_model
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.profiling import flops as roofline
-from fastdistil.profiling import peaks
+from fastdistil.profiling import peaks as device_peaks
 from fastdistil.profiling.flops import Coefficients, Work, WorkCounter, visible_pairs
 from fastdistil.profiling.peaks import DATASHEETS, arithmetic, datasheet, measure_peaks, peaks, utilisation
 from fastdistil.recipe import Objective
@@ -282,17 +281,17 @@ def test_the_table_is_plausible() -> None:
 
 def test_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against times of our own: sizes are multiplied and copied as they are said to be."""
-    monkeypatch.setitem(peaks._COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(device_peaks._COPY_BYTES, "cpu", 2**20)
     found = measure_peaks(CPU, torch.float32)
     assert found.flops_range[0] <= found.flops <= found.flops_range[1]
     assert found.bytes_range[0] <= found.bytes <= found.bytes_range[1]
-    assert found.size in peaks._SIZES
+    assert found.size in device_peaks._SIZES
 
     def timed(work: Any, device: torch.device, warmup: int) -> list[float]:
         work()
         return [3.0, 1.0, 2.0, 5.0, 4.0]
 
-    monkeypatch.setattr(peaks, "_timed", timed)
+    monkeypatch.setattr(device_peaks, "_timed", timed)
     found = measure_peaks(CPU, torch.float32)
     assert found.flops == pytest.approx(2 * 512**3 / 3)
     assert found.flops_range == (pytest.approx(2 * 512**3 / 5), pytest.approx(2 * 512**3))
@@ -301,21 +300,21 @@ def test_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slow_processor_is_not_kept_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(device_peaks.time, "perf_counter", lambda: now[0])
 
     def work(seconds: float) -> None:
         now[0] += seconds
 
-    assert peaks._timed(lambda: work(7.0), CPU, warmup=1) == [7.0] * 3
-    assert len(peaks._timed(lambda: work(0.001), CPU, warmup=1)) == 5
+    assert device_peaks._timed(lambda: work(7.0), CPU, warmup=1) == [7.0] * 3
+    assert len(device_peaks._timed(lambda: work(0.001), CPU, warmup=1)) == 5
 
 
 def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = peaks.MeasuredPeaks(
+    measured = device_peaks.MeasuredPeaks(
         flops=1e14, flops_range=(1e14, 1e14), bytes=1e12, bytes_range=(1e12, 1e12), size=4096, copied_bytes=2**28,
         dtype=torch.bfloat16, rounds=5, copies=5,
     )  # fmt: skip
-    monkeypatch.setattr(peaks, "measure_peaks", lambda device, dtype: measured)
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda device, dtype: measured)
     name = "NVIDIA Something New"
 
     class Properties:
@@ -342,9 +341,9 @@ def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.Monkey
 def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """An fp32 student beside a bf16 teacher: against the rate of fp32 both together could be more than there is."""
 
-    def measured(device: torch.device, dtype: torch.dtype) -> peaks.MeasuredPeaks:
+    def measured(device: torch.device, dtype: torch.dtype) -> device_peaks.MeasuredPeaks:
         flops = {torch.float32: 5e13, torch.bfloat16: 6e14}[dtype]
-        return peaks.MeasuredPeaks(
+        return device_peaks.MeasuredPeaks(
             flops=flops, flops_range=(flops, flops), bytes=1e12, bytes_range=(1e12, 1e12), size=4096, copied_bytes=2**28,
             dtype=dtype, rounds=5, copies=5,
         )  # fmt: skip
@@ -352,7 +351,7 @@ def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -
     class H100:
         name, multi_processor_count = "NVIDIA H100 80GB HBM3", 132
 
-    monkeypatch.setattr(peaks, "measure_peaks", measured)
+    monkeypatch.setattr(device_peaks, "measure_peaks", measured)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100())
     for both in (("fp32", "bf16"), ("bf16", "fp32"), ("bf16",)):
         found = peaks(torch.device("cuda"), *both)["flops"]
@@ -363,7 +362,7 @@ def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -
 
 def test_measuring_leaves_nothing_in_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(peaks, "_measure_peaks", lambda device, dtype: done.append("measured"))
+    monkeypatch.setattr(device_peaks, "_measure_peaks", lambda device, dtype: done.append("measured"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("peaks"))
     measure_peaks(torch.device("cuda"), torch.float32)
