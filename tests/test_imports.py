@@ -14,63 +14,83 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"fastdistil": "fastdistil", "kernels": "fastdistil.kernels", "profiling": "fastdistil.profiling"}
 NO_PACKAGE = ("kernels", "profiling", "benchmarks", "tests")
 
-LEAVES = ("fastdistil.kernels", "fastdistil.profiling")
-# profiling/ also holds what reads run directories: above the trainer, for the command line alone.
-READERS = tuple(
-    f"fastdistil.profiling.{name}"
-    for name in (
-        *("history", "summary", "compare", "profile", "figures", "panels", "report", "watch", "live"),
-        *("measurement_files",),
-        *("scale", "scale_command", "scale_networks", "scale_plot", "scale_points", "scale_predict", "scale_table", "scaling"),
-    )
-)
 # These names belong to packages of others; ours are imported below fastdistil.
 FOREIGN = {"kernels", "profiling"}
-# One door per dependency: outside package -> the modules, or parents of modules, that may import it.
+# One door per dependency: outside package -> the modules, or rooms, that may import it.
 DOORS = {
-    "triton": ("fastdistil.kernels",),
-    "horovod": ("fastdistil.distributed.horovod_world", "fastdistil.launch.launcher"),
-    "transformers": (
-        "fastdistil.models.language_model",
-        "fastdistil.models.pretrained",
-        "fastdistil.data.corpus",
-        "fastdistil.evaluate",
-    ),
+    "triton": ("kernels",),
+    "horovod": ("distributed.horovod_world",),
+    "torch.distributed": ("distributed",),
+    "transformers": ("models", "data.tokenizer", "data.transformers_calls"),
 }
-# Modules at the top -> the only modules that may import them. What reads a corpus needs nothing of what writes one.
-TOP = {
-    "fastdistil.cli": ("fastdistil.__main__",),
-    "fastdistil.launch.launcher": (
-        "fastdistil.cli",
-        "fastdistil.api",
-        "fastdistil.studies.profile",
-        "fastdistil.studies.scale_runs",
+# A room is a folder, or a file beside the folders. Room -> what its modules may import besides the room itself: rooms, or
+# single modules of them; "*": all that is not listed below it. Nothing else is allowed, and there are no exceptions.
+ROOMS = {
+    "errors": "",
+    "untrusted": "",
+    "signals": "",
+    "redaction": "",
+    "streams": "errors",
+    "storage": "errors",
+    "recipe": "errors untrusted",
+    "events": "errors untrusted",
+    "runs": "errors untrusted storage recipe events",
+    "kernels": "",
+    "profiling": "",
+    "profiling.report": "errors untrusted redaction recipe events profiling",
+    "data": "errors untrusted storage recipe",
+    "models": "errors recipe data kernels",
+    "objective": "recipe data kernels profiling",
+    "install": "errors storage profiling",
+    "distributed": "errors recipe runs.PAUSE install.horovod_build",
+    "gradients": "errors recipe distributed kernels profiling",
+    "launch": (
+        "errors untrusted signals streams recipe distributed.rank_info distributed.diagnosis distributed.rendezvous "
+        "profiling.device"
     ),
-    "fastdistil.launch.attempt": ("fastdistil.launch.launcher",),
-    "fastdistil.launch.remote_call": ("fastdistil.launch.launcher",),
-    "fastdistil.train": ("fastdistil.api", "fastdistil.cli", "fastdistil.demo", "fastdistil.studies.profile"),
-    "fastdistil.data.prepare": ("fastdistil.cli", "fastdistil.demo", "fastdistil.evaluate"),
-    "fastdistil.data.shards": ("fastdistil.data.prepare",),
-    "fastdistil.training.cache_teacher": ("fastdistil.cli",),
-    "fastdistil.data.tokenise": ("fastdistil.data.prepare", "fastdistil.data.shards"),
+    "evaluate": "errors recipe data models profiling",
+    "console": "errors streams data",
+    "training": (
+        "errors untrusted signals redaction storage recipe events runs kernels profiling data models objective distributed "
+        "gradients console"
+    ),
+    "train": (
+        "errors untrusted signals redaction storage recipe events runs kernels profiling data models objective distributed "
+        "gradients console training"
+    ),
+    "api": "errors recipe distributed launch train",
+    "demo": "errors recipe runs console data models training train",
+    "studies": (
+        "errors untrusted redaction recipe events runs profiling profiling.report gradients distributed launch console train "
+        "demo"
+    ),
+    "cli": (
+        "errors untrusted signals redaction streams storage recipe events runs profiling profiling.report data models "
+        "install distributed gradients launch evaluate console training train api demo studies"
+    ),
+    "__main__": "cli",
+    "": "api",  # the root binds its names before anything else, and imports lazily
 }
+# Following and reporting a run, starting ranks and printing a recipe load no torch.
+NO_TORCH = ("errors", "untrusted", "signals", "redaction", "streams", "storage", "recipe", "events", "runs", "launch")
+OPEN_TO_ALL = "fastdistil.__version__"
 
 
 def sources() -> dict[str, str]:
     """Dotted name -> source of every module of the project; tests and benchmarks included."""
-    found = {}
+    texts = {}
     for folder in (*FOLDERS, "benchmarks", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if folder == "fastdistil" and parts[0] in NO_PACKAGE:
                 continue  # seen through the links
             name = ".".join((FOLDERS.get(folder, folder), *parts)).removesuffix(".__init__")
-            found[name] = path.read_text(encoding="utf-8")
-    return found
+            texts[name] = path.read_text(encoding="utf-8")
+    return texts
 
 
-def imports(name: str, source: str, known: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-    """(dotted name of what is imported, line) of every import in a module, wherever it stands."""
+def imports(name: str, source: str) -> Iterator[tuple[str, int]]:
+    """(dotted name of the module, or of the name in it, line) of every import in a module, wherever it stands."""
     for node in ast.walk(ast.parse(source, name)):
         match node:
             case ast.Import(names=names):
@@ -79,9 +99,7 @@ def imports(name: str, source: str, known: Mapping[str, str]) -> Iterator[tuple[
                 if level:
                     package = name.split(".")[: -level if name != "fastdistil" else 1 - level or None]
                     module = ".".join([*package, *([module] if module else [])])
-                for alias in names:  # `from fastdistil import recipe` imports a module, `from ... import Recipe` a name
-                    inner = f"{module}.{alias.name}"
-                    yield (inner if inner in known or inner in LEAVES else str(module)), node.lineno
+                yield from ((f"{module}.{alias.name}", node.lineno) for alias in names)
             case ast.Call(
                 func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
                 args=[ast.Constant(value=str(target)), *_],
@@ -93,40 +111,69 @@ def within(name: str, parents: tuple[str, ...]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
+def room_of(name: str) -> str:
+    """Return the room of a module of fastdistil, by the longest name in ROOMS; a module of no room is its own."""
+    inner = name.removeprefix("fastdistil").removeprefix(".")
+    rooms = [room for room in ROOMS if room and within(inner, (room,))]
+    return max(rooms, key=len, default=inner)
+
+
+def allowed(name: str, target: str) -> bool:
+    """Whether a module of fastdistil may import another one, or the name `target` of one."""
+    inner, room = target.removeprefix("fastdistil").removeprefix("."), room_of(name)
+    if room == room_of(target) or (target == OPEN_TO_ALL and room not in ("kernels", "profiling")):
+        return True
+    return any(
+        inner == entry or (inner.startswith(f"{entry}.") and (entry not in ROOMS or room_of(target) == entry))
+        for entry in ROOMS.get(room, "").split()
+    )
+
+
 def violations(known: Mapping[str, str]) -> list[str]:
     """One line for each import that breaks a rule, and one for a cycle."""
-    found = []
+    lines = []
     graph: dict[str, set[str]] = {}
     for name, source in known.items():
         product = within(name, ("fastdistil",))
-        for target, line in imports(name, source, known):
+        inner = name.removeprefix("fastdistil.")
+        for target, line in imports(name, source):
             top = target.partition(".")[0]
             where = f"{name}:{line} imports {target}: "
             if top in FOREIGN:
-                found.append(f"{where}that name is not ours; fastdistil.{top} is")
+                lines.append(f"{where}that name is not ours; fastdistil.{top} is")
             if top in ("benchmarks", "tests") and not within(name, (top,)):
-                found.append(f"{where}nothing imports tests or benchmarks")
+                lines.append(f"{where}nothing imports tests or benchmarks")
             if not product:
                 continue
-            if top in DOORS and not within(name, DOORS[top]):
-                found.append(f"{where}only {', '.join(DOORS[top])} may")
+            for package, doors in DOORS.items():
+                if within(target, (package,)) and not within(inner, doors):
+                    lines.append(f"{where}only {', '.join(doors)} may")
             if top != "fastdistil":
                 continue
-            for leaf in LEAVES:
-                if within(name, (leaf,)) and name not in READERS and not within(target, (leaf,)):
-                    found.append(f"{where}{leaf} imports nothing else of fastdistil")
-            if target in READERS and name not in (*READERS, "fastdistil.cli"):
-                found.append(f"{where}only fastdistil.cli may")
-            if target in TOP and name not in TOP[target]:
-                found.append(f"{where}only {', '.join(TOP[target])} may")
-            # The root binds its names before anything else and imports nothing eagerly: it cannot close a cycle.
-            if target != "fastdistil" and name != "fastdistil":
-                graph.setdefault(name, set()).add(target)
+            if not allowed(name, target):
+                lines.append(
+                    f"{where}{room_of(name) or 'the root'} may import {ROOMS.get(room_of(name)) or 'nothing of fastdistil'}"
+                )
+            module = target if target in known else target.rpartition(".")[0]
+            if "fastdistil" not in (module, name):
+                graph.setdefault(name, set()).add(module)
+        if product and inner.startswith(NO_TORCH) and within(room_of(name), NO_TORCH):
+            lines += [f"{name}:{line} imports torch when it is loaded" for line in eager_torch(source)]
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        found.append(f"import cycle: {' <- '.join(error.args[1])}")
-    return found
+        lines.append(f"import cycle: {' <- '.join(error.args[1])}")
+    return lines
+
+
+def eager_torch(source: str) -> Iterator[int]:
+    """The lines of a module that import torch when the module is."""
+    for node in ast.parse(source).body:
+        match node:
+            case ast.Import(names=names) if any(within(alias.name, ("torch",)) for alias in names):
+                yield node.lineno
+            case ast.ImportFrom(module=str(module)) if within(module, ("torch",)):
+                yield node.lineno
 
 
 def test_import_rules_hold() -> None:
@@ -167,50 +214,40 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.train", "import profiling.device", "not ours"),
         ("tests.test_x", "from kernels.distill import distill_kl", "not ours"),
         ("benchmarks.bench_x", "def f():\n    from profiling import spans", "not ours"),
-        ("fastdistil.models.language_model", "from tests.conftest import ROOT", "nothing imports tests"),
+        ("fastdistil.models.x", "from tests.conftest import ROOT", "nothing imports tests"),
         ("benchmarks.bench_x", "import tests.conftest", "nothing imports tests"),
         ("tests.test_x", "import benchmarks.bench_step", "nothing imports tests or benchmarks"),
-        ("fastdistil.train", "import triton", "only fastdistil.kernels may"),
-        ("fastdistil.profiling.device", "import triton.language as tl", "only fastdistil.kernels may"),
-        ("fastdistil.kernels.x", "def f():\n    import transformers", "only fastdistil.models.language_model"),
-        ("fastdistil.train", "from transformers import AutoModel", "only fastdistil.models.language_model"),
+        ("fastdistil.train", "import triton", "only kernels may"),
+        ("fastdistil.profiling.device", "import triton.language as tl", "only kernels may"),
+        ("fastdistil.kernels.x", "def f():\n    import transformers", "only models, data.tokenizer"),
+        ("fastdistil.train", "from transformers import AutoModel", "only models, data.tokenizer"),
+        ("fastdistil.data.prepare", "if 1:\n    from transformers import AutoTokenizer", "only models, data.tokenizer"),
+        ("fastdistil.cli", "import importlib\nimportlib.import_module('transformers.utils')", "only models, data.tokenizer"),
+        ("fastdistil.gradients.buckets", "if 1:\n    import horovod.torch as hvd", "only distributed.horovod_world may"),
+        ("fastdistil.gradients.exchange", "import torch.distributed as dist", "only distributed may"),
+        ("fastdistil.training.x", "from torch import distributed", "only distributed may"),
+        ("fastdistil.kernels.x", "from fastdistil.errors import UserError", "kernels may import nothing of fastdistil"),
+        ("fastdistil.kernels.x", "from fastdistil import __version__", "kernels may import nothing of fastdistil"),
+        ("fastdistil.kernels.x", "from ..errors import UserError", "kernels may import nothing of fastdistil"),
+        ("fastdistil.kernels.x", "from fastdistil.profiling.device import cpuinfo", "kernels may import nothing"),
+        ("fastdistil.profiling.x", "from fastdistil import kernels", "profiling may import nothing of fastdistil"),
+        ("fastdistil.profiling.x", "import fastdistil.recipe", "profiling may import nothing of fastdistil"),
+        ("fastdistil.profiling.memory", "import fastdistil.profiling.report.history", "profiling may import nothing"),
         (
-            "fastdistil.data.prepare",
-            "if 1:\n    from transformers import AutoTokenizer",
-            "only fastdistil.models.language_model",
+            "fastdistil.profiling.report.x",
+            "from fastdistil.training.metrics import Meter",
+            "profiling.report may import errors",
         ),
-        (
-            "fastdistil.cli",
-            "import importlib\nimportlib.import_module('transformers.utils')",
-            "only fastdistil.models.language_model",
-        ),
-        (
-            "fastdistil.gradients.buckets",
-            "if 1:\n    import horovod.torch as hvd",
-            "only fastdistil.distributed.horovod_world, fastdistil.launch.launcher may",
-        ),
-        ("fastdistil.kernels.x", "from fastdistil.errors import UserError", "imports nothing else of fastdistil"),
-        ("fastdistil.kernels.x", "from fastdistil import __version__", "imports nothing else of fastdistil"),
-        ("fastdistil.kernels.x", "from ..errors import UserError", "imports nothing else of fastdistil"),
-        ("fastdistil.kernels.x", "from fastdistil.profiling.device import cpuinfo", "imports nothing else of fastdistil"),
-        ("fastdistil.profiling.x", "from fastdistil import kernels", "imports nothing else of fastdistil"),
-        ("fastdistil.profiling.x", "import fastdistil.recipe", "imports nothing else of fastdistil"),
-        ("fastdistil.recipe", "from fastdistil.profiling.report.history import load_history", "only fastdistil.cli may"),
-        ("fastdistil.profiling.memory", "import fastdistil.profiling.report.history", "only fastdistil.cli may"),
-        ("fastdistil.errors", "from fastdistil.cli import main", "only fastdistil.__main__ may"),
-        ("fastdistil.errors", "from fastdistil import train", "only fastdistil.api, fastdistil.cli"),
-        (
-            "fastdistil.data.corpus",
-            "def f():\n    from fastdistil.data.prepare import prepare",
-            "only fastdistil.cli, fastdistil.demo",
-        ),
-        (
-            "fastdistil.data.corpus",
-            "from fastdistil.data.tokenise import Encoder",
-            "only fastdistil.data.prepare, fastdistil.data.shards may",
-        ),
-        ("fastdistil.errors", "def f():\n    from fastdistil import recipe", "import cycle"),
-        ("fastdistil.errors", "from .recipe import Recipe", "import cycle"),
+        ("fastdistil.data.corpus", "def f():\n    from fastdistil.models.loading import load_model", "data may import errors"),
+        ("fastdistil.models.scoring", "from fastdistil.training import inputs", "models may import errors"),
+        ("fastdistil.distributed.coordinator", "from fastdistil.runs import create_run", "distributed may import errors"),
+        ("fastdistil.launch.attempt", "from fastdistil.distributed.monitor import Monitor", "launch may import errors"),
+        ("fastdistil.training.x", "from fastdistil import evaluate", "training may import errors"),
+        ("fastdistil.studies.profile", "import fastdistil.cli", "studies may import errors"),
+        ("fastdistil.unheard_of", "from fastdistil.errors import UserError", "unheard_of may import nothing of fastdistil"),
+        ("fastdistil.launch.x", "from pathlib import Path\nfrom torch import Tensor", "imports torch when it is loaded"),
+        ("fastdistil.errors", "from .errors2 import X", "errors may import nothing of fastdistil"),
+        ("fastdistil.data.a", "from fastdistil.data import a", "import cycle"),
     ],
 )
 def test_planted_violations_are_found(name: str, source: str, complaint: str) -> None:
@@ -227,11 +264,13 @@ def test_planted_violations_are_found(name: str, source: str, complaint: str) ->
         ("fastdistil.kernels.distill", "import triton\nimport triton.language as tl\nfrom fastdistil.kernels.tiles import f"),
         ("fastdistil.models.language_model", "from transformers import AutoModel"),
         ("fastdistil.evaluate", "from fastdistil.data.prepare import prepare"),
-        ("fastdistil.distributed.horovod_world", "import horovod.torch as hvd"),
+        ("fastdistil.distributed.horovod_world", "import horovod.torch as hvd\nimport torch.distributed as dist"),
+        ("fastdistil.distributed.coordinator", "from fastdistil.runs import PAUSE"),
+        ("fastdistil.launch.attempt", "def f():\n    import torch\nfrom fastdistil.distributed.rank_info import RankInfo"),
         ("fastdistil.objective", "from fastdistil.kernels.distill import f\nfrom fastdistil.profiling import spans"),
         (
             "fastdistil.profiling.report.compare",
-            "from fastdistil.errors import UserError\nfrom fastdistil.profiling import summary",
+            "from fastdistil.errors import UserError\nfrom fastdistil.profiling.report import summary",
         ),
         (
             "fastdistil.install.doctor",
@@ -251,11 +290,19 @@ def test_folder_is_no_package(folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kernels", "profiling"])
-def test_links_are_relative_and_folders_flat(name: str) -> None:
+def test_links_are_relative(name: str) -> None:
     link = ROOT / "fastdistil" / name
     assert link.is_symlink()
     assert link.readlink() == Path("..", name)
-    assert [path for path in (ROOT / name).rglob("*.py") if path.parent != ROOT / name] == []
+
+
+def test_every_room_of_the_trainer_says_in_one_sentence_what_it_is() -> None:
+    folders = [path for path in (ROOT / "fastdistil").iterdir() if path.is_dir() and not path.is_symlink()]
+    rooms = [path for path in folders if any(path.glob("*.py"))]
+    assert len(rooms) == 8
+    for room in rooms:
+        tree = ast.parse((room / "__init__.py").read_text(encoding="utf-8"))
+        assert len(tree.body) == 1 and (ast.get_docstring(tree) or "").count(".") == 1, room
 
 
 def loaded_by(code: str) -> set[str]:

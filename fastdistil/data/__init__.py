@@ -1,1 +1,1 @@
-"""Text files -> token shards -> Batch."""
+"""Text files become token shards, and token shards become batches."""

@@ -1,1 +1,1 @@
-"""The ranks: who am I, how do we meet, collectives, who is lost."""
+"""The ranks of a run: who each one is, how they meet, their collectives, and who is lost."""

@@ -1,1 +1,1 @@
-"""From backward to the optimizer: buckets, compression, exchange."""
+"""The way of a gradient from backward to the optimizer: buckets, compression, exchange."""

@@ -1,1 +1,1 @@
-"""What this machine has, what it lacks, how to get it: doctor, Horovod's build."""
+"""What this machine has, what it lacks and how to get it: doctor, and the build of Horovod."""

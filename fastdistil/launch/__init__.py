@@ -1,1 +1,1 @@
-"""Starts processes on machines and says how they ended."""
+"""Starts the processes of a run on its machines, and says how they ended."""

@@ -1,1 +1,1 @@
-"""Transformers' models as hidden, transform, weight; students; what they predict."""
+"""Models of transformers as hidden states, transform and vocabulary weight; students made of them; what they predict."""

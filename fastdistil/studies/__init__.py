@@ -1,1 +1,1 @@
-"""Commands that start short trainings to measure them: profile, scale."""
+"""Commands that measure short trainings: profile and scale."""

@@ -1,1 +1,1 @@
-"""What the loop is made of: inputs, state, optimizer, guards, checkpoints, log lines."""
+"""What the training loop is made of: inputs, state, optimizer, guards, checkpoints, log lines."""
