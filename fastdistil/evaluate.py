@@ -1,14 +1,7 @@
-"""How well a model predicts text it has not seen, in numbers with standard errors.
-
-    held_out            masked models: the mean cross-entropy of 15% of the tokens, chosen uniformly, the same ones at every
-                        call (80% of them masked, 10% replaced, 10% kept); causal models: of every next token; KL to a teacher
-    pseudo_perplexity   masked models: one token masked at a time, exp(-mean log P(token | all others))
-                        (Salazar et al. 2020, equation 3)
-    causal_perplexity   causal models: every token of a whole document once, through sliding windows
-    evaluate            all of these for a model's directory, on prepared corpora and on raw text
+"""`fastdistil evaluate`: losses and perplexities of a model's directory, on prepared corpora and on raw text.
 
 Models are those that can be trained (language_model.LanguageModel) or any other of transformers (language_model.AnyModel).
-Perplexity is exp(loss). Standard errors have sequences as their sample (see `scoring.ratio`).
+What is measured, models/perplexity.py says.
 """
 
 import json

@@ -1,7 +1,11 @@
-"""Lines of a run's event log, checked: what each kind of event holds, by name and type.
+"""The event log of a run: writing it, reading it, and what each kind of event holds, by name and type.
 
-EventLog writes them; watch, report, compare and scale read them, of any version: a field may be absent, and a field
-or a kind that is not listed here passes as it is. A number that is not finite is the text "nan", "inf" or "-inf" in the log.
+`runs/NAME/events.jsonl` holds one JSON object a line, {"event": kind, "time": unix seconds, ...}, and is only ever appended
+to. A run that starts or resumes after update N appends {"event": "start" or "resume", "update": N}: what was logged for later
+updates before that line has been superseded, and `read_events(path, effective=True)` leaves it out.
+
+Logs of any version are read: a field may be absent, and a field or a kind that is not listed here passes as it is. A number
+that is not finite is the text "nan", "inf" or "-inf" in the log.
 
 Without torch: following a run must not cost its machine anything.
 """

@@ -1,4 +1,4 @@
-"""Files that survive other processes and power cuts: locks, texts written whole or not at all, reads that notice a cut.
+"""Files that survive other processes and power cuts: locks, checksums, fsync, and texts that are written whole or not at all.
 
 The kernel lets go of a lock when its holder ends, however it ends. Some cluster file systems have no locks at all: there work
 goes on, with a note that says what is not protected.

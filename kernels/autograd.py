@@ -1,4 +1,4 @@
-"""Gradients made in the forward pass and handed over in the backward one; which path computes them.
+"""Gradients made in the forward pass and handed over in the backward one.
 
 A fused loss knows its gradient as soon as it knows its value. The op returns both; autograd keeps the gradient and backward
 multiplies it, in place, by what arrives from above, which is 1 where the loss is the end of the graph: a kernel reads that

@@ -1,4 +1,4 @@
-"""Which of an op's implementations computes: reference, torch or triton."""
+"""Which implementation of an op computes: the reference, torch's operations or Triton's kernel."""
 
 from typing import Literal
 

@@ -1,23 +1,21 @@
-"""Gradients made small for the wire: 8-bit codes, signs, or the k largest, with error feedback.
+"""Gradients made small for the wire: 8-bit codes or signs of blocks, with error feedback.
 
     v = gradient + residual            what is sent this time is a function of v; what is not is the new residual
     int8:   scale = max|v| / 127       code = round_half_even(v / scale)        sent = code * scale
     sign:   scale = mean|v|            bit = v >= 0                             sent = bit ? scale : -scale
-    top-k:  the k largest |v|, ties to the lower index, as (index, value)       sent = v there, 0 elsewhere
     residual = v - sent                to the last bit: `sent` is computed as the decoder computes it
 
 int8 and sign have one float32 scale for each block of consecutive elements. Sources: Seide et al. 2014 (1-bit SGD, error
-feedback), Alistarh et al. 2017 (QSGD), Karimireddy et al. 2019 (sign with error feedback), Stich et al. 2018 (top-k).
+feedback), Alistarh et al. 2017 (QSGD), Karimireddy et al. 2019 (sign with error feedback).
 
 Nothing that is not finite is hidden: a block that holds inf or nan (or whose sum of magnitudes leaves float32, sign) has the
-scale nan, decodes to nan, and leaves its residual as it was; top-k takes inf and nan before anything finite. A block whose
-scale is 0 sends zeros and stays in the residual.
+scale nan, decodes to nan, and leaves its residual as it was. A block whose scale is 0 sends zeros and stays in the residual.
 
 The ops are plain functions outside of autograd. Gradients are one-dimensional, contiguous, float32, or float64 but for
 Triton's path; residual_N, if given, is like the gradient and is overwritten. Sums over ranks go in the order 0, 1, ... R-1
 and are the same bits every time.
 
-Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks, K elements selected, W = ceil(N / 8) bytes of bits.
+Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks, W = ceil(N / 8) bytes of bits.
 """
 
 import torch

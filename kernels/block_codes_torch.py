@@ -3,7 +3,7 @@
 What torch does slowly there (comparisons into booleans, packing of bits, the numbers of the set elements) numpy does, on the
 same memory. Chunks in which something is unusual (not finite, or so small that a scale is denormal) go to the reference.
 
-Legend: N elements, S elements of a block, C blocks of a chunk, B blocks, R ranks, K elements selected, W bytes of bits.
+Legend: N elements, S elements of a block, C blocks of a chunk, B blocks, R ranks, W bytes of bits.
 """
 
 import math
@@ -129,6 +129,3 @@ def sign_decompress_sum_torch(bits_RW: Tensor, scales_RB: Tensor, block: int, ou
                 total_CS.addcmul_(_like(spare, total_CS).copy_(signs_CS), scales_C1)  # the product is exact
             else:
                 total_CS.copy_(signs_CS).mul_(scales_C1)
-
-
-# ---- the k largest ----

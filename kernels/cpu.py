@@ -1,4 +1,4 @@
-"""Large buffers on the CPU without the price of touching them first.
+"""Memory and products on the CPU.
 
 The kernel hands out memory page by page as it is first written, at 4 KiB a page, which costs more than the arithmetic on it.
 Asked for in huge pages (2 MiB; Linux, where transparent huge pages are `madvise` or `always`) it does so 512 times less

@@ -1,4 +1,10 @@
-"""The entries of largest magnitude: which they are, and their sum over ranks."""
+"""The k entries of largest magnitude of a gradient, with error feedback, and their sum over ranks.
+
+    v = gradient + residual            the k largest |v|, ties to the lower index, as (index, value)
+    residual = v where nothing was selected, 0 elsewhere
+
+inf and nan are taken before anything finite. Source: Stich et al. 2018. Legend: N elements, R ranks, K selected.
+"""
 
 import torch
 from torch import Tensor

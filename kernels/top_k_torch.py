@@ -1,4 +1,4 @@
-"""The entries of largest magnitude on a CPU: a guess from a sample, then one pass."""
+"""The path of top_k.py for the CPU: the k-th magnitude is guessed from a sample, and few candidates are sorted."""
 
 import math
 

@@ -18,8 +18,7 @@ scores, which fused attention computes again in backward (5 products where 4 are
     MFU with the teacher     useful work of both
     HFU                      what is executed
 
-The peak is the datasheet's dense rate where the device's full name is in the table below, and a product measured here in any
-case. A share above 1 says that the peak is wrong, and is refused.
+The peak is of peaks.py.
 """
 
 import dataclasses
@@ -30,8 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# ---- work ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +239,3 @@ def _computed(model: Coefficients, lengths: Sequence[tuple[int, int]], padded: t
             masked = window is not None and length > window
             pairs += layers * count * (length * length if masked else visible_pairs(length, model.causal, None))
     return pairs
-
-
-# ---- peaks ----

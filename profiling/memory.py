@@ -1,28 +1,4 @@
-"""What a process and a device hold, and what a training run will need.
-
-The estimate counts what autograd keeps for one micro-batch of N tokens (rows) through L encoder layers of width D, with
-feed-forward width F and H heads, attention as scaled_dot_product_attention. Kept per layer and token, in elements:
-
-    tensor                                kept by                                   fp32         under autocast
-    layer input                           query, key, value projections             D            3 D low (each casts anew)
-    queries, keys, values                 attention                                 3 D          3 D low
-    attention output                      attention and output projection           D            D low
-    log-sum-exp                           attention                                 H            H fp32
-    residual sum 1                        norm 1                                    D            D fp32
-    norm 1 output                         first feed-forward matrix                 D            D low
-    first matrix' output                  GELU                                      F            F low
-    GELU's output                         second feed-forward matrix                F            F low
-    residual sum 2                        norm 2                                    D            D fp32
-    mean, 1/deviation                     two norms                                 4            4 fp32
-    dropout masks (if dropout > 0)        two dropouts                              2 D, 1 byte each on a GPU
-
-which is 8 D + 2 F elements in fp32, and 8 D + 2 F low-precision plus 2 D fp32 ones under autocast; autocast also keeps a
-low-precision copy of every matrix. Dropout inside the attention costs nothing on a GPU, whose kernels draw it again; on a CPU
-it brings back the plain formula, which works in fp32 and keeps the probabilities, the mask and their product:
-3 H * sequence length a token. Instead of 2 F, gated feed-forwards keep 4 F and GPT-2's GELU 6 F. Attention by groups of
-equal length keeps one more D. Sources: torch's derivatives.yaml for what each operator saves; the counts are held against
-torch.autograd.graph.saved_tensors_hooks by a test.
-"""
+"""What a process and a device hold, read while it runs."""
 
 import resource
 import sys

@@ -1,4 +1,7 @@
-"""What a device can do at most: datasheets, and measured."""
+"""What a device can do at most: dense rates of its datasheet, where its full name is in the table, and measured ones.
+
+A share above 1 says that the peak is wrong, and is refused.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Numbers as people read them: with a unit of a fitting size, and as the ticks of an axis."""
+"""Numbers as people read them: with a unit of a fitting size."""
 
 import math
 

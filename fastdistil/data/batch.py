@@ -1,4 +1,7 @@
-"""A batch: the tensors that one micro-batch is, and what it counts."""
+"""One micro-batch: the tensors that models and losses see, and the counts that divide sums over it.
+
+Shapes: n sequences, T tokens, B rows of S, N = B * S, M labels.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,8 +16,6 @@ from torch import Tensor
 from fastdistil.data.ragged import Ints, offsets
 
 NO_LABEL = -100
-
-
 Layout = Literal["packed", "length-grouped"]
 
 

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk, and its tokenizer: what `fastdistil prepare` writes, back as arrays.
+"""A prepared corpus on disk: what `fastdistil prepare` writes, back as arrays.
 
     DIR/tokens-00000.bin     uint16 (uint32 above 65,536 entries of vocabulary), little-endian: sequences laid end to end
     DIR/lengths-00000.bin    int32: the length of each, special tokens included; offsets are their cumulative sum
@@ -14,7 +14,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,6 @@ from fastdistil.data.range_reader import RangeReader
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.storage import canonical, file_sha256, text_sha256
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 
@@ -141,9 +138,6 @@ class Manifest:
 PREPARE_AGAIN = "restore the directory from a copy, or delete it and run fastdistil prepare again"
 
 
-# Reading
-
-
 class Corpus:
     """A prepared corpus: sequences of tokens in shards, which stay on disk. Make one with `Corpus.open`."""
 
@@ -244,6 +238,3 @@ def lengths_name(shard: int) -> str:
 
 def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-# Tokenizers

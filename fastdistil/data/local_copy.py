@@ -1,4 +1,12 @@
-"""A corpus copied onto a node's own disk, once."""
+"""Copies of prepared corpora on a node's own disk.
+
+    CACHE_DIR/NAME-0123456789abcdef            a copy of a corpus directory NAME; the digits are its manifest's sha256
+    CACHE_DIR/.NAME-0123456789abcdef.partial   the same while it is made
+    CACHE_DIR/.NAME-0123456789abcdef.lock      held by the run that makes or checks it
+
+Files are checked against the manifest's sha256 while they are copied, and a copy gets its name only once it is whole and on
+the disk. A corpus that changes gets another place; older copies stay until someone deletes them.
+"""
 
 import hashlib
 import shutil

@@ -1,4 +1,8 @@
-"""Ragged arrays and counter-based random numbers."""
+"""Sequences of unequal length laid end to end, and random numbers that are hashes of the counters that name them.
+
+Whoever asks for the number of (seed, purpose, epoch, sequence, position) gets the same one in whatever order, batch or process
+it asks, so nothing needs the state of a generator.
+"""
 
 from typing import Any
 
@@ -6,16 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Ints = NDArray[np.int64]
-
-
 Floats = NDArray[np.float64]
-
-
 Bools = NDArray[np.bool_]
-
-
 Hashes = NDArray[np.uint64]
-
 
 # One stream for every use of randomness: no two uses share a number.
 ORDER, SETS, TARGETS, RACE, CROSSING, ACTION, RANDOM_ID, DROPOUT = range(1, 9)

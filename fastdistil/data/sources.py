@@ -1,4 +1,8 @@
-"""Windows of batches, made ahead in a background thread."""
+"""Where the windows of a run come from: a prepared corpus, made ahead in a background thread, or the user's own mappings.
+
+A window is the micro-batches of one rank in one update.
+Shapes: B rows of S, N = B * S.
+"""
 
 import itertools
 import threading

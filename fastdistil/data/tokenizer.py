@@ -1,4 +1,4 @@
-"""The corpus's tokenizer: loaded, saved, trained, and what of it the data path needs."""
+"""A corpus's tokenizer: loaded, trained and saved so that others load the same one, and what the data path must know of it."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The ranks: one process alone, Horovod, or torch.distributed, behind the interface of world.py.
+"""Horovod behind the interface of world.py.
 
 Nothing else in the trainer knows which engine runs. Both engines meet through one torch TCPStore that rank 0 serves at the
 place's address: it starts the engine (Horovod's own rendezvous server runs inside rank 0), and the monitor lives on it.

@@ -1,4 +1,4 @@
-"""Runs that go on without a lost rank."""
+"""Elastic runs: whether another start is worth it, and the slots whose ranks were lost, which are tried again later."""
 
 import os
 import subprocess

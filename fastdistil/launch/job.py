@@ -1,4 +1,4 @@
-"""What the launcher runs: the ranks' command, and the slots that they get."""
+"""What the launcher is asked to run: a command, the slots that its ranks get, and how it goes on without a lost one."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""What ranks say, on the launcher's own streams."""
+"""The ranks' lines on the launcher's own streams, each with its rank where there are several."""
 
 import contextlib
 import os

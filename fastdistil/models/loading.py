@@ -1,4 +1,4 @@
-"""Models from checkpoints, from configurations, and to disk."""
+"""Models of transformers: from a checkpoint, or fresh from a configuration, and to disk."""
 
 import difflib
 import json

@@ -7,8 +7,8 @@ A micro-batches of s seconds; o: what an update costs once (optimizer); f: how m
 (measured by unconnected runs side by side, 1 without); sigma: standard deviation of a micro-batch's time between ranks, E_N the
 expected largest of N normals; X exchanges an update of K collectives; a0 and a: seconds of a collective and of each step of its
 ring (2 (N-1) a bucket); b_k: seconds a byte of k rings; c: seconds a byte on a link of known bandwidth B over 1/B; g: what
-compressing takes, by the bytes of memory that it touches; h: share of a micro-batch that hides an exchange (cost_model.py). What
-one rank sends is `sent`.
+compressing takes, by the bytes of memory that it touches; h: share of a micro-batch that hides an exchange (cost_model.py).
+What one rank sends is `sent`.
 
 All parameters are at least 0 and enter linearly, but for the max: least squares of relative residuals, repeated until no point
 changes sides. Few points leave parameters open. Which ones is read from the singular values of the Jacobian, and what they may

@@ -1,9 +1,4 @@
-"""What a run tells: the event log (the source of truth), a meter on the device, the console, TensorBoard.
-
-`runs/NAME/events.jsonl` holds one JSON object a line, {"event": kind, "time": unix seconds, ...}, and is only ever appended
-to. A run that starts or resumes after update N appends {"event": "start" or "resume", "update": N}: what was logged for later
-updates before that line has been superseded, and `read_events(path, effective=True)` leaves it out.
-"""
+"""What an update is measured by: a meter on the device, the load of the ranks, TensorBoard."""
 
 import math
 import time

@@ -1,12 +1,4 @@
-"""What happens once on every node before training: the recipe's commands, and copies of prepared corpora on its own disk.
-
-    CACHE_DIR/NAME-0123456789abcdef            a copy of a corpus directory NAME; the digits are its manifest's sha256
-    CACHE_DIR/.NAME-0123456789abcdef.partial   the same while it is made
-    CACHE_DIR/.NAME-0123456789abcdef.lock      held by the run that makes or checks it
-
-Files are checked against the manifest's sha256 while they are copied, and a copy gets its name only once it is whole and on
-the disk. A corpus that changes gets another place; older copies stay until someone deletes them.
-"""
+"""The recipe's commands that run once on every node before training."""
 
 import os
 import signal
