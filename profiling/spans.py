@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
+if TYPE_CHECKING:  # readers of logs want the names alone
+    import torch
 
 SpanName = Literal["data", "transfer", "teacher", "student", "losses", "backward", "compression", "exposed", "optimizer"]
 NAMES: tuple[SpanName, ...] = (
@@ -64,16 +65,19 @@ class Spans:
     """Of one rank. An update: `begin`, spans, `end`; what comes between two updates (evaluation, a checkpoint) is in none."""
 
     def __init__(
-        self, device: torch.device, *, warmup: int = 0, clock: Callable[[], float] = time.perf_counter, ranges: Any = None
+        self, device: "torch.device", *, warmup: int = 0, clock: Callable[[], float] = time.perf_counter, ranges: Any = None
     ) -> None:
         """`warmup`: updates that are marked as such. `clock`: seconds, on a CPU. `ranges`: torch.cuda.nvtx, or like it."""
         self._mark: Callable[[], Any] = clock
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
+            from torch.cuda import Event, nvtx
+
+            self._event_type: Callable[..., Any] = Event
             self._free: list[Any] = []
             self._mark = self._event
-        if ranges is None and self._on_gpu and "NSYS_PROFILING_SESSION_ID" in os.environ:
-            ranges = torch.cuda.nvtx
+            if ranges is None and "NSYS_PROFILING_SESSION_ID" in os.environ:
+                ranges = nvtx
         self.ranges = ranges
         """What hears of every span as well, by range_push(name) and range_pop(); None: nobody."""
         self.failed: SpanName | None = None
@@ -173,7 +177,7 @@ class Spans:
             self.ranges.range_pop()
 
     def _event(self) -> Any:
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = self._free.pop() if self._free else self._event_type(enable_timing=True)
         event.record()
         return event
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.event_streams import Stream, write_run
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"fastdistil": "fastdistil", "kernels": "fastdistil.kernels", "profiling": "fastdistil.profiling"}
 NO_PACKAGE = ("kernels", "profiling", "benchmarks", "tests")
@@ -72,7 +74,19 @@ ROOMS = {
     "": "api",  # the root binds its names before anything else, and imports lazily
 }
 # Following and reporting a run, starting ranks and printing a recipe load no torch.
-NO_TORCH = ("errors", "untrusted", "signals", "redaction", "streams", "storage", "recipe", "events", "runs", "launch")
+NO_TORCH = (
+    "errors",
+    "untrusted",
+    "signals",
+    "redaction",
+    "streams",
+    "storage",
+    "recipe",
+    "events",
+    "runs",
+    "launch",
+    "profiling.report",
+)
 OPEN_TO_ALL = "fastdistil.__version__"
 
 
@@ -157,7 +171,7 @@ def violations(known: Mapping[str, str]) -> list[str]:
             module = target if target in known else target.rpartition(".")[0]
             if "fastdistil" not in (module, name):
                 graph.setdefault(name, set()).add(module)
-        if product and inner.startswith(NO_TORCH) and within(room_of(name), NO_TORCH):
+        if product and room_of(name) in NO_TORCH:
             lines += [f"{name}:{line} imports torch when it is loaded" for line in eager_torch(source)]
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -246,6 +260,7 @@ def os_walk() -> list["os.DirEntry[str]"]:
         ("fastdistil.studies.profile", "import fastdistil.cli", "studies may import errors"),
         ("fastdistil.unheard_of", "from fastdistil.errors import UserError", "unheard_of may import nothing of fastdistil"),
         ("fastdistil.launch.x", "from pathlib import Path\nfrom torch import Tensor", "imports torch when it is loaded"),
+        ("fastdistil.profiling.report.x", "import torch.nn", "imports torch when it is loaded"),
         ("fastdistil.errors", "from .errors2 import X", "errors may import nothing of fastdistil"),
         ("fastdistil.data.a", "from fastdistil.data import a", "import cycle"),
     ],
@@ -322,9 +337,22 @@ def test_import_is_cheap() -> None:
     assert "torch" in loaded_by("import torch")
 
 
+def loaded_by_command(*arguments: object) -> set[str]:
+    argv = ["fastdistil", *map(str, arguments)]
+    return loaded_by(f"import sys; sys.argv = {argv!r}; from fastdistil.cli import main; main()")
+
+
 @pytest.mark.parametrize("argument", ["--version", "--help"])
 def test_command_line_starts_without_torch(argument: str) -> None:
-    assert loaded_by(f"import sys; sys.argv = ['fastdistil', {argument!r}]; from fastdistil.cli import main; main()") == set()
+    assert loaded_by_command(argument) == set()
+
+
+def test_runs_are_reported_and_compared_without_torch(tmp_path: Path) -> None:
+    run, other = (write_run(tmp_path / name, Stream(seed=seed)) for seed, name in enumerate(("a", "b")))
+    assert loaded_by_command("report", "--help") == set()
+    assert loaded_by_command("report", run, other, "--out", tmp_path / "report.html") <= {"numpy"}
+    assert loaded_by_command("compare", run, other, "--anyway") <= {"numpy"}
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_unknown_attribute_is_an_attribute_error() -> None:
