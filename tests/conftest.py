@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastdistil import cli
+from tests.fork_server import ForkServer
 from tests.small_run import Run, make_material
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return int(caught.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts Python programs without the seconds of their imports, see fork_server.py."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,17 @@
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fork_server import ForkedProcess, ForkServer
+
 ROOT = Path(__file__).resolve().parents[2]
 
-Start = Callable[..., list["subprocess.Popen[str]"]]
+Start = Callable[..., list[ForkedProcess]]
 RunRanks = Callable[..., list[str]]
 
 
@@ -36,23 +37,13 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def start_ranks() -> Iterator[Start]:
-    """start_ranks(command, ranks) -> processes; all of them are gone when the test ends."""
-    started: list[subprocess.Popen[str]] = []
+def start_ranks(fork_server: ForkServer) -> Iterator[Start]:
+    """start_ranks([sys.executable, script, ...], ranks) -> processes; all of them are gone when the test ends."""
+    started: list[ForkedProcess] = []
 
-    def start(command: list[str], ranks: int, port: int | None = None, **environment: str) -> list["subprocess.Popen[str]"]:
+    def start(command: list[str], ranks: int, port: int | None = None) -> list[ForkedProcess]:
         port = port or free_port()
-        processes = [
-            subprocess.Popen(
-                command,
-                env=rank_environment(rank, ranks, port) | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            for rank in range(ranks)
-        ]
+        processes = [fork_server.popen(command, rank_environment(rank, ranks, port)) for rank in range(ranks)]
         started.extend(processes)
         return processes
 

@@ -13,6 +13,7 @@ import pytest
 from fastdistil.events import read_events
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.training.checkpoint import list_updates
+from tests.distributed.conftest import Start
 from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 
 DRIVER = """
@@ -75,7 +76,7 @@ Ended = tuple[int, str]
 
 
 @pytest.fixture
-def train_ranks(start_ranks: Callable[..., list["subprocess.Popen[str]"]], tmp_path: Path) -> Callable[..., list[Ended]]:
+def train_ranks(start_ranks: Start, tmp_path: Path) -> Callable[..., list[Ended]]:
     """Runs a recipe on several ranks, one of which meets something; (exit code, standard error) by rank."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
@@ -177,9 +178,7 @@ os._exit(code)
 """
 
 
-def test_iterables_that_differ_between_ranks_are_refused(
-    material: Path, tmp_path: Path, start_ranks: Callable[..., list["subprocess.Popen[str]"]]
-) -> None:
+def test_iterables_that_differ_between_ranks_are_refused(material: Path, tmp_path: Path, start_ranks: Start) -> None:
     (tmp_path / "program.py").write_text(DIFFERING)
     recipe = small(material, tmp_path, "world.engine=torch", "data.heldout=null", "evaluation.every=null")
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
@@ -313,9 +312,7 @@ def test_a_lost_rank_is_named_and_the_others_end(
 
 
 @pytest.mark.parametrize("what", ["recipe", "corpus"])
-def test_ranks_that_differ_are_named(
-    what: str, material: Path, tmp_path: Path, start_ranks: Callable[..., list["subprocess.Popen[str]"]]
-) -> None:
+def test_ranks_that_differ_are_named(what: str, material: Path, tmp_path: Path, start_ranks: Start) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,8 +21,7 @@ from fastdistil.distributed.rendezvous import own_address
 from fastdistil.distributed.world import Handle, World, sent_bytes
 from fastdistil.errors import RankLost, UserError
 from fastdistil.recipe import World as Options
-
-Start = Callable[..., list["subprocess.Popen[str]"]]
+from tests.distributed.conftest import Start
 
 
 class Joined(NamedTuple):
@@ -186,7 +184,7 @@ def test_without_horovod_the_command_that_builds_it_is_named(monkeypatch: pytest
     for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "horovod", None)
-    with pytest.raises(UserError, match=r"build_horovod.*world\.engine=torch"):
+    with pytest.raises(UserError, match=r"horovod_build.*world\.engine=torch"):
         join(place(), Options(), CPU)
 
 

@@ -523,7 +523,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     cpu = ("distilbert", "--for", "dstack", "--nodes", "2", "device=cpu", f"data.train={tmp_path}")
     assert run(*cpu) == 0
     printed = capsys.readouterr()
-    assert "gpu:" not in printed.out and "--nproc-per-node=1" in printed.out and "build_horovod --cpu\n" in printed.out
+    assert "gpu:" not in printed.out and "--nproc-per-node=1" in printed.out and "horovod_build --cpu\n" in printed.out
     assert f"data.train={tmp_path} is a path of this machine" in printed.err and printed.err.count("\n") == 1
     assert run("distilbert", "--for", "slurm", "--nodes", "2", f"data.train={tmp_path}") == 0
     assert capsys.readouterr().err == ""
