@@ -24,7 +24,7 @@ LINES = [f"sentence {number} of a text that fills several shards, and says {numb
 
 SCRIPT = """
 import json, multiprocessing, os, signal, sys
-from fastdistil.data import textfiles
+from fastdistil.data import text_files
 from fastdistil.data.prepare import PrepareOptions, prepare
 
 def told(progress):
@@ -36,8 +36,8 @@ def told(progress):
 
 if __name__ == "__main__":
     blocks = 0
-    textfiles.BLOCK_CHARACTERS = 1000
-    textfiles.CHUNK_BYTES = 700
+    text_files.BLOCK_CHARACTERS = 1000
+    text_files.CHUNK_BYTES = 700
     out, inputs, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     prepare(inputs, out, PrepareOptions(**options), told)
 """

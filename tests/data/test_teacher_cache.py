@@ -173,7 +173,7 @@ def test_training_from_a_cache_does_not_run_the_teacher(
     plain = recipe_of(material, tmp_path, f"student.path={material / 'other'}")
     out = _made(plain, tmp_path, top_k=4)
     real, loaded = loading.load_model, []
-    monkeypatch.setattr(inputs.models, "load_model", lambda path, *arguments: (loaded.append(path), real(path, *arguments))[1])
+    monkeypatch.setattr(inputs.loading, "load_model", lambda path, *arguments: (loaded.append(path), real(path, *arguments))[1])
     losses(plain.with_(teacher={"cache": str(out), "top_k": 4}))
     assert loaded == []
 

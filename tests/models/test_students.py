@@ -399,7 +399,7 @@ def test_an_exported_student_that_transformers_cannot_run_is_an_error_and_stays(
         path = directory / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
-    monkeypatch.setattr(export.models, "save_pretrained", spoilt)
+    monkeypatch.setattr(export.loading, "save_pretrained", spoilt)
     for number, (config, complaint) in enumerate(
         [
             ({"hidden_act": "relu"}, "gives other logits than the one that was trained"),

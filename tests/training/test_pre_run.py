@@ -19,7 +19,6 @@ from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, DiskFull, UserError
-from fastdistil.training import pre_run
 from fastdistil.training.pre_run import run_once_per_node
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,11 +198,11 @@ def test_what_will_not_fit_is_told_before_anything_is_copied(
 ) -> None:
     total = sum(len(data) for name, data in contents(corpus).items() if name != "manifest.json")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(pre_run.shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
+    monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
     with pytest.raises(DiskFull, match=r"needs 0\.\d MB in .*data\.cache_dir"):
         cached(corpus, tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    monkeypatch.setattr(pre_run.shutil, "disk_usage", lambda _: usage._replace(free=total))
+    monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: usage._replace(free=total))
     assert contents(cached(corpus, tmp_path / "cache")[0]) == contents(corpus)
 
 
