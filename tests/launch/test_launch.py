@@ -577,7 +577,7 @@ def test_elastic_is_given_up_without_progress(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody is known to be lost: the same ranks start again, but not for ever; a new checkpoint counts anew."""
-    monkeypatch.setattr("fastdistil.launch.elastic.RESTARTS", 3)
+    monkeypatch.setattr("fastdistil.launch.launcher.RESTARTS", 3)
     ranks.plan(default="sys.exit(12)")
     assert launch(elastic(ranks, 1, 1, progress=lambda: min(len(ranks.starts), 2))) == 12
     assert ranks.sizes() == 5 * [1]
@@ -620,7 +620,7 @@ def test_elastic_obeys_the_user(ranks: Ranks, deed: str, code: int) -> None:
     ranks.plan(default=deed)
     job = elastic(ranks, 2, 1)
     program = (
-        "import sys; from fastdistil.launch.launcher import *; from fastdistil.launch.rank_process import Slot\n"
+        "import sys; from fastdistil.launch.job import *; from fastdistil.launch.launcher import launch\n"
         f"elastic = Elastic(min_ranks=1, again=lambda: {job.command!r}, progress=lambda: None)\n"
         f"job = Job(command={job.command!r}, slots=(Slot(None, 0), Slot(None, 1)), ranks=2, timeout_s=5.0, elastic=elastic)\n"
         "sys.exit(launch(job))"
