@@ -147,7 +147,7 @@ def test_peaks_are_measured_when_all_ranks_have_loaded(material: Path, tmp_path:
 
         monkeypatch.setattr(of, name, watched)
 
-    for of, name in ((Team, "share"), (Team, "collect_bytes"), (instruments.roofline, "peaks"), (World, "barrier")):
+    for of, name in ((Team, "share"), (Team, "collect_bytes"), (instruments.peaks, "peaks"), (World, "barrier")):
         watch(of, name)
     quiet(small(material, tmp_path, "evaluation.every=null", "profile.measure_peaks=true"))
     assert order == ["share", "collect_bytes", "peaks", "barrier"]
@@ -162,7 +162,7 @@ def test_peaks_are_measured_when_all_ranks_have_loaded(material: Path, tmp_path:
 def test_both_peaks_are_written(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself: what is more than there is by one is not therefore by the other."""
     both = {"flops": {"a sheet": 1e18, "measured here": 1e3}, "bytes": {}}
-    monkeypatch.setattr(instruments.roofline, "peaks", lambda *_, **__: both)
+    monkeypatch.setattr(instruments.peaks, "peaks", lambda *_, **__: both)
     quiet(small(material, tmp_path, "evaluation.every=null", "checkpoint.every=null"))
     found = events(tmp_path / "run")[-1]["mfu"]
     assert found["peak_source"] == "a sheet" and 0 < found["student"] < found["with_teacher"] <= found["hfu"] < 1
