@@ -43,7 +43,9 @@ ElasticRanks = Annotated[
     str | None,
     typer.Option("--elastic", metavar="MIN:MAX", help="Start MAX ranks; go on without lost ones while there are MIN of them."),
 ]
-GrowAfter = Annotated[float, typer.Option(min=0, help="--elastic: seconds after which a lost rank's place is tried again.")]
+GrowAfter = Annotated[
+    float, typer.Option(min=0, help="--elastic on one machine: seconds until a lost rank's place is tried again.")
+]
 SpecialTokensInText = Annotated[
     bool,
     typer.Option(

@@ -45,7 +45,7 @@ from fastdistil.training import metrics
 from fastdistil.training.export import export_student
 from fastdistil.training.guards import FiniteGuard, Signals
 from fastdistil.training.inputs import Inputs, load_inputs, resolve
-from fastdistil.training.instruments import Instruments, sizes_of, with_teacher_dtype
+from fastdistil.training.instruments import Instruments, estimate_of, with_teacher_dtype
 from fastdistil.training.memory_advice import naming
 from fastdistil.training.metrics import Load
 from fastdistil.training.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
@@ -116,7 +116,7 @@ def train(
             if team.is_chief:
                 stack.enter_context(sole_user(directory, console.note))
         signals = Signals(console.note)
-        with translated("starting", directory), loading(with_teacher_dtype(recipe, inputs), sizes_of(inputs, recipe)):
+        with translated("starting", directory), loading(recipe, estimate_of(inputs, with_teacher_dtype(recipe, inputs))):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
             console.when_lost(lambda message: run.event("note", update=run.update, message=message))
             stack.callback(console.close)  # before the log

@@ -26,6 +26,7 @@ from rich.text import Text
 from fastdistil import __version__
 from fastdistil.install.horovod_build import HOW_TO_BUILD
 from fastdistil.install.horovod_installed import probe, state
+from fastdistil.profiling import nvml
 from fastdistil.profiling.device import installed_version
 
 Status = Literal["ok", "absent", "problem"]
@@ -161,8 +162,8 @@ def processor(torch: Any) -> list[Finding]:
 
 
 def gpus(torch: Any) -> list[Finding]:
-    found = nvml_package()
-    seen, driver = nvml_gpus()
+    package, seen, driver = nvml_gpus()
+    found = [package]
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(usable):
         found.append(gpu(torch, index, driver))
@@ -193,41 +194,25 @@ def unused_gpus(torch: Any, seen: list[str], driver: str | None) -> Finding:
     return Finding("GPU", value, "absent", advice)
 
 
-def nvml_package() -> list[Finding]:
-    """nvidia-ml-py, and the two old packages that overwrite its module with an outdated one."""
-    for other in ("pynvml", "nvidia-ml-py3"):
-        version = installed_version(other)
-        # From 12 on pynvml is only a shell around nvidia-ml-py.
-        if version is not None and (other == "nvidia-ml-py3" or int(version.split(".")[0]) < 12):
-            advice = f"pip uninstall {other} && pip install --force-reinstall nvidia-ml-py"
-            return [Finding("nvidia-ml-py", f"shadowed by the old package {other} {version}", "problem", advice)]
-    version = installed_version("nvidia-ml-py")
-    if version is None:
-        return [Finding("nvidia-ml-py", "not installed", "absent", "GPU clocks and power: pip install nvidia-ml-py")]
-    return [Finding("nvidia-ml-py", version)]
-
-
-def nvml_gpus() -> tuple[list[str], str | None]:
-    """Names of the GPUs that the driver knows, and the driver's version; nothing where there is no driver."""
+def nvml_gpus() -> tuple[Finding, list[str], str | None]:
+    """nvidia-ml-py, names of the GPUs that the driver knows, and the driver's version; no names where there is no driver."""
     try:
-        import pynvml
-    except ImportError:
-        return [], None
+        pynvml = nvml.library()
+    except nvml.NvmlError as error:
+        status: Status = "absent" if isinstance(error.__cause__, ImportError) else "problem"
+        return Finding("nvidia-ml-py", "no GPU clocks and power", status, str(error)), [], None
+    package = Finding("nvidia-ml-py", installed_version("nvidia-ml-py") or "of an unknown version")
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return [], None
+        return package, [], None
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [as_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles], as_text(pynvml.nvmlSystemGetDriverVersion())
+        return package, [pynvml.nvmlDeviceGetName(handle) for handle in handles], pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError as error:
-        return [f"a GPU that the driver cannot read ({error})"], None
+        return package, [f"a GPU that the driver cannot read ({error})"], None
     finally:
         pynvml.nvmlShutdown()
-
-
-def as_text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value  # older releases of nvidia-ml-py return bytes
 
 
 def triton(gpu_usable: bool) -> Finding:

@@ -26,7 +26,7 @@ class Elastic:
     progress: Callable[[], object]
     """Something that changes when the run has a new checkpoint."""
     grow_after_s: float = 60.0
-    """How long a lost slot is left alone before it is tried again; twice as long each further time."""
+    """On this machine alone: how long a lost slot is left before it is tried again; twice as long each further time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ The launcher takes no part in training and does not load torch. Which environmen
 attempt.py says; how it is started and heard, rank_process.py.
 
 Elastic: when a rank is lost, the others end by themselves (exit code 12); the run is then started again from its last
-checkpoint in the slots that remain. A lost slot is tried again later: the run is stopped as by SIGTERM, which saves it, and
-started with more ranks.
+checkpoint in the slots that remain. On this machine alone a lost slot is tried again later: the run is stopped as by SIGTERM,
+which saves it, and started with more ranks.
 """
 
 import os

@@ -29,12 +29,13 @@ from fastdistil.profiling.device import (
 )
 from fastdistil.profiling.flops import Work, WorkCounter
 from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
+from fastdistil.profiling.memory_estimate import MemoryEstimate
 from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe
 from fastdistil.training.inputs import Inputs
-from fastdistil.training.memory_advice import Sizes, naming
-from fastdistil.training.memory_plan import transformer_shape
+from fastdistil.training.memory_advice import naming
+from fastdistil.training.memory_plan import estimate_memory, transformer_shape
 
 
 class Instruments:
@@ -56,7 +57,7 @@ class Instruments:
         self._kept = 0
         self._watched = self._told = False
         """Whether memory was watched for an update, and whether `parts` told what was found."""
-        self._sizes = sizes_of(inputs, recipe)
+        self._estimate = estimate_of(inputs, self._recipe)
         self.where: str = "training"
         """What is going on outside of spans, for errors."""
 
@@ -144,9 +145,8 @@ class Instruments:
         if self._told or not self._watched:
             return None
         self._told = True
-        inputs, estimate = self._inputs, None
-        if self._sizes is not None:
-            estimate = self._sizes.estimate(self._recipe).parts()
+        inputs = self._inputs
+        estimate = self._estimate.parts() if self._estimate is not None else None
         peak = self.memory.peak_bytes()
         # Restoring and evaluating hold other things. Without a warm-up the watched update may be the first, without moments.
         if self.memory.phase_peaks and self._recipe.profile.warmup > 1:
@@ -186,7 +186,7 @@ class Instruments:
 
     def naming_out_of_memory(self) -> AbstractContextManager[None]:
         """Around the whole of training."""
-        return naming(self._where, self.memory, self._recipe, self._sizes)
+        return naming(self._where, self.memory, self._recipe, self._estimate)
 
     def _where(self) -> str:
         return self.where if self.where != "training" else self.spans.failed or self.where
@@ -200,19 +200,15 @@ def with_teacher_dtype(recipe: Recipe, inputs: Inputs) -> Recipe:
     return recipe.with_(teacher={"dtype": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")})
 
 
-def sizes_of(inputs: Inputs, recipe: Recipe) -> Sizes | None:
-    """None for modules that the estimate does not know."""
+def estimate_of(inputs: Inputs, recipe: Recipe) -> MemoryEstimate | None:
+    """None for modules that the estimate does not know; `recipe`: of with_teacher_dtype."""
     if not isinstance(inputs.student, language_model.LanguageModel):
         return None
     if inputs.teacher is not None and not isinstance(inputs.teacher, language_model.LanguageModel):
         return None
     longest = getattr(inputs.source, "longest", None) or recipe.data.micro_batch_tokens
-    return Sizes(
-        student=transformer_shape(inputs.student),
-        teacher=transformer_shape(inputs.teacher) if inputs.teacher is not None else None,
-        causal=inputs.student.causal,
-        longest=longest,
-    )
+    teacher = transformer_shape(inputs.teacher) if inputs.teacher is not None else None
+    return estimate_memory(recipe, transformer_shape(inputs.student), teacher, causal=inputs.student.causal, longest=longest)
 
 
 def host_facts() -> dict[str, Any]:

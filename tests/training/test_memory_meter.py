@@ -21,12 +21,12 @@ from fastdistil.gradients.compressors import make_compressor
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.loading import fresh_model
 from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts
-from fastdistil.profiling.memory_estimate import student_activation_bytes
+from fastdistil.profiling.memory_estimate import MemoryEstimate, student_activation_bytes
 from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
 from fastdistil.training.inputs import load_inputs, open_corpus, resolve
 from fastdistil.training.instruments import Instruments
-from fastdistil.training.memory_advice import Sizes, out_of_memory
+from fastdistil.training.memory_advice import out_of_memory
 from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, transformer_shape
 from tests.small_run import small
 
@@ -250,9 +250,9 @@ def small_recipe(**sections: Any) -> Recipe:
     return Recipe(**{**values, **sections})
 
 
-def sizes_of(width: int = 64, teacher: bool = True) -> Sizes:
+def estimate_of(recipe: Recipe, width: int = 64, teacher: bool = True) -> MemoryEstimate:
     shape = transformer_shape(bert(width))
-    return Sizes(student=shape, teacher=shape if teacher else None, causal=False, longest=LENGTH)
+    return estimate_memory(recipe, shape, shape if teacher else None, causal=False, longest=LENGTH)
 
 
 CUDA_OUT = torch.OutOfMemoryError(
@@ -263,8 +263,8 @@ OUT = RuntimeError("[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: c
                    "1610612736 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
 
 
-def advice(phase: str, recipe: Recipe, sizes: Sizes | None, meter: MemoryMeter | None = None, error: Exception = OUT) -> str:
-    told = out_of_memory(error, phase, meter or MemoryMeter(CPU), recipe, sizes)
+def advice(phase: str, recipe: Recipe, meter: MemoryMeter | None = None, error: Exception = OUT, **sizes: Any) -> str:
+    told = out_of_memory(error, phase, meter or MemoryMeter(CPU), recipe, estimate_of(recipe, **sizes))
     assert isinstance(told, OutOfMemory)
     assert told.exit_code == 11
     return str(told)
@@ -285,65 +285,58 @@ def test_which_errors_they_are(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
-def test_activations_that_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+FEWER = "a lower data.micro_batch_tokens, with a higher loop.accumulation to keep the batch"
+SMALLER = "a smaller student (keys of student), or a device with more memory"
+
+
+def test_the_largest_part_and_what_makes_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: True)
-    recipe, sizes = small_recipe(), sizes_of()
-    told = advice("backward", recipe, sizes)
-    assert told.startswith("out of memory in backward, for 1.50 GiB more")
-    assert "data.micro_batch_tokens=2048 with loop.accumulation=4" in told
-    assert "loop.precision=bf16" in told
-    assert "kernels" not in told
-    assert "cache" not in told, "the default objective has a hidden-state term, for which no cache can stand in"
-    halved = recipe.with_(data={"micro_batch_tokens": 2048}, loop={"accumulation": 4})
-    less = sizes.estimate(recipe).total - sizes.estimate(halved).total
-    assert f"loop.accumulation=4 (about {size_text(less)} less)" in told
-    estimated = max(sizes.estimate(recipe).parts().values())
-    assert f"by the estimate: activations {size_text(estimated)}" in told
-
-
-def test_advice_that_would_not_help_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe()
+    told = advice("backward", recipe)
+    assert told.startswith("out of memory in backward, for 1.50 GiB more; the most in use so far was")
+    assert f"(by the estimate: activations {size_text(estimate_of(recipe).parts()['activations'])}, " in told
+    assert f"what helps: {FEWER}, or loop.precision=bf16;" in told
+    assert f"what helps: {FEWER}, or loop.precision=bf16, or kernels=auto;" in advice(
+        "losses", small_recipe(kernels="reference")
+    )
+    assert "what helps: evaluation.batch_tokens=4096;" in advice("evaluation", recipe)
     monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: False)
-    assert "bf16" not in advice("backward", small_recipe(), sizes_of()), "it would be emulated"
-    whole = small_recipe(data={"micro_batch_tokens": LENGTH})
-    assert "micro_batch_tokens" not in advice("backward", whole, sizes_of()), "a sequence must fit"
-    assert "micro_batch_tokens" not in advice("optimizer", small_recipe(), sizes_of())
-    assert "no key of the recipe" in advice("optimizer", small_recipe(), sizes_of(teacher=False))
-    cacheable = small_recipe(objective={"a_cos": 0.0}, data={"micro_batch_tokens": 32})
-    assert "cache-teacher" in advice("loading", cacheable, sizes_of())
-    assert "cache-teacher" not in advice("loading", cacheable, sizes_of(teacher=False))
-    assert "kernels=auto" in advice("losses", small_recipe(kernels="reference"), sizes_of())
-    feedback = small_recipe(compression={"kind": "sign", "frozen_variance_after": 5}, world={"ranks": 2})
-    assert "compression=none" in advice("optimizer", feedback, sizes_of())
+    assert "bf16" not in advice("backward", recipe), "it would be emulated"
+
+
+def test_what_helps_where_no_micro_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: True)
-    assert "bf16" not in advice("optimizer", small_recipe(), sizes_of(teacher=False)), "the weights stay fp32"
-    evaluating = advice("evaluation", small_recipe(), sizes_of(teacher=False))
-    assert "what helps: evaluation.batch_tokens=4096;" in evaluating, "and nothing else"
-    monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: False)
-    assert "; take a smaller student" in advice("loading", small_recipe(), None)
-    assert "a lower data.micro_batch_tokens" in advice("backward", small_recipe(), None)
+    recipe = small_recipe()
+    assert f"what helps: {SMALLER};" in advice("optimizer", recipe, teacher=False)
+    assert f"what helps: {SMALLER};" in str(out_of_memory(OUT, "loading", MemoryMeter(CPU), recipe))
+    assert f"what helps: {FEWER}" in str(out_of_memory(OUT, "backward", MemoryMeter(CPU), recipe))
+    meter = MemoryMeter(CPU)
+    meter.parts = {"student_weights": 2, "teacher_weights": 4, "residuals": 3}
+    assert "what helps: teacher.dtype=bf16, or a smaller teacher" in advice("loading", recipe, meter)
+    without_hidden = small_recipe(objective={"a_cos": 0.0})
+    assert "teacher.cache, which `fastdistil cache-teacher` writes" in advice("loading", without_hidden, meter)
+    meter.parts["residuals"] = 5
+    assert "what helps: compression=none;" in advice("optimizer", recipe, meter)
 
 
-def test_measured_parts_stand_beside_the_estimate(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_is_told(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 79 << 30))
     allocator.hold(60 << 30, reserved=70 << 30)
     meter = MemoryMeter(GPU)
     meter.parts = {"activations_and_logits": 50 << 30, "student_weights": 10 << 30, "teacher_weights": None, "residuals": 0}
-    recipe, sizes = small_recipe(), sizes_of()
-    told = advice("backward", recipe, sizes, meter, CUDA_OUT)
-    parts = sizes.estimate(recipe).parts()
-    estimated = size_text(parts["activations"] + parts["logits"])
-    assert f"60.00 GiB: activations and logits 50.00 GiB (estimate {estimated})" in told
-    assert "expandable_segments:True in the environment (9.50 GiB are reserved, in pieces" in told, "by torch's own count"
+    told = advice("backward", small_recipe(), meter, CUDA_OUT)
+    assert "for 20.00 MiB more; the most in use so far was 60.00 GiB: activations and logits 50.00 GiB, student" in told
     assert "9.00 GiB are held by other processes" in told
-    assert "expandable_segments" not in advice("backward", recipe, sizes, meter, torch.OutOfMemoryError("CUDA out of memory"))
+    assert "expandable_segments:True in the environment (9.50 GiB are reserved, in pieces" in told, "by torch's own count"
+    assert "expandable_segments" not in advice("backward", small_recipe(), meter, torch.OutOfMemoryError("CUDA out of memory"))
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "expandable_segments:True")
-            assert "expandable_segments" not in advice("backward", recipe, sizes, meter, CUDA_OUT)
+            assert "expandable_segments" not in advice("backward", small_recipe(), meter, CUDA_OUT)
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
-    assert "other processes" not in advice("backward", recipe, sizes, meter, CUDA_OUT)
+    assert "other processes" not in advice("backward", small_recipe(), meter, CUDA_OUT)
 
 
 def broken(device: torch.device) -> tuple[int, int]:
@@ -357,8 +350,6 @@ import torch
 from tests.training.test_memory_meter import *
 torch.set_num_threads(1)
 student = bert(128)
-shape = transformer_shape(student)
-sizes = Sizes(student=shape, teacher=None, causal=False, longest=LENGTH)
 batch = a_batch(2048)
 student.hidden(a_batch(1)).sum().backward()
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -368,7 +359,8 @@ try:
     student.hidden(batch).sum().backward()
 except Exception as error:
     assert is_out_of_memory(error), error
-    told = out_of_memory(error, "student", meter, small_recipe(data={{"micro_batch_tokens": 2048 * LENGTH}}), sizes)
+    recipe = small_recipe(data={{"micro_batch_tokens": 2048 * LENGTH}})
+    told = out_of_memory(error, "student", meter, recipe, estimate_of(recipe, 128, teacher=False))
     print(told)
     sys.exit(told.exit_code)
 """
@@ -379,7 +371,7 @@ def test_memory_that_really_ran_out() -> None:
     done = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 11, done.stderr
     assert re.match(r"out of memory in student, for [0-9.]+ [GM]iB more; the most in use so far was", done.stdout)
-    assert "data.micro_batch_tokens=32768" in done.stdout
+    assert FEWER in done.stdout
     assert "Traceback" not in done.stderr
 
 
