@@ -112,7 +112,7 @@ def _changes(recipe: Recipe, sizes: Sizes, phase: str) -> Iterator[tuple[str, in
         if cacheable(recipe.objective.model_dump()):
             yield "a cached teacher (`fastdistil cache-teacher`, then teacher.cache)", saved(cached=True)
     if recipe.compression.kind != "none":
-        yield "compression=none", saved(compression={"kind": "none", "frozen_variance_after": None})
+        yield "compression=none", saved(compression={"kind": "none"})
 
 
 def _held(estimate: MemoryEstimate, phase: str) -> int:
