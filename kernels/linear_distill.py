@@ -16,7 +16,7 @@ logits would not fit the budget below.
 Autocast: the student's hidden states decide the dtype of its products (under autocast: autocast's), the teacher keeps its own.
 The head's gradient is summed over chunks in float32.
 
-Legend: N rows, M of them used, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
+Legend: N rows, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
 """
 
 from typing import Any
@@ -250,7 +250,6 @@ def linear_distill_loss(
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
-    rows_M: Tensor | None = None,
     options: DistillOptions,
     path: Path = "auto",
     chunk_rows: int | None = None,
@@ -258,8 +257,7 @@ def linear_distill_loss(
     """`distill_loss` of the two heads' logits, which never exist whole.
 
     student_hidden_ND, teacher_hidden_NE: float, one row a token; weights [V, D] and [V, E] as nn.Linear has them, biases [V] or
-    None. labels_N (int64), weights_N (float): as in `distill_loss`. rows_M (int64): the rows that enter any term; the others
-    are dropped before the products (their numbers come from the host, so that shapes are known without waiting).
+    None. labels_N (int64), weights_N (float): as in `distill_loss`.
     chunk_rows: rows of logits at a time; None: by the law above.
     Gradients of hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss` does.
     """
@@ -269,7 +267,7 @@ def linear_distill_loss(
         raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
     teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
+    return _loss(student, teacher, labels_N, weights_N, options, path, chunk_rows)
 
 
 def linear_sparse_distill_loss(
@@ -280,14 +278,13 @@ def linear_sparse_distill_loss(
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
-    rows_M: Tensor | None = None,
     options: DistillOptions,
     path: Path = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
     """`linear_distill_loss` with a teacher known by its likeliest tokens (see sparse_distill.py): forward KL only."""
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
+    return _loss(student, teacher, labels_N, weights_N, options, path, chunk_rows)
 
 
 def linear_cross_entropy_loss(
@@ -300,8 +297,8 @@ def linear_cross_entropy_loss(
     path: Path = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
-    """The hard and the z term alone, without a teacher (pre-training): `options.soft` has no effect."""
-    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, None, options, path, chunk_rows)
+    """The hard term alone, without a teacher (pre-training): `options.soft` has no effect."""
+    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, options, path, chunk_rows)
 
 
 _Dense = tuple[Tensor, Tensor, Tensor | None]
@@ -313,7 +310,6 @@ def _loss(
     teacher: _Dense | SparseTeacher | None,
     labels_N: Tensor | None,
     weights_N: Tensor | None,
-    rows_M: Tensor | None,
     options: DistillOptions,
     path: Path,
     chunk_rows: int | None,
@@ -324,18 +320,6 @@ def _loss(
     check_rows(
         hidden_ND, None if teacher is None else teacher[1 if isinstance(teacher, SparseTeacher) else 0], labels_N, weights_N
     )
-    if rows_M is not None:
-        if rows_M.dtype != torch.int64 or rows_M.ndim != 1:
-            raise ValueError(
-                f"rows must be int64 [M], numbers of rows, got {rows_M.dtype} {list(rows_M.shape)}; mask.nonzero()[:, 0]"
-            )
-        hidden_ND = hidden_ND.index_select(0, rows_M)
-        labels_N = None if labels_N is None else labels_N.index_select(0, rows_M)
-        weights_N = None if weights_N is None else weights_N.index_select(0, rows_M)
-        if isinstance(teacher, SparseTeacher):
-            teacher = SparseTeacher(*(None if each is None else each.index_select(0, rows_M) for each in teacher))  # type: ignore[arg-type]
-        elif teacher is not None:
-            teacher = (teacher[0].index_select(0, rows_M), *teacher[1:])
     out_N = _rows_out(teacher is not None, labels_N, weights_N, options.ignore_index)
     if out_N is not None:
         hidden_ND = hidden_ND.masked_fill(out_N[:, None], 0.0)

@@ -72,7 +72,6 @@ class Case:
             sparse = top_k(logits, 6, temperature=options.temperature)
             terms = linear_sparse_distill_loss(*head, sparse, self.labels, self.weights, options=options, **keywords)  # type: ignore[arg-type]
         else:
-            keywords.pop("rows_M", None)
             terms = linear_cross_entropy_loss(*head, self.labels, options=options, **keywords)  # type: ignore[arg-type]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(3 * terms.total, wanted))
@@ -116,15 +115,6 @@ def test_options_on_every_path(path: str, kind: str, changes: dict[str, Any]) ->
 def test_divergences(divergence: Any) -> None:
     case, options = Case(), DistillOptions(divergence=divergence, temperature=1.5)
     assert_close(case.run(options=options, chunk_rows=8), case.run(options=options, path="reference"), 1e-12)
-
-
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_rows_that_enter_no_term_are_dropped(kind: str, path: str) -> None:
-    case, rows = Case(), torch.tensor([0, 2, 3, 11, 20])
-    truth = case.run(kind, path="reference", rows_M=rows)
-    assert float(truth[1][0].norm(dim=1)[[1, 4, 5, 19]].max()) == 0
-    assert_close(case.run(kind, path=path, rows_M=rows, chunk_rows=2), truth, 1e-6)
 
 
 @pytest.mark.parametrize("path", ["reference", "torch", "triton"])
@@ -309,8 +299,6 @@ def test_mistakes_are_told() -> None:
         linear_cross_entropy_loss(
             *case.student, torch.zeros(len(weights), dtype=torch.int64), options=DistillOptions(columns=99)
         )
-    with pytest.raises(ValueError, match=r"rows must be int64 \[M\], numbers of rows, got torch.bool"):
-        case.run(rows_M=weights > 0)
     case.teacher[1] = case.teacher[1].float()
     with pytest.raises(
         ValueError, match=r"teacher's hidden states, weight and bias must have one dtype, got .*float64.*float32"
