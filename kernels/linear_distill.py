@@ -149,7 +149,7 @@ class _Head:
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
     "bool need_hidden, bool need_weight, bool need_bias, str path, int chunk_rows, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_distill(
     hidden_ND: Tensor,
@@ -171,7 +171,7 @@ def _linear_distill(
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
-    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" and (options.hard or options.z) else None
+    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" and options.hard else None
     if order_N is not None:
         hidden_ND = hidden_ND.index_select(0, order_N)
         others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
@@ -181,7 +181,7 @@ def _linear_distill(
     scaled, _ = low_precision_unit(options, hidden_ND.dtype)
     need = (need_hidden, need_weight, need_bias)
     rows, wide = hidden_ND.shape[0], torch.promote_types(hidden_ND.dtype, torch.float32)
-    terms_N3 = hidden_ND.new_empty(rows, 3, dtype=wide)
+    terms_N2 = hidden_ND.new_empty(rows, 2, dtype=wide)
     width = options.columns or weight_VD.shape[0]
     largest = min(chunk_rows, rows)
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -195,7 +195,7 @@ def _linear_distill(
             end = min(first + chunk_rows, rows)
             logits_CV, labels_C, weights_C = head.logits(first, end), _part(labels_N, first, end), _part(weights_N, first, end)
             grad_CV = logits_CV if any(need) else None
-            rest = (labels_C, weights_C, scaled, terms_N3[first:end], grad_CV)
+            rest = (labels_C, weights_C, scaled, terms_N2[first:end], grad_CV)
             if teacher is not None:
                 dense(logits_CV, teacher.logits(first, end), *rest)
             elif indices_NK is None:
@@ -209,7 +209,7 @@ def _linear_distill(
         hidden, weight, bias = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
     if order_N is not None and need_hidden:
         hidden = torch.empty_like(hidden).index_copy_(0, order_N, hidden)
-    return *sum_terms(terms_N3, options), hidden, weight, bias
+    return *sum_terms(terms_N2, options), hidden, weight, bias
 
 
 def _labelled_first(labels_N: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -230,7 +230,7 @@ def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *rest: Any) -
     half, wide = hidden_ND.dtype == torch.float16, torch.promote_types(hidden_ND.dtype, torch.float32)
     bias_dtype = weight_VD.dtype if bias_V is None else bias_V.dtype
     return (
-        *(hidden_ND.new_empty((), dtype=wide) for _ in range(4)),
+        *(hidden_ND.new_empty((), dtype=wide) for _ in range(3)),
         hidden_ND.new_empty(hidden_ND.shape if need_hidden else 0, dtype=wide if half else hidden_ND.dtype),
         hidden_ND.new_empty(weight_VD.shape if need_weight else 0, dtype=wide if half else weight_VD.dtype),
         hidden_ND.new_empty(weight_VD.shape[:1] if need_bias else 0, dtype=wide if half else bias_dtype),
