@@ -10,15 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.block_codes import (
-    bytes_moved,
-    dequantize_int8,
-    dequantize_sum_int8,
-    quantize_int8,
-    sign_compress,
-    sign_decompress,
-    sign_decompress_sum,
-)
+from fastdistil.kernels.block_codes import bytes_moved, dequantize_int8, dequantize_sum_int8, quantize_int8
 from fastdistil.kernels.top_k import scatter_sum, top_k_select
 
 from .measure import DEVICE, measured
@@ -38,15 +30,6 @@ def eager_quantize_int8(gradient: Tensor, residual: Tensor) -> None:
     residual.copy_((v - codes * scale).flatten())
 
 
-def eager_sign(gradient: Tensor, residual: Tensor) -> None:
-    v = (gradient + residual).view(-1, BLOCK)
-    scale = v.abs().mean(1, keepdim=True)
-    positive = v >= 0
-    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=DEVICE)
-    (positive.view(-1, 8).to(torch.uint8) * powers).sum(1, dtype=torch.uint8)
-    residual.copy_((v - torch.where(positive, scale, -scale)).flatten())
-
-
 def eager_top_k(gradient: Tensor, residual: Tensor) -> None:
     residual.add_(gradient)
     indices = residual.abs().topk(CHOSEN, sorted=False).indices.sort().values
@@ -56,7 +39,6 @@ def eager_top_k(gradient: Tensor, residual: Tensor) -> None:
 
 ENCODERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Tensor, Tensor], Any]]] = {
     "quantize_int8": (lambda gradient, residual: quantize_int8(gradient, residual, block=BLOCK), eager_quantize_int8),
-    "sign_compress": (lambda gradient, residual: sign_compress(gradient, residual, block=BLOCK), eager_sign),
     "top_k_select": (lambda gradient, residual: top_k_select(gradient, residual, CHOSEN), eager_top_k),
 }
 
@@ -72,14 +54,9 @@ def test_encode(benchmark: Any, op: str, side: str) -> None:
     measured(benchmark, lambda: call(gradient, residual), ROUNDS, side=side, bytes=moved)
 
 
-def eager_signs(bits: Tensor, scales: Tensor) -> Tensor:
-    positive = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=DEVICE) & 1).bool().view(-1, BLOCK)
-    return torch.where(positive, scales[:, None], -scales[:, None]).flatten()
-
-
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("ranks", [1, RANKS])
-@pytest.mark.parametrize("op", ["int8", "sign", "top_k"])
+@pytest.mark.parametrize("op", ["int8", "top_k"])
 def test_decode(benchmark: Any, op: str, ranks: int, side: str) -> None:
     """One rank's, and the sum of several."""
     torch.manual_seed(0)
@@ -91,8 +68,6 @@ def test_decode(benchmark: Any, op: str, ranks: int, side: str) -> None:
         match op:
             case "int8":
                 pairs.append(quantize_int8(gradient, None, block=BLOCK))
-            case "sign":
-                pairs.append(sign_compress(gradient, None, block=BLOCK))
             case _:
                 pairs.append(top_k_select(gradient, None, CHOSEN))
     del gradient
@@ -102,18 +77,12 @@ def test_decode(benchmark: Any, op: str, ranks: int, side: str) -> None:
             dequantize_int8(coded[0], values[0], block=BLOCK) if ranks == 1 else dequantize_sum_int8(coded, values, block=BLOCK)
         ),
         ("int8", "eager"): lambda: sum(c.view(-1, BLOCK) * s[:, None] for c, s in zip(coded, values, strict=True)),
-        ("sign", "fastdistil"): lambda: (
-            sign_decompress(coded[0], values[0], NUMEL, block=BLOCK)
-            if ranks == 1
-            else sign_decompress_sum(coded, values, NUMEL, block=BLOCK)
-        ),
-        ("sign", "eager"): lambda: sum(eager_signs(b, s) for b, s in zip(coded, values, strict=True)),
         ("top_k", "fastdistil"): lambda: scatter_sum(coded, values, NUMEL),
         ("top_k", "eager"): lambda: torch.zeros(NUMEL, device=DEVICE).index_put_(
             (coded.flatten().long(),), values.flatten(), accumulate=True
         ),
     }
-    name = {"int8": "dequantize_sum_int8", "sign": "sign_decompress_sum", "top_k": "scatter_sum"}[op]
+    name = {"int8": "dequantize_sum_int8", "top_k": "scatter_sum"}[op]
     benchmark.group = f"{name} N={NUMEL} R={ranks}"
     moved = bytes_moved(name, NUMEL, block=BLOCK, ranks=ranks, k=CHOSEN)
     measured(benchmark, sides[op, side], ROUNDS, side=side, bytes=moved)

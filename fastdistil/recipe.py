@@ -210,7 +210,7 @@ class World(Section):
     """Updates between comparisons of the ranks' weights by a hash; null: never."""
 
 
-CompressionKind = Literal["none", "auto", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign"]
+CompressionKind = Literal["none", "auto", "fp16", "bf16", "int8", "top-k", "powersgd"]
 
 
 class Compression(Section):
@@ -220,23 +220,15 @@ class Compression(Section):
     warmup_updates: NonNegativeInt = 10
     """Updates that are sent uncompressed first."""
     block: PositiveInt = 1024
-    """int8, sign: elements that share a scale."""
+    """int8: elements that share a scale."""
     density: float = Field(default=0.01, gt=0.0, le=1.0)
-    """top-k, random-k: share of the elements that are sent."""
+    """top-k: share of the elements that are sent."""
     rank: PositiveInt = 4
     """powersgd: columns of the factors."""
     min_compression_rate: PositiveFloat = 2.0
     """powersgd: matrices that would shrink less are sent whole."""
     error_feedback: bool = True
     """What was not sent is added to the next update's gradient."""
-    frozen_variance_after: PositiveInt | None = None
-    """sign with AdamW: from this update on the second moment stays as it is (Tang et al. 2021, 1-bit Adam)."""
-
-    @model_validator(mode="after")
-    def _frozen_for_sign(self) -> Self:
-        if self.frozen_variance_after is not None and self.kind != "sign":
-            raise ValueError(f"frozen_variance_after belongs to kind: sign, the kind is {self.kind}; leave it out")
-        return self
 
     @model_validator(mode="before")
     @classmethod

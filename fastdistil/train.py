@@ -48,7 +48,7 @@ from fastdistil.training.inputs import Inputs, load_inputs, resolve
 from fastdistil.training.instruments import Instruments, estimate_of, with_teacher_dtype
 from fastdistil.training.memory_advice import naming
 from fastdistil.training.metrics import Load
-from fastdistil.training.optim import LossScale, learning_rate, make_optimizer, step_with_frozen_variance
+from fastdistil.training.optim import LossScale, learning_rate, make_optimizer
 from fastdistil.training.pre_run import run_once_per_node
 from fastdistil.training.reporting import announce, finish_trace, log, start_trace
 from fastdistil.training.run_state import Run
@@ -299,10 +299,6 @@ def _apply_gradients(run: Run, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]
         found_inf = torch.maximum(run.guard.check(sums, judged, run.update + 1), overflow)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(optim, run.update, run.inputs.updates)
-    frozen_after = run.recipe.compression.frozen_variance_after
-    if frozen_after is not None and run.update >= frozen_after:
-        step_with_frozen_variance(run.optimizer, found_inf, frozen_after)
-        return grad_norm, found_inf
     # The fused optimizer leaves weights, moments and step as they were where found_inf is 1: no wait for the host.
     run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     run.optimizer.grad_scale = None  # type: ignore[attr-defined]

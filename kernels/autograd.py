@@ -70,14 +70,14 @@ def hand_gradients(ctx: Any, grad_total: Tensor | None) -> list[Tensor | None]:
 
 
 def register_handover(op: Any, *, leaves: int) -> None:
-    """The autograd of an op of distill.py's family: inputs (leaves, ..., options), outputs (total, soft, hard, z, gradients of
-    the leaves)."""
+    """The autograd of an op of distill.py's family: inputs (leaves, ..., options), outputs (total, soft, hard, gradients of the
+    leaves)."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
         _, unit = low_precision_unit(unpack(inputs[-OPTIONS:]), inputs[0].dtype)
-        keep_gradients(ctx, output[4:], unit, [None if each is None else each.dtype for each in inputs[:leaves]])
+        keep_gradients(ctx, output[3:], unit, [None if each is None else each.dtype for each in inputs[:leaves]])
 
     def hand(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return *hand_gradients(ctx, grad_total), *(None,) * (ctx.inputs - leaves)

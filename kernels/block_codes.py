@@ -1,33 +1,27 @@
-"""Gradients made small for the wire: 8-bit codes or signs of blocks, with error feedback.
+"""Gradients made small for the wire: 8-bit codes, with error feedback.
 
     v = gradient + residual            what is sent this time is a function of v; what is not is the new residual
-    int8:   scale = max|v| / 127       code = round_half_even(v / scale)        sent = code * scale
-    sign:   scale = mean|v|            bit = v >= 0                             sent = bit ? scale : -scale
+    scale = max|v| / 127               code = round_half_even(v / scale)        sent = code * scale
     residual = v - sent                to the last bit: `sent` is computed as the decoder computes it
 
-int8 and sign have one float32 scale for each block of consecutive elements. Sources: Seide et al. 2014 (1-bit SGD, error
-feedback), Alistarh et al. 2017 (QSGD), Karimireddy et al. 2019 (sign with error feedback).
+There is one float32 scale for each block of consecutive elements. Sources: Seide et al. 2014 (error feedback), Alistarh et al.
+2017 (QSGD).
 
-Nothing that is not finite is hidden: a block that holds inf or nan (or whose sum of magnitudes leaves float32, sign) has the
-scale nan, decodes to nan, and leaves its residual as it was. A block whose scale is 0 sends zeros and stays in the residual.
+Nothing that is not finite is hidden: a block that holds inf or nan has the scale nan, decodes to nan, and leaves its residual
+as it was. A block whose scale is 0 sends zeros and stays in the residual.
 
 The ops are plain functions outside of autograd. Gradients are one-dimensional, contiguous, float32, or float64 but for
 Triton's path; residual_N, if given, is like the gradient and is overwritten. Sums over ranks go in the order 0, 1, ... R-1
 and are the same bits every time.
 
-Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks, W = ceil(N / 8) bytes of bits.
+Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks.
 """
 
 import torch
 from torch import Tensor
 
 from fastdistil.kernels.backend import Path, chosen_path
-from fastdistil.kernels.block_codes_reference import (
-    dequantize_int8_reference,
-    quantize_int8_reference,
-    sign_compress_reference,
-    sign_decompress_reference,
-)
+from fastdistil.kernels.block_codes_reference import dequantize_int8_reference, quantize_int8_reference
 from fastdistil.kernels.cpu import buffer
 
 
@@ -50,16 +44,16 @@ def _check(gradient_N: Tensor, residual_N: Tensor | None, path: str) -> None:
         )
 
 
-def _check_block(block: int, multiple: int = 1) -> None:
-    if block < 1 or block % multiple:
-        raise ValueError(f"block must be a positive multiple of {multiple}, got {block}")
+def _check_block(block: int) -> None:
+    if block < 1:
+        raise ValueError(f"block must be a positive number, got {block}")
 
 
-def _check_coded(coded: Tensor, scales: Tensor, dtype: torch.dtype, shape: tuple[int, ...], blocks: int) -> None:
-    """`shape` is what the codes or bits should have; their scales, the same with the last number replaced."""
+def _check_coded(codes_RN: Tensor, scales_RB: Tensor, block: int) -> None:
+    ranks, numel = codes_RN.shape
     for name, tensor, wanted_dtype, wanted in (
-        ("codes or bits", coded, dtype, shape),
-        ("scales", scales, torch.float32, (*shape[:-1], blocks)),
+        ("codes", codes_RN, torch.int8, (ranks, numel)),
+        ("scales", scales_RB, torch.float32, (ranks, -(-numel // block))),
     ):
         rows_whole = tensor.ndim == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
         if tensor.dtype != wanted_dtype or tensor.shape != wanted or not rows_whole:
@@ -130,9 +124,9 @@ def dequantize_sum_int8(
 def _decoded_int8(
     codes_RN: Tensor, scales_RB: Tensor, block: int, dtype: torch.dtype, out: Tensor | None, path: Path
 ) -> Tensor:
-    chosen, (ranks, numel) = _path(path, codes_RN.device), codes_RN.shape
+    chosen, numel = _path(path, codes_RN.device), codes_RN.shape[1]
     _check_block(block)
-    _check_coded(codes_RN, scales_RB, torch.int8, (ranks, numel), -(-numel // block))
+    _check_coded(codes_RN, scales_RB, block)
     out_N = buffer((numel,), dtype, codes_RN.device) if out is None else out
     _check_out(out_N, numel, chosen)
     if chosen == "triton":
@@ -150,73 +144,6 @@ def _decoded_int8(
     return out_N
 
 
-@torch.no_grad()
-def sign_compress(
-    gradient_N: Tensor, residual_N: Tensor | None, *, block: int = 1024, path: Path = "auto"
-) -> tuple[Tensor, Tensor]:
-    """(bits_W uint8, scales_B float32); bit i % 8, least significant first, of byte i // 8. residual_N becomes the rest."""
-    chosen = _path(path, gradient_N.device)
-    _check_block(block, 8)
-    _check(gradient_N, residual_N, chosen)
-    if chosen == "triton":
-        from fastdistil.kernels.block_codes_triton import sign_compress_triton
-
-        return sign_compress_triton(gradient_N, residual_N, block)
-    if chosen == "torch":
-        from fastdistil.kernels.block_codes_torch import sign_compress_torch
-
-        return sign_compress_torch(gradient_N, residual_N, block)
-    bits_W, scales_B, left_N = sign_compress_reference(gradient_N, residual_N, block=block)
-    if residual_N is not None:
-        residual_N.copy_(left_N)
-    return bits_W, scales_B
-
-
-@torch.no_grad()
-def sign_decompress(
-    bits_W: Tensor, scales_B: Tensor, numel: int, *, block: int = 1024, out: Tensor | None = None, path: Path = "auto"
-) -> Tensor:
-    """+-scales, [N], float32, or in `out` and its dtype."""
-    return _decoded_signs(bits_W[None], scales_B[None], numel, block, torch.float32, out, path)
-
-
-@torch.no_grad()
-def sign_decompress_sum(
-    bits_RW: Tensor,
-    scales_RB: Tensor,
-    numel: int,
-    *,
-    block: int = 1024,
-    path: Path = "auto",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The ranks' decoded gradients, summed in the ranks' order, [N]. Rows may lie apart."""
-    return _decoded_signs(bits_RW, scales_RB, numel, block, dtype, None, path)
-
-
-def _decoded_signs(
-    bits_RW: Tensor, scales_RB: Tensor, numel: int, block: int, dtype: torch.dtype, out: Tensor | None, path: Path
-) -> Tensor:
-    chosen = _path(path, bits_RW.device)
-    _check_block(block, 8)
-    _check_coded(bits_RW, scales_RB, torch.uint8, (bits_RW.shape[0], -(-numel // 8)), -(-numel // block))
-    out_N = buffer((numel,), dtype, bits_RW.device) if out is None else out
-    _check_out(out_N, numel, chosen)
-    if chosen == "triton":
-        from fastdistil.kernels.block_codes_triton import sign_decompress_sum_triton
-
-        sign_decompress_sum_triton(bits_RW, scales_RB, block, out_N)
-    elif chosen == "torch":
-        from fastdistil.kernels.block_codes_torch import sign_decompress_sum_torch
-
-        sign_decompress_sum_torch(bits_RW, scales_RB, block, out_N)
-    else:
-        out_N.zero_()
-        for bits_W, scales_B in zip(bits_RW, scales_RB, strict=True):
-            out_N += sign_decompress_reference(bits_W, scales_B, numel, block=block, dtype=out_N.dtype)
-    return out_N
-
-
 # ---- what it costs ----
 
 
@@ -225,19 +152,15 @@ def bytes_moved(
 ) -> int:
     """Bytes that must cross the memory bus: every input read once, every output written once."""
     blocks = -(-numel // block)
-    encoded = {"int8": numel + 4 * blocks, "sign": -(-numel // 8) + 4 * blocks, "top_k": (4 + itemsize) * k}
+    encoded = {"int8": numel + 4 * blocks, "top_k": (4 + itemsize) * k}
     sources = (3 if residual else 1) * numel * itemsize
     match op:
         case "quantize_int8":
             return sources + encoded["int8"]
-        case "sign_compress":
-            return sources + encoded["sign"]
         case "top_k_select":
             return sources + encoded["top_k"]
         case "dequantize_int8" | "dequantize_sum_int8":
             return ranks * encoded["int8"] + numel * itemsize
-        case "sign_decompress" | "sign_decompress_sum":
-            return ranks * encoded["sign"] + numel * itemsize
         case "scatter_sum":
             return ranks * encoded["top_k"] + numel * itemsize
         case _:

@@ -41,26 +41,3 @@ def dequantize_int8_reference(codes_N: Tensor, scales_B: Tensor, *, block: int, 
     """[N], of `dtype`."""
     scales_N = scales_B.to(dtype).repeat_interleave(block)[: codes_N.numel()]
     return codes_N.to(dtype) * scales_N
-
-
-def sign_compress_reference(
-    gradient_N: Tensor, residual_N: Tensor | None = None, *, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(bits_W uint8, scales_B float32, the new residual_N)."""
-    v_N, residual_N = _with_residual(gradient_N, residual_N)
-    sizes_B = _in_blocks(torch.ones_like(v_N, dtype=torch.float64), block).sum(1)
-    sums_B = _in_blocks(v_N.double(), block).abs().sum(1)
-    scales_B = torch.where(sums_B.float().isfinite(), sums_B / sizes_B, torch.nan).float()
-    powers_8 = 2 ** torch.arange(8, device=v_N.device)
-    bits_W = (_in_blocks(v_N >= 0, 8) * powers_8).sum(1).to(torch.uint8)
-    sent_N = sign_decompress_reference(bits_W, scales_B, v_N.numel(), block=block, dtype=v_N.dtype)
-    return bits_W, scales_B, _left(v_N, sent_N, residual_N, scales_B, block)
-
-
-def sign_decompress_reference(
-    bits_W: Tensor, scales_B: Tensor, numel: int, *, block: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """[N], of `dtype`."""
-    set_N = (bits_W[:, None] >> torch.arange(8, device=bits_W.device) & 1).flatten()[:numel].bool()
-    scales_N = scales_B.to(dtype).repeat_interleave(block)[:numel]
-    return torch.where(set_N, scales_N, -scales_N)

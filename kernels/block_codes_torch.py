@@ -1,20 +1,18 @@
 """The path of block_codes.py for the CPU: chunks that stay in the second-level cache, worked on in vectorised sweeps.
 
-What torch does slowly there (comparisons into booleans, packing of bits, the numbers of the set elements) numpy does, on the
-same memory. Chunks in which something is unusual (not finite, or so small that a scale is denormal) go to the reference.
+Chunks in which something is unusual (not finite, or so small that a scale is denormal) go to the reference.
 
-Legend: N elements, S elements of a block, C blocks of a chunk, B blocks, R ranks, W bytes of bits.
+Legend: N elements, S elements of a block, C blocks of a chunk, B blocks, R ranks.
 """
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.block_codes_reference import quantize_int8_reference, sign_compress_reference
+from fastdistil.kernels.block_codes_reference import quantize_int8_reference
 from fastdistil.kernels.cpu import buffer
 
 # Elements of a chunk for each thread: up to four such buffers (512 KiB in float32) are in use at a time.
@@ -62,7 +60,7 @@ def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: in
         scales_C1.copy_(torch.maximum(v_CS.amax(1, True), v_CS.amin(1, True).neg_()).div_(127))
         found = scales_C1.numpy()
         if not ((found == 0) | ((found >= _SMALLEST) & (found < math.inf))).all():
-            _by_reference(quantize_int8_reference, g_CS, r_CS, codes_CS, scales_C1)
+            _by_reference(g_CS, r_CS, codes_CS, scales_C1)
             continue
         # Where the scale is 0 so is every v / smallest, once rounded. Codes need no clamp: v / scale rounds to 127 at most.
         x_CS = torch.div(v_CS, scales_C1.clamp(min=_SMALLEST).to(dtype), out=_like(spare_x, g_CS)).round_()
@@ -73,10 +71,10 @@ def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: in
     return codes_N, scales_B
 
 
-def _by_reference(encode: Any, g_CS: Tensor, r_CS: Tensor | None, coded: Tensor, scales_C1: Tensor) -> None:
+def _by_reference(g_CS: Tensor, r_CS: Tensor | None, codes_CS: Tensor, scales_C1: Tensor) -> None:
     rest_N = None if r_CS is None else r_CS.flatten()
-    codes, scales_C, left_N = encode(g_CS.flatten(), rest_N, block=g_CS.shape[1])
-    coded.copy_(codes.view(coded.shape))
+    codes_N, scales_C, left_N = quantize_int8_reference(g_CS.flatten(), rest_N, block=g_CS.shape[1])
+    codes_CS.copy_(codes_N.view(codes_CS.shape))
     scales_C1.copy_(scales_C[:, None])
     if r_CS is not None:
         r_CS.copy_(left_N.view(r_CS.shape))
@@ -91,41 +89,3 @@ def dequantize_sum_int8_torch(codes_RN: Tensor, scales_RB: Tensor, block: int, o
         for rank in range(1, ranks):
             x_CS = _like(spare, total_CS).copy_(coded[2 * rank])
             total_CS.add_(x_CS.mul_(coded[2 * rank + 1].to(dtype)))
-
-
-def sign_compress_torch(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    dtype, numel = gradient_N.dtype, gradient_N.numel()
-    bits_W = torch.empty(-(-numel // 8), dtype=torch.uint8)
-    scales_B = torch.empty(-(-numel // block))
-    spare_v, spare_x = _spare(gradient_N, block), _spare(gradient_N, block)
-    parts: list[tuple[Tensor | None, int]] = [(gradient_N, block), (residual_N, block), (bits_W, block // 8), (scales_B, 1)]
-    for g_CS, r_CS, bits_CW, scales_C1 in _chunks(block, parts):
-        v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=_like(spare_v, g_CS))
-        x_CS = torch.abs(v_CS, out=_like(spare_x, g_CS))
-        scales_C1.copy_(x_CS.sum(1, True).div_(g_CS.shape[1]))
-        if not np.isfinite(scales_C1.numpy()).all():
-            _by_reference(sign_compress_reference, g_CS, r_CS, bits_CW, scales_C1)
-            continue
-        bits_CW.numpy().ravel()[:] = np.packbits(v_CS.numpy().ravel() >= 0, bitorder="little")
-        if r_CS is not None:
-            # +-1/2; the product with 2 and the scale is exact, so that rounding once or twice is the same.
-            torch.ge(v_CS, 0.0, out=x_CS).sub_(0.5)
-            torch.addcmul(v_CS, x_CS, scales_C1.to(dtype), value=-2, out=r_CS)
-    return bits_W, scales_B
-
-
-def sign_decompress_sum_torch(bits_RW: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
-    ranks, spare, dtype = len(bits_RW), _spare(out_N, block), out_N.dtype
-    parts: list[tuple[Tensor | None, int]] = [(out_N, block)]
-    parts += [
-        part for bits_W, scales_B in zip(bits_RW, scales_RB, strict=True) for part in ((bits_W, block // 8), (scales_B, 1))
-    ]
-    for total_CS, *coded in _chunks(block, parts):
-        for rank in range(ranks):
-            set_N = np.unpackbits(coded[2 * rank].numpy(), count=total_CS.numel(), bitorder="little")
-            signs_CS = torch.from_numpy(set_N).view(torch.int8).mul_(2).sub_(1).view(total_CS.shape)
-            scales_C1 = coded[2 * rank + 1].to(dtype)
-            if rank:
-                total_CS.addcmul_(_like(spare, total_CS).copy_(signs_CS), scales_C1)  # the product is exact
-            else:
-                total_CS.copy_(signs_CS).mul_(scales_C1)

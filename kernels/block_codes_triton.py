@@ -1,12 +1,12 @@
-"""The Triton path of block_codes.py for int8 and signs: one pass over the gradient, which adds the residual, encodes and writes
-what is left; one pass over the codes of all ranks, which decodes and sums.
+"""The Triton path of block_codes.py: one pass over the gradient, which adds the residual, encodes and writes what is left;
+one pass over the codes of all ranks, which decodes and sums.
 
 A program takes some whole blocks, each in one row of its tile. Tiles that lie within the gradient are loaded without a mask
 (one on N would load element by element where N is no multiple of 16); what remains is a launch of its own.
 
 No product is fused into a sum: the residual is v less what the decoder gets, which rounds the product.
 
-Legend: N elements, S elements of a block (columns of a tile), C blocks of a tile, B blocks, R ranks, W bytes of bits.
+Legend: N elements, S elements of a block (columns of a tile), C blocks of a tile, B blocks, R ranks.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -120,78 +120,6 @@ def dequantize_sum_int8_kernel(
     _store(out_ptr, at_CS, total_CS, inside_CS, WHOLE)
 
 
-@triton.jit
-def _byte_tile(block_C, elements, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """(numbers of the tile's bytes of bits [C, S / 8], which of them exist)."""
-    j_S = tl.arange(0, COLUMNS // 8)
-    byte_CS = block_C[:, None] * (BLOCK // 8) + j_S[None, :]
-    return byte_CS, (j_S < BLOCK // 8)[None, :] & (byte_CS * 8 < elements)
-
-
-@triton.jit
-def sign_compress_kernel(
-    gradient_ptr,
-    residual_ptr,
-    bits_ptr,
-    scales_ptr,
-    elements,
-    first,
-    HAS_RESIDUAL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block_C, at_CS, inside_CS = _tile(elements, first, BLOCK, ROWS, COLUMNS)
-    v_CS = _load(gradient_ptr, at_CS, inside_CS, WHOLE)
-    if HAS_RESIDUAL:
-        v_CS += _load(residual_ptr, at_CS, inside_CS, WHOLE)
-    sum_C = tl.sum(tl.abs(v_CS), 1)
-    # Programs beyond the last block divide by 1.
-    size_C = tl.maximum(tl.minimum(elements - block_C * BLOCK, BLOCK), 1).to(tl.float32)
-    scale_C = tl.where(sum_C < float("inf"), tl.div_rn(sum_C, size_C), float("nan"))
-    tl.store(scales_ptr + block_C, scale_C, block_C * BLOCK < elements)
-    positive_CS = v_CS >= 0
-    set_CS = positive_CS
-    if not WHOLE:
-        set_CS = set_CS & inside_CS
-    bits_CS8 = tl.reshape(set_CS.to(tl.int32), (ROWS, COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    byte_CS, has_CS = _byte_tile(block_C, elements, BLOCK, COLUMNS)
-    _store(bits_ptr, byte_CS, tl.sum(bits_CS8, 2).to(tl.uint8), has_CS, WHOLE)
-    if HAS_RESIDUAL:
-        left_CS = v_CS - tl.where(positive_CS, scale_C[:, None], -scale_C[:, None])
-        _store_residual(residual_ptr, at_CS, left_CS, scale_C, inside_CS, WHOLE)
-
-
-@triton.jit
-def sign_decompress_sum_kernel(
-    bits_ptr,
-    scales_ptr,
-    out_ptr,
-    elements,
-    ranks,
-    bits_row_stride,
-    scales_row_stride,
-    first,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block_C, at_CS, inside_CS = _tile(elements, first, BLOCK, ROWS, COLUMNS)
-    byte_CS, has_CS = _byte_tile(block_C, elements, BLOCK, COLUMNS)
-    total_CS = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(ranks):
-        scale_C = tl.load(scales_ptr + block_C, block_C * BLOCK < elements, 0.0)
-        bits_CS = _load(bits_ptr, byte_CS, has_CS, WHOLE).to(tl.int32)
-        set_CS8 = (bits_CS[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-        set_CS = tl.reshape(set_CS8, (ROWS, COLUMNS)) == 1
-        total_CS += tl.where(set_CS, scale_C[:, None], -scale_C[:, None])
-        bits_ptr += bits_row_stride
-        scales_ptr += scales_row_stride
-    _store(out_ptr, at_CS, total_CS, inside_CS, WHOLE)
-
-
 # ---- launches ----
 
 
@@ -221,15 +149,15 @@ def _launches(numel: int, block: int) -> Iterator[tuple[int, int, bool]]:
         yield whole, programs - whole, False
 
 
-def _encode(
-    kernel: Any, gradient_N: Tensor, residual_N: Tensor | None, block: int, coded: Tensor, scales_B: Tensor
-) -> tuple[Tensor, Tensor]:
+def quantize_int8_triton(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    codes_N = torch.empty_like(gradient_N, dtype=torch.int8)
+    scales_B = gradient_N.new_empty(-(-gradient_N.numel() // block))
     with on_device(gradient_N):
         for first, programs, whole in _launches(gradient_N.numel(), block):
-            kernel[(programs,)](
+            quantize_int8_kernel[(programs,)](
                 gradient_N,
                 gradient_N if residual_N is None else residual_N,
-                coded,
+                codes_N,
                 scales_B,
                 gradient_N.numel(),
                 first,
@@ -237,19 +165,19 @@ def _encode(
                 num_warps=tile(block)[2],
                 enable_fp_fusion=False,
             )
-    return coded, scales_B
+    return codes_N, scales_B
 
 
-def _decode(kernel: Any, coded_R: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
+def dequantize_sum_int8_triton(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
     with on_device(out_N):
         for first, programs, whole in _launches(out_N.numel(), block):
-            kernel[(programs,)](
-                coded_R,
+            dequantize_sum_int8_kernel[(programs,)](
+                codes_RN,
                 scales_RB,
                 out_N,
                 out_N.numel(),
-                coded_R.shape[0],
-                coded_R.stride(0),
+                codes_RN.shape[0],
+                codes_RN.stride(0),
                 scales_RB.stride(0),
                 first,
                 **_constexprs(block, whole),
@@ -258,44 +186,20 @@ def _decode(kernel: Any, coded_R: Tensor, scales_RB: Tensor, block: int, out_N: 
             )
 
 
-def quantize_int8_triton(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    codes_N = torch.empty_like(gradient_N, dtype=torch.int8)
-    scales_B = gradient_N.new_empty(-(-gradient_N.numel() // block))
-    return _encode(quantize_int8_kernel, gradient_N, residual_N, block, codes_N, scales_B)
-
-
-def sign_compress_triton(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    bits_W = gradient_N.new_empty(-(-gradient_N.numel() // 8), dtype=torch.uint8)
-    scales_B = gradient_N.new_empty(-(-gradient_N.numel() // block))
-    return _encode(sign_compress_kernel, gradient_N, residual_N, block, bits_W, scales_B)
-
-
-def dequantize_sum_int8_triton(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
-    _decode(dequantize_sum_int8_kernel, codes_RN, scales_RB, block, out_N)
-
-
-def sign_decompress_sum_triton(bits_RW: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
-    _decode(sign_decompress_sum_kernel, bits_RW, scales_RB, block, out_N)
-
-
 def shipped_launches() -> list[Launch]:
     """Blocks of 8 to 8192 elements, of which one is no power of 2."""
     launches = []
-    encoders = ((quantize_int8_kernel, {"codes_ptr": "int8"}), (sign_compress_kernel, {"bits_ptr": "uint8"}))
-    decoders = ((dequantize_sum_int8_kernel, {"codes_ptr": "int8"}), (sign_decompress_sum_kernel, {"bits_ptr": "uint8"}))
+    fields = {"codes_ptr": "int8", "scales_ptr": "float32"}
+    encoded, decoded = {**fields, "gradient_ptr": "float32", "residual_ptr": "float32"}, {**fields, "out_ptr": "float32"}
+    integers = ("elements", "ranks", "first", "codes_row_stride", "scales_row_stride")
     for block in (8, 1000, 1024, 8192):
         warps = tile(block)[2]
         for whole in (False, True) if tile(block)[1] == block else (False,):
             name = f"S={block}{' whole' if whole else ''}"
-            for fn, coded in encoders:
-                types = {"gradient_ptr": "float32", "residual_ptr": "float32", "scales_ptr": "float32", **coded}
-                for residual in (False, True) if block == 1024 else (True,):
-                    constexprs = _constexprs(block, whole, residual)
-                    label = f"{fn.fn.__name__} {name}{' residual' if residual else ''}"
-                    launches.append(launch(label, fn, types, ("elements", "first"), constexprs, warps))
-            for fn, coded in decoders:
-                types = {"scales_ptr": "float32", "out_ptr": "float32", **coded}
-                strides = tuple(each for each in fn.arg_names if each.endswith("_stride"))
-                integers = ("elements", "ranks", "first", *strides)
-                launches.append(launch(f"{fn.fn.__name__} {name}", fn, types, integers, _constexprs(block, whole), warps))
+            for residual in (False, True) if block == 1024 else (True,):
+                constexprs = _constexprs(block, whole, residual)
+                label = f"quantize_int8_kernel {name}{' residual' if residual else ''}"
+                launches.append(launch(label, quantize_int8_kernel, encoded, ("elements", "first"), constexprs, warps))
+            label, constexprs = f"dequantize_sum_int8_kernel {name}", _constexprs(block, whole)
+            launches.append(launch(label, dequantize_sum_int8_kernel, decoded, integers, constexprs, warps))
     return [each._replace(options={**each.options, "enable_fp_fusion": False}) for each in launches]

@@ -1,20 +1,19 @@
-"""Distillation losses from logits: a temperature-scaled divergence to the teacher, the labels' cross-entropy, a z-loss.
+"""Distillation losses from logits: a temperature-scaled divergence to the teacher, and the labels' cross-entropy.
 
     soft = T^2 sum_n w_n D(p_n, q_n)           p = softmax(teacher / T), q = softmax(student / T)
     hard = sum_{n labelled} lse_n - student_n[label_n]          lse = log sum exp(student), at temperature 1
-    z    = sum_{n labelled} lse_n^2                             de Brebisson, Vincent 2016; PaLM (Chowdhery et al. 2022)
-    total = c_soft soft + c_hard hard + c_z z
+    total = c_soft soft + c_hard hard
 
     forward KL   D = sum_v p (log p - log q)            gradient, times T^2, in the student's logits:  T (q - p)
     reverse KL   D = sum_v q (log q - log p)                                                           T q (log q/p - D)
     JSD(beta)    D = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q
                                                                                 T (1 - beta) q (log q/m - KL(q || m))
-    hard: q_1 - onehot(label);  z: 2 lse q_1           q_1 = softmax(student)
+    hard: q_1 - onehot(label)           q_1 = softmax(student)
 
     Hinton, Vinyals, Dean 2015, section 2 (T^2); Gu et al. 2024, MiniLLM (reverse KL); Agarwal et al. 2024, GKD (JSD).
 
 Value and gradient come from one pass over the logits, so the pass must know how the terms are weighed: the coefficients c are
-arguments, `total` is what to differentiate, and soft, hard, z are for the log (they carry no gradient). All are sums over
+arguments, `total` is what to differentiate, and soft, hard are for the log (they carry no gradient). All are sums over
 rows: whoever calls puts the denominators, which one batch does not know, into the coefficients.
 
 Paths: `reference` (here: eager, any float dtype, differentiable twice: the specification), `triton` (distill_triton.py: a GPU,
@@ -107,7 +106,7 @@ def distill_loss_reference(
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     student_NV = student_NV[:, :width].to(wide)
     zero = student_NV.new_zeros(())
-    soft, hard, z = zero, zero, zero
+    soft, hard = zero, zero
     # Rows that do not enter a term are replaced before its arithmetic: 0 times the gradient of a nan would be nan.
     if teacher_NV is not None:
         soft_NV, teacher_NV = student_NV, teacher_NV[:, :width].to(wide)
@@ -125,15 +124,14 @@ def distill_loss_reference(
         hard_NV = student_NV.masked_fill(~labelled_N[:, None], 0.0)
         hard_NV = capped(hard_NV, options.student_scale, options.student_softcap)
         hard = F.cross_entropy(hard_NV, labels_N, ignore_index=options.ignore_index, reduction="sum")
-        z = (hard_NV.logsumexp(-1).square() * labelled_N).sum()
-    return _terms(soft, hard, z, options)
+    return _terms(soft, hard, options)
 
 
-def _terms(soft: Tensor, hard: Tensor, z: Tensor, options: DistillOptions) -> DistillTerms:
+def _terms(soft: Tensor, hard: Tensor, options: DistillOptions) -> DistillTerms:
     """A term of coefficient 0 is left out of the total, even where it is infinite."""
-    weighed = ((options.soft, soft), (options.hard, hard), (options.z, z))
+    weighed = ((options.soft, soft), (options.hard, hard))
     total = sum((coefficient * term for coefficient, term in weighed if coefficient), torch.zeros_like(soft))
-    return DistillTerms(total, soft.detach(), hard.detach(), z.detach())
+    return DistillTerms(total, soft.detach(), hard.detach())
 
 
 # ---- the op ----
@@ -152,7 +150,7 @@ def rows_function(path: str) -> Any:
     "fastdistil::distill",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? weights, bool need_grad, str path, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _distill(
     student_NV: Tensor,
@@ -164,23 +162,23 @@ def _distill(
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
-    terms_N3 = student_NV.new_empty(student_NV.shape[0], 3, dtype=torch.promote_types(student_NV.dtype, torch.float32))
+    terms_N2 = student_NV.new_empty(student_NV.shape[0], 2, dtype=torch.promote_types(student_NV.dtype, torch.float32))
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
-    rows_function(path)(student_NV, teacher_NV, labels_N, weights_N, scaled, terms_N3, grad_NV)
-    return *sum_terms(terms_N3, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
+    rows_function(path)(student_NV, teacher_NV, labels_N, weights_N, scaled, terms_N2, grad_NV)
+    return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
-def sum_terms(terms_N3: Tensor, options: DistillOptions) -> DistillTerms:
+def sum_terms(terms_N2: Tensor, options: DistillOptions) -> DistillTerms:
     """The rows' sums, each in storage of its own."""
-    soft, hard, z = (each.clone() for each in terms_N3.sum(0))
-    return _terms(soft, hard, z, options)
+    soft, hard = (each.clone() for each in terms_N2.sum(0))
+    return _terms(soft, hard, options)
 
 
 @_distill.register_fake
 def _(student_NV: Tensor, teacher_NV: Tensor, labels_N: Any, weights_N: Any, need_grad: bool, path: str, *packed: Any) -> Any:
     wide = torch.promote_types(student_NV.dtype, torch.float32)
-    scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(4))
+    scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(3))
     return *scalars, student_NV.new_empty(student_NV.shape if need_grad else 0)
 
 
@@ -196,10 +194,10 @@ def distill_loss(
     options: DistillOptions,
     path: Path = "auto",
 ) -> DistillTerms:
-    """Divergence to the teacher, cross-entropy and z-loss of logits, with the gradient from the same pass.
+    """Divergence to the teacher and cross-entropy of logits, with the gradient from the same pass.
 
     student_NV, teacher_NV: float, [N, V] (see `options.columns` where V differs); rows may lie apart, columns must be adjacent.
-    labels_N: int64, 0 to columns - 1, or options.ignore_index where there is none; None: no hard and no z term.
+    labels_N: int64, 0 to columns - 1, or options.ignore_index where there is none; None: no hard term.
     weights_N: float, of the soft term.
     Labels out of range: the CPU's path raises ValueError and the reference IndexError; the Triton path, which never looks
     at labels on the host, gives a hard term of +inf and the gradient of a label that is none of the columns; the torch

@@ -20,7 +20,6 @@ class DistillTerms(NamedTuple):
     total: Tensor
     soft: Tensor
     hard: Tensor
-    z: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,8 @@ class DistillOptions:
     beta: float = 0.5
     """Of the generalised JSD: the teacher's weight in the mixture, between 0 and 1."""
     soft: float = 1.0
-    """Coefficient of the soft term in `total`; likewise hard and z."""
+    """Coefficient of the soft term in `total`; likewise hard."""
     hard: float = 1.0
-    z: float = 0.0
     ignore_index: int = -100
     """Label of a row that has none."""
     student_scale: float = 1.0
@@ -58,7 +56,7 @@ class DistillOptions:
             cap = getattr(self, name)
             if cap is not None and not 0 < cap < math.inf:
                 raise ValueError(f"{name} must be positive and finite, or None for none; got {cap}")
-        for name in ("soft", "hard", "z", "student_scale", "teacher_scale"):
+        for name in ("soft", "hard", "student_scale", "teacher_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.columns is not None and self.columns < 1:
@@ -126,7 +124,7 @@ def low_precision_unit(options: DistillOptions, dtype: torch.dtype) -> tuple[Dis
     coefficients of the gradient are divided by the largest, and multiplied by a constant that leaves room for weights; the
     quotient is folded into backward.
     """
-    unit = max(abs(options.soft) * options.temperature, abs(options.hard), abs(options.z)) / _FLOAT16_HEADROOM
+    unit = max(abs(options.soft) * options.temperature, abs(options.hard)) / _FLOAT16_HEADROOM
     if dtype != torch.float16 or unit == 0:
         return options, 1.0
-    return dataclasses.replace(options, soft=options.soft / unit, hard=options.hard / unit, z=options.z / unit), unit
+    return dataclasses.replace(options, soft=options.soft / unit, hard=options.hard / unit), unit

@@ -92,7 +92,7 @@ def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, T
             return beta * teacher_R + (1 - beta) * student_R, q.mul_(a.sub_(student_R[:, None])).mul_(1 - beta)
 
 
-def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: DistillOptions, terms_R3: Tensor) -> Tensor:
+def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: DistillOptions, terms_R2: Tensor) -> Tensor:
     """The soft term of a block, whose logits at temperature 1 are in block[0] and block[1]; its gradient in the student's."""
     temperature = options.temperature
     if temperature != 1.0:
@@ -102,7 +102,7 @@ def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: 
     soft_R = soft_R * temperature**2
     if weights_R is not None:
         soft_R = torch.where(weights_R == 0, 0, weights_R * soft_R)
-    terms_R3[:, 0] = soft_R
+    terms_R2[:, 0] = soft_R
     if options.soft == 0:
         return g_RV.zero_()
     if weights_R is None:
@@ -117,33 +117,33 @@ def distill_rows_torch(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     options: DistillOptions,
-    terms_N3: Tensor,
+    terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
-    """Writes each row's (soft, hard, z) into terms_N3 and the gradient of its part of `total` into grad_NV.
+    """Writes each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
-    grad_NV may be student_NV itself, whose logits are then gone. terms_N3 has the wide dtype. Without a teacher the soft
+    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Without a teacher the soft
     term is 0.
     """
-    rows, device, wide = student_NV.shape[0], student_NV.device, terms_N3.dtype
+    rows, device, wide = student_NV.shape[0], student_NV.device, terms_N2.dtype
     width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
     if rows == 0:
         return
     largest = next(blocks(rows, width, device))[1]
     buffers = [buffer((largest, width), wide, device) for _ in range(6)]
     for at_R, labels_R in _selections(labels_N, options.ignore_index, rows, width, device):
-        student_RV, terms_R3 = _rows(student_NV[:, :width], at_R), terms_N3[at_R]
+        student_RV, terms_R2 = _rows(student_NV[:, :width], at_R), terms_N2[at_R]
         block = [each[: len(student_RV)] for each in buffers]
-        hard = hard_rows(student_RV, labels_R, options, terms_R3, block[0], block[5])
+        hard = hard_rows(student_RV, labels_R, options, terms_R2, block[0], block[5])
         if teacher_NV is None:
-            terms_R3[:, 0] = 0.0
+            terms_R2[:, 0] = 0.0
             g_RV = block[2].zero_()
         else:
             load(block[0], student_RV, options.student_scale, options.student_softcap)
             load(block[1], _rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
-            g_RV = _weighed_soft_block(block, None if weights_N is None else weights_N[at_R].to(wide), options, terms_R3)
+            g_RV = _weighed_soft_block(block, None if weights_N is None else weights_N[at_R].to(wide), options, terms_R2)
         if not isinstance(at_R, slice):
-            terms_N3[at_R] = terms_R3
+            terms_N2[at_R] = terms_R2
         if grad_NV is None:
             continue
         if hard is not None:
@@ -199,13 +199,13 @@ def _selections(
 
 
 def hard_rows(
-    student_RV: Tensor, labels_R: Tensor | None, options: DistillOptions, terms_R3: Tensor, x_RV: Tensor, q_RV: Tensor
+    student_RV: Tensor, labels_R: Tensor | None, options: DistillOptions, terms_R2: Tensor, x_RV: Tensor, q_RV: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The labelled rows' hard and z terms into terms_R3; (their numbers [M], their gradient [M, V]), None without any.
+    """The labelled rows' hard terms into terms_R2; (their numbers [M], their gradient [M, V]), None without any.
 
     x_RV is overwritten; the gradient is in q_RV.
     """
-    terms_R3[:, 1:].zero_()
+    terms_R2[:, 1] = 0.0
     if labels_R is None:
         return None
     labelled_R = labels_R != options.ignore_index
@@ -224,12 +224,10 @@ def hard_rows(
         check_labels(target_M1, student_RV.shape[1])
     x_M = x_MV.gather(1, target_M1).squeeze(1)
     largest_M, log_q_M = softmax(x_MV, q_MV)
-    lse_M = largest_M - log_q_M
-    terms_R3[:, 1].index_copy_(0, rows_M, torch.where(has_M, largest_M - x_M - log_q_M, 0))
-    terms_R3[:, 2].index_copy_(0, rows_M, torch.where(has_M, lse_M.square(), 0))
-    if options.hard == options.z == 0:
+    terms_R2[:, 1].index_copy_(0, rows_M, torch.where(has_M, largest_M - x_M - log_q_M, 0))
+    if options.hard == 0:
         return None
-    q_MV.mul_((options.hard + 2 * options.z * lse_M)[:, None])
+    q_MV.mul_(options.hard)
     # In the wide dtype: q - 1 cancels for a label that is nearly certain.
     q_MV.scatter_add_(1, target_M1, q_MV.new_full(target_M1.shape, -options.hard))
     if labels_R.device.type != "cpu":

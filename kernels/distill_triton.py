@@ -112,7 +112,6 @@ def distill_kernel(
     beta,
     soft,
     hard,
-    z,
     student_scale,
     teacher_scale,
     student_cap,
@@ -251,7 +250,6 @@ def distill_kernel(
 
             # Largest and logarithm apart: a common offset of the logits takes no digits of their differences.
             log_a, log_b = tl.log(sum_a), tl.log(sum_b)
-            lse_1 = max_1 + tl.log(sum_1)
             # nan where a side has no distribution.
             broken = (max_a + log_a) - (max_a + log_a) + ((max_b + log_b) - (max_b + log_b))
             # Not exp(a - lse): the rounding of a logarithm of ten is ten times that of a probability.
@@ -283,18 +281,17 @@ def distill_kernel(
             if SINGLE or STAGE != 2:
                 if segment == 0:
                     soft_value = tl.where(weighed, weight * temperature * temperature * value, 0.0)
-                    tl.store(terms_ptr + row * 3, soft_value)
-                    tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, max_1 - label_x + tl.log(sum_1), 0.0))
-                    tl.store(terms_ptr + row * 3 + 2, tl.where(labelled, lse_1 * lse_1, 0.0))
+                    tl.store(terms_ptr + row * 2, soft_value)
+                    tl.store(terms_ptr + row * 2 + 1, tl.where(labelled, max_1 - label_x + tl.log(sum_1), 0.0))
                 if HAS_GRAD:
                     counts = weighed & (soft != 0)
                     g_B = tl.where(counts, g_B * (weight * soft * temperature), 0.0)
                     if HAS_LABELS:
-                        if labelled & ((hard != 0) | (z != 0)):
+                        if labelled & (hard != 0):
                             q_1_B = q_B
                             if not UNIT_TEMPERATURE:
                                 q_1_B = tl.exp(x_B - max_1) * (1.0 / sum_1)
-                            g_B += q_1_B * (hard + 2.0 * z * lse_1) - tl.where(column_B == label, hard, 0.0)
+                            g_B += q_1_B * hard - tl.where(column_B == label, hard, 0.0)
                     if HAS_STUDENT_CAP:
                         # d cap tanh(x / cap) = 1 - tanh^2; what is out stays out, where x may be nan.
                         g_B = tl.where(g_B == 0, 0.0, g_B * (1.0 - (x_B / student_cap) * (x_B / student_cap)))
@@ -305,7 +302,7 @@ def distill_kernel(
                         tl.store(grad_ptr + grad_at + lane_B, g_B, inside_B)
     elif SINGLE or STAGE == 0 or STAGE == 3:
         if segment == 0:
-            tl.store(terms_ptr + row * 3 + tl.arange(0, 4), tl.zeros((4,), WIDE), tl.arange(0, 4) < 3)
+            tl.store(terms_ptr + row * 2 + tl.arange(0, 2), tl.zeros((2,), WIDE))
         if HAS_GRAD:
             tl.store(grad_ptr + grad_at + lane_B, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), inside_B)
 
@@ -326,7 +323,7 @@ def distill_rows_triton(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     options: DistillOptions,
-    terms_N3: Tensor,
+    terms_N2: Tensor,
     grad_NV: Tensor | None,
     *,
     block: int | None = None,
@@ -347,7 +344,7 @@ def distill_rows_triton(
         raise ValueError(f"{rows} rows of {width} columns are more than one launch can number; give fewer rows at a time")
     if fused is None:
         fused = segments > 1 and _can_wait(student_NV.device, segments)
-    wide = terms_N3.dtype
+    wide = terms_N2.dtype
     shape = (rows, segments, PARTS) if segments > 1 else (1,)
     parts = torch.empty(shape, dtype=wide, device=student_NV.device)
     counters = torch.zeros(1 + 2 * rows if fused else 1, dtype=torch.int32, device=student_NV.device)
@@ -368,8 +365,8 @@ def distill_rows_triton(
                 student_NV,
                 student_NV if teacher_NV is None else teacher_NV,
                 counters if labels is None else labels,
-                terms_N3 if weights is None else weights,
-                terms_N3,
+                terms_N2 if weights is None else weights,
+                terms_N2,
                 student_NV if grad_NV is None else grad_NV,
                 parts,
                 counters,
@@ -384,7 +381,6 @@ def distill_rows_triton(
                 options.beta,
                 options.soft,
                 options.hard,
-                options.z,
                 options.student_scale,
                 options.teacher_scale,
                 options.student_softcap or 1.0,

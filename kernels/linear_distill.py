@@ -16,7 +16,7 @@ logits would not fit the budget below.
 Autocast: the student's hidden states decide the dtype of its products (under autocast: autocast's), the teacher keeps its own.
 The head's gradient is summed over chunks in float32.
 
-Legend: N rows, M of them used, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
+Legend: N rows, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
 """
 
 from typing import Any
@@ -149,7 +149,7 @@ class _Head:
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
     "bool need_hidden, bool need_weight, bool need_bias, str path, int chunk_rows, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_distill(
     hidden_ND: Tensor,
@@ -171,7 +171,7 @@ def _linear_distill(
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
-    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" and (options.hard or options.z) else None
+    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" and options.hard else None
     if order_N is not None:
         hidden_ND = hidden_ND.index_select(0, order_N)
         others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
@@ -181,7 +181,7 @@ def _linear_distill(
     scaled, _ = low_precision_unit(options, hidden_ND.dtype)
     need = (need_hidden, need_weight, need_bias)
     rows, wide = hidden_ND.shape[0], torch.promote_types(hidden_ND.dtype, torch.float32)
-    terms_N3 = hidden_ND.new_empty(rows, 3, dtype=wide)
+    terms_N2 = hidden_ND.new_empty(rows, 2, dtype=wide)
     width = options.columns or weight_VD.shape[0]
     largest = min(chunk_rows, rows)
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -195,7 +195,7 @@ def _linear_distill(
             end = min(first + chunk_rows, rows)
             logits_CV, labels_C, weights_C = head.logits(first, end), _part(labels_N, first, end), _part(weights_N, first, end)
             grad_CV = logits_CV if any(need) else None
-            rest = (labels_C, weights_C, scaled, terms_N3[first:end], grad_CV)
+            rest = (labels_C, weights_C, scaled, terms_N2[first:end], grad_CV)
             if teacher is not None:
                 dense(logits_CV, teacher.logits(first, end), *rest)
             elif indices_NK is None:
@@ -209,7 +209,7 @@ def _linear_distill(
         hidden, weight, bias = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
     if order_N is not None and need_hidden:
         hidden = torch.empty_like(hidden).index_copy_(0, order_N, hidden)
-    return *sum_terms(terms_N3, options), hidden, weight, bias
+    return *sum_terms(terms_N2, options), hidden, weight, bias
 
 
 def _labelled_first(labels_N: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -230,7 +230,7 @@ def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *rest: Any) -
     half, wide = hidden_ND.dtype == torch.float16, torch.promote_types(hidden_ND.dtype, torch.float32)
     bias_dtype = weight_VD.dtype if bias_V is None else bias_V.dtype
     return (
-        *(hidden_ND.new_empty((), dtype=wide) for _ in range(4)),
+        *(hidden_ND.new_empty((), dtype=wide) for _ in range(3)),
         hidden_ND.new_empty(hidden_ND.shape if need_hidden else 0, dtype=wide if half else hidden_ND.dtype),
         hidden_ND.new_empty(weight_VD.shape if need_weight else 0, dtype=wide if half else weight_VD.dtype),
         hidden_ND.new_empty(weight_VD.shape[:1] if need_bias else 0, dtype=wide if half else bias_dtype),
@@ -250,7 +250,6 @@ def linear_distill_loss(
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
-    rows_M: Tensor | None = None,
     options: DistillOptions,
     path: Path = "auto",
     chunk_rows: int | None = None,
@@ -258,8 +257,7 @@ def linear_distill_loss(
     """`distill_loss` of the two heads' logits, which never exist whole.
 
     student_hidden_ND, teacher_hidden_NE: float, one row a token; weights [V, D] and [V, E] as nn.Linear has them, biases [V] or
-    None. labels_N (int64), weights_N (float): as in `distill_loss`. rows_M (int64): the rows that enter any term; the others
-    are dropped before the products (their numbers come from the host, so that shapes are known without waiting).
+    None. labels_N (int64), weights_N (float): as in `distill_loss`.
     chunk_rows: rows of logits at a time; None: by the law above.
     Gradients of hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss` does.
     """
@@ -269,7 +267,7 @@ def linear_distill_loss(
         raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
     teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
+    return _loss(student, teacher, labels_N, weights_N, options, path, chunk_rows)
 
 
 def linear_sparse_distill_loss(
@@ -280,14 +278,13 @@ def linear_sparse_distill_loss(
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
-    rows_M: Tensor | None = None,
     options: DistillOptions,
     path: Path = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
     """`linear_distill_loss` with a teacher known by its likeliest tokens (see sparse_distill.py): forward KL only."""
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, rows_M, options, path, chunk_rows)
+    return _loss(student, teacher, labels_N, weights_N, options, path, chunk_rows)
 
 
 def linear_cross_entropy_loss(
@@ -300,8 +297,8 @@ def linear_cross_entropy_loss(
     path: Path = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
-    """The hard and the z term alone, without a teacher (pre-training): `options.soft` has no effect."""
-    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, None, options, path, chunk_rows)
+    """The hard term alone, without a teacher (pre-training): `options.soft` has no effect."""
+    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, options, path, chunk_rows)
 
 
 _Dense = tuple[Tensor, Tensor, Tensor | None]
@@ -313,7 +310,6 @@ def _loss(
     teacher: _Dense | SparseTeacher | None,
     labels_N: Tensor | None,
     weights_N: Tensor | None,
-    rows_M: Tensor | None,
     options: DistillOptions,
     path: Path,
     chunk_rows: int | None,
@@ -324,18 +320,6 @@ def _loss(
     check_rows(
         hidden_ND, None if teacher is None else teacher[1 if isinstance(teacher, SparseTeacher) else 0], labels_N, weights_N
     )
-    if rows_M is not None:
-        if rows_M.dtype != torch.int64 or rows_M.ndim != 1:
-            raise ValueError(
-                f"rows must be int64 [M], numbers of rows, got {rows_M.dtype} {list(rows_M.shape)}; mask.nonzero()[:, 0]"
-            )
-        hidden_ND = hidden_ND.index_select(0, rows_M)
-        labels_N = None if labels_N is None else labels_N.index_select(0, rows_M)
-        weights_N = None if weights_N is None else weights_N.index_select(0, rows_M)
-        if isinstance(teacher, SparseTeacher):
-            teacher = SparseTeacher(*(None if each is None else each.index_select(0, rows_M) for each in teacher))  # type: ignore[arg-type]
-        elif teacher is not None:
-            teacher = (teacher[0].index_select(0, rows_M), *teacher[1:])
     out_N = _rows_out(teacher is not None, labels_N, weights_N, options.ignore_index)
     if out_N is not None:
         hidden_ND = hidden_ND.masked_fill(out_N[:, None], 0.0)

@@ -13,7 +13,7 @@ the listed tokens, which a tail does not have (Anshumann et al. 2025, Sparse Log
 
 q_r is a sum over the unlisted columns, not 1 - sum q_k, which cancels where the list holds nearly all of the student's mass.
 
-Hard and z term, `total`, options and paths: as in distill.py. Only forward KL exists here: the other divergences need p of
+Hard term, `total`, options and paths: as in distill.py. Only forward KL exists here: the other divergences need p of
 every token that q reaches. `teacher_scale` and `teacher_softcap` are for `top_k`, as log-probabilities come after them.
 
 What has no finite value, beyond distill.py: where q_r = 0 < p_r the soft term is +inf and its gradient finite (0 for the
@@ -143,7 +143,7 @@ def sparse_distill_reference(
     rows_N = sparse_divergence_reference(student_NV, teacher, temperature=options.temperature)
     soft = rows_N.sum() if weights_N is None else (weights_N * rows_N).sum()
     total = rest.total + options.soft * soft if options.soft else rest.total
-    return DistillTerms(total, soft.detach(), rest.hard, rest.z)
+    return DistillTerms(total, soft.detach(), rest.hard)
 
 
 def check_teacher(student_NV: Tensor, teacher: SparseTeacher, options: DistillOptions) -> None:
@@ -216,16 +216,16 @@ def sparse_distill_rows_torch(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     options: DistillOptions,
-    terms_N3: Tensor,
+    terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
-    """Writes each row's (soft, hard, z) into terms_N3 and the gradient of its part of `total` into grad_NV.
+    """Writes each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
-    grad_NV may be student_NV itself, whose logits are then gone. terms_N3 has the wide dtype. Raises ValueError as
+    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Raises ValueError as
     check_teacher does, and for tokens outside of the vocabulary (on the CPU; looking at them on a GPU would be a wait).
     """
     check_teacher(student_NV, teacher, options)
-    rows, device, wide = student_NV.shape[0], student_NV.device, terms_N3.dtype
+    rows, device, wide = student_NV.shape[0], student_NV.device, terms_N2.dtype
     width, temperature = options.width(student_NV.shape[1], student_NV.shape[1]), options.temperature
     if rows == 0:
         return
@@ -234,16 +234,16 @@ def sparse_distill_rows_torch(
     largest = next(blocks(rows, width, device))[1]
     a_LV, g_LV, q_LV = (buffer((largest, width), wide, device) for _ in range(3))
     for first, end in blocks(rows, width, device):
-        student_RV, terms_R3 = student_NV[first:end, :width], terms_N3[first:end]
+        student_RV, terms_R2 = student_NV[first:end, :width], terms_N2[first:end]
         a_RV, g_RV, q_RV = (each[: end - first] for each in (a_LV, g_LV, q_LV))
         labels_R = None if labels_N is None else labels_N[first:end]
-        hard = hard_rows(student_RV, labels_R, options, terms_R3, a_RV, q_RV)
+        hard = hard_rows(student_RV, labels_R, options, terms_R2, a_RV, q_RV)
         load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
         part = SparseTeacher(*(None if each is None else each[first:end] for each in teacher))  # type: ignore[arg-type]
-        weights_R = terms_R3.new_ones(end - first) if weights_N is None else weights_N[first:end].to(wide)
+        weights_R = terms_R2.new_ones(end - first) if weights_N is None else weights_N[first:end].to(wide)
         factor_R = weights_R * (options.soft * temperature)
         soft_R = _soft_block(a_RV, g_RV, part, factor_R)
-        terms_R3[:, 0] = torch.where(weights_R == 0, 0, weights_R * temperature**2 * soft_R)
+        terms_R2[:, 0] = torch.where(weights_R == 0, 0, weights_R * temperature**2 * soft_R)
         if grad_NV is None:
             continue
         if weights_N is not None or options.soft == 0:
@@ -284,7 +284,7 @@ def sparse_rows_function(path: str) -> Any:
     "fastdistil::sparse_distill",
     mutates_args=(),
     schema="(Tensor student, Tensor indices, Tensor log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
-    f"bool need_grad, str path, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool need_grad, str path, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _sparse_distill(
     student_NV: Tensor,
@@ -299,18 +299,18 @@ def _sparse_distill(
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
     wide = torch.promote_types(student_NV.dtype, torch.float32)
-    terms_N3 = student_NV.new_empty(student_NV.shape[0], 3, dtype=wide)
+    terms_N2 = student_NV.new_empty(student_NV.shape[0], 2, dtype=wide)
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
     teacher = SparseTeacher(indices_NK, log_probabilities_NK, tail_N)
-    sparse_rows_function(path)(student_NV, teacher, labels_N, weights_N, scaled, terms_N3, grad_NV)
-    return *sum_terms(terms_N3, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
+    sparse_rows_function(path)(student_NV, teacher, labels_N, weights_N, scaled, terms_N2, grad_NV)
+    return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
 @_sparse_distill.register_fake
 def _(student_NV: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(student_NV.dtype, torch.float32)
-    scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(4))
+    scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(3))
     return *scalars, student_NV.new_empty(student_NV.shape if rest[5] else 0)
 
 

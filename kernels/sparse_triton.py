@@ -46,12 +46,10 @@ def _log_sum(a, b):
 
 
 @triton.jit
-def _finished(
-    g, x, column, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP: tl.constexpr
-):
+def _finished(g, x, column, label, lse_1, hard, student_scale, student_cap, HAS_STUDENT_CAP: tl.constexpr):
     """The soft term's gradient with the hard one added, in the logits before cap and scale."""
-    g += tl.where(hard_factor == 0, 0.0, tl.exp(x - lse_1) * hard_factor)
-    g -= tl.where(labelled & (column == label), hard, 0.0)
+    g += tl.where(hard == 0, 0.0, tl.exp(x - lse_1) * hard)
+    g -= tl.where(column == label, hard, 0.0)
     if HAS_STUDENT_CAP:
         # d cap tanh(x / cap) = 1 - tanh^2; what is out stays out, where x may be nan.
         g = tl.where(g == 0, 0.0, g * (1.0 - (x / student_cap) * (x / student_cap)))
@@ -79,7 +77,6 @@ def sparse_kernel(
     temperature,
     soft,
     hard,
-    z,
     student_scale,
     student_cap,
     HAS_TAIL: tl.constexpr,
@@ -161,28 +158,23 @@ def sparse_kernel(
     value += (lse + log_total) * 0.0
     value = tl.where(stray != 0, float("nan"), value)
     weighed = weight != 0
-    tl.store(terms_ptr + row * 3, tl.where(weighed, weight * temperature * temperature * value, 0.0))
-    tl.store(terms_ptr + row * 3 + 1, tl.where(labelled, largest_1 - label_x + tl.log(sum_1), 0.0))
-    tl.store(terms_ptr + row * 3 + 2, tl.where(labelled, lse_1 * lse_1, 0.0))
+    tl.store(terms_ptr + row * 2, tl.where(weighed, weight * temperature * temperature * value, 0.0))
+    tl.store(terms_ptr + row * 2 + 1, tl.where(labelled, largest_1 - label_x + tl.log(sum_1), 0.0))
 
     if HAS_GRAD:
         factor = weight * soft * temperature
         counts = weighed & (soft != 0)
-        hard_factor = tl.where(labelled & ((hard != 0) | (z != 0)), hard + 2.0 * z * lse_1, 0.0)
+        hard = tl.where(labelled, hard, 0.0)
         of_rest = (tl.exp(log_q_rest) - tail) * factor
         for start in range(0, width, BLOCK):
             v_B = start + tl.arange(0, BLOCK)
             x_B = capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
             in_list_B = (tl.load(mask_ptr + v_B // 32, v_B < width, 0, volatile=True) >> (v_B % 32)) & 1
             g_B = tl.where(counts, tl.exp(x_B / temperature - offset - tl.where(empty, 0.0, lse_rest)) * of_rest, 0.0)
-            g_B = _finished(
-                g_B, x_B, v_B, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP
-            )
+            g_B = _finished(g_B, x_B, v_B, label, lse_1, hard, student_scale, student_cap, HAS_STUDENT_CAP)
             tl.store(grad_ptr + v_B, g_B.to(grad_ptr.dtype.element_ty), (v_B < width) & (in_list_B == 0))
         g_K = tl.where(counts, (tl.exp(log_q_K) - p_K) * factor, 0.0)
-        g_K = _finished(
-            g_K, x_K, index_K, label, labelled, lse_1, hard, hard_factor, student_scale, student_cap, HAS_STUDENT_CAP
-        )
+        g_K = _finished(g_K, x_K, index_K, label, lse_1, hard, student_scale, student_cap, HAS_STUDENT_CAP)
         tl.store(grad_ptr + index_K, g_K.to(grad_ptr.dtype.element_ty), used_K)
 
 
@@ -192,7 +184,7 @@ def sparse_distill_rows_triton(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     options: DistillOptions,
-    terms_N3: Tensor,
+    terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
     """As sparse_distill_rows_torch; a token listed outside of the vocabulary makes the row's soft term nan here."""
@@ -217,10 +209,10 @@ def sparse_distill_rows_triton(
             student_NV,
             teacher.indices_NK.contiguous(),
             teacher.log_probabilities_NK.contiguous(),
-            terms_N3 if teacher.tail_N is None else teacher.tail_N.contiguous(),
+            terms_N2 if teacher.tail_N is None else teacher.tail_N.contiguous(),
             mask if labels_N is None else labels_N.contiguous(),
-            terms_N3 if weights_N is None else weights_N.contiguous(),
-            terms_N3,
+            terms_N2 if weights_N is None else weights_N.contiguous(),
+            terms_N2,
             student_NV if grad_NV is None else grad_NV,
             mask,
             student_NV.stride(0),
@@ -233,11 +225,10 @@ def sparse_distill_rows_triton(
             options.temperature,
             options.soft,
             options.hard,
-            options.z,
             options.student_scale,
             options.student_softcap or 1.0,
             **given,
-            **_constexprs(options, listed, terms_N3.dtype),
+            **_constexprs(options, listed, terms_N2.dtype),
             num_warps=_WARPS,
         )
 

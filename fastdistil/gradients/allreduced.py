@@ -1,9 +1,8 @@
-"""Compressors whose payloads are summed on the way, by an allreduce: none, 16 bits, random elements.
+"""Compressors whose payloads are summed on the way, by an allreduce: none, 16 bits.
 
 Legend: as in compressor.py.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from fastdistil.gradients.compressor import (
     Layout,
     Request,
     State,
-    chosen_numel,
     poison,
     ring_allreduce_bytes,
 )
@@ -30,7 +28,7 @@ from fastdistil.gradients.compressor import (
 class Uncompressed(Compressor):
     ranks: int
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
         summed_N = yield Request("allreduce", gradient_N)
         return summed_N, state
 
@@ -70,7 +68,7 @@ class Cast(Feedback):
         peak = {"peak": like.new_zeros(1, dtype=torch.float32)} if self.dtype == torch.float16 else {}
         return {**super().start(layout, like), **peak}
 
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
+    def compress(self, gradient_N: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
         """(payload [N] of `dtype`, state)"""
         scale, bound = self._scale_and_bound(state, gradient_N)
         bad = poison(gradient_N)
@@ -92,8 +90,8 @@ class Cast(Feedback):
         scale, _ = self._scale_and_bound(state, out_N)
         return out_N.copy_(payload_N).mul_(1.0 / scale)
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
-        payload_N, state = self.compress(gradient_N, state, layout, update)
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
+        payload_N, state = self.compress(gradient_N, state, layout)
         summed_N = yield Request("allreduce", payload_N)
         result_N = self.decompress(summed_N, state, gradient_N)
         return result_N, self.observe(result_N, state, layout)
@@ -124,66 +122,3 @@ class Cast(Feedback):
 def _power_of_two(exponent: Tensor) -> Tensor:
     """float32 from its bits: pow is not exact everywhere, and all ranks must agree."""
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-
-
-@dataclass(frozen=True)
-class RandomK(Feedback):
-    """Of every n / k elements one, the same on all ranks.
-
-    Circular systematic sampling (Lahiri 1951): from a start drawn uniformly every stride-th element, around the end, so that
-    each is chosen with probability exactly k / n and two slices hold them all. The starts of one cycle of updates are a random
-    base plus every offset below the stride once: nearly every element is sent once a cycle, none waits for its luck.
-    """
-
-    density: float
-    seed: int
-
-    def slices(self, layout: Layout, update: int) -> list[slice]:
-        """Of the k elements of an update."""
-        numel, chosen = layout.numel, chosen_numel(self.density, layout)
-        stride = numel // chosen
-        cycle, turn = divmod(update, stride)
-        base, first_step = (self._draw(f"{layout.index}/{cycle}/{what}") for what in ("base", "step"))
-        step = 1 + first_step % stride
-        while math.gcd(step, stride) > 1:
-            step = step % stride + 1
-        start = (base + turn * step % stride) % numel
-        before_end = min(chosen, -(-(numel - start) // stride))
-        wrapped = start + before_end * stride - numel
-        found = [slice(start, start + (before_end - 1) * stride + 1, stride)]
-        if before_end < chosen:
-            found.append(slice(wrapped, wrapped + (chosen - before_end - 1) * stride + 1, stride))
-        return found
-
-    def _draw(self, name: str) -> int:
-        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=32).digest())
-
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
-        """(payload [K], state)"""
-        slices, bad = self.slices(layout, update), poison(gradient_N)
-        if not self.error_feedback:
-            # Then the sum is at least right on average.
-            factor = layout.numel / chosen_numel(self.density, layout)
-            return torch.cat([gradient_N[each] for each in slices]).mul_(factor).add_(bad), state
-        value_N = state["residual"].add_(gradient_N).nan_to_num_(0.0, 0.0, 0.0)
-        payload_K = torch.cat([value_N[each] for each in slices]).add_(bad)
-        for each in slices:
-            value_N[each] = 0.0
-        return payload_K, {"residual": value_N}
-
-    def decompress(self, payload_K: Tensor, layout: Layout, update: int, out_N: Tensor) -> Tensor:
-        out_N.zero_()
-        first = 0
-        for each in self.slices(layout, update):
-            part = out_N[each]
-            part.copy_(payload_K[first : first + part.numel()])
-            first += part.numel()
-        return out_N
-
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
-        payload_K, state = self.compress(gradient_N, state, layout, update)
-        summed_K = yield Request("allreduce", payload_K)
-        return self.decompress(summed_K, layout, update, gradient_N), state
-
-    def wire_bytes(self, layout: Layout) -> int:
-        return ring_allreduce_bytes(self.ranks, 4 * chosen_numel(self.density, layout))

@@ -176,14 +176,13 @@ class Buckets:
                         bucket.state[name] = torch.where(left_out > 0, before, bucket.state[name], out=before)
                 bucket.before = None
 
-    def reorder(self) -> bool:
+    def reorder(self) -> None:
         """Once, after the first update: lay the buckets out in the order in which rank 0's gradients got ready.
 
-        The gradients are lost: call it after the optimizer, before `zero`. Compression states start after it. Returns whether
-        this was the time.
+        The gradients are lost: call it after the optimizer, before `zero`. Compression states start after it.
         """
         if self._ordered:
-            return False
+            return
         seen = list(dict.fromkeys(self._seen))
         rest = [number for number in self._order if number not in set(seen)]
         # In two bytes each: a control message.
@@ -191,14 +190,6 @@ class Buckets:
         self.world.broadcast(order.view(torch.uint8), "fastdistil.order")
         self._ordered, self._order, self._cuts = True, order.tolist(), None
         self._lay_out()
-        return True
-
-    def observe(self, values: Mapping[nn.Parameter, Tensor]) -> None:
-        """The compressor learns from these as from an update's sums; what is missing is 0. The gradients are lost."""
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            view.copy_(values[parameter]) if parameter in values else view.zero_()
-        for bucket in self.buckets:
-            bucket.state = self.compressor.observe(bucket.flat, bucket.state, bucket.layout)
 
     def remember_used(self, parameters: Iterable[nn.Parameter]) -> None:
         """Those that had a gradient on some rank before a resume."""
@@ -298,7 +289,7 @@ class Buckets:
             copied = self._compressing
             with self._compression():
                 bucket.before = {name: value.clone() if copied else value for name, value in bucket.state.items()}
-        bucket.exchange, bucket.step = chosen.exchange(bucket.flat, bucket.state, bucket.layout, self._update), 0
+        bucket.exchange, bucket.step = chosen.exchange(bucket.flat, bucket.state, bucket.layout), 0
         self._post(bucket, None)
 
     def _post(self, bucket: _Bucket, answer: Tensor | None) -> bool:

@@ -64,7 +64,7 @@ class Compressor(Protocol):
         """The state before the first update, on the device and in the dtype of `like`."""
         return {}
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange: ...
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange: ...
 
     def observe(self, summed_N: Tensor, state: State, layout: Layout) -> State:
         """After an update that was sent uncompressed: what can be learnt from the sum over ranks."""

@@ -3,15 +3,13 @@
     kind       collectives of a bucket                       bytes that a rank sends, N ranks, n float32 elements
     none       allreduce                                     2 (N-1)/N 4n
     fp16 bf16  allreduce                                     2 (N-1)/N 2n
-    random-k   allreduce                                     2 (N-1)/N 4k
     powersgd   allreduce of P, of Q                          2 (N-1)/N 4 (R sum of (rows + columns) + what stays whole)
     int8       all-to-all, sum, all-gather                   2 (N-1)/N (n + 4n/block)
-    sign       the same                                      2 (N-1)/N (n/8 + 4n/block)
     top-k      all-gather                                    (N-1) 8k, so it is refused where that is more than `none` sends
 
 Every rank gives its gradient of a bucket, every rank gets the same sum, bit for bit. What a payload leaves out stays on the
-rank as `residual` and is added to its next gradient (error feedback; Seide et al. 2014, Karimireddy et al. 2019). The
-two-phase forms round a second time, the sum: that rest stays with the rank that made it, as `server`. So nothing is lost:
+rank as `residual` and is added to its next gradient (error feedback; Seide et al. 2014, Karimireddy et al. 2019). int8
+rounds a second time, the sum: that rest stays with the rank that made it, as `server`. So nothing is lost:
 
     sum over updates of what was received  +  all residuals  =  sum over updates and ranks of the gradients
 
@@ -27,12 +25,12 @@ from typing import assert_never
 import torch
 
 from fastdistil.errors import UserError
-from fastdistil.gradients.allreduced import Cast, RandomK, Uncompressed
+from fastdistil.gradients.allreduced import Cast, Uncompressed
 from fastdistil.gradients.compressor import (
     Compressor,
     ring_allreduce_bytes,
 )
-from fastdistil.gradients.gathered import Int8, Sign, TopK
+from fastdistil.gradients.gathered import Int8, TopK
 from fastdistil.gradients.powersgd import PowerSGD
 from fastdistil.recipe import Compression
 
@@ -55,29 +53,13 @@ def make_compressor(config: Compression, *, ranks: int, rank: int, engine: str, 
             return Cast(ranks, config.error_feedback, torch.bfloat16)
         case "int8":
             return Int8(ranks, config.error_feedback, rank, config.block)
-        case "sign":
-            _check_sign(config)
-            return Sign(ranks, config.error_feedback, rank, config.block)
         case "top-k":
             _check_top_k(config.density, ranks)
             return TopK(ranks, config.error_feedback, config.density)
-        case "random-k":
-            return RandomK(ranks, config.error_feedback, config.density, seed)
         case "powersgd":
             return PowerSGD(ranks, config.error_feedback, config.rank, config.min_compression_rate, seed)
         case other:
             assert_never(other)
-
-
-def _check_sign(config: Compression) -> None:
-    if config.frozen_variance_after is None:
-        raise UserError(
-            "compression.kind=sign does not converge with AdamW, whose second moment is not linear in the gradient; set "
-            "compression.frozen_variance_after=N, the update from which that moment stays as it is and compression starts "
-            "(a fifth of all updates is usual), or compression.kind=int8"
-        )
-    if config.block % 8:
-        raise UserError(f"compression.kind=sign: compression.block must be a multiple of 8, got {config.block}")
 
 
 def _check_top_k(density: float, ranks: int) -> None:
@@ -97,4 +79,4 @@ def starts_at(config: Compression) -> int:
     which order gradients get ready, and buckets are laid out anew after it."""
     if config.kind == "none":
         return 0
-    return max(1, config.warmup_updates, config.frozen_variance_after or 0)
+    return max(1, config.warmup_updates)

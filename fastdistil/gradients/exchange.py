@@ -158,10 +158,7 @@ class Several(OneRank):
 
     def done(self, updates: int, left_out: Tensor) -> list[str]:
         self._buckets.settle(left_out)
-        if self._buckets.reorder() and self._kind == "sign":
-            # What had a gradient before, be it on one rank: its second moment is not 0.
-            states = self._optimizer.state
-            self._buckets.observe({p: states[p]["exp_avg_sq"] for p in self._parameters if p in states})
+        self._buckets.reorder()
         if not self._undecided:
             return []
         if self._timed is None:  # the first update is slower than others: from its end on

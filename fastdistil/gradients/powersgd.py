@@ -152,7 +152,7 @@ class PowerSGD(Feedback):
         q = torch.randn(self.plan(layout).right_numel, generator=draws).to(like)
         return {**super().start(layout, like), "q": q}
 
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> tuple[Tensor, State]:
+    def compress(self, gradient_N: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
         """(payload: P of all matrices and the rest, state). Afterwards `gradient_N` has the residual in it."""
         plan = self.plan(layout)
         if self.error_feedback:
@@ -204,9 +204,9 @@ class PowerSGD(Feedback):
             at += end - first
         return out_N
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout, update: int) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
         plan = self.plan(layout)
-        payload, state = self.compress(gradient_N, state, layout, update)
+        payload, state = self.compress(gradient_N, state, layout)
         summed = yield Request("allreduce", payload)
         payload, lefts, state = self.compress_right(gradient_N, summed, state, layout)
         if not plan.groups:

@@ -37,8 +37,6 @@ _MISSING = "not recorded"
 
 def profiled(recipe: Recipe, steps: int) -> Recipe:
     """The recipe of a short run that does each update as the long one would."""
-    compression = recipe.compression
-    frozen_after = compression.frozen_variance_after
     return recipe.with_(
         loop={"epochs": None, "updates": WARMUP + steps},
         data={"heldout": None},
@@ -46,10 +44,7 @@ def profiled(recipe: Recipe, steps: int) -> Recipe:
         checkpoint={"every": None},
         logging={"every": min(recipe.logging.every, WARMUP), "tensorboard": False, "histograms": None},
         profile={"warmup": WARMUP, "measure_peaks": True},
-        compression={
-            "warmup_updates": min(compression.warmup_updates, _COMPRESSED),
-            "frozen_variance_after": None if frozen_after is None else min(frozen_after, _COMPRESSED),
-        },
+        compression={"warmup_updates": min(recipe.compression.warmup_updates, _COMPRESSED)},
     )
 
 

@@ -146,8 +146,8 @@ def _residual_bytes(recipe: Recipe, parameters: int) -> int:
     config, ranks = recipe.compression, recipe.world.ranks or 1
     if config.kind in ("none", "auto") or not config.error_feedback or ranks == 1:
         return 0
-    # Those that reduce in two phases keep what the second leaves out of their own part, too.
-    return 4 * parameters + (4 * parameters // ranks if config.kind in ("int8", "sign") else 0)
+    # int8 reduces in two phases, and keeps what the second leaves out of its own part, too.
+    return 4 * parameters + (4 * parameters // ranks if config.kind == "int8" else 0)
 
 
 def _logits_bytes(recipe: Recipe, rows: int, student: Shape, teacher: Shape | None) -> int:

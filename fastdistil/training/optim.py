@@ -45,65 +45,6 @@ def learning_rate(optim: Optim, update: int, updates: int) -> float:
     return optim.lr * ((1.0 - done) if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-@torch.no_grad()
-def step_with_frozen_variance(optimizer: torch.optim.AdamW, found_inf: Tensor, frozen_after: int) -> None:
-    """AdamW whose second moment stays what it was after a parameter's first `frozen_after` steps: linear in the gradient, as
-    compression with error feedback needs it (Tang et al. 2021, 1-bit Adam).
-
-    A parameter that gets its first gradient late, or had none in some updates, still learns its second moment in as many steps
-    of its own. Where `found_inf` is 1 nothing changes. No wait for the device.
-    """
-    keep = 1.0 - found_inf
-    for group in optimizer.param_groups:
-        beta1, beta2 = group["betas"]
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            continue
-        states = [_adam_state(optimizer, parameter) for parameter in parameters]
-        means, variances, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        gradients = _where_finite(parameters, found_inf)
-        steps_P = torch.stack(steps)
-        learning_P = (steps_P < frozen_after) * keep
-        torch._foreach_add_(steps, keep)
-        steps_P += keep
-        work = torch._foreach_mul(gradients, gradients)
-        torch._foreach_sub_(work, variances)
-        torch._foreach_mul_(work, learning_P.unbind())
-        torch._foreach_add_(variances, work, alpha=1 - beta2)
-        torch._foreach_sub_(gradients, means)
-        torch._foreach_mul_(gradients, keep)
-        torch._foreach_add_(means, gradients, alpha=1 - beta1)
-        # Each moment is corrected for the steps that it has seen; before the first there is nothing to correct.
-        seen_P = steps_P.double().clamp(min=1)
-        torch._foreach_copy_(work, variances)
-        torch._foreach_div_(work, (1 - beta2 ** seen_P.clamp(max=frozen_after)).unbind())
-        torch._foreach_sqrt_(work)
-        torch._foreach_add_(work, group["eps"])
-        torch._foreach_copy_(gradients, means)
-        torch._foreach_div_(gradients, (1 - beta1**seen_P).unbind())
-        torch._foreach_div_(gradients, work)
-        torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
-        torch._foreach_mul_(gradients, keep)
-        torch._foreach_sub_(parameters, gradients, alpha=group["lr"])
-
-
-def _adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """As the fused optimizer makes it at a parameter's first gradient."""
-    state: dict[str, Tensor] = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return state
-
-
-def _where_finite(parameters: list[Tensor], found_inf: Tensor) -> list[Tensor]:
-    """Copies of the gradients, 0 where `found_inf` is 1."""
-    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None])
-    flat = torch.where(found_inf > 0, 0.0, flat)
-    parts = torch.split(flat, [parameter.numel() for parameter in parameters])
-    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
-
-
 class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), all on the device: no wait, and its state is three numbers.
 

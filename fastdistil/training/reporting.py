@@ -45,9 +45,9 @@ def announce(run: Run) -> None:
         run.console.note(f"{world.size} ranks over {world.engine}, compression {kind}")
         begins = starts_at(run.recipe.compression)
         if kind not in ("none", "auto") and begins >= run.inputs.updates:
-            keys = "compression.warmup_updates, frozen_variance_after"
             run.tell(
-                f"nothing will be compressed: that begins after {begins} updates ({keys}), and the run has {run.inputs.updates}"
+                f"nothing will be compressed: that begins after {begins} updates (compression.warmup_updates), and the run has "
+                f"{run.inputs.updates}"
             )
     run.console.start(run.inputs.updates, run.update)
     run.meter.restart()

@@ -24,8 +24,7 @@ from fastdistil.distributed.coordinator import join
 engine = sys.argv[1]
 world = join(find_place(os.environ), Options(engine=engine, rings=2, timeout_s=60), torch.device("cpu"))
 KINDS = [dict(kind="none"), dict(kind="fp16"), dict(kind="int8", block=64), dict(kind="top-k", density=0.1),
-         dict(kind="random-k", density=0.1), dict(kind="powersgd", rank=2),
-         dict(kind="sign", block=64, frozen_variance_after=1)]
+         dict(kind="powersgd", rank=2)]
 if engine == "torch":
     KINDS.append(dict(kind="bf16"))
 found = []
@@ -85,8 +84,8 @@ def test_every_compressor_over_real_ranks(engine: str, ranks: int, run_ranks: Ca
     # In units of one update's gradient: what is owed does not grow with the updates.
     assert owed["none"] < 1e-5 and owed["fp16"] < 0.01 and owed["int8"] < 0.05
     for kind, error in owed.items():
-        assert error < (4 if kind in ("powersgd", "sign") else 5), (kind, error)
-    assert bytes_sent["int8"] < 0.3 * bytes_sent["none"] and bytes_sent["sign"] < 0.1 * bytes_sent["none"]
+        assert error < (4 if kind == "powersgd" else 5), (kind, error)
+    assert bytes_sent["int8"] < 0.3 * bytes_sent["none"]
     assert bytes_sent["fp16"] * 2 == pytest.approx(bytes_sent["none"], rel=1e-3)
 
 

@@ -58,9 +58,7 @@ def run_recipes(run_ranks: Callable[..., list[str]], tmp_path: Path) -> Continue
 COMPRESSIONS = {
     "torch": {
         "top-k": "density: 0.1, warmup_updates: 2",
-        "random-k": "density: 0.1, warmup_updates: 2",
         "powersgd": "rank: 2, warmup_updates: 2",
-        "sign": "block: 64, frozen_variance_after: 2, warmup_updates: 2",
         "fp16": "warmup_updates: 2",
         "bf16": "warmup_updates: 2",
     },

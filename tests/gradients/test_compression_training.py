@@ -7,7 +7,7 @@ standard deviation without compression.
 
 Measured while this was written: 10.720 uncompressed, standard deviation 0.025, from 13.0 at the start. 300 updates are few for
 methods that send an element every 1 / density of them, and AdamW takes their bursts for noise: top-k ended at 11.03 with a
-density of 0.01, at 10.76 with 0.1; random-k at 11.90 with 0.01, 11.01 with 0.1, 10.81 with 0.25, 10.75 with 0.5.
+density of 0.01, at 10.76 with 0.1.
 """
 
 import functools
@@ -26,7 +26,7 @@ from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
 from fastdistil.recipe import Compression, Objective, Optim
-from fastdistil.training.optim import learning_rate, make_optimizer, step_with_frozen_variance
+from fastdistil.training.optim import learning_rate, make_optimizer
 
 UPDATES, RANKS, VOCABULARY, LENGTH = 300, 2, 160, 24
 OBJECTIVE = Objective()
@@ -124,7 +124,7 @@ def distilled(compression: Compression, seed: int) -> float:
             summed = flats[0] + flats[1]
             states = [m.observe(summed, s, layout) for m, s in zip(members, states, strict=True)]
         else:
-            asked = [m.exchange(g, s, layout, update) for m, g, s in zip(members, flats, states, strict=True)]
+            asked = [m.exchange(g, s, layout) for m, g, s in zip(members, flats, states, strict=True)]
             results = together(asked)
             assert torch.equal(results[0][0], results[1][0])
             summed, states = results[0][0], [state for _, state in results]
@@ -133,11 +133,7 @@ def distilled(compression: Compression, seed: int) -> float:
         nn.utils.clip_grad_norm_(parameters, OPTIM.clip or float("inf"))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIM, update, UPDATES)
-        frozen_after = compression.frozen_variance_after
-        if frozen_after is not None and update >= frozen_after:
-            step_with_frozen_variance(optimizer, torch.zeros(()), frozen_after)
-        else:
-            optimizer.step()
+        optimizer.step()
     student.eval()
     heldout = text(7, 128)
     with torch.no_grad():
@@ -156,9 +152,7 @@ ENOUGH: dict[str, Compression] = {
     "bf16": Compression(kind="bf16"),
     "int8": Compression(kind="int8"),
     "top-k": Compression(kind="top-k", density=0.1),
-    "random-k": Compression(kind="random-k", density=0.5),
     "powersgd": Compression(kind="powersgd"),
-    "sign": Compression(kind="sign", frozen_variance_after=60),
 }
 
 
@@ -175,8 +169,7 @@ def test_a_distillation_ends_within_two_standard_deviations_of_the_uncompressed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["top-k", "sign"])
-def test_without_error_feedback_it_does_not(kind: str) -> None:
+def test_without_error_feedback_it_does_not() -> None:
     """Else the test above would pass on anything."""
     mean, deviation = uncompressed()
-    assert mean_loss(ENOUGH[kind].model_copy(update={"error_feedback": False})) > mean + 3 * deviation
+    assert mean_loss(ENOUGH["top-k"].model_copy(update={"error_feedback": False})) > mean + 3 * deviation

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from fastdistil.errors import UserError
-from fastdistil.gradients.allreduced import RandomK
 from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State, redistribute
 from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.gradients.powersgd import PowerSGD, orthonormal
 from fastdistil.recipe import Compression
 
-KINDS = ("none", "fp16", "bf16", "int8", "top-k", "random-k", "powersgd", "sign")
+KINDS = ("none", "fp16", "bf16", "int8", "top-k", "powersgd")
 SMALL: dict[str, Any] = {"block": 16, "density": 0.05, "rank": 2}
 PIECES = ((0, (12, 20)), (240, (20,)), (264, (12, 20)), (504, (8, 5, 6)), (744, (3,)))
 ODD = Layout(747, PIECES, 3)  # with a gap of 4 between two parameters
@@ -28,8 +27,7 @@ LAYOUTS = [ODD, Layout(1, ((0, (1,)),), 0), Layout(17, ((0, (17,)),), 1), Layout
 
 
 def compressors(kind: str, ranks: int, **more: Any) -> list[Compressor]:
-    frozen = {"frozen_variance_after": 5} if kind == "sign" else {}
-    config = Compression(kind=kind, **{**SMALL, **frozen, **more})  # type: ignore[arg-type]
+    config = Compression(kind=kind, **{**SMALL, **more})  # type: ignore[arg-type]
     return [make_compressor(config, ranks=ranks, rank=rank, engine="torch", seed=7) for rank in range(ranks)]
 
 
@@ -96,7 +94,7 @@ def run(
     for update in range(updates):
         given = gradients(ranks, layout, update, dtype)
         truth = truth + torch.stack(given).sum(0)
-        exchanges = [m.exchange(g.clone(), s, layout, update) for m, g, s in zip(members, given, states, strict=True)]
+        exchanges = [m.exchange(g.clone(), s, layout) for m, g, s in zip(members, given, states, strict=True)]
         results, states, sent, collectives = simulate(exchanges)
         for result in results[1:]:
             assert torch.equal(result, results[0])
@@ -155,7 +153,7 @@ def test_a_state_is_all_that_continues(kind: str) -> None:
         results = [torch.zeros(0)]
         for update in numbers:
             given = gradients(3, ODD, update, torch.float32)
-            exchanges = [m.exchange(g, s, ODD, update) for m, g, s in zip(members, given, states, strict=True)]
+            exchanges = [m.exchange(g, s, ODD) for m, g, s in zip(members, given, states, strict=True)]
             results, states, _, _ = simulate(exchanges)
         return states, results[0]
 
@@ -194,7 +192,7 @@ def test_another_number_of_ranks_owes_the_same(kind: str, new: int) -> None:
     # And they go on with it.
     given = gradients(new, ODD, 9)
     truth = torch.stack(given).sum(0) + before
-    results, last, _, _ = simulate([m.exchange(g, s, ODD, 9) for m, g, s in zip(members, given, shared, strict=True)])
+    results, last, _, _ = simulate([m.exchange(g, s, ODD) for m, g, s in zip(members, given, shared, strict=True)])
     rounding = {"fp16": 2**-11, "bf16": 2**-8}.get(kind, 0.0) * new
     error = (results[0] + left(members, last, ODD) - truth).abs().max()
     assert float(error) <= (1e-12 + rounding) * float(truth.abs().max())
@@ -216,7 +214,7 @@ def test_what_is_not_finite_is_seen_and_forgotten(kind: str, value: float, feedb
                 continue
             if update == 2:
                 given[1][bad_elements] = value
-            exchanges = [m.exchange(g, s, ODD, update) for m, g, s in zip(members, given, states, strict=True)]
+            exchanges = [m.exchange(g, s, ODD) for m, g, s in zip(members, given, states, strict=True)]
             results, states, _, _ = simulate(exchanges)
             for result in results:
                 assert bool(result.isfinite().all()) == (update != 2)
@@ -237,7 +235,7 @@ def test_float16_keeps_digits_at_any_size(size: float, ranks: int) -> None:
     draws = torch.Generator().manual_seed(0)
     gradient = size * (1 + torch.rand(64, generator=draws))
     state = member.observe(ranks * gradient, member.start(layout, gradient), layout)
-    exchange = member.exchange(gradient.clone(), state, layout, 1)
+    exchange = member.exchange(gradient.clone(), state, layout)
     request = exchange.send(None)  # type: ignore[arg-type]
     assert request.tensor.dtype == torch.float16
     summed = torch.zeros(64, dtype=torch.float16)
@@ -260,76 +258,13 @@ def test_float16_never_overflows_by_growth() -> None:
     for update, size in enumerate([1e-5, 1e-5, 10.0, *[1e-5] * 30]):
         given = [size * each for each in gradients(4, layout, update)]
         truth = truth + torch.stack(given).sum(0)
-        results, states, _, _ = simulate(
-            [m.exchange(g, s, layout, update) for m, g, s in zip(members, given, states, strict=True)]
-        )
+        results, states, _, _ = simulate([m.exchange(g, s, layout) for m, g, s in zip(members, given, states, strict=True)])
         assert bool(results[0].isfinite().all())
         received = received + results[0]
         largest.append(float(left(members, states, layout).abs().max()))
     assert largest[2] > 0.1 * float(truth.abs().max())
     assert largest[-1] < 1e-3 * float(truth.abs().max())
     torch.testing.assert_close(received, truth, rtol=0, atol=2e-3 * float(truth.abs().max()))
-
-
-# ---- random-k ----
-
-
-class Told(RandomK):
-    """Starts that the test names."""
-
-    base, step = 0, 0
-
-    def _draw(self, name: str) -> int:
-        return Told.base if name.endswith("base") else Told.step
-
-
-@pytest.mark.parametrize(("numel", "density"), [(10, 0.6), (97, 0.1), (1000, 0.01), (5, 0.001), (12, 1.0)])
-def test_random_k_chooses_every_element_equally_often(numel: int, density: float) -> None:
-    layout, member = Layout(numel, (), 0), Told(2, True, density, 0)
-    chosen = max(1, round(numel * density))
-    for update, step in ((0, 0), (3, 5)):
-        counts = torch.zeros(numel)
-        for base in range(numel):
-            Told.base, Told.step = base, step
-            once = torch.zeros(numel)
-            for each in member.slices(layout, update):
-                once[each] += 1
-            assert float(once.max()) == 1.0
-            assert int(once.sum()) == chosen
-            counts += once
-        assert counts.tolist() == [chosen] * numel
-
-
-def test_random_k_comes_around() -> None:
-    """In one cycle of updates nothing twice, and nearly everything; over many, everything; buckets and seeds differ."""
-    layout, member = Layout(1003, (), 0), RandomK(2, True, 0.05, 11)
-    stride = 1003 // 50
-    counts = torch.zeros(1003)
-    for update in range(stride):
-        for each in member.slices(layout, update):
-            counts[each] += 1
-    assert float(counts.max()) == 1.0
-    assert int(counts.sum()) == 50 * stride
-    starts = [member.slices(layout, update)[0].start for update in range(5 * stride)]
-    assert len(set(starts)) > 3 * stride
-    for update in range(stride, 5 * stride):
-        for each in member.slices(layout, update):
-            counts[each] += 1
-    assert float(counts.min()) >= 1.0
-    assert member.slices(Layout(1003, (), 1), 0) != member.slices(layout, 0)
-    assert RandomK(2, True, 0.05, 12).slices(layout, 0) != member.slices(layout, 0)
-
-
-def test_random_k_without_feedback_is_right_on_average() -> None:
-    layout = Layout(40, (), 0)
-    member = Told(1, False, 0.1, 0)
-    gradient = torch.arange(1.0, 41.0, dtype=torch.float64)
-    total = torch.zeros(40, dtype=torch.float64)
-    for base in range(40):
-        Told.base, Told.step = base, 0
-        payload, _ = member.compress(gradient.clone(), {}, layout, 0)
-        total += member.decompress(payload, layout, 0, torch.empty(40, dtype=torch.float64))
-    torch.testing.assert_close(total / 40, gradient, rtol=1e-12, atol=0)
 
 
 # ---- PowerSGD ----
@@ -345,7 +280,7 @@ def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...]
     layout = Layout(numel, pieces, 0)
     members = compressors("powersgd", ranks, rank=rank, min_compression_rate=1.0)
     states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
-    results, _, _, _ = simulate([m.exchange(g.clone(), s, layout, 1) for m, g, s in zip(members, given, states, strict=True)])
+    results, _, _, _ = simulate([m.exchange(g.clone(), s, layout) for m, g, s in zip(members, given, states, strict=True)])
     return results[0]
 
 
@@ -378,11 +313,11 @@ def test_powersgd_of_nothing_is_nothing_and_goes_on() -> None:
     (member,) = compressors("powersgd", 1, rank=3)
     state = member.start(layout, torch.zeros(0))
     started = state["q"].clone()
-    results, states, _, _ = simulate([member.exchange(torch.zeros(600), state, layout, 1)])
+    results, states, _, _ = simulate([member.exchange(torch.zeros(600), state, layout)])
     assert torch.equal(results[0], torch.zeros(600))
     assert torch.equal(states[0]["q"], started)
     gradient = low_rank(3, 20, 30, 5).float().flatten()
-    results, _, _, _ = simulate([member.exchange(gradient.clone(), states[0], layout, 2)])
+    results, _, _, _ = simulate([member.exchange(gradient.clone(), states[0], layout)])
     torch.testing.assert_close(results[0], gradient, rtol=1e-4, atol=1e-4)
 
 
@@ -397,8 +332,8 @@ def test_powersgd_gets_nearer_with_every_update() -> None:
     (member,) = compressors("powersgd", 1, rank=2, error_feedback=False)
     state = member.start(layout, matrix)
     errors = []
-    for update in range(20):
-        results, states, _, _ = simulate([member.exchange(matrix.flatten().clone(), state, layout, update)])
+    for _ in range(20):
+        results, states, _, _ = simulate([member.exchange(matrix.flatten().clone(), state, layout)])
         state = states[0]
         errors.append(float((results[0].view(40, 60) - matrix).norm()))
     assert errors[0] > 1.2 * best
@@ -436,35 +371,6 @@ def test_what_powersgd_leaves_whole() -> None:
     assert member.whole_parameters
 
 
-# ---- sign ----
-
-
-def test_sign_does_not_move_what_never_had_a_gradient() -> None:
-    """Learnt from the uncompressed updates; what comes later for it stays owed. A bit alone would send plus or minus."""
-    layout = Layout(64, ((0, (64,)),), 0)
-    for observed in (True, False):
-        members = compressors("sign", 2)
-        states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
-        for update in range(4):
-            given = gradients(2, layout, update)
-            for gradient in given:
-                gradient[20:24] = 0.0
-                gradient[48:] = 0.0  # a block
-            if update < 2:
-                if observed:
-                    states = [m.observe(given[0] + given[1], s, layout) for m, s in zip(members, states, strict=True)]
-                continue
-            if update == 3 and observed:
-                given[0][21] = 1.0
-            exchanges = [m.exchange(g, s, layout, update) for m, g, s in zip(members, given, states, strict=True)]
-            results, states, _, _ = simulate(exchanges)
-            assert torch.equal(results[0][48:], torch.zeros(16, dtype=torch.float64))
-            assert bool((results[0][20:24] == 0).all()) == observed
-            assert bool((results[0][:16] != 0).all())
-        if observed:
-            assert left(members, states, layout)[20:24].tolist() == [0.0, 1.0, 0.0, 0.0]
-
-
 # ---- what is refused, and when it starts ----
 
 
@@ -475,10 +381,6 @@ def make(ranks: int = 2, engine: str = "torch", **values: Any) -> Compressor:
 def test_refusals() -> None:
     with pytest.raises(UserError, match=r"compression.kind=fp16 .*world.engine=torch"):
         make(kind="bf16", engine="horovod")
-    with pytest.raises(UserError, match=r"AdamW.*compression.frozen_variance_after=N"):
-        make(kind="sign")
-    with pytest.raises(UserError, match="multiple of 8, got 12"):
-        make(kind="sign", frozen_variance_after=10, block=12)
     with pytest.raises(UserError, match=r"\(512 - 1\) \* 10,000 \* 8 = 40.9 MB, uncompressed 2 \* 511/512 \* 4 = 8.0 MB"):
         make(kind="top-k", ranks=512)
     make(kind="top-k", ranks=100)
@@ -498,8 +400,6 @@ def test_when_compression_starts() -> None:
     assert starts_at(Compression(kind="none")) == 0
     assert starts_at(Compression(kind="int8")) == 10
     assert starts_at(Compression(kind="int8", warmup_updates=0)) == 1
-    assert starts_at(Compression(kind="sign", frozen_variance_after=50)) == 50
-    assert starts_at(Compression(kind="sign", warmup_updates=70, frozen_variance_after=50)) == 70
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -507,7 +407,7 @@ def test_what_travels_by_allreduce_alone_is_what_is_declared_linear(kind: str) -
     made = compressors(kind, 2, density=0.01, block=64, rank=2)[0]
     layout = LAYOUTS[0]
     gradient = torch.randn(layout.numel)
-    exchange = made.exchange(gradient, made.start(layout, gradient), layout, 100)
+    exchange = made.exchange(gradient, made.start(layout, gradient), layout)
     assert (next(exchange).kind == "allreduce") is made.linear
 
 
@@ -518,7 +418,7 @@ def test_what_compressors_declare() -> None:
         kind: compressors(kind, 64, density=0.01, block=1024, rank=4)[0].wire_bytes(layout) / (4 * layout.numel)
         for kind in KINDS
     }
-    wanted = {"none": 1.97, "fp16": 0.98, "bf16": 0.98, "int8": 0.494, "top-k": 1.26, "random-k": 0.0197, "sign": 0.063}
+    wanted = {"none": 1.97, "fp16": 0.98, "bf16": 0.98, "int8": 0.494, "top-k": 1.26}
     for kind, share in wanted.items():
         assert volume[kind] == pytest.approx(share, rel=0.01)
     assert volume["powersgd"] == pytest.approx(1.97 * 4 * 2 / 2**13, rel=0.01)
@@ -548,7 +448,7 @@ def fitted(kind: str, optimizer: str, **more: Any) -> float:
     begun = float(sum(loss(x, y) for x, y in zip(inputs, targets, strict=True)).detach())  # type: ignore[union-attr]
     for update in range(150):
         given = [torch.autograd.grad(loss(x, y), weights)[0] for x, y in zip(inputs, targets, strict=True)]
-        exchanges = [m.exchange(g, s, REGRESSION, update) for m, g, s in zip(members, given, states, strict=True)]
+        exchanges = [m.exchange(g, s, REGRESSION) for m, g, s in zip(members, given, states, strict=True)]
         results, states, _, _ = simulate(exchanges)
         weights.grad = results[0]
         for group in steps.param_groups:
@@ -563,7 +463,7 @@ def test_with_error_feedback_sgd_ends_where_it_would_uncompressed(kind: str) -> 
     plain = fitted("none", "sgd")
     assert plain < 0.03
     assert fitted(kind, "sgd", density=0.1) < 1.03 * plain
-    if kind in ("top-k", "powersgd", "sign"):  # else this test would pass on anything
+    if kind in ("top-k", "powersgd"):  # else this test would pass on anything
         assert fitted(kind, "sgd", density=0.1, error_feedback=False) > 3 * plain
 
 

@@ -19,7 +19,7 @@ from fastdistil.kernels.distill_triton import distill_rows_triton
 
 PATHS = ["torch", "triton"]
 DIVERGENCES = ["forward-kl", "reverse-kl", "jsd"]
-EVERYTHING: dict[str, Any] = {"temperature": 2.0, "soft": 0.7, "hard": 0.4, "z": 0.1, "beta": 0.3}
+EVERYTHING: dict[str, Any] = {"temperature": 2.0, "soft": 0.7, "hard": 0.4, "beta": 0.3}
 
 
 def logits(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def test_a_real_vocabulary(path: str) -> None:
         {"teacher_softcap": 4.0, "teacher_scale": 1.3, "divergence": "reverse-kl"},
         {"student_softcap": 5.0, "teacher_softcap": 5.0, "temperature": 1.0, "divergence": "jsd"},
         {"columns": 90},
-        {"z": 0.0, "hard": 0.0},
+        {"hard": 0.0},
         {"soft": 0.0},
         {"ignore_index": 3},
     ],
@@ -278,7 +278,7 @@ def test_rows_that_are_out_contribute_exactly_nothing(path: Any, divergence: Any
     labels = torch.full((3,), -100)
     options = DistillOptions(divergence=divergence, student_softcap=cap, teacher_softcap=cap, **EVERYTHING)
     terms, grad = gradient(student, teacher, labels, torch.zeros(3), options=options, path=path)
-    assert [float(term) for term in terms] == [0, 0, 0, 0]
+    assert [float(term) for term in terms] == [0, 0, 0]
     assert bool((grad == 0).all())
     # Beside rows that count, which are as if alone: one by its weight, one by its label.
     student, teacher = logits(4, 40)
@@ -333,11 +333,11 @@ def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offse
     labels, weights = some_labels(5, columns), some_weights(5)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
     truth, wanted = gradient(student, teacher, labels, weights, options=options, path="reference")
-    terms_N3, grad = torch.empty(5, 3, dtype=torch.float64), student.clone()
-    distill_rows_triton(grad, teacher, labels, weights, options, terms_N3, grad, block=64)
+    terms_N2, grad = torch.empty(5, 2, dtype=torch.float64), student.clone()
+    distill_rows_triton(grad, teacher, labels, weights, options, terms_N2, grad, block=64)
     if not (divergence == "reverse-kl" and columns == 300):  # infinite where the teacher alone is -inf
         torch.testing.assert_close(3 * grad, wanted, rtol=0, atol=1e-6)
-        torch.testing.assert_close(terms_N3.sum(0), torch.stack(truth[1:]), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(terms_N2.sum(0), torch.stack(truth[1:]), rtol=1e-6, atol=1e-9)
 
 
 def test_two_runs_give_the_same_bits() -> None:
@@ -433,7 +433,7 @@ def test_any_shape_and_option(
 ) -> None:
     student, teacher = logits(rows, columns, seed=rows * 100 + columns)
     rest = (some_labels(rows, columns) if labelled else None, some_weights(rows) if weighed else None)
-    options = DistillOptions(temperature=temperature, divergence=divergence, beta=beta, student_softcap=cap, z=0.01)
+    options = DistillOptions(temperature=temperature, divergence=divergence, beta=beta, student_softcap=cap)
     assert_as_specified(student, teacher, *rest, path=path, options=options)
 
 
@@ -444,7 +444,7 @@ def test_any_shape_and_option(
         ({"divergence": "kl"}, "divergence must be one of"),
         ({"beta": 1.0}, "beta must lie between 0 and 1"),
         ({"student_softcap": 0.0}, "student_softcap must be positive"),
-        ({"z": math.nan}, "z must be finite"),
+        ({"hard": math.nan}, "hard must be finite"),
         ({"columns": 0}, "columns must be at least 1"),
     ],
 )
@@ -481,12 +481,12 @@ def test_no_waiting_on_a_gpu() -> None:
     """Tensors without data take the path of a GPU, and any look at a value is an error."""
     student, teacher = (torch.empty(5, 40, device="meta") for _ in range(2))
     labels, weights = torch.empty(5, dtype=torch.long, device="meta"), torch.empty(5, device="meta")
-    terms_N3 = torch.empty(5, 3, device="meta")
+    terms_N2 = torch.empty(5, 2, device="meta")
     with pytest.raises(RuntimeError, match="meta"):
         bool(weights.sum() > 0)
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, **EVERYTHING)  # type: ignore[arg-type]
-        distill_rows_torch(student, teacher, labels, weights, options, terms_N3, student)
+        distill_rows_torch(student, teacher, labels, weights, options, terms_N2, student)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -151,7 +151,7 @@ def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, 
         ({"points": "x", "baseline": 2, "np": "1,2"}, "--points goes with .*; leave out --np and --baseline"),
         ({"points": "x", "rings": "4"}, "--points goes with --out and --predict only; leave out --rings"),
         ({"points": "x", "predict": "8", "ceiling": False}, "leave out --no-ceiling"),
-        ({"points": "x", "predict": "8", "compression": "sign"}, "--compression sign is not in the model"),
+        ({"points": "x", "predict": "8", "compression": "top-k"}, "--compression top-k is not in the model"),
         ({"table": "distilbert-2020", "predict": "8"}, "--table goes with --baseline and --out only; leave out --predict"),
     ],
 )
