@@ -30,7 +30,8 @@ def quantize_int8_reference(
     v_N, residual_N = _with_residual(gradient_N, residual_N)
     v_BS = _in_blocks(v_N, block)
     scales_B = (v_BS.abs().amax(1) / 127).float()
-    scales_B = scales_B.where(scales_B.isfinite(), torch.nan)
+    # A scale just below float32's largest number over 127 is finite, and what its code 127 stands for is not.
+    scales_B = scales_B.where((127 * scales_B).isfinite(), torch.nan)
     codes_BS = (v_BS / scales_B.to(v_N.dtype)[:, None]).round().clamp(-127, 127)
     codes_N = codes_BS.where(scales_B[:, None] > 0, 0).to(torch.int8).flatten()[: v_N.numel()]
     sent_N = dequantize_int8_reference(codes_N, scales_B, block=block, dtype=v_N.dtype)

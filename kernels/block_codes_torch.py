@@ -5,7 +5,6 @@ Chunks in which something is unusual (not finite, or so small that a scale is de
 Legend: N elements, S elements of a block, C blocks of a chunk, B blocks, R ranks.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +45,8 @@ def _like(spare: Tensor, chunk_CS: Tensor) -> Tensor:
     return spare[: chunk_CS.numel()].view(chunk_CS.shape)
 
 
+_LARGEST = 1e36
+"""Of scales whose codes stand for numbers far from float32's largest."""
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 
@@ -59,7 +60,7 @@ def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: in
         v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=_like(spare_v, g_CS))
         scales_C1.copy_(torch.maximum(v_CS.amax(1, True), v_CS.amin(1, True).neg_()).div_(127))
         found = scales_C1.numpy()
-        if not ((found == 0) | ((found >= _SMALLEST) & (found < math.inf))).all():
+        if not ((found == 0) | ((found >= _SMALLEST) & (found < _LARGEST))).all():
             _by_reference(g_CS, r_CS, codes_CS, scales_C1)
             continue
         # Where the scale is 0 so is every v / smallest, once rounded. Codes need no clamp: v / scale rounds to 127 at most.

@@ -83,7 +83,7 @@ def quantize_int8_kernel(
     # As integers, which order nan above inf above the rest; a maximum of floats may lose nan.
     largest_C = tl.max(v_CS.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale_C = tl.div_rn(largest_C.to(tl.float32, bitcast=True), tl.full((ROWS,), 127.0, tl.float32))
-    scale_C = tl.where(largest_C < 0x7F800000, scale_C, float("nan"))
+    scale_C = tl.where((largest_C < 0x7F800000) & (scale_C * 127.0 < float("inf")), scale_C, float("nan"))
     some_C = scale_C > 0
     x_CS = tl.div_rn(v_CS, tl.broadcast_to(tl.where(some_C, scale_C, 1.0)[:, None], v_CS.shape))
     # The clamp is for denormal scales, which have few digits. 1.5 * 2**23: what is added to it is rounded to integers.
