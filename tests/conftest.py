@@ -1,6 +1,7 @@
-"""The same surroundings for every test: no network, no parallel tokenizers, one torch thread."""
+"""The same surroundings for every test: no network, no parallel tokenizers, one torch thread, signals that are heard."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ import torch
 from fastdistil import cli
 from tests.fork_server import ForkServer
 from tests.small_run import Run, make_material
+
+# Under nohup SIGHUP is ignored, and what is ignored is so in every process that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 
