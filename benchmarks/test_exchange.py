@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from fastdistil.gradients.buckets import Buckets
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import Compression, World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import Compression, WorldOptions as Options
 from fastdistil.distributed.coordinator import join
 
 engine, rounds = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-world = join(find_place(os.environ), Options(engine=engine), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine=engine), torch.device("cpu"))
 shapes = [(30522, 768), (512, 768)] + 6 * (4 * [(768, 768)] + [(3072, 768), (768, 3072)] + 4 * [(768,)]) + [(768, 768)]
 
 class Model(nn.Module):
@@ -105,9 +105,9 @@ LAYER = """
 import json, statistics, sys, time
 import torch
 from fastdistil.data.batches import Batches
-from fastdistil.gradients.exchange import OneRank, Several
+from fastdistil.gradients.exchange import LocalGradients, SharedGradients
 from fastdistil.training.optim import make_optimizer
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.world import World
 import transformers
@@ -125,7 +125,7 @@ class NoWire(World):
     engine = "torch"  # of two ranks, whose collectives are over when they begin
 
 one_of_two = dict(rank=0, size=2, local_rank=0, local_size=2, cross_rank=0, cross_size=1)
-place = Place(**one_of_two, launcher="fastdistil", address=None, port=None)
+place = RankInfo(**one_of_two, launcher="fastdistil", address=None, port=None)
 teacher = LanguageModel(transformers.BertForMaskedLM(transformers.BertConfig(num_hidden_layers=4, **QUIET)))
 teacher.eval().requires_grad_(False)
 ids = torch.randint(5, 8000, (8, 128))
@@ -136,7 +136,8 @@ counts = batch.counts
 def side(several):
     student = LanguageModel(transformers.BertForMaskedLM(transformers.BertConfig(num_hidden_layers=2, **QUIET))).train()
     optimizer = make_optimizer([student], recipe.optim)
-    exchange = Several(optimizer, recipe, NoWire(place, torch.device("cpu"))) if several else OneRank(optimizer, recipe)
+    shared = SharedGradients(optimizer, recipe, NoWire(place, torch.device("cpu")))
+    exchange = shared if several else LocalGradients(optimizer, recipe)
     update = 0
     def step():
         nonlocal update

@@ -30,12 +30,12 @@ PORT = 29500
 PROGRAM = f"""
 import json, sys, time
 import torch
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions
 from fastdistil.distributed.coordinator import join
 
 engine, rings, device = sys.argv[1], int(sys.argv[2]), torch.device(sys.argv[3])
-world = join(find_place(), World(engine=engine, rings=rings), device)
+world = join(find_rank_info(), WorldOptions(engine=engine, rings=rings), device)
 buffers = [world.empty({NUMEL}, torch.float32) for _ in range({BUCKETS})]
 for buffer in buffers:
     buffer.fill_(world.rank + 1)

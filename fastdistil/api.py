@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.launch.launcher import launch_function
 from fastdistil.recipe import Recipe, load_recipe, replace_alternatives, validated
 from fastdistil.train import Result, train
@@ -61,11 +61,11 @@ def distil(
     if np not in (None, 1) or hosts is not None:
         found: Result = launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=checked.world.timeout_s)
         return found
-    return train(**arguments, place=find_place())
+    return train(**arguments, place=find_rank_info())
 
 
 def _train_as_rank(**arguments: Any) -> Result:
-    return train(**arguments, place=find_place())
+    return train(**arguments, place=find_rank_info())
 
 
 def _named(given: object) -> str:

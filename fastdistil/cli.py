@@ -204,10 +204,10 @@ def _run(
         return
     if options.np not in (None, 1) or options.hosts is not None or options.elastic is not None:
         sys.exit(_launch(command, recipe, name, overrides, resume, options))  # the launcher has said why
-    from fastdistil.distributed.rank_info import find_place
+    from fastdistil.distributed.rank_info import find_rank_info
     from fastdistil.train import train as run
 
-    place = find_place(os.environ)
+    place = find_rank_info(os.environ)
     result = run(recipe, recipe_name=stem, resume=resume, place=place)
     if place is None or place.rank == 0:
         print(
@@ -557,10 +557,10 @@ def scale(
     out: Annotated[Path | None, typer.Option(help="Directory to write; default: one below runs/.")] = None,
 ) -> None:
     """Measure how training scales against the linear ideal, say where the rest goes, and predict what was not measured."""
-    from fastdistil.studies.scale import Options, command
+    from fastdistil.studies.scale import ScaleOptions, command
 
     command(
-        Options(
+        ScaleOptions(
             recipe=recipe,
             overrides=overrides or (),
             np=np,

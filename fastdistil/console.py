@@ -24,7 +24,7 @@ from fastdistil.errors import printable
 from fastdistil.streams import lasting
 
 if TYPE_CHECKING:
-    from fastdistil.data.prepare import Progress as PrepareProgress
+    from fastdistil.data.prepare import PrepareProgress
 
 
 class Console:

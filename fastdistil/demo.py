@@ -45,7 +45,7 @@ KL_RATIO = 0.75
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     model: str
     parameters: int
     found: HeldOut
@@ -53,7 +53,7 @@ class Row:
     """While it was trained; None if it was not."""
 
 
-def run_demo(recipe: Recipe, resume: str | None = None, teacher_recipe: Recipe | None = None) -> list[Row]:
+def run_demo(recipe: Recipe, resume: str | None = None, teacher_recipe: Recipe | None = None) -> list[DemoRow]:
     """Run all stages and print the table. Raises FellShort if the student learnt too little from its teacher.
 
     `teacher_recipe`: how to pre-train the teacher; None: as the recipe demo-teacher says.
@@ -143,7 +143,7 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, [document for document, held in zip(documents, out, strict=True) if held]
 
 
-def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result, control: Result) -> list[Row]:
+def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result, control: Result) -> list[DemoRow]:
     """Every model on all held-out text; the KL is to the teacher in float32."""
     corpus = Corpus.open(heldout)
     facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
@@ -163,11 +163,11 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     rows = []
     for name, model, speed in candidates:
         found = held_out(model, corpus, facts, teacher=reference, device=device)
-        rows.append(Row(name, language_model.parameter_count(model), found, speed))
+        rows.append(DemoRow(name, language_model.parameter_count(model), found, speed))
     return rows
 
 
-def report(rows: Sequence[Row], run: Path, seconds: float) -> None:
+def report(rows: Sequence[DemoRow], run: Path, seconds: float) -> None:
     found = rows[0].found
     table = rich.table.Table(
         title=f"Held-out text: {found.sequences:,} sequences, {found.labels:,} masked tokens. ± is one standard error.",
@@ -195,12 +195,12 @@ def report(rows: Sequence[Row], run: Path, seconds: float) -> None:
         (run / "demo.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def kl_ratio(rows: Sequence[Row]) -> float:
+def kl_ratio(rows: Sequence[DemoRow]) -> float:
     student, control = rows[1].found.kl, rows[2].found.kl
     return student / control if student is not None and control else math.nan
 
 
-def check_ratio(rows: Sequence[Row]) -> None:
+def check_ratio(rows: Sequence[DemoRow]) -> None:
     ratio = kl_ratio(rows)
     print(f"The student's KL to its teacher is {ratio:.2f} of the control's (wanted: at most {KL_RATIO}).")
     if not ratio <= KL_RATIO:

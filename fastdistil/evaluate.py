@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from fastdistil.data.corpus import Corpus
-from fastdistil.data.prepare import Bos, PrepareOptions, check_bos, front_of_pieces, prepare
-from fastdistil.data.prepare import Progress as PrepareProgress
+from fastdistil.data.prepare import Bos, PrepareOptions, PrepareProgress, check_bos, front_of_pieces, prepare
 from fastdistil.data.text_files import Documents
 from fastdistil.data.text_inputs import TextKind, find_inputs
 from fastdistil.data.tokenizer import FastTokenizer, front_token, has_front, load_tokenizer, token_facts

@@ -186,7 +186,7 @@ class Loop(Section):
         return self
 
 
-class World(Section):
+class WorldOptions(Section):
     """The ranks: how they find each other, and how their gradients travel."""
 
     engine: Literal["auto", "alone", "horovod", "torch"] = "auto"
@@ -297,7 +297,7 @@ class Recipe(Section):
     objective: Objective = Objective()
     optim: Optim = Optim()
     loop: Loop
-    world: World = World()
+    world: WorldOptions = WorldOptions()
     compression: Compression = Compression()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

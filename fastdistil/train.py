@@ -30,8 +30,8 @@ from fastdistil.console import Console
 from fastdistil.data.batch import Batch, Counts, Window
 from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.ragged import update_seed
-from fastdistil.distributed.coordinator import Team, joined
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.coordinator import Coordinator, joined
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.errors import NonFinite, Stopped, translated
 from fastdistil.events import EventLog
 from fastdistil.gradients.exchange import make_exchange
@@ -46,8 +46,8 @@ from fastdistil.training.export import export_student
 from fastdistil.training.guards import FiniteGuard, Signals
 from fastdistil.training.inputs import Inputs, load_inputs, resolve
 from fastdistil.training.instruments import Instruments, estimate_of, with_teacher_dtype
-from fastdistil.training.memory_advice import naming
-from fastdistil.training.metrics import Load
+from fastdistil.training.memory_advice import explaining_out_of_memory
+from fastdistil.training.metrics import Imbalance
 from fastdistil.training.optim import LossScale, learning_rate, make_optimizer
 from fastdistil.training.pre_run import run_once_per_node
 from fastdistil.training.reporting import announce, finish_trace, log, start_trace
@@ -86,7 +86,7 @@ def train(
     student: nn.Module | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
     console: Console | None = None,
-    place: Place | None = None,
+    place: RankInfo | None = None,
 ) -> Result:
     """Run a recipe from its first update, or from where it stopped, to its last. Raises FastdistilError.
 
@@ -105,7 +105,7 @@ def train(
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory, console.note))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
-        loading = partial(naming, lambda: "loading", MemoryMeter(team.world.device))
+        loading = partial(explaining_out_of_memory, lambda: "loading", MemoryMeter(team.world.device))
         with translated("loading the models and the corpus"), loading(recipe), team.unhurried("loading"):
             rank, ranks = team.world.rank, team.world.size
             own = {"teacher": teacher, "student": student, "batches": batches}
@@ -138,7 +138,7 @@ def train(
             return _finish(run)
 
 
-def _prepare_node(team: Team, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+def _prepare_node(team: Coordinator, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
     """Run pre_run's commands and make data.cache_dir's copies, once on each node; return the recipe with the copies' paths."""
     local_rank, barrier = team.world.local_rank, team.world.barrier
     with team.unhurried("preparing the node"):
@@ -155,7 +155,7 @@ def _prepare_node(team: Team, recipe: Recipe, note: Callable[[str], None]) -> Re
     return recipe.with_(data=copies)
 
 
-def _note_of_node(place: Place | None, text: str) -> None:
+def _note_of_node(place: RankInfo | None, text: str) -> None:
     """From another node than rank 0's. Our own launcher puts the rank before what a rank says; others do not."""
     assert place is not None
     label = "" if place.launcher == "fastdistil" else f"[rank {place.rank}] "
@@ -311,7 +311,7 @@ def _assemble(
     recipe: Recipe,
     directory: Path,
     inputs: Inputs,
-    team: Team,
+    team: Coordinator,
     console: Console,
     signals: Signals,
 ) -> Run:
@@ -346,7 +346,7 @@ def _assemble(
         console=console,
         board=board,
         signals=signals,
-        load=Load(team.world),
+        load=Imbalance(team.world),
         instruments=instruments,
     )
 

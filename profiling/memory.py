@@ -175,7 +175,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-class Kept:
+class SavedTensorBytes:
     """While entered: `bytes` that autograd keeps for backward, without the tensors of `modules`. Around one forward; it costs
     a call for each tensor kept, and is for code that is not compiled."""
 

@@ -30,7 +30,7 @@ from fastdistil.data.shards import counted
 from fastdistil.data.teacher_cache import TeacherCache, record, shard_name
 from fastdistil.distributed.world import World
 from fastdistil.errors import UserError
-from fastdistil.gradients.exchange import OneRank
+from fastdistil.gradients.exchange import LocalGradients
 from fastdistil.launch.job import choose_slots, parse_elastic
 from fastdistil.profiling.report.compare import run_compare
 from fastdistil.profiling.report.history import load_history
@@ -40,7 +40,7 @@ from fastdistil.profiling.report.summary import summarise
 from fastdistil.recipe import load_recipe
 from fastdistil.runs import request_pause, stored_recipe
 from fastdistil.storage import canonical, text_sha256
-from fastdistil.studies.scale import Options, command
+from fastdistil.studies.scale import ScaleOptions, command
 from fastdistil.training import checkpoint, saving
 from fastdistil.training.saving import learnt_tensors
 from fastdistil.training.teacher_identity import module_fingerprint
@@ -165,7 +165,7 @@ def study_file(folder: Path) -> Iterator[Subject]:
 
     def read(path: Path) -> None:
         try:
-            command(Options(points=str(path / "scale.json"), predict="2,8", out=path / "out"))
+            command(ScaleOptions(points=str(path / "scale.json"), predict="2,8", out=path / "out"))
         finally:
             shutil.rmtree(path / "out", ignore_errors=True)
 
@@ -182,17 +182,17 @@ def network_files(folder: Path) -> Iterator[Subject]:
     table = {"title": "t", "rows": rows, "accumulation": 4, "gradient_bytes": 1000, "micro_batch_s": [0.1, 0.2]}
     (folder / "table.yaml").write_text(yaml.safe_dump(table))
 
-    def read(path: Path, options: Options) -> None:
+    def read(path: Path, options: ScaleOptions) -> None:
         try:
             command(options)
         finally:
             shutil.rmtree(path / "out", ignore_errors=True)
 
     def predict(path: Path) -> None:
-        read(path, Options(points=str(subject.path), predict="8", network=str(path / "network.yaml"), out=path / "out"))
+        read(path, ScaleOptions(points=str(subject.path), predict="8", network=str(path / "network.yaml"), out=path / "out"))
 
     yield Subject(folder, "network.yaml", predict, "yaml")
-    table_options = Options(table=str(folder / "table.yaml"), out=folder / "out")
+    table_options = ScaleOptions(table=str(folder / "table.yaml"), out=folder / "out")
     yield Subject(folder, "table.yaml", lambda path: read(path, table_options), "yaml")
 
 
@@ -304,7 +304,8 @@ def made_run(folder: Path) -> Any:
     team.world = World(None, torch.device("cpu"))
     return types.SimpleNamespace(
         directory=folder, recipe=recipe, modules={"student": module}, optimizer=optimizer, team=team, loss_scale=None,
-        exchange=OneRank(optimizer, recipe), console=types.SimpleNamespace(note=lambda text: None), tell=lambda text: None,
+        exchange=LocalGradients(optimizer, recipe), console=types.SimpleNamespace(note=lambda text: None),
+        tell=lambda text: None,
         inputs=types.SimpleNamespace(
             device=torch.device("cpu"), source=types.SimpleNamespace(identity="corpus", describe=lambda update: "")
         ),

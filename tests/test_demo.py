@@ -90,9 +90,9 @@ def test_a_stopped_demo_goes_on_and_unnamed_ones_count(
 
 
 def test_the_verdict() -> None:
-    def row(kl: float) -> demo.Row:
+    def row(kl: float) -> demo.DemoRow:
         found = demo.HeldOut(5.0, 0.1, 148.4, 100, 10, kl, 0.001, 1000)
-        return demo.Row("m", 1, found, None)
+        return demo.DemoRow("m", 1, found, None)
 
     demo.check_ratio([row(0.0), row(0.075), row(0.1), row(0.5)])
     with pytest.raises(FellShort, match=r"0\.76 of the control") as caught:

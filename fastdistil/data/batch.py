@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdistil.data.ragged import Ints, offsets
 
 NO_LABEL = -100
-Layout = Literal["packed", "length-grouped"]
+BatchLayout = Literal["packed", "length-grouped"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Batch:
 Window = list[Batch]
 
 
-class Tokens(Protocol):
+class TokenSequences(Protocol):
     """Where the sequences come from; corpus.Corpus is one."""
 
     @property
@@ -126,7 +126,7 @@ def assemble(
     targets_M: Ints,
     labels_M: Ints,
     *,
-    layout: Layout = "packed",
+    layout: BatchLayout = "packed",
     pad_id: int = 0,
     index: tuple[int, int] = (0, 0),
     sequence_of_label_M: Ints | None = None,

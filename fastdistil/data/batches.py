@@ -30,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdistil.data.batch import Batch, Counts, Layout, Tokens, Window, assemble
-from fastdistil.data.epoch_plan import Plan, grouped_plan, packed_plan, shuffled
+from fastdistil.data.batch import Batch, BatchLayout, Counts, TokenSequences, Window, assemble
+from fastdistil.data.epoch_plan import EpochPlan, grouped_plan, packed_plan, shuffled
 from fastdistil.data.masking import Facts, MaskTable, choose_targets, mask_table, mask_tokens, maskable_counts, target_counts
 from fastdistil.data.ragged import Ints, offsets
 from fastdistil.data.teacher_cache import Cached, TeacherCache
@@ -43,11 +43,11 @@ from fastdistil.recipe import Data, Mask
 class _Maker:
     """Sequences -> one batch of them."""
 
-    corpus: Tokens
+    corpus: TokenSequences
     facts: Facts
     table: MaskTable | None
     """None for causal models: every token but a sequence's first is a label of the one before."""
-    layout: Layout
+    layout: BatchLayout
     seed: int
     cache: TeacherCache | None = None
 
@@ -106,7 +106,7 @@ class Batches:
 
     def __init__(
         self,
-        corpus: Tokens,
+        corpus: TokenSequences,
         facts: Facts,
         data: Data,
         mask: Mask,
@@ -130,7 +130,7 @@ class Batches:
         if table is not None and ranks > 1 and not mask.whole_word:
             self._maskable_n = _all_maskable(corpus, table)
         self._lock = threading.Lock()
-        self._plan: tuple[int, Plan] | None = None
+        self._plan: tuple[int, EpochPlan] | None = None
         self._updates: dict[int, int] = {}
 
     def updates_per_epoch(self, epoch: int) -> int:
@@ -160,7 +160,7 @@ class Batches:
         """One batch of these sequences as the epoch has them. Their size is the caller's affair."""
         return self._maker.make(sequences_n, (epoch, 0))
 
-    def _make_plan(self, epoch: int) -> Plan:
+    def _make_plan(self, epoch: int) -> EpochPlan:
         if self._plan is None or self._plan[0] != epoch:
             self._plan = None
             lengths_n, budget = self.corpus.lengths, self.data.micro_batch_tokens
@@ -179,7 +179,7 @@ class Batches:
             self._updates[epoch] = -(-len(plan) // self.update_batches)
         return self._plan[1]
 
-    def _count(self, plan: Plan, epoch: int, first: int, last: int) -> Counts:
+    def _count(self, plan: EpochPlan, epoch: int, first: int, last: int) -> Counts:
         sequences_n = plan.sequences(first, last)
         lengths_n, table = self.corpus.lengths[sequences_n], self._maker.table
         tokens = int(lengths_n.sum())
@@ -195,7 +195,7 @@ class Batches:
 
 
 def evaluation_batches(
-    corpus: Tokens,
+    corpus: TokenSequences,
     facts: Facts,
     sequences_n: Ints | None = None,
     *,
@@ -203,7 +203,7 @@ def evaluation_batches(
     causal: bool = False,
     mask: Mask | None = None,
     seed: int = 0,
-    layout: Layout = "packed",
+    layout: BatchLayout = "packed",
 ) -> Iterator[Batch]:
     """The given sequences (None: all) once, sorted by length, in batches of at most `batch_tokens`, padding included.
 
@@ -222,7 +222,7 @@ def evaluation_batches(
     return (maker.make(chosen_n[a:b], (0, i), clusters=True) for i, (a, b) in enumerate(pairwise(starts)))
 
 
-def ascending_starts(lengths_n: NDArray[Any], budget: int, layout: Layout) -> list[int]:
+def ascending_starts(lengths_n: NDArray[Any], budget: int, layout: BatchLayout) -> list[int]:
     """Where the batches of sequences begin whose lengths ascend, and n: `budget` tokens at most, padding included."""
     if layout == "packed":
         starts: list[int] = packed_plan(lengths_n, np.arange(len(lengths_n)), budget).starts.tolist()
@@ -235,7 +235,7 @@ def ascending_starts(lengths_n: NDArray[Any], budget: int, layout: Layout) -> li
     return starts
 
 
-def _check_fits(corpus: Tokens, lengths_n: NDArray[Any], budget: int, key: str) -> None:
+def _check_fits(corpus: TokenSequences, lengths_n: NDArray[Any], budget: int, key: str) -> None:
     if len(lengths_n) == 0:
         raise UserError(f"no sequences to make batches of (the corpus holds {len(corpus)}); prepare it from more text")
     longest = int(lengths_n.max())
@@ -246,8 +246,8 @@ def _check_fits(corpus: Tokens, lengths_n: NDArray[Any], budget: int, key: str) 
         )
 
 
-def _all_maskable(corpus: Tokens, table: MaskTable, chunk: int = 8192) -> NDArray[np.int32]:
-    """Tokens of every sequence that may be masked, int32 [n]."""
+def _all_maskable(corpus: TokenSequences, table: MaskTable, chunk: int = 8192) -> NDArray[np.int32]:
+    """TokenSequences of every sequence that may be masked, int32 [n]."""
     parts = []
     for first in range(0, len(corpus), chunk):
         sequences = np.arange(first, min(first + chunk, len(corpus)))

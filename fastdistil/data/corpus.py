@@ -29,7 +29,7 @@ from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, con
 
 FORMAT = 1
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Lengths = npt.NDArray[np.int32]
 
 
@@ -191,7 +191,7 @@ class Corpus:
         return len(self.lengths)
 
     def sample(self, sequences: int) -> list[Ints]:
-        """Tokens of up to so many sequences, int64 each, evenly spread over the corpus."""
+        """TokenArray of up to so many sequences, int64 each, evenly spread over the corpus."""
         chosen = np.unique(np.linspace(0, len(self) - 1, sequences).astype(np.int64))
         return [self.gather(chosen[[row]]) for row in range(len(chosen))]
 

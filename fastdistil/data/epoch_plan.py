@@ -13,7 +13,7 @@ from fastdistil.data.ragged import ORDER, SETS, Ints, hashed, offsets
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """One epoch: batch b holds the sequences order_n[starts[b] : starts[b + 1]]."""
 
     order_n: NDArray[Any]
@@ -32,19 +32,19 @@ def shuffled(n: int, *, seed: int, epoch: int) -> Ints:
     return np.argsort(hashed(seed, ORDER, epoch, np.arange(n)), kind="stable")
 
 
-def packed_plan(lengths_n: NDArray[Any], order_n: Ints, budget: int) -> Plan:
+def packed_plan(lengths_n: NDArray[Any], order_n: Ints, budget: int) -> EpochPlan:
     """Next-fit: a batch ends where the next sequence would not fit. The loop is over batches."""
     ends_n = np.cumsum(lengths_n[order_n], dtype=np.int64)
     starts, used = [0], 0
     while starts[-1] < len(order_n):
         starts.append(int(ends_n.searchsorted(used + budget, side="right")))
         used = int(ends_n[starts[-1] - 1])
-    return Plan(_narrow(order_n), np.array(starts, np.int64))
+    return EpochPlan(_narrow(order_n), np.array(starts, np.int64))
 
 
 def grouped_plan(
     lengths_n: NDArray[Any], order_n: Ints, budget: int, *, bin_width: int, ranks: int, seed: int, epoch: int
-) -> Plan:
+) -> EpochPlan:
     """Batches whose padded size is at most `budget`, in sets of `ranks` from one bin of `bin_width` token lengths.
 
     What is left of a bin joins the next longer one. Each set is dealt out like cards, so its batches differ by one sequence at
@@ -70,7 +70,7 @@ def grouped_plan(
     place[shuffle] = np.arange(len(shuffle))
     within_n = np.arange(len(order_n)) - np.repeat(set_starts, sizes)
     batch_n = np.repeat(place * ranks, sizes) + within_n % ranks
-    return Plan(_narrow(order_n[np.argsort(batch_n, kind="stable")]), offsets(np.bincount(batch_n)))
+    return EpochPlan(_narrow(order_n[np.argsort(batch_n, kind="stable")]), offsets(np.bincount(batch_n)))
 
 
 def _narrow(order_n: Ints) -> NDArray[Any]:

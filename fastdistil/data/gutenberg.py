@@ -39,13 +39,13 @@ WINDOW = 1 << 16
 LONGEST_RUN = 1 << 21
 """A run that grows beyond this is judged as it is, so that memory is bounded."""
 
-Kind = Literal["title", "start", "small end", "end", "heading", "phrase"]
+MarkKind = Literal["title", "start", "small end", "end", "heading", "phrase"]
 
 
 class Mark(NamedTuple):
     start: int
     end: int
-    kind: Kind
+    kind: MarkKind
     certain: bool = False
     """A paragraph by itself, of the usual form."""
     loose: bool = False

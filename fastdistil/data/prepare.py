@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 from typing_extensions import TypedDict
 
 from fastdistil.data.corpus import FORMAT, InputFacts, Manifest, check_file, lengths_name, token_dtype, tokens_name
-from fastdistil.data.shards import HashedFile, Shards, Written, counted
+from fastdistil.data.shards import HashedFile, Shards, WrittenShards, counted
 from fastdistil.data.text_files import LARGE_SHARE, Block, Documents, Reading
-from fastdistil.data.text_inputs import Source, TextKind, find_inputs
-from fastdistil.data.tokenise import Plan, encoded_blocks
+from fastdistil.data.text_inputs import InputFile, TextKind, find_inputs
+from fastdistil.data.tokenise import PieceRules, encoded_blocks
 from fastdistil.data.tokenizer import (
     FastTokenizer,
     begins_texts,
@@ -106,7 +106,7 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PrepareProgress:
     """What `prepare` tells its `progress` callback after each block, and when there is something to say."""
 
     files_done: int
@@ -124,7 +124,7 @@ def prepare(
     inputs: Sequence[str],
     out: str | Path,
     options: PrepareOptions,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[PrepareProgress], None] | None = None,
 ) -> Manifest:
     """Tokenise text files, directories and globs into `out`; see the module's text for what is written and how.
 
@@ -189,7 +189,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def identity_of(sources: list[Source], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
+def identity_of(sources: list[InputFile], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
     """All that decides which bytes are written: a directory goes on, or is up to date, only with the same."""
     front, special_tokens = front_token(tokenizer), options.special_tokens
     return {
@@ -223,7 +223,7 @@ def front_of_pieces(tokenizer: FastTokenizer, options: PrepareOptions) -> int | 
     return front if masked or begins_texts(tokenizer) else None
 
 
-def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
+def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> PieceRules:
     front, back = front_of_pieces(tokenizer, options), None
     if options.special_tokens:
         back = frame(tokenizer)[1]
@@ -234,13 +234,13 @@ def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> Plan:
             )
     dtype = token_dtype(vocabulary_size(tokenizer))
     limits = options.min_tokens, options.max_unknown
-    return Plan(options.max_length, front, back, unknown_id(tokenizer), *limits, dtype, options.special_tokens_in_text)
+    return PieceRules(options.max_length, front, back, unknown_id(tokenizer), *limits, dtype, options.special_tokens_in_text)
 
 
 class Teller:
     """Calls `progress`, if there is one, with what it wants to know."""
 
-    def __init__(self, progress: Callable[[Progress], None] | None, sources: list[Source]) -> None:
+    def __init__(self, progress: Callable[[PrepareProgress], None] | None, sources: list[InputFile]) -> None:
         self.bytes_total = sum(source.size for source in sources)
         self._progress = progress
         self._files = len(sources)
@@ -253,7 +253,7 @@ class Teller:
         if self._progress is not None:
             done, read, tokens = self._last
             seconds = time.monotonic() - self._started
-            self._progress(Progress(done, self._files, read, self.bytes_total, tokens, seconds, note))
+            self._progress(PrepareProgress(done, self._files, read, self.bytes_total, tokens, seconds, note))
 
 
 class UnknownTokens:
@@ -272,7 +272,7 @@ class UnknownTokens:
         check_unknown_share(self.share(), self._options.max_unknown_share, self._tokenizer, where)
 
 
-def write_shards(shards: Shards, reader: Reading, plan: Plan, workers: int, tell: Teller, unknown: UnknownTokens) -> None:
+def write_shards(shards: Shards, reader: Reading, plan: PieceRules, workers: int, tell: Teller, unknown: UnknownTokens) -> None:
     """Tokenise what `reader` gives behind the blocks that finished shards hold."""
     todo = islice(reader.blocks(), shards.written.blocks, None)
     tokenizer_file = str(shards.out / "tokenizer" / "tokenizer.json")
@@ -373,11 +373,11 @@ class _Progress(TypedDict):
     written: dict[str, Any]
 
 
-def resumed(out: Path, identity: dict[str, Any]) -> Written:
+def resumed(out: Path, identity: dict[str, Any]) -> WrittenShards:
     """What an interrupted call left: verified, and of the same inputs and options. Raises UserError, CorruptData."""
     path = out / "progress.json"
     if not path.is_file():
-        return Written()
+        return WrittenShards()
     try:
         progress = read_json(path)
         check(_Progress, progress)
@@ -385,14 +385,14 @@ def resumed(out: Path, identity: dict[str, Any]) -> Written:
         if expected not in (None, text_sha256(canonical(progress))):
             raise ValueError("sha256")
         # Earlier versions did not count it, and the count of the rest alone would be none.
-        written = converted(Written, {"special_spellings": None, **progress["written"]})
+        written = converted(WrittenShards, {"special_spellings": None, **progress["written"]})
         names = [name(shard) for shard in range(len(written.shards)) for name in (tokens_name, lengths_name)]
         if sorted(names) != sorted(written.files):
             raise ValueError(f"written.files are not those of {len(written.shards)} shards")
     except ValueError as error:
         raise CorruptData(f"{path} is damaged ({reason(error)}); delete {out} and run fastdistil prepare again") from error
     if not written.shards:
-        return Written()
+        return WrittenShards()
     refuse_other(out, identity, progress)
     for name, facts in written.files.items():
         check_file(out / name, facts, full=True)

@@ -19,7 +19,7 @@ from fastdistil.untrusted import FileFacts, Whole
 
 
 @dataclass
-class Written:
+class WrittenShards:
     """What finished shards hold; progress.json keeps it."""
 
     blocks: Whole = 0
@@ -61,7 +61,7 @@ class HashedFile:
 class Shards:
     """Appends blocks to shard files; `written` counts what they hold, `counts_V` how often each token occurs."""
 
-    def __init__(self, out: Path, written: Written, counts_V: Ints, identity: dict[str, Any], shard_tokens: int) -> None:
+    def __init__(self, out: Path, written: WrittenShards, counts_V: Ints, identity: dict[str, Any], shard_tokens: int) -> None:
         self.out, self.written, self.counts_V = out, written, counts_V
         self.identity, self.shard_tokens = identity, shard_tokens
         self._open: tuple[HashedFile, HashedFile] | None = None
@@ -105,7 +105,7 @@ class Shards:
             file.abandon()
 
 
-def counted(out: Path, written: Written, vocab_size: int) -> Ints:
+def counted(out: Path, written: WrittenShards, vocab_size: int) -> Ints:
     """int64 [V]: token frequencies of the finished shards."""
     counts_V = np.zeros(vocab_size, np.int64)
     for shard in range(len(written.shards)):

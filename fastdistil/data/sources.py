@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from fastdistil.data.batch import NO_LABEL, Batch, Counts, Tokens, Window
+from fastdistil.data.batch import NO_LABEL, Batch, Counts, TokenSequences, Window
 from fastdistil.data.batches import Batches
 from fastdistil.errors import UserError
 from fastdistil.recipe import Loop
@@ -108,7 +108,7 @@ def prefetched(
     return Prefetched(batches, epoch, update, epochs, batches.data.prefetch, pin_for)
 
 
-class Source(Protocol):
+class WindowSource(Protocol):
     """Where the windows of a run come from."""
 
     identity: str
@@ -132,12 +132,12 @@ class CorpusSource:
         self._batches, self._device = batches, device
 
     @property
-    def corpus(self) -> Tokens:
+    def corpus(self) -> TokenSequences:
         return self._batches.corpus
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """TokenSequences of the longest sequence."""
         return int(self._batches.corpus.lengths.max())
 
     def updates(self, loop: Loop) -> int:

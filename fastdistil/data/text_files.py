@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from fastdistil.data.gutenberg import GutenbergText
 from fastdistil.data.json_text import array_elements, json_text, whole_lines
-from fastdistil.data.text_inputs import LINE_SUFFIXES, Source, decompressed, kind_suffix, reading
+from fastdistil.data.text_inputs import LINE_SUFFIXES, InputFile, decompressed, kind_suffix, reading
 from fastdistil.errors import UserError, printable
 
 BLOCK_CHARACTERS = 1_000_000
@@ -57,7 +57,7 @@ class Block(NamedTuple):
 class Reading:
     """One pass over the inputs: what is read, how, and what was met so far. `blocks()` does the reading, once."""
 
-    sources: Sequence[Source]
+    sources: Sequence[InputFile]
     documents: Documents
     text_field: str
     strip_gutenberg: bool
@@ -122,7 +122,7 @@ class Reading:
             self.bytes_read = before
             self.files_done += 1
 
-    def _count_stripped(self, source: Source, stripper: GutenbergText) -> None:
+    def _count_stripped(self, source: InputFile, stripper: GutenbergText) -> None:
         name = printable(source.path)
         self.gutenberg_characters += stripper.characters
         self.gutenberg_removed += stripper.removed
@@ -133,7 +133,7 @@ class Reading:
         if source.kind == "txt" and stripper.removed > LARGE_SHARE * stripper.characters:
             self.shortened.append((name, stripper.removed / stripper.characters))
 
-    def _stripped_records(self, source: Source, records: Iterator[str], stripper: GutenbergText) -> Iterator[str]:
+    def _stripped_records(self, source: InputFile, records: Iterator[str], stripper: GutenbergText) -> Iterator[str]:
         name = printable(source.path)
         largest_share = 0.0
         for text in records:
@@ -148,7 +148,7 @@ class Reading:
 
     # Plain text
 
-    def _decoded(self, source: Source, chunks: Iterator[bytes]) -> Iterator[str]:
+    def _decoded(self, source: InputFile, chunks: Iterator[bytes]) -> Iterator[str]:
         """Text with line ends as Python's open() gives them: \\r\\n and \\r become \\n."""
         line = 1
         for chunk in chunks:
@@ -161,7 +161,7 @@ class Reading:
             line += ends
             yield text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
-    def _good_lines(self, source: Source, chunk: bytes, first_line: int) -> str:
+    def _good_lines(self, source: InputFile, chunk: bytes, first_line: int) -> str:
         good = []
         for number, raw in enumerate(chunk.split(b"\n"), first_line):
             try:
@@ -172,7 +172,7 @@ class Reading:
 
     # Records
 
-    def _json(self, source: Source, before: int) -> Iterator[str]:
+    def _json(self, source: InputFile, before: int) -> Iterator[str]:
         """Texts of lines or, where the name does not say that it holds lines, of the elements of one array."""
         chunks = self._bytes(source, before)
         first = next(chunks, b"")
@@ -189,7 +189,7 @@ class Reading:
                 else:
                     yield text
 
-    def _parquet(self, source: Source, before: int) -> Iterator[str]:
+    def _parquet(self, source: InputFile, before: int) -> Iterator[str]:
         with reading(source.path):
             from fastdistil.data.parquet_text import column_rows
 
@@ -206,7 +206,7 @@ class Reading:
 
     # Bytes
 
-    def _bytes(self, source: Source, before: int) -> Iterator[bytes]:
+    def _bytes(self, source: InputFile, before: int) -> Iterator[bytes]:
         """Chunks of CHUNK_BYTES, decompressed, of a file that looks like text."""
         with reading(source.path), source.path.open("rb") as file:
             stream = decompressed(source.path, file)
@@ -221,7 +221,7 @@ class Reading:
 
     # What is set aside
 
-    def _set_aside(self, source: Source, line: int, reason: str, raw: bytes) -> None:
+    def _set_aside(self, source: InputFile, line: int, reason: str, raw: bytes) -> None:
         """One JSON object a line: file, line or row (from 1), reason, and the record's bytes in base64, whole."""
         entry = {"file": printable(source.path), "line": line, "reason": reason, "bytes_base64": base64.b64encode(raw).decode()}
         with self.quarantine.open("a", encoding="utf-8") as file:

@@ -37,7 +37,7 @@ READABLE = f"{', '.join(SUFFIXES)} (text and JSON also with {', '.join(COMPRESSI
 BACKUPS = ("~", "#", ".bak", ".orig", ".swp", ".tmp")
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     path: Path
     size: int
     """Bytes on disk."""
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    sources: list[Source]
+    sources: list[InputFile]
     ignored: list[Path]
     """Files of directories that are of no kind that can be read."""
     passed_over: list[Path]
@@ -58,7 +58,7 @@ def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = Non
 
     Raises UserError for what is missing, unreadable, or of a kind that cannot be read.
     """
-    sources: dict[Path, Source] = {}
+    sources: dict[Path, InputFile] = {}
     ignored: list[Path] = []
     passed_over: list[Path] = []
     if not inputs:
@@ -81,7 +81,7 @@ def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = Non
                 elif file.resolve() not in sources:
                     with reading(file):
                         stat = file.stat()
-                    sources[file.resolve()] = Source(file, stat.st_size, stat.st_mtime_ns, kind)
+                    sources[file.resolve()] = InputFile(file, stat.st_size, stat.st_mtime_ns, kind)
     if not sources:
         raise UserError(
             f"no {READABLE} files in {', '.join(inputs)} ({len(ignored)} files of other kinds, {len(passed_over)} hidden or "

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastdistil.data.corpus import Lengths, Tokens
+from fastdistil.data.corpus import Lengths, TokenArray
 from fastdistil.data.ragged import Ints, ranges
 from fastdistil.data.text_files import Block
 from fastdistil.data.tokenizer import plain
@@ -39,7 +39,7 @@ PIECE_CHARACTERS = 32_768
 """Long documents are tokenised in stretches of this size: a megabyte in one call takes up to 1.6 times as long."""
 
 
-class Plan(NamedTuple):
+class PieceRules(NamedTuple):
     """How tokens become sequences."""
 
     max_length: int
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    tokens: Tokens
+    tokens: TokenArray
     """[sum of lengths]"""
     lengths: Lengths
     """[sequences]"""
@@ -67,7 +67,7 @@ class Encoded(NamedTuple):
 class Encoder:
     """Documents -> sequences, with one thread of the tokenizers library and numpy."""
 
-    def __init__(self, tokenizer_file: str, plan: Plan) -> None:
+    def __init__(self, tokenizer_file: str, plan: PieceRules) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(tokenizer_file)
@@ -169,7 +169,7 @@ def cut_at_spaces(text: str, stretch: int) -> Iterator[str]:
     yield text[start:]
 
 
-def pieces(tokens: Tokens, lengths_d: Ints, plan: Plan) -> Encoded:
+def pieces(tokens: TokenArray, lengths_d: Ints, plan: PieceRules) -> Encoded:
     """Split documents (tokens end to end, lengths [documents]) and frame each piece."""
     has_front = int(plan.front is not None)
     added = has_front + int(plan.back is not None)
@@ -185,7 +185,7 @@ def pieces(tokens: Tokens, lengths_d: Ints, plan: Plan) -> Encoded:
     framed_p = end_p - start_p + added
     ends_p = np.cumsum(framed_p)
     starts_p = ends_p - framed_p
-    out: Tokens = np.empty(int(framed_p.sum()), plan.dtype)
+    out: TokenArray = np.empty(int(framed_p.sum()), plan.dtype)
     body = np.ones(len(out), np.bool_)
     if plan.front is not None:
         out[starts_p] = plan.front
@@ -204,7 +204,7 @@ def pieces(tokens: Tokens, lengths_d: Ints, plan: Plan) -> Encoded:
 
 
 @cache
-def _encoder(tokenizer_file: str, plan: Plan) -> Encoder:
+def _encoder(tokenizer_file: str, plan: PieceRules) -> Encoder:
     """A worker process's own. (Made with its first block: what fails while it starts would be lost.)"""
     return Encoder(tokenizer_file, plan)
 
@@ -223,12 +223,12 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(tokenizer_file: str, plan: Plan, documents: list[str]) -> Encoded:
+def _encode(tokenizer_file: str, plan: PieceRules, documents: list[str]) -> Encoded:
     return _encoder(tokenizer_file, plan)(documents)
 
 
 def encoded_blocks(
-    blocks: Iterator[Block], tokenizer_file: str, plan: Plan, workers: int
+    blocks: Iterator[Block], tokenizer_file: str, plan: PieceRules, workers: int
 ) -> Generator[tuple[Block, Encoded], None, None]:
     """Every block and its tokens, in order; at most two blocks a worker are in flight."""
     if workers == 1:

@@ -16,20 +16,20 @@ from torch import Tensor
 from fastdistil import __version__, errors
 from fastdistil.distributed.horovod_world import join_horovod
 from fastdistil.distributed.monitor import Monitor, agree_equal
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store
 from fastdistil.distributed.torch_world import TorchWorld
-from fastdistil.distributed.world import Met, World
+from fastdistil.distributed.world import OnConnect, World
 from fastdistil.errors import CorruptData, FastdistilError, RankLost, UserError
 from fastdistil.recipe import Recipe
-from fastdistil.recipe import World as Options
+from fastdistil.recipe import WorldOptions as Options
 from fastdistil.runs import PAUSE
 
 T = TypeVar("T")
 
 
 @contextmanager
-def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> "Iterator[Team]":
+def joined(place: RankInfo | None, recipe: Recipe, note: Callable[[str], None]) -> "Iterator[Coordinator]":
     """This process as one of the place's ranks, until the block ends. Raises UserError, RankLost; see `join`.
 
     When this rank fails, the others learn why before they wait for it. `note` is for rank 0's warnings.
@@ -50,7 +50,7 @@ def joined(place: Place | None, recipe: Recipe, note: Callable[[str], None]) -> 
     try:
         try:
             world = join(place, options, torch.device(recipe.device), met)
-            yield Team(world, monitor)
+            yield Coordinator(world, monitor)
             _leave(world, monitor)
         except (errors.Stopped, errors.NonFinite):  # on all ranks alike
             _leave(world, monitor)
@@ -114,7 +114,7 @@ class Decision(NamedTuple):
     why: str
 
 
-class Team:
+class Coordinator:
     """`monitor`: None for one rank alone."""
 
     def __init__(self, world: World, monitor: Monitor | None) -> None:
@@ -287,10 +287,10 @@ def content_hash(tensors: Sequence[Tensor]) -> int:
     return total
 
 
-def join(place: Place | None, options: Options, device: torch.device, met: Met = lambda _: None) -> World:
+def join(place: RankInfo | None, options: Options, device: torch.device, met: OnConnect = lambda _: None) -> World:
     """Become one of the place's ranks. Raises UserError (an engine that is not there, a port in use), RankLost (not all came).
 
-    `met`: see Met; what it raises ends this. Not called where there is one rank.
+    `met`: see OnConnect; what it raises ends this. Not called where there is one rank.
     Reads and sets environment variables that the engines read when they start.
     """
     if device.type == "cuda":
@@ -313,7 +313,7 @@ def join(place: Place | None, options: Options, device: torch.device, met: Met =
     return join_horovod(place, options, device, met)
 
 
-def _choose_gpu(place: Place | None) -> None:
+def _choose_gpu(place: RankInfo | None) -> None:
     """The local rank's; or the only one, where the launcher shows each rank its own."""
     if place is None:
         return

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 STACK_FRAMES = 12
 
-Kind = Literal["running", "waiting", "unhurried", "finished", "ended"]
+RankStatus = Literal["running", "waiting", "unhurried", "finished", "ended"]
 """waiting: for other ranks; unhurried: need not get on within the timeout; finished: in good order; ended: by a verdict."""
 LIVE = ("running", "waiting", "unhurried")
 
@@ -20,7 +20,7 @@ LIVE = ("running", "waiting", "unhurried")
 @dataclass(frozen=True)
 class Beat:
     number: int
-    kind: Kind
+    kind: RankStatus
     phase: str
     update: int | None
     waits_for: str

@@ -25,7 +25,7 @@ _ENVIRONMENTS = "FASTDISTIL_RING_ENVIRONMENTS"
 _MESSAGE_BYTES = 1 << 16
 _ALIGNMENT = 4096
 
-Start = Callable[[Any, Tensor, str], tuple[Callable[[], bool], Callable[[], Tensor]]]
+StartCollective = Callable[[Any, Tensor, str], tuple[Callable[[], bool], Callable[[], Tensor]]]
 
 
 class _Buffer(NamedTuple):
@@ -167,7 +167,7 @@ class RingProcesses:
         return True
 
 
-def serve(begin: Callable[[], object], start: Start, end: Callable[[], object]) -> NoReturn:
+def serve(begin: Callable[[], object], start: StartCollective, end: Callable[[], object]) -> NoReturn:
     """The helper's main: fork into the rings, and in each carry what the rank asks for until it closes its socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sockets, environments = json.loads(os.environ[_SOCKETS]), json.loads(os.environ[_ENVIRONMENTS])
@@ -204,7 +204,7 @@ def serve(begin: Callable[[], object], start: Start, end: Callable[[], object]) 
     os._exit(0 if orderly else 1)
 
 
-def _carry_all(rank: socket.socket, start: Start) -> bool:
+def _carry_all(rank: socket.socket, start: StartCollective) -> bool:
     """False if the rank went away without a word."""
     buffers: dict[int, Tensor] = {}
     # With nothing under way it sleeps in recvmsg; otherwise it looks after what is, and for more, in turn.

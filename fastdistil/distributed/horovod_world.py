@@ -29,12 +29,12 @@ from torch import Tensor
 
 from fastdistil.distributed import horovod_rings
 from fastdistil.distributed.monitor import GRACE_S
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.rendezvous import Connect, choose_interface, open_store, own_address
-from fastdistil.distributed.world import Handle, Kind, Met, Watch, World, starting, unhurried
+from fastdistil.distributed.world import Collective, Handle, OnConnect, RankWatch, World, starting, unhurried
 from fastdistil.errors import UserError
 from fastdistil.install.horovod_build import HOW_TO_BUILD, IDLE_CYCLES
-from fastdistil.recipe import World as Options
+from fastdistil.recipe import WorldOptions as Options
 
 _RING_COMMAND = (sys.executable, "-m", "fastdistil.distributed.horovod_world")
 
@@ -46,13 +46,13 @@ class HorovodWorld(World):
 
     def __init__(
         self,
-        place: Place,
+        place: RankInfo,
         device: torch.device,
         options: Options,
         connect: Connect,
         hvd: Any,
         servers: Any,
-        watch: Watch | None = None,
+        watch: RankWatch | None = None,
     ) -> None:
         super().__init__(place, device, options.rings, connect, watch)
         self._hvd, self._servers = hvd, servers
@@ -64,7 +64,7 @@ class HorovodWorld(World):
             with starting(watch, self.rank):
                 self._processes = self._start_rings(place)
 
-    def _start_rings(self, place: Place) -> horovod_rings.RingProcesses:
+    def _start_rings(self, place: RankInfo) -> horovod_rings.RingProcesses:
         assert self.connect is not None
         store, ports = self.connect(), []
         if self.is_chief:
@@ -87,7 +87,7 @@ class HorovodWorld(World):
             return super().empty(numel, dtype)
         return self._processes.empty(numel, dtype)
 
-    def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
+    def _carry(self, kind: Collective, tensor: Tensor, name: str, ring: int | None) -> Handle:
         if tensor.dtype == torch.bfloat16:
             return self._carry_bf16(kind, tensor, name, ring)
         if self._processes is not None and ring is not None:
@@ -95,7 +95,7 @@ class HorovodWorld(World):
             return Handle(name, done, finish)
         return Handle(name, *start_horovod(self._hvd, kind, tensor, name))
 
-    def _carry_bf16(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
+    def _carry_bf16(self, kind: Collective, tensor: Tensor, name: str, ring: int | None) -> Handle:
         if kind != "allreduce":
             inner = self._carry(kind, tensor.view(torch.int16), name, None)
             return Handle(name, inner.done, lambda: inner.finish().view(torch.bfloat16))
@@ -124,7 +124,7 @@ class HorovodWorld(World):
             server.server_close()
 
 
-def start_horovod(hvd: Any, kind: Kind, tensor: Tensor, name: str) -> tuple[Callable[[], bool], Callable[[], Tensor]]:
+def start_horovod(hvd: Any, kind: Collective, tensor: Tensor, name: str) -> tuple[Callable[[], bool], Callable[[], Tensor]]:
     match kind:
         case "allreduce":
             handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum)
@@ -141,7 +141,7 @@ def _only(found: Any) -> Tensor:
     return tensor
 
 
-def join_horovod(place: Place, options: Options, device: torch.device, met: Met) -> World:
+def join_horovod(place: RankInfo, options: Options, device: torch.device, met: OnConnect) -> World:
     hvd = import_horovod()
     _check_topology(hvd, place, options, device)
     _set_horovod(options, device)
@@ -185,7 +185,7 @@ def import_horovod() -> Any:
     return hvd
 
 
-def _check_topology(hvd: Any, place: Place, options: Options, device: torch.device) -> None:
+def _check_topology(hvd: Any, place: RankInfo, options: Options, device: torch.device) -> None:
     if options.topology == "flat":
         return
     if device.type != "cuda" or not hvd.nccl_built():
@@ -225,7 +225,7 @@ def _idle_seldom(device: torch.device) -> None:
         os.environ.setdefault(IDLE_CYCLES, "10")
 
 
-def _serve_rendezvous(place: Place, servers: list[Any]) -> int:
+def _serve_rendezvous(place: RankInfo, servers: list[Any]) -> int:
     """Horovod's own rendezvous server, in this process, on the place's address. Returns its port."""
     import threading
 
@@ -237,7 +237,7 @@ def _serve_rendezvous(place: Place, servers: list[Any]) -> int:
     return int(server.server_address[1])
 
 
-def _horovod_environment(place: Place, port: int) -> dict[str, str]:
+def _horovod_environment(place: RankInfo, port: int) -> dict[str, str]:
     return {
         "HOROVOD_RANK": str(place.rank),
         "HOROVOD_SIZE": str(place.size),
@@ -253,7 +253,7 @@ def _horovod_environment(place: Place, port: int) -> dict[str, str]:
     }
 
 
-def _agree_on_address(hvd: Any, place: Place) -> Place:
+def _agree_on_address(hvd: Any, place: RankInfo) -> RankInfo:
     """Where rank 0 serves the control plane, when the launcher told nobody: over the engine that it started."""
     import dataclasses
 

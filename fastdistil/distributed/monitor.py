@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter
 
-from fastdistil.distributed.diagnosis import Beat, Kind, Verdict, View, compact_stack, gone, judge, rank_list, silent
+from fastdistil.distributed.diagnosis import Beat, RankStatus, Verdict, View, compact_stack, gone, judge, rank_list, silent
 from fastdistil.distributed.rendezvous import SharedStore
 from fastdistil.errors import RankLost, UserError
 
@@ -48,7 +48,7 @@ class _Now(NamedTuple):
     changes: int = 0
     phase: str = "start"
     update: int | None = None
-    kind: Kind = "running"
+    kind: RankStatus = "running"
     waits_for: str = ""
 
 
@@ -293,7 +293,7 @@ class Monitor:
         now = self._now
         changes, since = self._progress
         idle_s = round(self._clock.seconds - since, 2) if now.changes == changes else 0.0
-        kind: Kind = "ended" if self._verdict is not None else now.kind
+        kind: RankStatus = "ended" if self._verdict is not None else now.kind
         frame = sys._current_frames().get(self._thread)
         walk = traceback.walk_stack(frame) if frame is not None else ()
         stack = compact_stack((frame.f_code, line) for frame, line in walk)

@@ -28,7 +28,7 @@ RANK_VARIABLES = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankInfo:
     """One rank among `size`, on node `cross_rank` of `cross_size`."""
 
     rank: int
@@ -68,13 +68,13 @@ def environment_of_no_rank(environ: Mapping[str, str] = os.environ) -> dict[str,
     return {name: value for name, value in environ.items() if not RANK_VARIABLES.fullmatch(name)}
 
 
-def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
+def find_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo | None:
     """This process's place, or None if nobody started it as a rank. Raises UserError that names the variable at fault."""
     place = _find_place(environ)
     return place and replace(place, secret=environ.get("FASTDISTIL_STORE_SECRET", ""))
 
 
-def _find_place(environ: Mapping[str, str]) -> Place | None:
+def _find_place(environ: Mapping[str, str]) -> RankInfo | None:
     if environ.get("FASTDISTIL_LAUNCHER") == "fastdistil":
         return _from_torch_names(environ, "fastdistil")
     if "TORCHELASTIC_RUN_ID" in environ:
@@ -93,7 +93,7 @@ def _find_place(environ: Mapping[str, str]) -> Place | None:
     return None
 
 
-def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> Place:
+def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> RankInfo:
     rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     # Without LOCAL_RANK every rank has a node for itself, as the pods of a PyTorchJob.
     local_rank = _number(environ, "LOCAL_RANK", 0)
@@ -103,7 +103,7 @@ def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> Place:
     if size > 1 and (address is None or port is None):
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
         raise UserError(f"RANK and WORLD_SIZE={size} are set, {missing} is not; set it to where rank 0 is reached")
-    return Place(
+    return RankInfo(
         rank=rank,
         size=size,
         local_rank=local_rank,
@@ -118,9 +118,9 @@ def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> Place:
     )
 
 
-def _from_horovodrun(environ: Mapping[str, str]) -> Place:
+def _from_horovodrun(environ: Mapping[str, str]) -> RankInfo:
     address, port = _meeting_point(environ, None, None)
-    return Place(
+    return RankInfo(
         rank=_number(environ, "HOROVOD_RANK"),
         size=_number(environ, "HOROVOD_SIZE"),
         local_rank=_number(environ, "HOROVOD_LOCAL_RANK"),
@@ -133,7 +133,7 @@ def _from_horovodrun(environ: Mapping[str, str]) -> Place:
     )
 
 
-def _from_mpirun(environ: Mapping[str, str], *names: str) -> Place:
+def _from_mpirun(environ: Mapping[str, str], *names: str) -> RankInfo:
     """Neither family names the node: it follows from ranks that fill one node after another, which is their default."""
     rank, size, local_rank, local_size = (_number(environ, name) for name in names)
     if local_size == 0 or size % local_size or rank % local_size != local_rank:
@@ -144,7 +144,7 @@ def _from_mpirun(environ: Mapping[str, str], *names: str) -> Place:
     alone = local_size == size
     job = next((environ[name] for name in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVS") if name in environ), "")
     address, port = _meeting_point(environ, "127.0.0.1" if alone else None, _derived_port(job) if alone else None)
-    return Place(
+    return RankInfo(
         rank=rank,
         size=size,
         local_rank=local_rank,
@@ -157,7 +157,7 @@ def _from_mpirun(environ: Mapping[str, str], *names: str) -> Place:
     )
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Place:
+def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
     """The step's own numbers where srun gives them: a step may be smaller than its job."""
 
     def named(*names: str) -> str:
@@ -178,7 +178,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
     first = next(expand_hosts(environ.get(list_name, ""), list_name), None)
     step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
     address, port = _meeting_point(environ, "127.0.0.1" if nodes == 1 else first, _derived_port(step))
-    return Place(
+    return RankInfo(
         rank=_number(environ, "SLURM_PROCID"),
         size=size,
         local_rank=_number(environ, "SLURM_LOCALID"),

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from fastdistil.distributed.diagnosis import gone
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.errors import RankLost, UserError
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ ANSWER_S = 5.0
 """Beyond the time that torch may take to connect: for an answer."""
 
 
-def open_store(place: Place, timeout_s: float) -> Connect:
+def open_store(place: RankInfo, timeout_s: float) -> Connect:
     """Serve the store in rank 0, at the place's own address alone; returns what opens a client.
 
     Raises UserError (no address, a port in use), RankLost (rank 0 is not there, or another program answers).
@@ -166,7 +166,7 @@ def own_address(name: str, nodes: int) -> str:
     return address
 
 
-def _serve(place: Place, address: str, port: int, timeout: timedelta) -> Any:
+def _serve(place: RankInfo, address: str, port: int, timeout: timedelta) -> Any:
     try:
         listening = socket.create_server((own_address(address, place.cross_size), port), backlog=1024)
     except OSError as error:
@@ -198,7 +198,7 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
     return found[0]
 
 
-def choose_interface(place: Place) -> None:
+def choose_interface(place: RankInfo) -> None:
     """Gloo takes the interface that this host's name resolves to, often the wrong one: take the one towards rank 0."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((place.address, place.port))

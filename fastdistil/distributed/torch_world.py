@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.rendezvous import Connect
-from fastdistil.distributed.world import Handle, Kind, Watch, World, starting
-from fastdistil.recipe import World as Options
+from fastdistil.distributed.world import Collective, Handle, RankWatch, World, starting
+from fastdistil.recipe import WorldOptions as Options
 
 _FOREVER = timedelta(days=7)
 GLOO_THREADS = 8
@@ -26,7 +26,7 @@ class TorchWorld(World):
     engine = "torch"
 
     def __init__(
-        self, place: Place, device: torch.device, options: Options, connect: Connect, watch: Watch | None = None
+        self, place: RankInfo, device: torch.device, options: Options, connect: Connect, watch: RankWatch | None = None
     ) -> None:
         super().__init__(place, device, options.rings, connect, watch)
         backend = "nccl" if device.type == "cuda" else _threaded_gloo()
@@ -47,7 +47,7 @@ class TorchWorld(World):
                 for _ in range(options.rings)
             ]
 
-    def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
+    def _carry(self, kind: Collective, tensor: Tensor, name: str, ring: int | None) -> Handle:
         group = self._small if ring is None and not tensor.is_cuda else self._groups[ring or 0]
         match kind:
             case "allreduce":

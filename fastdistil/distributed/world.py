@@ -17,16 +17,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.rendezvous import Connect
 from fastdistil.errors import FastdistilError, RankLost
 
-Kind = Literal["allreduce", "all_to_all", "all_gather"]
+Collective = Literal["allreduce", "all_to_all", "all_gather"]
 _MOVED_BYTES = 2**26
 """At a time: engines count bytes in 32 bits, and copy."""
 
 
-class Watch(Protocol):
+class RankWatch(Protocol):
     """What a wait asks while it lasts; monitor.Monitor is one."""
 
     def check(self) -> None: ...
@@ -35,7 +35,7 @@ class Watch(Protocol):
     def lost(self, error: BaseException) -> RankLost: ...
 
 
-Met = Callable[[Connect], Watch | None]
+OnConnect = Callable[[Connect], RankWatch | None]
 """Called when the ranks can reach each other's store and no engine has been started: to compare, and to watch from there on."""
 
 
@@ -67,7 +67,7 @@ class Counters:
         return Counters(self.gradient_collectives, list(self.ring_bytes), self.control_messages, self.control_bytes)
 
 
-def sent_bytes(kind: Kind, nbytes: int, ranks: int) -> int:
+def sent_bytes(kind: Collective, nbytes: int, ranks: int) -> int:
     """What one rank sends: `nbytes` is its buffer for allreduce and all_to_all, its own part for all_gather."""
     match kind:
         case "allreduce":
@@ -96,11 +96,11 @@ class World:
 
     def __init__(
         self,
-        place: Place | None,
+        place: RankInfo | None,
         device: torch.device,
         ring_count: int = 1,
         connect: Connect | None = None,
-        watch: Watch | None = None,
+        watch: RankWatch | None = None,
     ) -> None:
         self.rank, self.size = (place.rank, place.size) if place is not None else (0, 1)
         self.local_rank, self.local_size = (place.local_rank, place.local_size) if place is not None else (0, 1)
@@ -199,7 +199,7 @@ class World:
     def close(self) -> None:
         """Orderly, after the last collective."""
 
-    def _start(self, kind: Kind, tensor: Tensor, name: str, ring: int) -> Handle:
+    def _start(self, kind: Collective, tensor: Tensor, name: str, ring: int) -> Handle:
         assert tensor.dim() == 1, tensor.shape
         assert tensor.is_contiguous()
         assert 0 <= ring < self.rings, (ring, self.rings)
@@ -207,7 +207,7 @@ class World:
         self.counters.ring_bytes[ring] += sent_bytes(kind, tensor.nbytes, self.size)
         return self._begin(name, lambda: self._carry(kind, tensor, name, ring))
 
-    def _control(self, kind: Kind, tensor: Tensor, name: str) -> Handle:
+    def _control(self, kind: Collective, tensor: Tensor, name: str) -> Handle:
         if self.size > 1:
             self.counters.control_messages += 1
             self.counters.control_bytes += sent_bytes(kind, tensor.nbytes, self.size)
@@ -220,7 +220,7 @@ class World:
         except Exception as error:
             raise self._lost(name, error) from error
 
-    def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
+    def _carry(self, kind: Collective, tensor: Tensor, name: str, ring: int | None) -> Handle:
         """ring None: a control message."""
         return Handle(name, lambda: True, lambda: tensor)
 
@@ -240,23 +240,23 @@ class World:
         return lost(self.watch, self.rank, name, error)
 
 
-def waiting(watch: Watch | None, what: str) -> AbstractContextManager[Any]:
+def waiting(watch: RankWatch | None, what: str) -> AbstractContextManager[Any]:
     return watch.waiting(what) if watch is not None else nullcontext()
 
 
-def unhurried(watch: Watch | None, name: str) -> AbstractContextManager[Any]:
+def unhurried(watch: RankWatch | None, name: str) -> AbstractContextManager[Any]:
     """Return the block around what may take as long as it needs."""
     return watch.unhurried(name) if watch is not None else nullcontext()
 
 
-def lost(watch: Watch | None, rank: int, name: str, error: Exception) -> RankLost:
+def lost(watch: RankWatch | None, rank: int, name: str, error: Exception) -> RankLost:
     if watch is not None:
         return watch.lost(error)
     return RankLost(f"rank {rank} could not finish {name}: {' '.join(str(error).split())}")
 
 
 @contextmanager
-def starting(watch: Watch | None, rank: int) -> Iterator[None]:
+def starting(watch: RankWatch | None, rank: int) -> Iterator[None]:
     """Around what an engine does with all ranks to get ready."""
     try:
         with waiting(watch, "the engine's connections"):

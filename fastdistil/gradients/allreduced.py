@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fastdistil.gradients.compressor import (
+    BucketLayout,
+    CompressionState,
+    CompressionSteps,
     Compressor,
-    Exchange,
     Feedback,
-    Kind,
-    Layout,
     Request,
-    State,
+    StateKind,
     poison,
     ring_allreduce_bytes,
 )
@@ -28,11 +28,11 @@ from fastdistil.gradients.compressor import (
 class Uncompressed(Compressor):
     ranks: int
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps:
         summed_N = yield Request("allreduce", gradient_N)
         return summed_N, state
 
-    def wire_bytes(self, layout: Layout) -> int:
+    def wire_bytes(self, layout: BucketLayout) -> int:
         return ring_allreduce_bytes(self.ranks, 4 * layout.numel)
 
 
@@ -60,15 +60,15 @@ class Cast(Feedback):
     HEADROOM_BITS: ClassVar[int] = 4
 
     @property
-    def state_kinds(self) -> Mapping[str, Kind]:
-        peak: dict[str, Kind] = {"peak": "shared"} if self.dtype == torch.float16 else {}
+    def state_kinds(self) -> Mapping[str, StateKind]:
+        peak: dict[str, StateKind] = {"peak": "shared"} if self.dtype == torch.float16 else {}
         return {**super().state_kinds, **peak}
 
-    def start(self, layout: Layout, like: Tensor) -> State:
+    def start(self, layout: BucketLayout, like: Tensor) -> CompressionState:
         peak = {"peak": like.new_zeros(1, dtype=torch.float32)} if self.dtype == torch.float16 else {}
         return {**super().start(layout, like), **peak}
 
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+    def compress(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload [N] of `dtype`, state)"""
         scale, bound = self._scale_and_bound(state, gradient_N)
         bad = poison(gradient_N)
@@ -85,18 +85,18 @@ class Cast(Feedback):
                 residual_N[block] = torch.where(finite, rest, residual_N[block])
         return payload_N, state
 
-    def decompress(self, payload_N: Tensor, state: State, out_N: Tensor) -> Tensor:
+    def decompress(self, payload_N: Tensor, state: CompressionState, out_N: Tensor) -> Tensor:
         """`state`: as it was for `compress`."""
         scale, _ = self._scale_and_bound(state, out_N)
         return out_N.copy_(payload_N).mul_(1.0 / scale)
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps:
         payload_N, state = self.compress(gradient_N, state, layout)
         summed_N = yield Request("allreduce", payload_N)
         result_N = self.decompress(summed_N, state, gradient_N)
         return result_N, self.observe(result_N, state, layout)
 
-    def observe(self, summed_N: Tensor, state: State, layout: Layout) -> State:
+    def observe(self, summed_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionState:
         if self.dtype != torch.float16:
             return state
         now, before = torch.linalg.vector_norm(summed_N, math.inf).to(torch.float32).reshape(1), state["peak"]
@@ -104,7 +104,7 @@ class Cast(Feedback):
         peak = torch.where((now > 0) & now.isfinite(), torch.maximum(now, before / 2), before)
         return {**state, "peak": peak}
 
-    def _scale_and_bound(self, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale_and_bound(self, state: CompressionState, like: Tensor) -> tuple[Tensor, Tensor]:
         """(power of two, largest value that may be multiplied by it), of like's dtype, without dimensions."""
         if self.dtype != torch.float16:
             return like.new_ones(()), like.new_full((), math.inf)
@@ -115,7 +115,7 @@ class Cast(Feedback):
         scale = _power_of_two(bits).to(like.dtype).reshape(())
         return scale, 2.0**share_bits / scale
 
-    def wire_bytes(self, layout: Layout) -> int:
+    def wire_bytes(self, layout: BucketLayout) -> int:
         return ring_allreduce_bytes(self.ranks, 2 * layout.numel)
 
 

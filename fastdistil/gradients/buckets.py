@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastdistil.distributed.world import Handle, World
 from fastdistil.errors import CorruptData
-from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.gradients.compressor import BucketLayout, CompressionState, CompressionSteps, Compressor, redistribute
 from fastdistil.profiling.spans import SpanName, Spans
 
 _ALIGNED = 64  # bytes: every parameter and bucket starts on a cache line
@@ -40,15 +40,15 @@ MIB = 2**20
 
 @dataclass
 class _Bucket:
-    layout: Layout
+    layout: BucketLayout
     flat: Tensor
     parameters: frozenset[int]
     ring: int
-    state: State
-    before: State | None = None
+    state: CompressionState
+    before: CompressionState | None = None
     """What `state` was before the update under way; None between updates."""
     missing: set[int] = field(default_factory=set)
-    exchange: Exchange | None = None
+    exchange: CompressionSteps | None = None
     handle: Handle | None = None
     step: int = 0
 
@@ -383,7 +383,7 @@ class Buckets:
                 for n in inside
                 if starts[n] >= first and starts[n] + self.parameters[n].numel() <= end
             )
-            layout = Layout(end - first, pieces, len(self.buckets))
+            layout = BucketLayout(end - first, pieces, len(self.buckets))
             part = flat[first:end]
             state = self.compressor.start(layout, part)
             self.buckets.append(_Bucket(layout, part, frozenset(inside), 0, state))

@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple, Protocol, assert_never
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+CompressionState = dict[str, Tensor]
 """Of one bucket; {} where there is none."""
-Kind = Literal["rank", "chunk", "shared"]
+StateKind = Literal["rank", "chunk", "shared"]
 """rank: each rank has its own, and their sum is what matters. chunk: rank r has part r of a whole, [B of the part, elements of
 a block]. shared: the same on all ranks."""
 
@@ -28,12 +28,12 @@ class Request(NamedTuple):
     j of the answer is from rank j. all_gather, [c]: the answer is [R * c], in rank order."""
 
 
-Exchange = Generator[Request, Tensor, tuple[Tensor, State]]
+CompressionSteps = Generator[Request, Tensor, tuple[Tensor, CompressionState]]
 """Returns the sum over ranks [N], perhaps in the gradient's memory, and the new state."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class BucketLayout:
     """What a bucket holds."""
 
     numel: int
@@ -57,24 +57,24 @@ class Compressor(Protocol):
         return False
 
     @property
-    def state_kinds(self) -> Mapping[str, Kind]:
+    def state_kinds(self) -> Mapping[str, StateKind]:
         return {}
 
-    def start(self, layout: Layout, like: Tensor) -> State:
+    def start(self, layout: BucketLayout, like: Tensor) -> CompressionState:
         """The state before the first update, on the device and in the dtype of `like`."""
         return {}
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange: ...
+    def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps: ...
 
-    def observe(self, summed_N: Tensor, state: State, layout: Layout) -> State:
+    def observe(self, summed_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionState:
         """After an update that was sent uncompressed: what can be learnt from the sum over ranks."""
         return state
 
-    def wire_bytes(self, layout: Layout) -> int:
+    def wire_bytes(self, layout: BucketLayout) -> int:
         """Bytes that one rank sends for float32 gradients, with ring algorithms."""
         ...
 
-    def requests(self, layout: Layout) -> int:
+    def requests(self, layout: BucketLayout) -> int:
         """Collectives that it makes for a bucket."""
         return 1
 
@@ -87,10 +87,10 @@ class Feedback(Compressor):
     error_feedback: bool
 
     @property
-    def state_kinds(self) -> Mapping[str, Kind]:
+    def state_kinds(self) -> Mapping[str, StateKind]:
         return {"residual": "rank"} if self.error_feedback else {}
 
-    def start(self, layout: Layout, like: Tensor) -> State:
+    def start(self, layout: BucketLayout, like: Tensor) -> CompressionState:
         return {"residual": like.new_zeros(layout.numel)} if self.error_feedback else {}
 
 
@@ -110,14 +110,16 @@ def poison(gradient_N: Tensor) -> Tensor:
     return largest * 0.0
 
 
-def chosen_numel(density: float, layout: Layout) -> int:
+def chosen_numel(density: float, layout: BucketLayout) -> int:
     """K"""
     return max(1, round(density * layout.numel))
 
 
-def redistribute(kinds: Mapping[str, Kind], states: list[State], layout: Layout, ranks: int) -> list[State]:
+def redistribute(
+    kinds: Mapping[str, StateKind], states: list[CompressionState], layout: BucketLayout, ranks: int
+) -> list[CompressionState]:
     """From the states of all old ranks, in order, those of `ranks` new ones. Residuals keep their sum. Ranks share memory."""
-    new: list[State] = [{} for _ in range(ranks)]
+    new: list[CompressionState] = [{} for _ in range(ranks)]
     for name, kind in kinds.items():
         old = [state[name] for state in states]
         parts: list[Tensor]

@@ -14,12 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdistil.gradients.compressor import Layout
+from fastdistil.gradients.compressor import BucketLayout
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.recipe import Compression
 
-Kind = Literal["none", "fp16", "bf16", "int8"]
-SIMPLEST_FIRST: tuple[Kind, ...] = ("none", "fp16", "bf16", "int8")
+PredictedKind = Literal["none", "fp16", "bf16", "int8"]
+SIMPLEST_FIRST: tuple[PredictedKind, ...] = ("none", "fp16", "bf16", "int8")
 
 BACKWARD_SHARE = 0.4
 """Of a micro-batch's time: a student of half the teacher's depth, forward 1 and backward 2, and the teacher's forward 2."""
@@ -36,7 +36,7 @@ each, took 130 to 245 ms where float32 took 37 to 66."""
 _KEPT = 2 * 4 + 3 * 4
 
 # Bytes of memory that compressing and decompressing touches, for each byte of float32 gradients.
-_TRAFFIC: dict[Kind, float] = {
+_TRAFFIC: dict[PredictedKind, float] = {
     "none": 0.0,
     "fp16": (_KEPT + 3 * 4 + 2 + 2 * 4 + 2) / 4,  # gradient, residual in and out, payload; payload, gradient; a look at all
     "bf16": (_KEPT + 3 * 4 + 2 + 2 * 4 + 2) / 4,
@@ -79,7 +79,7 @@ def update_s(micro_batch_s: float, accumulation: int, exposed: float, optimizer_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredExchange:
     """Of uncompressed updates in this run."""
 
     ranks: int
@@ -99,8 +99,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    kind: Kind
+class UpdatePrediction:
+    kind: PredictedKind
     exchange_s: float
     compress_s: float
     exposed_s: float
@@ -109,11 +109,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Choice:
-    kind: Kind
+    kind: PredictedKind
     reason: str
 
 
-def predict(measured: Measured, kind: Kind) -> Prediction:
+def predict(measured: MeasuredExchange, kind: PredictedKind) -> UpdatePrediction:
     """An update with `kind`, from the measured one without compression."""
     exchange = _exchange_s(measured, kind)
     compress = touched_bytes(kind, measured.gradient_bytes) / measured.compress_bytes_per_s
@@ -130,23 +130,23 @@ def predict(measured: Measured, kind: Kind) -> Prediction:
         exposed = exposed_s(exchange, hiding) + compress
     else:
         exposed = exposed_s(exchange + compress, hiding)
-    return Prediction(kind, exchange, compress, exposed, computing + exposed)
+    return UpdatePrediction(kind, exchange, compress, exposed, computing + exposed)
 
 
-def touched_bytes(kind: Kind, gradient_bytes: float) -> float:
+def touched_bytes(kind: PredictedKind, gradient_bytes: float) -> float:
     """Of memory, read and written, by compressing and decompressing float32 gradients."""
     return _TRAFFIC[kind] * gradient_bytes
 
 
-def wire(kind: Kind, ranks: int, gradient_bytes: int, engine: str) -> tuple[int, int]:
+def wire(kind: PredictedKind, ranks: int, gradient_bytes: int, engine: str) -> tuple[int, int]:
     """(bytes that one rank sends for float32 gradients, collectives a bucket)."""
     numel = gradient_bytes // 4
     compressor = make_compressor(Compression(kind=kind), ranks=ranks, rank=0, engine=engine, seed=0)
-    layout = Layout(numel, ((0, (numel,)),), 0)
+    layout = BucketLayout(numel, ((0, (numel,)),), 0)
     return compressor.wire_bytes(layout), compressor.requests(layout)
 
 
-def _exchange_s(measured: Measured, kind: Kind) -> float:
+def _exchange_s(measured: MeasuredExchange, kind: PredictedKind) -> float:
     sent, requests = wire(kind, measured.ranks, measured.gradient_bytes, measured.engine)
     seconds = sent / measured.bandwidth_bytes_per_s
     if kind == "fp16" and measured.engine == "horovod" and measured.device == "cpu":
@@ -155,13 +155,13 @@ def _exchange_s(measured: Measured, kind: Kind) -> float:
     return seconds + measured.buckets * requests * measured.latency_s
 
 
-def candidates_for(engine: str, allreduce_only: bool = False) -> tuple[Kind, ...]:
+def candidates_for(engine: str, allreduce_only: bool = False) -> tuple[PredictedKind, ...]:
     """bf16 costs what fp16 costs, and Horovod does not have it."""
     kinds = [kind for kind in SIMPLEST_FIRST if kind != "bf16" or engine == "torch"]
     return tuple(kind for kind in kinds if not allreduce_only or kind != "int8")
 
 
-def choose(measured: Measured, allreduce_only: bool = False) -> Choice:
+def choose(measured: MeasuredExchange, allreduce_only: bool = False) -> Choice:
     """The simplest of the candidates whose predicted update is within WORTH of the fastest, and why, in one sentence."""
     table = [predict(measured, kind) for kind in candidates_for(measured.engine, allreduce_only)]
     fastest = min(table, key=lambda each: each.update_s)

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil.distributed.coordinator import Team
+from fastdistil.distributed.coordinator import Coordinator
 from fastdistil.distributed.world import Counters, World
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.gradients.auto import measure_copy, measure_exchange
 from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor, starts_at
-from fastdistil.gradients.cost_model import Measured, choose
+from fastdistil.gradients.cost_model import MeasuredExchange, choose
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, Recipe
 
 ReadRank = Callable[[int], Mapping[str, Tensor]]
 
 
-class OneRank:
+class LocalGradients:
     """Autograd's own gradients; nothing travels."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
@@ -77,7 +77,7 @@ class OneRank:
         """What a checkpoint keeps of this rank."""
         return {}
 
-    def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Team) -> list[str]:
+    def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Coordinator) -> list[str]:
         """After weights and moments. `state`: what `state()` was in a world of any size, None if there was none; on rank 0
         `read(r)` gives what its rank r's `tensors()` were. Returns what is to be told."""
         if state is None or state["layout"] is None or state["kind"] == "auto":
@@ -96,7 +96,7 @@ class OneRank:
         return [f"what {state['ranks']} ranks had not sent yet joins this rank's next update"]
 
 
-class Several(OneRank):
+class SharedGradients(LocalGradients):
     """Buckets over the ranks of a world."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World, spans: Spans | None = None) -> None:
@@ -175,7 +175,7 @@ class Several(OneRank):
         update_s = (time.perf_counter() - self._timed[1]) / (updates - self._timed[0])
         gradient_bytes = sum(bucket.flat.nbytes for bucket in self._buckets.buckets)
         latency_s, bandwidth = measure_exchange(self._world, gradient_bytes)
-        measured = Measured(
+        measured = MeasuredExchange(
             ranks=self._world.size,
             gradient_bytes=gradient_bytes,
             update_s=update_s,
@@ -218,7 +218,7 @@ class Several(OneRank):
     def tensors(self) -> dict[str, Tensor]:
         return self._buckets.states()
 
-    def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Team) -> list[str]:
+    def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Coordinator) -> list[str]:
         self._buckets.remember_used(parameter for parameter in self._parameters if parameter in self._optimizer.state)
         if state is None or state["layout"] is None:
             return []  # of one rank, or before its first update: nothing is owed
@@ -242,7 +242,7 @@ class Several(OneRank):
         return messages
 
 
-Exchange = OneRank
+Exchange = LocalGradients
 
 
 def _complete(states: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int) -> Mapping[str, Tensor]:
@@ -260,5 +260,5 @@ def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer
             "loop.precision=bf16 or fp32, or compression.kind=none"
         )
     if world.size == 1:
-        return OneRank(optimizer, recipe)
-    return Several(optimizer, recipe, world, spans)
+        return LocalGradients(optimizer, recipe)
+    return SharedGradients(optimizer, recipe, world, spans)

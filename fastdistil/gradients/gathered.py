@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdistil.gradients.compressor import Exchange, Feedback, Kind, Layout, Request, State, chosen_numel, part_numel
+from fastdistil.gradients.compressor import (
+    BucketLayout,
+    CompressionState,
+    CompressionSteps,
+    Feedback,
+    Request,
+    StateKind,
+    chosen_numel,
+    part_numel,
+)
 from fastdistil.kernels.block_codes import dequantize_int8, dequantize_sum_int8, quantize_int8
 from fastdistil.kernels.top_k import scatter_sum, top_k_select
 
@@ -25,7 +34,7 @@ class TopK(Feedback):
     def linear(self) -> bool:
         return False
 
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+    def compress(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload uint8: int32 indices [K], then values [K]; state)"""
         residual_N = state.get("residual")
         # Takes what is not finite first: the sum shows it.
@@ -34,18 +43,18 @@ class TopK(Feedback):
             residual_N.nan_to_num_(0.0, 0.0, 0.0)  # there may be more of them than k
         return torch.cat([indices_K.view(torch.uint8), values_K.view(torch.uint8)]), state
 
-    def decompress(self, payloads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    def decompress(self, payloads: Tensor, layout: BucketLayout, dtype: torch.dtype) -> Tensor:
         """Of all ranks: their sum, [N]."""
         rows, chosen = payloads.view(self.ranks, -1), chosen_numel(self.density, layout)
         indices_RK, values_RK = _typed(rows[:, : 4 * chosen], torch.int32), _typed(rows[:, 4 * chosen :], dtype)
         return scatter_sum(indices_RK, values_RK, layout.numel)
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps:
         payload, state = self.compress(gradient_N, state, layout)
         payloads = yield Request("all_gather", payload)
         return self.decompress(payloads, layout, gradient_N.dtype), state
 
-    def wire_bytes(self, layout: Layout) -> int:
+    def wire_bytes(self, layout: BucketLayout) -> int:
         return (self.ranks - 1) * 8 * chosen_numel(self.density, layout)
 
 
@@ -63,28 +72,28 @@ class Int8(Feedback):
         return False
 
     @property
-    def state_kinds(self) -> Mapping[str, Kind]:
+    def state_kinds(self) -> Mapping[str, StateKind]:
         return {"residual": "rank", "server": "chunk"} if self.error_feedback else {}
 
-    def start(self, layout: Layout, like: Tensor) -> State:
+    def start(self, layout: BucketLayout, like: Tensor) -> CompressionState:
         if not self.error_feedback:
             return {}
         return {**super().start(layout, like), "server": like.new_zeros(self.part_numel(layout) // self.block, self.block)}
 
-    def part_numel(self, layout: Layout) -> int:
+    def part_numel(self, layout: BucketLayout) -> int:
         return part_numel(layout.numel, self.ranks, self.block)
 
-    def part(self, layout: Layout) -> slice:
+    def part(self, layout: BucketLayout) -> slice:
         """The elements that this rank sums; fewer than `part_numel`, or none, at the end of a bucket."""
         first = self.rank * self.part_numel(layout)
         return slice(min(first, layout.numel), min(first + self.part_numel(layout), layout.numel))
 
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+    def compress(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload uint8 [R * bytes of a part], state)"""
         codes_N, scales_B = quantize_int8(gradient_N, state.get("residual"), block=self.block)
         return self._pack(codes_N, scales_B, self.ranks, layout), state
 
-    def sum_part(self, payloads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    def sum_part(self, payloads: Tensor, layout: BucketLayout, dtype: torch.dtype) -> Tensor:
         """From all ranks' codes of this rank's part: their sum, [elements of the part]."""
         part = self.part(layout)
         numel = part.stop - part.start
@@ -95,44 +104,44 @@ class Int8(Feedback):
         scales_RB = scales_RB[:, : -(-numel // self.block)].contiguous()
         return dequantize_sum_int8(codes, scales_RB, block=self.block, dtype=dtype)
 
-    def compress_part(self, summed_C: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+    def compress_part(self, summed_C: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload uint8 [bytes of a part]: the sum rounded again, state)"""
         if not summed_C.numel():
             return summed_C.new_zeros(self._part_bytes(layout), dtype=torch.uint8), state
         server_C = state["server"].view(-1)[: summed_C.numel()] if self.error_feedback else None
         return self._pack(*quantize_int8(summed_C, server_C, block=self.block), 1, layout), state
 
-    def decompress(self, payloads: Tensor, layout: Layout, out_N: Tensor) -> Tensor:
+    def decompress(self, payloads: Tensor, layout: BucketLayout, out_N: Tensor) -> Tensor:
         """From all ranks' sums of their parts."""
         codes, scales_RB = self._unpack(payloads, layout)
         scales_B = scales_RB.reshape(-1)[: -(-layout.numel // self.block)]
         return dequantize_int8(codes.reshape(-1)[: layout.numel], scales_B, block=self.block, out=out_N)
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps:
         payload, state = self.compress(gradient_N, state, layout)
         payloads = yield Request("all_to_all", payload)
         payload, state = self.compress_part(self.sum_part(payloads, layout, gradient_N.dtype), state, layout)
         payloads = yield Request("all_gather", payload)
         return self.decompress(payloads, layout, gradient_N), state
 
-    def wire_bytes(self, layout: Layout) -> int:
+    def wire_bytes(self, layout: BucketLayout) -> int:
         return 2 * (self.ranks - 1) * self._part_bytes(layout)
 
-    def requests(self, layout: Layout) -> int:
+    def requests(self, layout: BucketLayout) -> int:
         return 2
 
-    def _part_bytes(self, layout: Layout) -> int:
+    def _part_bytes(self, layout: BucketLayout) -> int:
         numel = self.part_numel(layout)
         return numel + 4 * (numel // self.block)
 
-    def _pack(self, codes_N: Tensor, scales_B: Tensor, parts: int, layout: Layout) -> Tensor:
+    def _pack(self, codes_N: Tensor, scales_B: Tensor, parts: int, layout: BucketLayout) -> Tensor:
         numel = self.part_numel(layout)
         rows = codes_N.new_zeros(parts, self._part_bytes(layout), dtype=torch.uint8)
         _lay(rows[:, :numel], codes_N.view(torch.uint8))
         _lay(rows[:, numel:], scales_B.view(torch.uint8))
         return rows.view(-1)
 
-    def _unpack(self, payloads: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _unpack(self, payloads: Tensor, layout: BucketLayout) -> tuple[Tensor, Tensor]:
         """(codes int8 [R, C], scales_RB)"""
         rows, numel = payloads.view(self.ranks, -1), self.part_numel(layout)
         return rows[:, :numel].view(torch.int8), _typed(rows[:, numel:], torch.float32)

@@ -18,13 +18,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastdistil.gradients.compressor import Exchange, Feedback, Kind, Layout, Request, State, poison, ring_allreduce_bytes
+from fastdistil.gradients.compressor import (
+    BucketLayout,
+    CompressionState,
+    CompressionSteps,
+    Feedback,
+    Request,
+    StateKind,
+    poison,
+    ring_allreduce_bytes,
+)
 
 Pieces = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Group:
+class FactorGroup:
     """The matrices of one shape."""
 
     rows: int
@@ -44,10 +53,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FactorPlan:
     """What of a bucket is sent as factors, and what as it is."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[FactorGroup, ...]
     rest: tuple[tuple[int, int], ...]
     """(first, end) of the elements in no group."""
 
@@ -82,7 +91,7 @@ def _cut(flat: Tensor, shapes: list[tuple[int, int, int]]) -> Iterator[Tensor]:
 
 
 @lru_cache(maxsize=4096)
-def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> Plan:
+def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> FactorPlan:
     """Matrices are the parameters with at least two dimensions, as [first, rest]; those whose factors would not be smaller by
     `min_rate` are sent as they are, like vectors and whatever lies between parameters."""
     shapes: dict[tuple[int, int], list[int]] = {}
@@ -92,12 +101,13 @@ def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> Plan:
         if len(shape) >= 2 and rows * columns >= min_rate * columns_of_factors * (rows + columns):
             shapes.setdefault((rows, columns), []).append(first)
     groups = tuple(
-        Group(rows, columns, min(rank, rows, columns), tuple(sorted(firsts))) for (rows, columns), firsts in shapes.items()
+        FactorGroup(rows, columns, min(rank, rows, columns), tuple(sorted(firsts)))
+        for (rows, columns), firsts in shapes.items()
     )
     taken = sorted((first, first + group.rows * group.columns) for group in groups for first in group.firsts)
     edges = [0, *(edge for span in taken for edge in span), numel]
     rest = tuple((first, end) for first, end in zip(edges[::2], edges[1::2], strict=True) if end > first)
-    return Plan(groups, rest)
+    return FactorPlan(groups, rest)
 
 
 def orthonormal(columns_BMR: Tensor) -> Tensor:
@@ -141,18 +151,18 @@ class PowerSGD(Feedback):
         return True
 
     @property
-    def state_kinds(self) -> Mapping[str, Kind]:
+    def state_kinds(self) -> Mapping[str, StateKind]:
         return {**super().state_kinds, "q": "shared"}
 
-    def plan(self, layout: Layout) -> Plan:
+    def plan(self, layout: BucketLayout) -> FactorPlan:
         return make_plan(layout.numel, layout.pieces, self.rank, self.min_rate)
 
-    def start(self, layout: Layout, like: Tensor) -> State:
+    def start(self, layout: BucketLayout, like: Tensor) -> CompressionState:
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 % 2**63 + layout.index)
         q = torch.randn(self.plan(layout).right_numel, generator=draws).to(like)
         return {**super().start(layout, like), "q": q}
 
-    def compress(self, gradient_N: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+    def compress(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload: P of all matrices and the rest, state). Afterwards `gradient_N` has the residual in it."""
         plan = self.plan(layout)
         if self.error_feedback:
@@ -168,8 +178,8 @@ class PowerSGD(Feedback):
         return payload, state
 
     def compress_right(
-        self, value_N: Tensor, summed: Tensor, state: State, layout: Layout
-    ) -> tuple[Tensor, list[Tensor], State]:
+        self, value_N: Tensor, summed: Tensor, state: CompressionState, layout: BucketLayout
+    ) -> tuple[Tensor, list[Tensor], CompressionState]:
         """From the first payload's sum: (payload: Q of all matrices, P made orthonormal, state).
 
         What this rank sends altogether is P Q' with its own Q; the residual is known before the sum of Q is.
@@ -192,7 +202,7 @@ class PowerSGD(Feedback):
             residual_N[first:end] = torch.where(finite, 0.0, before_N[first:end])
         return payload, lefts, {**state, "residual": residual_N}
 
-    def decompress(self, summed: Tensor, lefts: list[Tensor], q: Tensor, layout: Layout, out_N: Tensor) -> Tensor:
+    def decompress(self, summed: Tensor, lefts: list[Tensor], q: Tensor, layout: BucketLayout, out_N: Tensor) -> Tensor:
         """From the sums of both payloads."""
         plan = self.plan(layout)
         for group, left_BMR, right_BNR in zip(plan.groups, lefts, plan.rights(q), strict=True):
@@ -204,7 +214,7 @@ class PowerSGD(Feedback):
             at += end - first
         return out_N
 
-    def exchange(self, gradient_N: Tensor, state: State, layout: Layout) -> Exchange:
+    def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps:
         plan = self.plan(layout)
         payload, state = self.compress(gradient_N, state, layout)
         summed = yield Request("allreduce", payload)
@@ -217,10 +227,10 @@ class PowerSGD(Feedback):
             right_BNR.copy_(next_start(right_BNR, before_BNR))
         return result_N, {**state, "q": q}
 
-    def wire_bytes(self, layout: Layout) -> int:
+    def wire_bytes(self, layout: BucketLayout) -> int:
         plan = self.plan(layout)
         first, second = plan.left_numel + plan.rest_numel, plan.right_numel
         return ring_allreduce_bytes(self.ranks, 4 * first) + ring_allreduce_bytes(self.ranks, 4 * second)
 
-    def requests(self, layout: Layout) -> int:
+    def requests(self, layout: BucketLayout) -> int:
         return 2 if self.plan(layout).groups else 1

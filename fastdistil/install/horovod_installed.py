@@ -70,7 +70,7 @@ sys.exit(f"the ranks exited with {codes}" if any(codes) else 0)
 
 
 @dataclass(frozen=True)
-class State:
+class HorovodState:
     status: Literal["ok", "absent", "problem"]
     text: str
 
@@ -113,21 +113,21 @@ def installed_build() -> dict[str, str] | None:
     return found if isinstance(found, dict) else None
 
 
-def state() -> State:
+def state() -> HorovodState:
     """Whether the installed Horovod fits the installed torch, by what its files say. Cheap: nothing is imported."""
     directory = package_directory("horovod")
     if directory is None:
-        return State("absent", "not installed")
+        return HorovodState("absent", "not installed")
     try:
         version = importlib.metadata.version("horovod")
         built_for = json.loads((directory / "metadata.json").read_text(encoding="utf-8")).get("pytorch")
     except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
-        return State("problem", "its files are incomplete")
+        return HorovodState("problem", "its files are incomplete")
     torch = installed_torch()
     if torch is None or built_for != torch.version:
         here = torch.version if torch else "none"
-        return State("problem", f"{version} was built for torch {built_for or 'none'}, and torch here is {here}")
-    return State("ok", f"{version} for torch {built_for}")
+        return HorovodState("problem", f"{version} was built for torch {built_for or 'none'}, and torch here is {here}")
+    return HorovodState("ok", f"{version} for torch {built_for}")
 
 
 def probe() -> dict[str, int] | str:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.launch.attempt import LOST
 from fastdistil.launch.rank_process import supervise, tie_to_launcher
 
@@ -18,7 +18,7 @@ def _answer_call(folder: Path) -> int:
     from fastdistil.launch.remote_call import answer_call
 
     tie_to_launcher(os.environ)
-    place = find_place(os.environ)
+    place = find_rank_info(os.environ)
     assert place is not None
     return answer_call(folder, place.rank)
 

@@ -25,7 +25,7 @@ from typing import Any, Self
 from fastdistil.distributed.diagnosis import rank_list
 from fastdistil.distributed.rank_info import FIRST_PORT, PORTS
 from fastdistil.errors import UserError
-from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_output import RankOutput
 from fastdistil.launch.rank_process import KILL_AFTER_S, RankProcess, Slot, start
 from fastdistil.signals import stop_signals
 
@@ -136,7 +136,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class Launch:
     """What `run_ranks` starts: `command` in every slot, rank 0 in the first."""
 
     command: Sequence[str]
@@ -151,7 +151,7 @@ class Start:
         return shlex.split(self.environ.get("FASTDISTIL_SSH") or SSH)
 
 
-def run_ranks(begin: Start, voices: Voices, interrupts: Interrupts, enough: Callable[[], bool] = lambda: False) -> Attempt:
+def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough: Callable[[], bool] = lambda: False) -> Attempt:
     """Start all ranks and wait until all have ended; none is left behind, whatever happens here.
 
     `enough` is asked all the time; once it is true the ranks are told to save and stop.
@@ -170,7 +170,7 @@ def run_ranks(begin: Start, voices: Voices, interrupts: Interrupts, enough: Call
     return attempt
 
 
-def _start_all(begin: Start, voices: Voices, ranks: list[RankProcess]) -> None:
+def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> None:
     hosts = list(dict.fromkeys(slot.host for slot in begin.slots))
     if hosts != [None] and shutil.which(begin.ssh[0]) is None:
         raise UserError(f"--hosts starts ranks with {begin.ssh[0]}, which is not here; install it, or set FASTDISTIL_SSH")
@@ -223,7 +223,12 @@ def free_port(address: str) -> int:
 
 
 def _watch(
-    begin: Start, ranks: list[RankProcess], attempt: Attempt, voices: Voices, interrupts: Interrupts, enough: Callable[[], bool]
+    begin: Launch,
+    ranks: list[RankProcess],
+    attempt: Attempt,
+    voices: RankOutput,
+    interrupts: Interrupts,
+    enough: Callable[[], bool],
 ) -> None:
     told: signal.Signals | None = None
     speak_s, end_by_s, kill_by_s = float("inf"), float("inf"), float("inf")

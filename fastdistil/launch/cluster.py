@@ -25,8 +25,8 @@ import yaml
 from fastdistil.errors import UserError
 from fastdistil.recipe import Recipe
 
-Kind = Literal["slurm", "mpijob", "skypilot", "dstack"]
-KINDS: tuple[Kind, ...] = ("slurm", "mpijob", "skypilot", "dstack")
+ClusterKind = Literal["slurm", "mpijob", "skypilot", "dstack"]
+KINDS: tuple[ClusterKind, ...] = ("slurm", "mpijob", "skypilot", "dstack")
 SAVE_S = 120
 """What a run is given to save before it is killed."""
 PORT = 29500
@@ -117,7 +117,7 @@ def local_paths(recipe: Recipe) -> list[tuple[str, str]]:
     return [(key, path) for key, path in named.items() if path and Path(path).exists()]
 
 
-def cluster_file(kind: Kind, cluster: Cluster) -> str:
+def cluster_file(kind: ClusterKind, cluster: Cluster) -> str:
     """The file's text. Raises UserError for what the kind cannot have."""
     match kind:
         case "slurm":

@@ -5,7 +5,7 @@ import time
 
 from fastdistil.launch.attempt import LOST, SSH_FAILED, Attempt
 from fastdistil.launch.job import BUG, Job
-from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_output import RankOutput
 from fastdistil.launch.rank_process import Slot
 
 RESTARTS = 10
@@ -21,7 +21,7 @@ def worth_a_restart(attempt: Attempt, code: int) -> bool:
 class AbsentSlots:
     """Elastic: the slots of lost ranks, and when they are tried again; never in a run with other hosts."""
 
-    def __init__(self, job: Job, voices: Voices) -> None:
+    def __init__(self, job: Job, voices: RankOutput) -> None:
         self._job = job
         self._voices = voices
         self._again_at_s: dict[Slot, float] = {}

@@ -17,16 +17,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.errors import UserError
-from fastdistil.launch.attempt import INTERRUPTED, LOST, SAVED, Attempt, Interrupts, Start, run_ranks
+from fastdistil.launch.attempt import INTERRUPTED, LOST, SAVED, Attempt, Interrupts, Launch, run_ranks
 from fastdistil.launch.elastic import RESTARTS, AbsentSlots, worth_a_restart
 from fastdistil.launch.job import BUG, Job, choose_slots
-from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_output import RankOutput
 
 
 def refuse_ranks_of_ranks(environ: Mapping[str, str]) -> None:
-    place = find_place(environ)
+    place = find_rank_info(environ)
     if place is not None and place.size > 1:
         raise UserError(
             f"this process is rank {place.rank} of {place.size} already, started by {place.launcher}; leave out np and hosts"
@@ -41,7 +41,7 @@ def launch(job: Job) -> int:
 
 def _run(job: Job) -> tuple[int, Attempt]:
     refuse_ranks_of_ranks(os.environ)
-    voices = Voices(sys.stderr)
+    voices = RankOutput(sys.stderr)
     logs = Path(tempfile.mkdtemp(prefix="fastdistil-"))
     code = BUG
     try:
@@ -55,13 +55,13 @@ def _run(job: Job) -> tuple[int, Attempt]:
             voices.say(f"what the other ranks printed is in {logs}")
 
 
-def _run_elastic(job: Job, voices: Voices, logs: Path, interrupts: Interrupts) -> tuple[int, Attempt]:
+def _run_elastic(job: Job, voices: RankOutput, logs: Path, interrupts: Interrupts) -> tuple[int, Attempt]:
     elastic, command = job.elastic, job.command
     absent = AbsentSlots(job, voices)
     idle, progress = 0, elastic.progress() if elastic is not None else None
     while True:
         slots = absent.present()
-        begin = Start(command=command, slots=slots, timeout_s=job.timeout_s, logs=logs, environ={**os.environ, **job.environ})
+        begin = Launch(command=command, slots=slots, timeout_s=job.timeout_s, logs=logs, environ={**os.environ, **job.environ})
         attempt = run_ranks(begin, voices, interrupts, enough=absent.some_are_back)
         code, why = attempt.exit_code(), attempt.why()
         if why is not None:

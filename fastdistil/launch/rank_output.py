@@ -9,7 +9,7 @@ from typing import IO, TextIO
 from fastdistil.distributed.diagnosis import rank_list
 
 
-class Voices:
+class RankOutput:
     """What the ranks write on standard error, put on ours: rank 0's as it is, the others' lines with their rank before them.
 
     What a rank says when it ends (an error line, a traceback) is held for a moment, so that what several ranks say alike is

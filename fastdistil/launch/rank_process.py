@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from fastdistil.distributed.rank_info import RANK_VARIABLES
-from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_output import RankOutput
 from fastdistil.profiling.device import usable_cores
 from fastdistil.streams import lasting
 
@@ -143,7 +143,7 @@ def start(
     devices: Sequence[int] | None,
     patience_s: float,
     log: Path,
-    voices: "Voices",
+    voices: "RankOutput",
     ssh: Sequence[str],
 ) -> RankProcess:
     """Start a rank. Rank 0 has our standard output; the others' goes to `log`."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Packing(Protocol):
+class PackingLayout(Protocol):
     """What attention needs to know of a packed batch (`batch.Packing`)."""
 
     cu_seqlens: Tensor
@@ -29,7 +29,7 @@ def packed_attention(
     query_1HTd: Tensor,
     key_1KTd: Tensor,
     value_1KTd: Tensor,
-    packing: Packing,
+    packing: PackingLayout,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -108,7 +108,7 @@ def _near(length: int, causal: bool, window: int | None, device: torch.device) -
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, causal: bool, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, packing: PackingLayout, scaling: float | None, causal: bool, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # not needed, and not always there, without a GPU
 
@@ -134,7 +134,7 @@ def _grouped(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    packing: Packing,
+    packing: PackingLayout,
     dropout: float,
     scaling: float | None,
     causal: bool,

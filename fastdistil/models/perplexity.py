@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdistil.data.batch import Batch, Layout, Tokens, assemble
+from fastdistil.data.batch import Batch, BatchLayout, TokenSequences, assemble
 from fastdistil.data.batches import evaluation_batches
 from fastdistil.data.masking import Facts
 from fastdistil.data.ragged import Ints, offsets, ranges
@@ -50,7 +50,7 @@ class HeldOut:
     loss_se: float
     perplexity: float
     labels: int
-    """Tokens that had to be predicted."""
+    """TokenSequences that had to be predicted."""
     sequences: int
     kl: float | None
     """Mean over all tokens of KL(teacher || model) at temperature 1; None without a teacher."""
@@ -65,7 +65,7 @@ class PseudoPerplexity:
     loss_se: float
     pppl: float
     positions: int
-    """Tokens that were masked, one at a time."""
+    """TokenSequences that were masked, one at a time."""
     sequences: int
     """Different sequences that they lie in."""
 
@@ -86,7 +86,7 @@ class CausalPerplexity:
 @torch.no_grad()
 def held_out(
     model: Any,
-    corpus: Tokens,
+    corpus: TokenSequences,
     facts: Facts,
     *,
     teacher: Any | None = None,
@@ -95,7 +95,7 @@ def held_out(
     probability: float = 0.15,
     max_sequences: int | None = None,
     batch_tokens: int = 8192,
-    layout: Layout | None = None,
+    layout: BatchLayout | None = None,
     device: torch.device | str | None = None,
     precision: str = "fp32",
     progress: Progress | None = None,
@@ -158,7 +158,7 @@ def held_out(
 @torch.no_grad()
 def pseudo_perplexity(
     model: Any,
-    corpus: Tokens,
+    corpus: TokenSequences,
     facts: Facts,
     *,
     positions: int | Literal["all"] = 2000,
@@ -201,7 +201,7 @@ def pseudo_perplexity(
 @torch.no_grad()
 def causal_perplexity(
     model: Any,
-    corpus: Tokens,
+    corpus: TokenSequences,
     facts: Facts,
     *,
     max_length: int | None = None,
@@ -246,7 +246,7 @@ def causal_perplexity(
     return CausalPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts), size, step)
 
 
-def _checked_facts(model: Any, corpus: Tokens, lengths_n: NDArray[Any], facts: Facts) -> Facts:
+def _checked_facts(model: Any, corpus: TokenSequences, lengths_n: NDArray[Any], facts: Facts) -> Facts:
     """What of the tokenizer concerns the model. Raises UserError where the corpus is not for it."""
     longest, limit = int(lengths_n.max(initial=0)), language_model.max_length(model)
     check_rows("the model", language_model.vocabulary(model), corpus, facts, bool(model.causal))

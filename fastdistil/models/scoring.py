@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdistil.data.batch import Batch, Layout, Tokens
+from fastdistil.data.batch import Batch, BatchLayout, TokenSequences
 from fastdistil.data.batches import ascending_starts
 from fastdistil.data.masking import Facts
 from fastdistil.data.ragged import Ints, offsets, ranges
@@ -42,7 +42,7 @@ def drawn_sequences(n: int, wanted: int | None, seed: int) -> Ints:
     return np.sort(np.random.default_rng((seed, 0)).choice(n, wanted, replace=False))
 
 
-def drawn_positions(corpus: Tokens, facts: Facts, wanted: int | Literal["all"], seed: int) -> Ints:
+def drawn_positions(corpus: TokenSequences, facts: Facts, wanted: int | Literal["all"], seed: int) -> Ints:
     """Where in the corpus, its sequences end to end, `wanted` tokens that are not special lie: ascending int64.
 
     Uniform, without replacement; all of them if there are no more.
@@ -94,7 +94,7 @@ def sliding_windows(lengths_n: NDArray[Any], size: int, stride: int) -> Windows:
 # Scoring
 
 
-def layout_of(*modules: Any) -> Layout:
+def layout_of(*modules: Any) -> BatchLayout:
     """Packed, unless one of the models gives whole logits (language_model.AnyModel)."""
     return "length-grouped" if any(model is not None and model.weight is None for model in modules) else "packed"
 

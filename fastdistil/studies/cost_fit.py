@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fastdistil.errors import UserError
-from fastdistil.gradients.cost_model import BACKWARD_SHARE, HIDING_SHARE, Kind, exposed_s, touched_bytes, wire
+from fastdistil.gradients.cost_model import BACKWARD_SHARE, HIDING_SHARE, PredictedKind, exposed_s, touched_bytes, wire
 from fastdistil.untrusted import Text
 
 Floats = NDArray[np.float64]
@@ -64,7 +64,7 @@ REMEDY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TimingSample:
     """One round of a point: seconds of an update, and of what it is made where ranks recorded their own work."""
 
     step_s: Annotated[float, Field(strict=True, ge=1e-9, le=1e9)]
@@ -104,7 +104,7 @@ class Point:
     link_bytes_per_s: Annotated[float, Field(strict=True, ge=1, le=1e18)] | None = None
     """Of the rings together between nodes, where it is known."""
     name: Text = ""
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[TimingSample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class Workload:
     accumulation: Count
     exchanges: Count
 
-    def point(self, ranks: int, nodes: int, *, rings: int = 1, kind: Kind = "none", slowdown: float = 1.0) -> Point:
+    def point(self, ranks: int, nodes: int, *, rings: int = 1, kind: PredictedKind = "none", slowdown: float = 1.0) -> Point:
         """Of an update over other ranks or with another compression."""
         sent, requests = wire(kind, ranks, self.gradient_bytes, self.engine)
         return Point(

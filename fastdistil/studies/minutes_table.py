@@ -18,12 +18,12 @@ from fastdistil.errors import UserError
 from fastdistil.gradients.cost_model import allreduce_s
 from fastdistil.studies.cost_fit import OPEN
 from fastdistil.studies.networks import load_named
-from fastdistil.studies.scale_plot import Curve, Grid, Ideal, figure
+from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure
 
 TABLES = Path(__file__).parent / "tables"
 
 
-class Row(BaseModel):
+class MinutesRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     gpus: Annotated[int, Field(ge=1, le=10**6)]
     minutes: Annotated[float, Field(gt=0, le=1e9)]
@@ -31,12 +31,12 @@ class Row(BaseModel):
     what: str = ""
 
 
-class Table(BaseModel):
+class MinutesTable(BaseModel):
     """A YAML file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     title: str = "a table"
-    rows: tuple[Row, ...] = Field(min_length=2, max_length=1000)
+    rows: tuple[MinutesRow, ...] = Field(min_length=2, max_length=1000)
     rounding: Annotated[float, Field(ge=1e-9, le=1e9)] = 0.5
     """Minutes that a number may be off by."""
     accumulation: Annotated[int, Field(ge=1, le=10**6)] | None = None
@@ -53,9 +53,9 @@ class Table(BaseModel):
         return self
 
 
-def load_table(name_or_path: str) -> Table:
+def load_table(name_or_path: str) -> MinutesTable:
     """By name or path. Raises UserError."""
-    return load_named(name_or_path, TABLES, Table, "table", "wanted rows: [{gpus: 8, minutes: 204}, ...]")
+    return load_named(name_or_path, TABLES, MinutesTable, "table", "wanted rows: [{gpus: 8, minutes: 204}, ...]")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Band:
         return f"{self.value * times:{form}} ({min(ends):{form}} to {max(ends):{form}})"
 
 
-def efficiency(table: Table, row: Row, base: Row) -> Band:
+def efficiency(table: MinutesTable, row: MinutesRow, base: MinutesRow) -> Band:
     """T_base N_base / (T N)."""
     ideal, off = base.gpus / row.gpus, table.rounding
     if row is base:
@@ -81,7 +81,7 @@ def efficiency(table: Table, row: Row, base: Row) -> Band:
     )
 
 
-def explaining_bandwidth(table: Table, row: Row, base: Row, micro_batch_s: float) -> Band | None:
+def explaining_bandwidth(table: MinutesTable, row: MinutesRow, base: MinutesRow, micro_batch_s: float) -> Band | None:
     """Bytes a second; None where there is no overhead to explain. `high` may be infinite: the row may have none."""
     assert table.accumulation is not None and table.gradient_bytes is not None
     # All bytes at one byte a second, no latency: what an exchange takes times the bandwidth.
@@ -95,11 +95,11 @@ def explaining_bandwidth(table: Table, row: Row, base: Row, micro_batch_s: float
     return Band(*(bandwidth(share) for share in (found.value, found.low, found.high))) if found.value < 1 else None
 
 
-def determined(table: Table, base: Row, micro_batch_s: float) -> int:
+def determined(table: MinutesTable, base: MinutesRow, micro_batch_s: float) -> int:
     """Rank of the Jacobian of log(overhead) by log(micro-batch time) and log(bandwidth), over all rows: of 2 unknowns."""
     bandwidth = 1e9
 
-    def log_overhead(row: Row, values: tuple[float, float]) -> float:
+    def log_overhead(row: MinutesRow, values: tuple[float, float]) -> float:
         seconds, per_s = np.exp(values[0]), np.exp(values[1])
         exchange = allreduce_s(row.gpus, row.gpus, float(table.gradient_bytes or 1), per_s, 0.0)
         return float(np.log(exchange / ((table.accumulation or 1) * seconds)))
@@ -117,13 +117,13 @@ def determined(table: Table, base: Row, micro_batch_s: float) -> int:
     return int(np.linalg.matrix_rank(np.array(slopes), tol=OPEN * 10))
 
 
-def default_base(table: Table) -> Row:
+def default_base(table: MinutesTable) -> MinutesRow:
     """The fastest of those with the fewest GPUs: the same software as the rows above it."""
     fewest = min(row.gpus for row in table.rows)
     return min((row for row in table.rows if row.gpus == fewest), key=lambda row: row.minutes)
 
 
-def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[str, object]]:
+def study(table: MinutesTable, ideal_from: int | None) -> tuple[list[Grid], str, dict[str, object]]:
     """(tables, SVG, values) of a given table. `ideal_from`: number of the row, from 1, that the plot's line starts at beside
     the default's; None: the slower one before it of as many GPUs, if there is one."""
     base = default_base(table)
@@ -155,12 +155,14 @@ def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[s
             }
         )
     grid = Grid(title=table.title, columns=tuple(columns), rows=tuple(rows), notes=tuple(_notes(table, base, bases, readings)))
-    by_rings: dict[str, list[Row]] = {}
+    by_rings: dict[str, list[MinutesRow]] = {}
     for row in table.rows:
         if row.gpus > base.gpus:
             by_rings.setdefault(str(row.rings), []).append(row)
     curves = [
-        Curve(name=f"the table, rings: {rings}", points=tuple(_speed(row, start, table.rounding) for row in (base, *found)))
+        ScaleCurve(
+            name=f"the table, rings: {rings}", points=tuple(_speed(row, start, table.rounding) for row in (base, *found))
+        )
         for rings, found in by_rings.items()
     ]
     ideals = [
@@ -170,11 +172,11 @@ def study(table: Table, ideal_from: int | None) -> tuple[list[Grid], str, dict[s
     return [grid], svg, {"table": table.title, "rounding_minutes": table.rounding, "rows": values}
 
 
-def _speed(row: Row, start: Row, off: float) -> tuple[float, float, float, float]:
+def _speed(row: MinutesRow, start: MinutesRow, off: float) -> tuple[float, float, float, float]:
     return (row.gpus, start.minutes / row.minutes, start.minutes / (row.minutes + off), start.minutes / (row.minutes - off))
 
 
-def _notes(table: Table, base: Row, bases: list[Row], readings: tuple[float, ...]) -> list[str]:
+def _notes(table: MinutesTable, base: MinutesRow, bases: list[MinutesRow], readings: tuple[float, ...]) -> list[str]:
     off = table.rounding
     told = [f"In brackets: what minutes rounded by up to {off:g} leave open. Nothing here was measured by fastdistil."]
     number = {id(row): index for index, row in enumerate(table.rows, 1)}

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from fastdistil.errors import UserError
 from fastdistil.profiling.report.history import History
-from fastdistil.studies.cost_fit import Point, Sample
+from fastdistil.studies.cost_fit import Point, TimingSample
 
 Mode = Literal["weak", "strong"]
 LOSSES = {
@@ -157,7 +157,7 @@ def _update(line: Mapping[str, Any], on_gpu: bool) -> Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredPoints:
     """A point and its rounds, in order: round r of every point ran beside the others' round r."""
 
     setting: Setting
@@ -188,13 +188,13 @@ class Measured:
         return not self.oversubscribed and self.setting.compression in MODELLED
 
 
-def efficiencies(point: Measured, baseline: Measured) -> list[float]:
+def efficiencies(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
     """By round."""
     times = point.setting.ranks / baseline.setting.ranks
     return [own / (times * base) for own, base in zip(point.tokens_per_s, baseline.tokens_per_s, strict=True)]
 
 
-def ceilings(point: Measured, baseline: Measured) -> list[float]:
+def ceilings(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
     """Efficiency of unconnected runs side by side, by round; empty if there were none."""
     times = point.setting.ranks / baseline.setting.ranks
     return [
@@ -203,7 +203,7 @@ def ceilings(point: Measured, baseline: Measured) -> list[float]:
     ]
 
 
-def slowdown(point: Measured, baseline: Measured) -> float:
+def slowdown(point: MeasuredPoints, baseline: MeasuredPoints) -> float:
     """Of computing, by sharing the machine; 1 where it was not measured."""
     found = ceilings(point, baseline)
     return 1 / statistics.median(found) if found else 1.0
@@ -226,7 +226,7 @@ class Losses:
         return largest if known[largest] > 0 else None
 
 
-def losses(point: Measured, baseline: Measured) -> Losses:
+def losses(point: MeasuredPoints, baseline: MeasuredPoints) -> Losses:
     each = [_losses(point, baseline, number) for number in range(len(point.rounds))]
     step = statistics.median(losses.step_s for losses in each)
     ideal = statistics.median(losses.ideal_s for losses in each)
@@ -238,7 +238,7 @@ def losses(point: Measured, baseline: Measured) -> Losses:
     return Losses(step_s=step, ideal_s=ideal, seconds=seconds)
 
 
-def _losses(point: Measured, baseline: Measured, number: int) -> Losses:
+def _losses(point: MeasuredPoints, baseline: MeasuredPoints, number: int) -> Losses:
     own, base = point.rounds[number], baseline.rounds[number]
     tokens = statistics.median(update.tokens for update in own.updates)
     ideal = tokens / (base.tokens_per_s / baseline.setting.ranks * point.setting.ranks)
@@ -254,7 +254,7 @@ def _losses(point: Measured, baseline: Measured, number: int) -> Losses:
     return Losses(step_s=own.step_s, ideal_s=ideal, seconds=seconds)
 
 
-def model_point(point: Measured, baseline: Measured, touched_bytes: float) -> Point:
+def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: float) -> Point:
     """What the cost model sees of it. `touched_bytes`: by compressing an exchange."""
     setting, facts = point.setting, point.rounds[0].facts
     several = setting.ranks > 1
@@ -264,7 +264,7 @@ def model_point(point: Measured, baseline: Measured, touched_bytes: float) -> Po
     for each in point.rounds:
         worked, imbalance = (each.part("worked"), each.part("imbalance")) if several else (None, None)
         waited = None if worked is None or imbalance is None else max(0.0, each.step_s - worked - imbalance)
-        samples.append(Sample(step_s=each.step_s, worked_s=worked, imbalance_s=imbalance, waited_s=waited))
+        samples.append(TimingSample(step_s=each.step_s, worked_s=worked, imbalance_s=imbalance, waited_s=waited))
     return Point(
         ranks=setting.ranks,
         nodes=point.nodes,
@@ -282,7 +282,7 @@ def model_point(point: Measured, baseline: Measured, touched_bytes: float) -> Po
     )
 
 
-def choose_baseline(points: Sequence[Measured], ranks: int | None) -> Measured:
+def choose_baseline(points: Sequence[MeasuredPoints], ranks: int | None) -> MeasuredPoints:
     """The point that the ideal line starts from: the fewest ranks, or those asked for. Raises UserError."""
     plain = [point for point in points if point.setting.compression == "none" and point.setting.sync == "delayed"]
     chosen = [point for point in plain or points if ranks is None or point.setting.ranks == ranks]

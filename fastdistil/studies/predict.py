@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastdistil.gradients.cost_model import WORTH, Kind, allreduce_s, exposed_s, update_s
+from fastdistil.gradients.cost_model import WORTH, PredictedKind, allreduce_s, exposed_s, update_s
 from fastdistil.studies.cost_fit import HIDES, MEANING, Fit, Floats, Point, Workload, seconds
 from fastdistil.studies.networks import Constant, Network, Side
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class ScalingPrediction:
     """Not measured."""
 
     point: Point
@@ -29,7 +29,7 @@ class Prediction:
     assumed: tuple[str, ...]
 
 
-def predict(model: Fit, point: Point, network: Network | None = None, assumed: Sequence[str] = ()) -> Prediction:
+def predict(model: Fit, point: Point, network: Network | None = None, assumed: Sequence[str] = ()) -> ScalingPrediction:
     """Seconds of an update that was not measured, on the measured network or on another one."""
 
     def told(values: Floats, side: Side = "value") -> tuple[float, float, float]:
@@ -51,7 +51,7 @@ def predict(model: Fit, point: Point, network: Network | None = None, assumed: S
         margin = student_t(model.freedom) * math.sqrt(max(0.0, variance))
         low, high = max(0.0, low - margin), high + margin
         band = "95%, by residuals and the parameters' covariance, and what the points leave open and the network's own range"
-    return Prediction(
+    return ScalingPrediction(
         point=point,
         network=network.title if network else None,
         step_s=step,
@@ -123,7 +123,7 @@ def student_t(freedom: int) -> float:
 class BreakEven:
     """Predicted: where `kind` saves more than cost_model.WORTH of an update."""
 
-    kind: Kind
+    kind: PredictedKind
     most_accumulation: int | None
     """Micro-batches up to which it pays; None: not even with one; FOREVER: as far as was looked."""
     most_bytes_per_s: float | None
@@ -137,7 +137,9 @@ FASTEST = 1e13
 """Bytes a second, the most that is looked at."""
 
 
-def break_even(model: Fit, work: Workload, kind: Kind, ranks: int, nodes: int, network: Network, rings: int = 1) -> BreakEven:
+def break_even(
+    model: Fit, work: Workload, kind: PredictedKind, ranks: int, nodes: int, network: Network, rings: int = 1
+) -> BreakEven:
     def pays(accumulation: int, chosen: Network) -> bool:
         scaled = accumulation if work.exchanges > 1 else 1
         there = replace(work, accumulation=accumulation, exchanges=scaled)

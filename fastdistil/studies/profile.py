@@ -17,7 +17,7 @@ import rich.console
 from rich.table import Table
 
 from fastdistil.console import Console
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.errors import UserError, translated
 from fastdistil.launch.launcher import launch_function
 from fastdistil.profiling.quantities import quantity
@@ -57,7 +57,7 @@ def run_profile(
     recipe = profiled(load_recipe(name, overrides), steps)
     recipe_name = f"{Path(name).stem if name.endswith(('.yaml', '.yml')) else name}-profile"
     if np in (None, 1):
-        place = find_place(os.environ)
+        place = find_rank_info(os.environ)
         directory = _train(recipe, recipe_name)
         if place is not None and place.rank > 0:
             return
@@ -81,7 +81,7 @@ def run_profile(
 
 def _train(recipe: Recipe, recipe_name: str) -> Path:
     """In one rank; progress goes to standard error, so that standard output has the result alone."""
-    place = find_place(os.environ)
+    place = find_rank_info(os.environ)
     notes = Console(quiet=place is not None and place.rank > 0, file=sys.stderr)
     return train(recipe, recipe_name=recipe_name, console=notes, place=place).run_dir
 

@@ -13,18 +13,18 @@ import rich.console
 import rich.table
 
 from fastdistil.errors import UserError, printable, translated
-from fastdistil.gradients.cost_model import WORTH, Kind
+from fastdistil.gradients.cost_model import WORTH, PredictedKind
 from fastdistil.runs import next_free
 from fastdistil.studies import minutes_table
 from fastdistil.studies.cost_fit import Fit, Point, Workload, fit
 from fastdistil.studies.networks import Network, load_network
-from fastdistil.studies.points import LOSSES, MODELLED, Measured, Mode, ceilings, efficiencies, losses
-from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, Prediction, break_even, predict
-from fastdistil.studies.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.studies.points import LOSSES, MODELLED, MeasuredPoints, Mode, ceilings, efficiencies, losses
+from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, ScalingPrediction, break_even, predict
+from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure, page
 from fastdistil.studies.scale_runs import Study, as_json, baseline_of, load_points, measure, model_points, workload
 from fastdistil.untrusted import shown
 
-SMALLER: tuple[Kind, ...] = ("fp16", "int8")
+SMALLER: tuple[PredictedKind, ...] = ("fp16", "int8")
 """Compressors whose break-even points are worked out."""
 
 
@@ -66,7 +66,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ScaleOptions:
     """As the command line gives them, with its defaults."""
 
     recipe: str | None = None
@@ -96,7 +96,7 @@ class Options:
             raise UserError(f"{way} goes with {' and '.join(others)} only; leave out {' and '.join(dropped)}")
 
 
-def command(options: Options) -> None:
+def command(options: ScaleOptions) -> None:
     """Raises FastdistilError."""
     console = rich.console.Console()
     ways = {"RECIPE": options.recipe, "--table": options.table, "--points": options.points}
@@ -275,7 +275,7 @@ def _range(values: Sequence[float], form: str, times: float = 1.0) -> str:
     return middle if len(scaled) == 1 else f"{middle} ({min(scaled):{form}} to {max(scaled):{form}})"
 
 
-def _measured_grids(points: Sequence[Measured], baseline: int | None, values: dict[str, Any]) -> list[Grid]:
+def _measured_grids(points: Sequence[MeasuredPoints], baseline: int | None, values: dict[str, Any]) -> list[Grid]:
     counts = values["counts"]
     title = (
         f"Measured on {_described(values)}; {counts['rounds']} rounds of {counts['updates']} updates after {counts['warmup']}. "
@@ -335,7 +335,7 @@ def _measured_grids(points: Sequence[Measured], baseline: int | None, values: di
     return grids
 
 
-def _measured_curves(points: Sequence[Measured], baseline: int | None) -> list[Curve]:
+def _measured_curves(points: Sequence[MeasuredPoints], baseline: int | None) -> list[ScaleCurve]:
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     ones: list[tuple[float, float, float, float]] = []
     for point in points:
@@ -349,8 +349,8 @@ def _measured_curves(points: Sequence[Measured], baseline: int | None) -> list[C
         label = replace(point.setting, ranks=1, accumulation=1).name.removeprefix("1 rank, ")
         curves.setdefault(f"measured: {label}" + (", oversubscribed" if point.oversubscribed else ""), []).append(place)
     if not curves:
-        return [Curve(name="measured", points=tuple(ones))]
-    return [Curve(name=name, points=(*ones, *places)) for name, places in curves.items()]
+        return [ScaleCurve(name="measured", points=tuple(ones))]
+    return [ScaleCurve(name=name, points=(*ones, *places)) for name, places in curves.items()]
 
 
 # --- the model
@@ -358,7 +358,7 @@ def _measured_curves(points: Sequence[Measured], baseline: int | None) -> list[C
 
 def _model(
     model: Fit, work: Workload, asked: Question, reference: float | None
-) -> tuple[list[Grid], list[Curve], dict[str, Any]]:
+) -> tuple[list[Grid], list[ScaleCurve], dict[str, Any]]:
     """(tables, curves, JSON); predictions are marked as such. `reference`: micro-batches a second of one rank at the baseline;
     None without one."""
     grids = [_parameter_grid(model), _residual_grid(model)]
@@ -404,13 +404,13 @@ def _model(
         title = f"PREDICTED: where compression saves over {WORTH:.0%} of an update"
         names = ("predicted, not measured", "pays up to micro-batches an update", "pays below bandwidth, GB/s", "")
         grids.append(Grid(title=title, columns=names, rows=tuple(rests), predicted=True))
-    drawn = [Curve(name=name, points=tuple(found), predicted=True) for name, found in places.items()]
+    drawn = [ScaleCurve(name=name, points=tuple(found), predicted=True) for name, found in places.items()]
     looked = {"most_accumulation": FOREVER, "most_bytes_per_s": FASTEST}
     values = {"model": _fit_json(model), "predictions": predictions, "break_even": break_evens, "break_even_looked_to": looked}
     return grids, drawn, values
 
 
-def _questions(asked: Question) -> list[tuple[str, Network | None, Kind, int, int]]:
+def _questions(asked: Question) -> list[tuple[str, Network | None, PredictedKind, int, int]]:
     return [
         (name, network, kind, rings, ranks)  # type: ignore[misc]
         for name, network in asked.networks
@@ -424,7 +424,9 @@ def _nodes(network: Network, ranks: int) -> int:
     return -(-ranks // network.ranks_per_node)
 
 
-def _predict(model: Fit, work: Workload, network: Network | None, kind: Kind, rings: int, ranks: int) -> Prediction:
+def _predict(
+    model: Fit, work: Workload, network: Network | None, kind: PredictedKind, rings: int, ranks: int
+) -> ScalingPrediction:
     several = [point for point in model.points if point.ranks > 1]
     if network is not None:
         nodes = _nodes(network, ranks)

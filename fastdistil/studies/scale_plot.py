@@ -35,7 +35,7 @@ COLOURS = "".join(f".s{number} {{ --c: var(--c{number}); }}\n" for number in ran
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class ScaleCurve:
     """One series: (ranks, speed, low, high), in order of ranks."""
 
     name: str
@@ -63,7 +63,7 @@ class Grid:
     notes: tuple[str, ...] = ()
 
 
-def figure(curves: Sequence[Curve], ideals: Sequence[Ideal], x_label: str, y_label: str) -> str:
+def figure(curves: Sequence[ScaleCurve], ideals: Sequence[Ideal], x_label: str, y_label: str) -> str:
     """The SVG element."""
     points = [point for curve in curves for point in curve.points]
     right = max(point[0] for point in points)
@@ -112,7 +112,7 @@ class _Scale:
         ]
 
 
-def _drawn(curve: Curve, number: int, across: _Scale, up: _Scale) -> str:
+def _drawn(curve: ScaleCurve, number: int, across: _Scale, up: _Scale) -> str:
     places = [(across(ranks), up(speed)) for ranks, speed, _, _ in curve.points]
     parts = [f'<g class="s{number % STYLES}{" predicted" if curve.predicted else ""}">']
     if len(places) > 1:
@@ -125,7 +125,7 @@ def _drawn(curve: Curve, number: int, across: _Scale, up: _Scale) -> str:
     return "\n".join([*parts, "</g>"])
 
 
-def _legend(curves: Sequence[Curve], ideals: Sequence[Ideal]) -> list[str]:
+def _legend(curves: Sequence[ScaleCurve], ideals: Sequence[Ideal]) -> list[str]:
     parts, y = [], TOP + 14
     x = LEFT + 12
     for ideal in ideals:

@@ -26,13 +26,13 @@ from fastdistil.launch.launcher import launch
 from fastdistil.launch.rank_process import Slot
 from fastdistil.profiling.device import usable_cores
 from fastdistil.profiling.report.history import load_history
-from fastdistil.recipe import RECIPES, Compression, Recipe, World, load_recipe
+from fastdistil.recipe import RECIPES, Compression, Recipe, WorldOptions, load_recipe
 from fastdistil.redaction import redacted
 from fastdistil.studies.cost_fit import Point, Workload
 from fastdistil.studies.networks import Network
 from fastdistil.studies.points import (
     MODELLED,
-    Measured,
+    MeasuredPoints,
     Mode,
     Round,
     Setting,
@@ -77,7 +77,7 @@ def settings(study: Study, accumulation: int) -> list[Setting]:
             raise UserError(f"--np counts ranks from 1, got {ranks}")
         if compression not in (kinds := get_args(Compression.model_fields["kind"].annotation)):
             raise UserError(f"--compression {compression} is none of {', '.join(kinds)}")
-        if sync not in (ways := get_args(World.model_fields["sync"].annotation)):
+        if sync not in (ways := get_args(WorldOptions.model_fields["sync"].annotation)):
             raise UserError(f"--sync {sync} is none of {', '.join(ways)}")
         if mode == "strong" and accumulation % ranks:
             raise UserError(
@@ -93,7 +93,7 @@ def settings(study: Study, accumulation: int) -> list[Setting]:
     return found
 
 
-def measure(study: Study, tell: Callable[[str], None]) -> tuple[list[Measured], Recipe]:
+def measure(study: Study, tell: Callable[[str], None]) -> tuple[list[MeasuredPoints], Recipe]:
     """Run all points. Raises FastdistilError as the first run that fails does."""
     with translated("making the directory of the study", study.out):
         study.out.mkdir(parents=True, exist_ok=True)
@@ -131,13 +131,13 @@ def _rate(runs: Iterable[Round]) -> str:
 
 def _measured(
     setting: Setting, rounds: Sequence[Round], ceilings: dict[int, list[tuple[Round, ...]]], threads: int, study: Study
-) -> Measured:
+) -> MeasuredPoints:
     slots = choose_slots(setting.ranks, study.hosts)[0][: setting.ranks]
     hosts = {slot.host for slot in slots}
     most = max(sum(slot.host == host for slot in slots) for host in hosts)
     on_cpu = str(rounds[0].start.get("device", "cpu")).startswith("cpu")
     cores = rounds[0].environment.get("cores") or usable_cores()
-    return Measured(
+    return MeasuredPoints(
         setting=setting,
         nodes=len(hosts),
         rounds=tuple(rounds),
@@ -260,13 +260,13 @@ def _with_demo(study: Study, tell: Callable[[str], None]) -> Study:
 # --- what is written down
 
 
-def baseline_of(points: Sequence[Measured], point: Measured, ranks: int | None) -> Measured:
+def baseline_of(points: Sequence[MeasuredPoints], point: MeasuredPoints, ranks: int | None) -> MeasuredPoints:
     """The point that `point` is held against: of its mode."""
     same = [other for other in points if other.setting.mode in (None, point.setting.mode)]
     return choose_baseline(same, ranks)
 
 
-def workload(points: Sequence[Measured], accumulation: int) -> Workload:
+def workload(points: Sequence[MeasuredPoints], accumulation: int) -> Workload:
     """What updates of the study exchange. Without several ranks, buckets are not known: one is taken."""
     several = [point for point in points if point.setting.ranks > 1]
     plain = [point for point in several if point.setting.compression == "none" and point.setting.sync == "delayed"]
@@ -284,7 +284,7 @@ def workload(points: Sequence[Measured], accumulation: int) -> Workload:
     )
 
 
-def model_points(points: Sequence[Measured], baseline: int | None) -> list[Point]:
+def model_points(points: Sequence[MeasuredPoints], baseline: int | None) -> list[Point]:
     found = []
     for point in points:
         if point.modelled:
@@ -295,7 +295,7 @@ def model_points(points: Sequence[Measured], baseline: int | None) -> list[Point
     return found
 
 
-def as_json(study: Study, recipe: Recipe, points: Sequence[Measured], baseline: int | None) -> dict[str, Any]:
+def as_json(study: Study, recipe: Recipe, points: Sequence[MeasuredPoints], baseline: int | None) -> dict[str, Any]:
     """The whole study; `load_points` reads what the model needs of it back."""
     start = points[0].rounds[0].start
     environment = points[0].rounds[0].environment
@@ -323,7 +323,7 @@ def as_json(study: Study, recipe: Recipe, points: Sequence[Measured], baseline: 
     }
 
 
-def _point_json(point: Measured) -> dict[str, Any]:
+def _point_json(point: MeasuredPoints) -> dict[str, Any]:
     start = point.rounds[0].start
     return {
         "name": point.setting.name,

@@ -38,7 +38,7 @@ from fastdistil.training.inputs import cache_identity, epochs_of, indexed_device
 
 
 @dataclass(frozen=True)
-class Written:
+class CacheSummary:
     directory: Path
     epochs: int
     shards: int
@@ -51,7 +51,7 @@ class Written:
 
 def cache_teacher(
     recipe: Recipe, out: Path | None = None, progress: Callable[[float, str], None] = lambda fraction, text: None
-) -> Written:
+) -> CacheSummary:
     """Write, or complete, the cache of a recipe's teacher. Raises FastdistilError.
 
     out: None: a directory in that of the corpus, named after what the cache is made of.
@@ -108,7 +108,7 @@ def cache_teacher(
             values = _shard(recipe, teacher, columns, batches, corpus, epoch, starts[shard], starts[shard + 1], device)
             _write(directory / shard_name(epoch, shard), values)
     progress(1.0, "done")
-    return Written(directory, epochs, len(work), len(missing), size)
+    return CacheSummary(directory, epochs, len(work), len(missing), size)
 
 
 def _complete(path: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from fastdistil.data.batches import Batches
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import mask_table
-from fastdistil.data.sources import CorpusSource, MappingSource, Source
+from fastdistil.data.sources import CorpusSource, MappingSource, WindowSource
 from fastdistil.data.teacher_cache import TeacherCache, identity
 from fastdistil.data.tokenizer import TokenFacts, load_tokenizer, token_facts
 from fastdistil.data.word_marks import check_words
@@ -32,7 +32,7 @@ class Inputs:
     student: Any
     teacher: Any | None
     projection: nn.Linear | None
-    source: Source
+    source: WindowSource
     updates: int
     heldout: Corpus | None
     facts: TokenFacts | None
@@ -145,7 +145,7 @@ def load_inputs(
                 raise UserError("loop.compile is for transformers models; compile your own module yourself and set it to false")
 
     causal = bool(student_model.causal)
-    source: Source
+    source: WindowSource
     if batches is not None:
         update_batches = recipe.loop.accumulation * (recipe.world.ranks or ranks)
         source = MappingSource(batches, causal, language_model.shape(student_model)[0], update_batches, rank, ranks)

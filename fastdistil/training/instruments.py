@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastdistil import __version__
-from fastdistil.distributed.coordinator import Team
+from fastdistil.distributed.coordinator import Coordinator
 from fastdistil.models import language_model
 from fastdistil.profiling import peaks
 from fastdistil.profiling.device import (
@@ -28,13 +28,13 @@ from fastdistil.profiling.device import (
     usable_memory,
 )
 from fastdistil.profiling.flops import Work, WorkCounter
-from fastdistil.profiling.memory import Kept, MemoryMeter, memory_parts
+from fastdistil.profiling.memory import MemoryMeter, SavedTensorBytes, memory_parts
 from fastdistil.profiling.memory_estimate import MemoryEstimate
 from fastdistil.profiling.spans import SpanName, Spans
 from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Recipe
 from fastdistil.training.inputs import Inputs
-from fastdistil.training.memory_advice import naming
+from fastdistil.training.memory_advice import explaining_out_of_memory
 from fastdistil.training.memory_plan import estimate_memory, transformer_shape
 
 
@@ -111,7 +111,7 @@ class Instruments:
             yield
             return
         # A processor's allocator has no peaks: what autograd keeps is counted, once.
-        with Kept(self._inputs.student, self._inputs.teacher, self._inputs.projection) as kept:
+        with SavedTensorBytes(self._inputs.student, self._inputs.teacher, self._inputs.projection) as kept:
             yield
         self._kept = kept.bytes
 
@@ -125,7 +125,7 @@ class Instruments:
 
     # For the log
 
-    def survey(self, team: Team, tell: Callable[[str], None]) -> dict[str, Any]:
+    def survey(self, team: Coordinator, tell: Callable[[str], None]) -> dict[str, Any]:
         """The fields of the event `environment`. All ranks call it: while rank 0 measures peaks, the others do nothing."""
         device, recipe = self._inputs.device, self._recipe
         own = {"rank": team.world.rank, "host": socket.gethostname(), **device_facts(device, tell)}
@@ -186,7 +186,7 @@ class Instruments:
 
     def naming_out_of_memory(self) -> AbstractContextManager[None]:
         """Around the whole of training."""
-        return naming(self._where, self.memory, self._recipe, self._estimate)
+        return explaining_out_of_memory(self._where, self.memory, self._recipe, self._estimate)
 
     def _where(self) -> str:
         return self.where if self.where != "training" else self.spans.failed or self.where

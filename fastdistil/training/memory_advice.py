@@ -20,7 +20,7 @@ _WANTED = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([A-Za-z]+)", re.
 
 
 @contextmanager
-def naming(
+def explaining_out_of_memory(
     phase: Callable[[], str], meter: MemoryMeter, recipe: Recipe, estimate: MemoryEstimate | None = None
 ) -> Iterator[None]:
     """What runs out of memory in the block is told with the phase, what held it, and what helps: raises OutOfMemory."""

@@ -29,7 +29,7 @@ from fastdistil.training.inputs import check_cached, check_models, epochs_of, ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class MemoryPlan:
     """A recipe with what it would need."""
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Plan:
 
 def make_plan(
     recipe: Recipe, note: Callable[[str], None], *, teacher_config: Any = None, vocabulary: int | None = None
-) -> Plan:
+) -> MemoryPlan:
     """What a resolved recipe needs, from configurations and the corpus's size alone. Raises UserError.
 
     `vocabulary` stands in for a corpus, `teacher_config` for a teacher, that do not exist yet.
@@ -84,7 +84,7 @@ def make_plan(
             open_cache(recipe, corpus, student_model.causal, rows_t, columns, epochs_of(recipe, batches))
         updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
     longest = int(corpus.lengths.max()) if corpus is not None else 512
-    return Plan(
+    return MemoryPlan(
         recipe=recipe,
         student=student,
         teacher=teacher,

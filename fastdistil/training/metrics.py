@@ -156,7 +156,7 @@ class TensorBoard:
                 self._warn = None
 
 
-class Load:
+class Imbalance:
     """What this rank did since the last log line, to find out who keeps the others waiting."""
 
     def __init__(self, world: World) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistil.console import Console
 from fastdistil.data.batch import Counts
-from fastdistil.distributed.coordinator import Decision, Team
+from fastdistil.distributed.coordinator import Coordinator, Decision
 from fastdistil.events import EventLog
 from fastdistil.gradients.exchange import Exchange
 from fastdistil.models import language_model
@@ -22,7 +22,7 @@ from fastdistil.training import metrics
 from fastdistil.training.guards import FiniteGuard, Signals
 from fastdistil.training.inputs import Inputs
 from fastdistil.training.instruments import Instruments
-from fastdistil.training.metrics import Load
+from fastdistil.training.metrics import Imbalance
 from fastdistil.training.optim import LossScale
 
 
@@ -33,7 +33,7 @@ class Run:
     recipe: Recipe
     directory: Path
     inputs: Inputs
-    team: Team
+    team: Coordinator
     exchange: Exchange
     optimizer: torch.optim.AdamW
     loss_scale: LossScale | None
@@ -44,7 +44,7 @@ class Run:
     console: Console
     board: metrics.TensorBoard | None
     signals: Signals
-    load: Load
+    load: Imbalance
     instruments: Instruments
     stopping: Decision | None = None
     update: int = 0

@@ -27,7 +27,7 @@ RESAMPLES = 10_000
 _CHUNK = 1_000
 
 Statistic = Literal["median", "mean"]
-Series = NDArray[np.float64]
+SampleSeries = NDArray[np.float64]
 
 
 class Ratio(NamedTuple):
@@ -56,7 +56,7 @@ def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "med
     return Ratio(value, low, high)
 
 
-def _resampled(series: Series, statistic: Statistic, random: np.random.Generator) -> Series:
+def _resampled(series: SampleSeries, statistic: Statistic, random: np.random.Generator) -> SampleSeries:
     """The statistic of RESAMPLES resamples."""
     n = len(series)
     length = block_length(series.argsort().argsort().astype(np.float64) if statistic == "median" else series)
@@ -70,7 +70,7 @@ def _resampled(series: Series, statistic: Statistic, random: np.random.Generator
     return np.concatenate(found)
 
 
-def block_length(series: Series) -> int:
+def block_length(series: SampleSeries) -> int:
     """Of the circular block bootstrap, for the mean of `series`; 1 for a constant or uncorrelated one."""
     n = len(series)
     centred = series - series.mean()
@@ -93,7 +93,7 @@ def block_length(series: Series) -> int:
     return max(1, min(longest, round(float((2 * slope**2 / (4 / 3 * spectrum**2) * n) ** (1 / 3)))))
 
 
-def _bandwidth(correlation: Series, n: int) -> int:
+def _bandwidth(correlation: SampleSeries, n: int) -> int:
     """Twice the last lag before `run` of them in a row are indistinguishable from 0."""
     run, threshold = max(5, math.ceil(math.sqrt(math.log10(n)))), 2 * math.sqrt(math.log10(n) / n)
     small = np.abs(correlation[1:]) < threshold

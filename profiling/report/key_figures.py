@@ -84,23 +84,23 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class FigureGroup:
     key: str
     title: str
     figures: Sequence[Figure]
 
 
-def groups(history: History, summary: Mapping[str, Any]) -> list[Group]:
+def groups(history: History, summary: Mapping[str, Any]) -> list[FigureGroup]:
     """`summary`: summarise(history)."""
     return [
-        Group(key="run", title="Run", figures=_run(history, summary)),
-        Group(key="learning", title="Learning", figures=_learning(history)),
-        Group(key="speed", title="Speed", figures=_speed(history, summary)),
-        Group(key="step", title="Where a step goes", figures=_step(summary)),
-        Group(key="memory", title="Memory", figures=_memory(summary)),
-        Group(key="device", title="Device", figures=_device(summary)),
-        Group(key="communication", title="Communication and ranks", figures=_communication(history, summary)),
-        Group(key="environment", title="Environment", figures=_environment(history)),
+        FigureGroup(key="run", title="Run", figures=_run(history, summary)),
+        FigureGroup(key="learning", title="Learning", figures=_learning(history)),
+        FigureGroup(key="speed", title="Speed", figures=_speed(history, summary)),
+        FigureGroup(key="step", title="Where a step goes", figures=_step(summary)),
+        FigureGroup(key="memory", title="Memory", figures=_memory(summary)),
+        FigureGroup(key="device", title="Device", figures=_device(summary)),
+        FigureGroup(key="communication", title="Communication and ranks", figures=_communication(history, summary)),
+        FigureGroup(key="environment", title="Environment", figures=_environment(history)),
     ]
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from fastdistil.events import parse_event
-from fastdistil.profiling.report.live_lines import CURVES, LOSSES, PER_RANK, Curve, Event, Line, line_of
+from fastdistil.profiling.report.live_lines import CURVES, LOSSES, PER_RANK, Event, Line, LiveCurve, line_of
 from fastdistil.redaction import redacted
 from fastdistil.untrusted import read_yaml, real
 
@@ -451,7 +451,7 @@ class Live:
         return {"from": begin, "stride": stride, "updates": updates[ends].tolist() if len(starts) else [], "series": series}
 
     @staticmethod
-    def _shown(curve: Curve, weights: object) -> bool:
+    def _shown(curve: LiveCurve, weights: object) -> bool:
         """Terms of weight 0 are computed but no part of the objective."""
         if curve.name not in LOSSES or not isinstance(weights, dict):
             return True

@@ -15,7 +15,7 @@ from fastdistil.untrusted import at, real
 Event = dict[str, Any]
 
 
-class Curve(NamedTuple):
+class LiveCurve(NamedTuple):
     name: str
     label: str
     unit: str
@@ -51,23 +51,23 @@ PER_RANK = ("rank_worked_s", "rank_tokens", "rank_data_wait_s")
 LOSSES = {"soft": ("a_ce",), "hard": ("a_mlm", "a_clm"), "cosine": ("a_cos",), "mse": ("a_mse",)}
 """Term -> the recipe's weights of it."""
 CURVES = (
-    Curve("total", "Total loss", "", "loss", _field("total")),
-    Curve("soft", "Soft loss (teacher)", "", "loss", _field("soft")),
-    Curve("hard", "Hard loss (labels)", "", "loss", _field("hard")),
-    Curve("cosine", "Cosine loss (hidden states)", "", "loss", _field("cosine")),
-    Curve("mse", "MSE loss (hidden states)", "", "loss", _field("mse")),
-    Curve("tokens_per_s", "Throughput", "tokens/s", "speed", _field("tokens_per_s")),
-    Curve("step", "Step, median of a log line", "ms", "speed", _median_step),
-    Curve("data_wait", "Waiting for data", "%", "speed", _field("data_wait_share", 100)),
-    Curve("grad_norm", "Gradient norm", "", "optimizer", _field("grad_norm")),
-    Curve("lr", "Learning rate", "", "optimizer", _field("lr")),
-    Curve("utilisation", "Utilisation", "%", "device", _field("device.utilisation", 100)),
-    Curve("sm_clock", "SM clock", "MHz", "device", _field("device.sm_clock_mhz")),
-    Curve("clock", "Clock", "MHz", "device", _field("device.clock_mhz")),
-    Curve("power", "Power", "W", "device", _field("device.power_w")),
-    Curve("temperature", "Temperature", "°C", "device", _field("device.temperature_c")),
-    Curve("reserved", "Device memory, reserved", "GiB", "memory", _field("memory.reserved_bytes", 2.0**-30)),
-    Curve("rss", "Host memory (RSS)", "GiB", "memory", _field("memory.rss_bytes", 2.0**-30)),
+    LiveCurve("total", "Total loss", "", "loss", _field("total")),
+    LiveCurve("soft", "Soft loss (teacher)", "", "loss", _field("soft")),
+    LiveCurve("hard", "Hard loss (labels)", "", "loss", _field("hard")),
+    LiveCurve("cosine", "Cosine loss (hidden states)", "", "loss", _field("cosine")),
+    LiveCurve("mse", "MSE loss (hidden states)", "", "loss", _field("mse")),
+    LiveCurve("tokens_per_s", "Throughput", "tokens/s", "speed", _field("tokens_per_s")),
+    LiveCurve("step", "Step, median of a log line", "ms", "speed", _median_step),
+    LiveCurve("data_wait", "Waiting for data", "%", "speed", _field("data_wait_share", 100)),
+    LiveCurve("grad_norm", "Gradient norm", "", "optimizer", _field("grad_norm")),
+    LiveCurve("lr", "Learning rate", "", "optimizer", _field("lr")),
+    LiveCurve("utilisation", "Utilisation", "%", "device", _field("device.utilisation", 100)),
+    LiveCurve("sm_clock", "SM clock", "MHz", "device", _field("device.sm_clock_mhz")),
+    LiveCurve("clock", "Clock", "MHz", "device", _field("device.clock_mhz")),
+    LiveCurve("power", "Power", "W", "device", _field("device.power_w")),
+    LiveCurve("temperature", "Temperature", "°C", "device", _field("device.temperature_c")),
+    LiveCurve("reserved", "Device memory, reserved", "GiB", "memory", _field("memory.reserved_bytes", 2.0**-30)),
+    LiveCurve("rss", "Host memory (RSS)", "GiB", "memory", _field("memory.rss_bytes", 2.0**-30)),
 )
 
 

@@ -17,7 +17,7 @@ from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import svg as charts
 from fastdistil.profiling.report.history import Event, History
 from fastdistil.profiling.report.summary import MFU, PHASES, measured_updates, phased_updates
-from fastdistil.profiling.report.svg import Axis, Floats, Layer, Series
+from fastdistil.profiling.report.svg import Axis, ChartSeries, Floats, Layer
 from fastdistil.profiling.spans import NAMES
 from fastdistil.untrusted import at, real
 
@@ -42,7 +42,7 @@ class Panel:
 
 
 @dataclass(kw_only=True)
-class Section:
+class PlotSection:
     key: str
     title: str
     panels: list[Panel] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Measure:
     get: Callable[[History], Points]
 
 
-def sections(histories: Sequence[History]) -> list[Section]:
+def sections(histories: Sequence[History]) -> list[PlotSection]:
     return [
         _learning(histories),
         _speed(histories),
@@ -94,7 +94,7 @@ def _field(name: str, *path: str, per_update: bool = False) -> Measure:
 
 
 def add(
-    section: Section, title: str, histories: Sequence[History], measures: Sequence[Measure], y: Axis,
+    section: PlotSection, title: str, histories: Sequence[History], measures: Sequence[Measure], y: Axis,
     *, wide: bool = False, tall: bool = False, log: bool = False, caption: str = "",
 ) -> None:  # fmt: skip
     """Draw the measures into panels of `section`, the first as `wide` and `tall` say. `log`: if the values ask for it."""
@@ -119,7 +119,7 @@ def _line_panel(
     title: str, lines: list[tuple[str, Points]], y: Axis, wide: bool, tall: bool, log: bool, told: list[str]
 ) -> Panel:
     series = [
-        Series(name=name, x=each.x, y=each.y, style=style, low=each.low, high=each.high)
+        ChartSeries(name=name, x=each.x, y=each.y, style=style, low=each.low, high=each.high)
         for style, (name, each) in enumerate(lines)
         if np.isfinite(each.y).any()
     ]
@@ -149,8 +149,8 @@ def _line_panel(
     )
 
 
-def _learning(histories: Sequence[History]) -> Section:
-    section = Section(key="learning", title="Learning")
+def _learning(histories: Sequence[History]) -> PlotSection:
+    section = PlotSection(key="learning", title="Learning")
     terms = [_field(name, name) for name in ("total", "soft", "hard", "cosine", "mse")]
     caption = "Means of a log line's updates; total is the weighted sum."
     add(section, "Loss", histories, terms, Axis(label="loss"), wide=True, tall=True, log=True, caption=caption)
@@ -193,8 +193,8 @@ def _perplexity(history: History) -> Points:
         return Points(x=own.x, y=own.y, low=np.exp(loss.low), high=np.exp(loss.high))
 
 
-def _speed(histories: Sequence[History]) -> Section:
-    section = Section(key="speed", title="Speed")
+def _speed(histories: Sequence[History]) -> PlotSection:
+    section = PlotSection(key="speed", title="Speed")
     rate = [_field("tokens/s", "tokens_per_s")]
     caption = "All ranks together; evaluations and checkpoints left out."
     add(
@@ -253,8 +253,8 @@ def _distribution(history: History, steps: Floats, domain: tuple[float, float], 
     return Panel(title=title, svg=draw(WIDE if wide else NARROW), narrow=draw(NARROW) if wide else "", caption=caption)
 
 
-def _step(histories: Sequence[History]) -> Section:
-    section = Section(key="step", title="Where a step goes")
+def _step(histories: Sequence[History]) -> PlotSection:
+    section = PlotSection(key="step", title="Where a step goes")
     found = [(history, phase_columns(history.lines)) for history in histories]
     wide = len(histories) == 1
     tops = [charts.stack_top(x, list(each.values()), WIDE if wide else NARROW) for _, (x, each) in found if x.size]
@@ -323,8 +323,8 @@ _HELD = {
 }
 
 
-def _memory(histories: Sequence[History]) -> Section:
-    section = Section(key="memory", title="Memory")
+def _memory(histories: Sequence[History]) -> PlotSection:
+    section = PlotSection(key="memory", title="Memory")
     held = [_field(label, "memory", name) for name, label in _HELD.items()]
     if not any(line.get("memory") for history in histories for line in history.lines):
         held = [_field("device peak", "device_peak_bytes"), _field("host peak", "host_peak_bytes")]
@@ -379,8 +379,8 @@ def _phase_peaks(history: History) -> dict[str, float]:
     return {name: peaks[name] for name in sorted(peaks, key=lambda name: PHASES.index(name) if name in PHASES else 99)}
 
 
-def _device(histories: Sequence[History]) -> Section:
-    section = Section(key="device", title="Device")
+def _device(histories: Sequence[History]) -> PlotSection:
+    section = PlotSection(key="device", title="Device")
     add(section, "Utilisation", histories, [_field("utilisation", "device", "utilisation")],
         Axis(label="busy", unit="share", zero=True, top=1.0),
         caption="GPU: time in which any kernel ran, which says nothing of how well. CPU: of the process's cores.")  # fmt: skip
@@ -426,8 +426,8 @@ def _throttled(reason: str) -> Get:
     return get
 
 
-def _communication(histories: Sequence[History]) -> Section:
-    section = Section(key="communication", title="Communication and ranks")
+def _communication(histories: Sequence[History]) -> PlotSection:
+    section = PlotSection(key="communication", title="Communication and ranks")
     if all(history.start.get("ranks") == 1 for history in histories):
         return section
     sent = [_field("gradients", "gradient_bytes", per_update=True), _field("control", "control_bytes", per_update=True)]

@@ -27,8 +27,8 @@ from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import svg
 from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, ratio_of
 from fastdistil.profiling.report.history import Event, History, load_history
-from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, Group, duration, groups, setting
-from fastdistil.profiling.report.plots import Section, sections
+from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, FigureGroup, duration, groups, setting
+from fastdistil.profiling.report.plots import PlotSection, sections
 from fastdistil.profiling.report.summary import PHASES, slowed_down, summarise
 from fastdistil.untrusted import at, real
 
@@ -50,7 +50,7 @@ class Reported:
 
     history: History
     summary: Mapping[str, Any]
-    groups: Sequence[Group]
+    groups: Sequence[FigureGroup]
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Judgement(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ComparisonRow:
     """One figure of every run; differences against the first, None where there is none."""
 
     figures: Sequence[Figure]
@@ -121,10 +121,10 @@ def judge(figure: Figure, baseline: Figure) -> Judgement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class ComparisonTable:
     key: str
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[ComparisonRow]
     missing: Sequence[str]
     """Labels of what no run recorded."""
 
@@ -186,7 +186,7 @@ def _without_hosts(environment: Event) -> Event:
     return {**environment, "devices": devices} if devices else environment
 
 
-def tables(runs: Sequence[Reported]) -> list[Table]:
+def tables(runs: Sequence[Reported]) -> list[ComparisonTable]:
     found = []
     for index, first in enumerate(runs[0].groups):
         by_run = [{figure.key: figure for figure in run.groups[index].figures} for run in runs]
@@ -197,9 +197,9 @@ def tables(runs: Sequence[Reported]) -> list[Table]:
             # What one run's events do not even name: as little recorded as what they name without a value.
             own = [figures.get(key, replace(known[key], value=None, spread=None, n=None, detail="")) for figures in by_run]
             if any(figure.value is not None for figure in own):
-                rows.append(Row(figures=own, differences=[figure.against(own[0]) for figure in own]))
+                rows.append(ComparisonRow(figures=own, differences=[figure.against(own[0]) for figure in own]))
         missing = [known[key].label for key in order if all(figures.get(key, known[key]).value is None for figures in by_run)]
-        found.append(Table(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
+        found.append(ComparisonTable(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
     return found
 
 
@@ -413,7 +413,7 @@ def as_html(runs: Sequence[Reported]) -> str:
     )
 
 
-def _shown(section: Section, table: Table) -> dict[str, Any]:
+def _shown(section: PlotSection, table: ComparisonTable) -> dict[str, Any]:
     # A figure may be missing where its curve is not: of warm-up there are no figures.
     curves = {panel.title.lower() for panel in section.panels} | {title.lower() for title in section.missing}
     return {
@@ -474,7 +474,7 @@ def _tiles(run: Reported) -> list[dict[str, str]]:
     return found
 
 
-def _head_rows(by_key: Mapping[str, Table]) -> list[Row]:
+def _head_rows(by_key: Mapping[str, ComparisonTable]) -> list[ComparisonRow]:
     keys = (*TILES, "speed.bottleneck", "memory.peak_rss_bytes", "run.wall_s")
     rows = [row for table in by_key.values() for row in table.rows if row.figures[0].key in keys]
     return sorted(rows, key=lambda row: keys.index(row.figures[0].key))

@@ -63,7 +63,7 @@ def gather(x: Floats, y: Floats, left: float, right: float, count: int) -> Colum
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
+class ChartSeries:
     """One line. `x`, `y`: [n]; `low`, `high`: [n], ends of error bars."""
 
     name: str
@@ -106,7 +106,7 @@ class Plot:
         return self.height - _BOTTOM
 
 
-def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str, width: float = 360, height: float = 210) -> str:
+def line_chart(series: Sequence[ChartSeries], *, x: Axis, y: Axis, title: str, width: float = 360, height: float = 210) -> str:
     """Lines over a common x, with error bars where a series has them. Raises ValueError if nothing finite is to be drawn."""
     drawn = [_drawable(one, y.log) for one in series]
     drawn = [one for one in drawn if np.isfinite(one.y).any()]
@@ -124,12 +124,12 @@ def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str, width:
     return _svg(width, height, f"{title}. {x.label} from {_place(left, x)} to {_place(right, x)}. {named}", parts)
 
 
-def _drawable(one: Series, log: bool) -> Series:
+def _drawable(one: ChartSeries, log: bool) -> ChartSeries:
     if not log:
         return one
     positive = [None if part is None else np.where(part > 0, part, np.nan) for part in (one.y, one.low, one.high)]
     assert positive[0] is not None
-    return Series(name=one.name, x=one.x, y=positive[0], style=one.style, low=positive[1], high=positive[2])
+    return ChartSeries(name=one.name, x=one.x, y=positive[0], style=one.style, low=positive[1], high=positive[2])
 
 
 def _ends(values: Floats) -> list[float]:
@@ -137,7 +137,7 @@ def _ends(values: Floats) -> list[float]:
     return [float(finite.min()), float(finite.max())] if finite.size else []
 
 
-def _told(one: Series, unit: str) -> str:
+def _told(one: ChartSeries, unit: str) -> str:
     finite = one.y[np.isfinite(one.y)]
     if finite.size == 1:
         return f"{one.name}: {quantity(finite[0], unit)}"
@@ -209,7 +209,7 @@ def _scale(low: float, high: float, start: float, end: float, log: bool) -> Call
     return place
 
 
-def _line(one: Series, plot: Plot, left: float, right: float, unit: str) -> str:
+def _line(one: ChartSeries, plot: Plot, left: float, right: float, unit: str) -> str:
     style = f"s{one.style % STYLES}"
     count = max(1, int((plot.right - plot.left) / COLUMN_WIDTH))
     told = f"<title>{_text(_told(one, unit))}</title>"
@@ -251,7 +251,7 @@ def _finite(x: Floats, y: Floats) -> list[tuple[float, float]]:
     return [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
 
 
-def _bars_of_error(one: Series, plot: Plot) -> str:
+def _bars_of_error(one: ChartSeries, plot: Plot) -> str:
     if one.low is None or one.high is None:
         return ""
     ends = zip(plot.x_of(one.x), plot.y_of(one.low), plot.y_of(one.high), strict=True)
@@ -263,7 +263,7 @@ def _bars_of_error(one: Series, plot: Plot) -> str:
     return f'<path class="error s{one.style % STYLES}" d="{bars}"/>'
 
 
-def _readings(series: Sequence[Series], plot: Plot, left: float, right: float, x: Axis, y: Axis) -> str:
+def _readings(series: Sequence[ChartSeries], plot: Plot, left: float, right: float, x: Axis, y: Axis) -> str:
     """Columns that light up under the pointer and say their numbers."""
     xs = np.unique(np.concatenate([one.x for one in series]))
     count = min(len(xs), int((plot.right - plot.left) / 8))

@@ -50,8 +50,8 @@ OTHER_PORTS = 50
 
 
 def watch(directory: Path, host: str, port: int) -> None:
-    """Serve until Ctrl-C. Raises UserError as `Watch` does."""
-    with Watch(directory, host, port) as server:
+    """Serve until Ctrl-C. Raises UserError as `WatchServer` does."""
+    with WatchServer(directory, host, port) as server:
         print(f"watching {directory}: {server.url}")
         if server.token is not None:
             print("whoever has this URL can read the run, and so can whoever listens on the network: nothing is encrypted")
@@ -62,7 +62,7 @@ def watch(directory: Path, host: str, port: int) -> None:
             print("no longer watching", file=sys.stderr)
 
 
-class Watch(socketserver.ThreadingMixIn, socketserver.TCPServer):
+class WatchServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Serves one run directory. `url` is what to open; it carries the token, if there is one."""
 
     allow_reuse_address = True
@@ -105,7 +105,7 @@ class Watch(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class _Answer(BaseHTTPRequestHandler):
-    server: Watch
+    server: WatchServer
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "fastdistil", ""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastdistil.cli import _print_report
 from fastdistil.data.corpus import Corpus, Manifest
-from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.prepare import PrepareOptions, PrepareProgress, prepare
 from fastdistil.data.tokenizer import load_tokenizer, train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
@@ -64,7 +64,7 @@ def prepared(folder: Path, name: str, out: Path, **changes: Any) -> tuple[list[l
     notes: list[str] = []
     options = {"tokenizer": str(folder / name), "documents": "line", "workers": 1, **changes}
 
-    def hear(progress: Progress) -> None:
+    def hear(progress: PrepareProgress) -> None:
         notes.extend([progress.note] if progress.note else [])
 
     prepare([str(folder / "text.txt")], out, PrepareOptions(**options), hear)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fastdistil.data import text_files, tokenise
 from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.prepare import PrepareOptions, prepare
-from fastdistil.data.tokenise import Encoder, Plan, pieces
+from fastdistil.data.tokenise import Encoder, PieceRules, pieces
 from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece, vocabulary_fingerprint
 from fastdistil.errors import CorruptData, UserError
 
@@ -93,7 +93,7 @@ def test_pieces_are_the_examples_at_every_length(front: int | None, back: int | 
     lengths = list(range(3 * max_length + 3))
     documents = [[100 + index % 50 for index in range(length)] for length in lengths]
     tokens = np.array([token for document in documents for token in document], np.uint16)
-    encoded = pieces(tokens, np.array(lengths), Plan(max_length, front, back, None, 0, 1.0, "uint16"))
+    encoded = pieces(tokens, np.array(lengths), PieceRules(max_length, front, back, None, 0, 1.0, "uint16"))
     added = (front is not None) + (back is not None)
     expected = []
     for document in documents:
@@ -150,7 +150,7 @@ def test_the_examples_dropping_rules_when_asked(wordpiece: Path, tmp_path: Path)
 def test_the_share_of_unknown_tokens_counts_special_ones_and_its_limit_drops() -> None:
     tokens = np.array([9, 9, 5, 5, 9, 9, 9, 5], np.uint16)  # 9 is unknown: 2 of 6 and 3 of 6 with the frame
     for limit, kept in ((1.0, 2), (0.51, 2), (0.5, 1), (2 / 6, 0)):
-        encoded = pieces(tokens, np.array([4, 4]), Plan(16, 1, 2, 9, 0, limit, "uint16"))
+        encoded = pieces(tokens, np.array([4, 4]), PieceRules(16, 1, 2, 9, 0, limit, "uint16"))
         assert (len(encoded.lengths), encoded.dropped) == (kept, 2 - kept)
         assert encoded.tokens.tolist() == [1, 9, 9, 5, 5, 2, 1, 9, 9, 9, 5, 2][: 6 * kept]
 
@@ -188,7 +188,7 @@ def test_long_documents_in_stretches_give_the_tokens_of_the_whole(
     # Runs of spaces of every length lie where a stretch would end: cut within one, byte-level BPE gives other tokens.
     text = "".join(sentence + ("\n\n" if i % 3 else " " * (i % 90)) for i, sentence in enumerate(SENTENCES)) + "x" * 300
     for folder in (wordpiece, byte_level):
-        encoder = Encoder(str(folder / "tokenizer.json"), Plan(10**6, None, None, None, 0, 1.0, "uint16"))
+        encoder = Encoder(str(folder / "tokenizer.json"), PieceRules(10**6, None, None, None, 0, 1.0, "uint16"))
         assert encoder.stretch == 100
         assert len(list(tokenise.cut_at_spaces(text, 100))) > 50
         assert encoder([text, "a dog"]).tokens.tolist() == [
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_marks_text_starts_is_given_whole_documents(tmp_path: P
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=100, show_progress=False))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = Encoder(str(tmp_path / "tokenizer.json"), Plan(10**6, None, None, None, 0, 1.0, "uint16"))
+    encoder = Encoder(str(tmp_path / "tokenizer.json"), PieceRules(10**6, None, None, None, 0, 1.0, "uint16"))
     text = "the dog jumps over the fox " * 5000
     assert encoder([text]).tokens.tolist() == tokenizer.encode(text).ids
 

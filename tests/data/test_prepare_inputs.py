@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fastdistil.data import gutenberg, text_files
 from fastdistil.data.corpus import Corpus
-from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.prepare import PrepareOptions, PrepareProgress, prepare
 from fastdistil.data.text_files import Reading, cut_documents, cut_in_line
 from fastdistil.data.text_inputs import find_inputs
 from fastdistil.data.tokenizer import load_tokenizer, train_wordpiece
@@ -421,7 +421,7 @@ def test_manifest_counts_quarantine_and_notes(tokenizer: str, tmp_path: Path) ->
     data.mkdir()
     (data / "a.txt").write_bytes(b"\n".join([*(text.encode() for text in TEXTS), b"\xe9"]))
     (data / "notes.pdf").write_text("x")
-    told: list[Progress] = []
+    told: list[PrepareProgress] = []
     options = PrepareOptions(tokenizer=tokenizer, strip_gutenberg=True, max_bad_fraction=0.1, workers=1)
     manifest = prepare([str(data)], tmp_path / "out", options, told.append)
     assert (manifest.records, manifest.bad_records, manifest.unmarked_files, manifest.documents) == (31, 1, 1, 1)

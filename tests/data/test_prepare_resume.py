@@ -16,7 +16,7 @@ import pytest
 from fastdistil.data import prepare as prepare_module
 from fastdistil.data import text_files
 from fastdistil.data.corpus import Corpus, Manifest
-from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.prepare import PrepareOptions, PrepareProgress, prepare
 from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, DiskFull, OutOfMemory, UserError
 
@@ -103,7 +103,7 @@ def test_killed_and_repeated_gives_the_same_bytes(job: Job, tmp_path: Path, work
     with pytest.raises(UserError, match="was interrupted"):
         Corpus.open(out)
     kept = {name: (out / name).stat().st_mtime_ns for name in left["files"]}
-    notes: list[Progress] = []
+    notes: list[PrepareProgress] = []
     job.prepare(out, notes.append)
     assert f"going on after {len(left['shards'])} finished shards" in [progress.note for progress in notes]
     assert len([progress for progress in notes if not progress.note]) < 40 - left["blocks"]  # the others were skipped
@@ -159,7 +159,7 @@ def test_a_complete_corpus_is_up_to_date_or_refused_and_never_touched(job: Job, 
     out = tmp_path / "out"
     manifest = job.prepare(out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    notes: list[Progress] = []
+    notes: list[PrepareProgress] = []
     assert job.prepare(out, notes.append, workers=2) == manifest
     assert [progress.note for progress in notes] == [f"{out} is up to date"]
     with pytest.raises(UserError, match="prepared with other documents, min_tokens; choose another --out"):
@@ -214,7 +214,7 @@ def test_a_place_that_cannot_be_written(job: Job) -> None:
 
 
 def test_a_killed_worker_is_told_as_such_and_the_shards_remain(job: Job, tmp_path: Path) -> None:
-    def kill_one(progress: Progress) -> None:
+    def kill_one(progress: PrepareProgress) -> None:
         if progress.tokens > 1500:
             for child in multiprocessing.active_children():
                 child.kill()
@@ -229,7 +229,7 @@ def test_a_killed_worker_is_told_as_such_and_the_shards_remain(job: Job, tmp_pat
 
 
 def test_an_exception_of_the_callback_stops_and_can_be_continued(job: Job, tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: PrepareProgress) -> None:
         if progress.tokens > 1500:
             raise KeyboardInterrupt
 

@@ -22,7 +22,7 @@ from fastdistil.cli import app
 from fastdistil.data import text_files
 from fastdistil.data.corpus import Manifest
 from fastdistil.data.json_text import array_elements, whole_lines
-from fastdistil.data.prepare import PrepareOptions, Progress, prepare
+from fastdistil.data.prepare import PrepareOptions, PrepareProgress, prepare
 from fastdistil.data.text_files import Reading
 from fastdistil.data.text_inputs import SUFFIXES, find_inputs
 from fastdistil.data.tokenizer import train_wordpiece
@@ -393,7 +393,7 @@ def test_prepare_counts_and_names(tokenizer: str, tmp_path: Path) -> None:
         (data / f"{name}.txt").write_text(text)
     (data / "books.jsonl").write_text(json.dumps({"text": books["whole"]}) + "\n")
     (data / "._whole.txt").write_bytes(b"\0\5\x16\7")
-    progress: list[Progress] = []
+    progress: list[PrepareProgress] = []
     options = PrepareOptions(tokenizer=tokenizer, strip_gutenberg=True, workers=1)
     manifest = prepare([str(data)], tmp_path / "out", options, progress.append)
     bodies = len(STORY) * 28 + len("A short poem.")
@@ -420,7 +420,7 @@ def test_records_that_lose_much_are_told(tokenizer: str, tmp_path: Path, suffix:
         pq.write_table(pa.table({"text": texts}), path)
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    progress: list[Progress] = []
+    progress: list[PrepareProgress] = []
     options = PrepareOptions(tokenizer=tokenizer, strip_gutenberg=True, workers=1)
     prepare([str(path)], tmp_path / "out", options, progress.append)
     notes = [entry.note for entry in progress if entry.note]

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from fastdistil.cli import app
 from fastdistil.data import text_files
 from fastdistil.data.corpus import Corpus, Manifest
-from fastdistil.data.prepare import PrepareOptions, Progress, prepare
-from fastdistil.data.tokenise import Encoder, Plan
+from fastdistil.data.prepare import PrepareOptions, PrepareProgress, prepare
+from fastdistil.data.tokenise import Encoder, PieceRules
 from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece, unknown_id
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
@@ -63,7 +63,7 @@ KINDS = ("WordPiece", "byte-level", "Unigram", "BPE that merges a special token"
 
 
 def encoder(folder: Path, parse: bool) -> Encoder:
-    plan = Plan(10**6, None, None, None, 0, 1.0, "uint16", special_tokens_in_text=parse)
+    plan = PieceRules(10**6, None, None, None, 0, 1.0, "uint16", special_tokens_in_text=parse)
     return Encoder(str(folder / "tokenizer.json"), plan)
 
 
@@ -154,7 +154,7 @@ def prepared(text: str, tokenizer: Path, out: Path, **changes: Any) -> tuple[Man
     out.parent.mkdir(exist_ok=True)
     file = out.parent / f"{out.name}.txt"
     file.write_text(text)
-    notes: list[Progress] = []
+    notes: list[PrepareProgress] = []
     options = {"tokenizer": str(tokenizer), "documents": "line", "workers": 1, **changes}
     manifest = prepare([str(file)], out, PrepareOptions(**options), notes.append)
     return manifest, [progress.note for progress in notes if "unknown" in progress.note]
@@ -204,7 +204,7 @@ def test_unknown_text_stops_early_and_nothing_is_lost(tmp_path: Path, monkeypatc
     monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 40)
     tokenizer = word_level(tmp_path / "tokenizer", "a b")
     text = "a b a b\n" * 100 + "x x x x\n" * 1000
-    blocks: list[Progress] = []
+    blocks: list[PrepareProgress] = []
     file = tmp_path / "out.txt"
     file.write_text(text)
     options: dict[str, Any] = {"tokenizer": str(tokenizer), "documents": "line", "workers": 1, "shard_tokens": 100}

@@ -19,14 +19,14 @@ from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.training.inputs import load_inputs
 from fastdistil.objective import denominators, loss_terms
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import Compression, World as Options, load_recipe
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import Compression, WorldOptions as Options, load_recipe
 from fastdistil.distributed.coordinator import content_hash
 from fastdistil.distributed.coordinator import join
 
 recipe, engine, rings, folder = load_recipe(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
 torch.set_num_threads(1)
-world = join(find_place(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
 recipe = recipe.with_(loop={"accumulation": 8 // world.size}, world={"ranks": world.size})
 inputs = load_inputs(recipe, rank=world.rank, ranks=world.size)
 none = make_compressor(Compression(), ranks=world.size, rank=world.rank, engine=engine, seed=0)
@@ -126,13 +126,13 @@ import torch
 from torch import nn
 from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import Compression, World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import Compression, WorldOptions as Options
 from fastdistil.distributed.coordinator import join
 
 engine, every = sys.argv[1], sys.argv[2] == "every"
 rings = 2 if engine == "torch" else 1
-world = join(find_place(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
 if engine == "torch":
     world._small = world._groups[0]  # as on a GPU: scalars posted between a rank's buckets would meet another's bucket
 rank = world.rank
@@ -229,12 +229,12 @@ import torch
 from torch import nn
 from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import Compression, World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import Compression, WorldOptions as Options
 from fastdistil.distributed.world import sent_bytes
 from fastdistil.distributed.coordinator import join
 
-world = join(find_place(os.environ), Options(engine=sys.argv[1], rings=2, timeout_s=60), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine=sys.argv[1], rings=2, timeout_s=60), torch.device("cpu"))
 none = make_compressor(Compression(), ranks=2, rank=world.rank, engine=sys.argv[1], seed=0)
 model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
 options = BucketOptions(bucket_bytes=2**14, first_bucket_bytes=2**12)

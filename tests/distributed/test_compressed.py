@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from fastdistil.gradients.buckets import BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor, starts_at
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import Compression, World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import Compression, WorldOptions as Options
 from fastdistil.distributed.coordinator import content_hash
 from fastdistil.distributed.coordinator import join
 
 engine = sys.argv[1]
-world = join(find_place(os.environ), Options(engine=engine, rings=2, timeout_s=60), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine=engine, rings=2, timeout_s=60), torch.device("cpu"))
 KINDS = [dict(kind="none"), dict(kind="fp16"), dict(kind="int8", block=64), dict(kind="top-k", density=0.1),
          dict(kind="powersgd", rank=2)]
 if engine == "torch":
@@ -93,13 +93,13 @@ STATES = """
 import json, os, sys
 import torch
 from fastdistil.distributed import world as collectives
-from fastdistil.distributed.coordinator import Team, join
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World as Options
+from fastdistil.distributed.coordinator import Coordinator, join
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions as Options
 
 collectives._MOVED_BYTES = 4000  # so that a state goes in parts
-world = join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
-team, rank, size = Team(world, None), world.rank, world.size
+world = join(find_rank_info(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
+team, rank, size = Coordinator(world, None), world.rank, world.size
 sent = received = 0
 move, broadcast = world._move, world._broadcast
 
@@ -148,10 +148,10 @@ POISONED = """
 import os, sys
 from fastdistil import train
 from fastdistil.errors import NonFinite
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 
-place, real, calls = find_place(), train.loss_terms, 0
+place, real, calls = find_rank_info(), train.loss_terms, 0
 
 def poisoned(*arguments, **keywords):
     global calls

@@ -17,7 +17,7 @@ RUNS = """
 import os, signal, sys
 from fastdistil import train
 from fastdistil.errors import Stopped
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 
 stop_in, resume = int(sys.argv[1]), sys.argv[2] or None
@@ -30,7 +30,7 @@ train.train_step = met_by_signal
 for argument in sys.argv[3:]:
     os.environ["MASTER_PORT"], path = argument.split(":", 1)
     try:
-        train.train(load_recipe(path), resume=resume, place=find_place())
+        train.train(load_recipe(path), resume=resume, place=find_rank_info())
         assert not stop_in
     except Stopped:
         assert stop_in
@@ -124,7 +124,7 @@ def test_two_ranks_continue_what_one_began(material: Path, tmp_path: Path, run_r
 SLOW = """
 import os, sys, time
 from fastdistil import train
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 
 recipe = load_recipe(sys.argv[1])
@@ -133,7 +133,7 @@ def slow(*arguments, **options):
     time.sleep(2.25 * recipe.world.timeout_s)
     return evaluate(*arguments, **options)
 train.held_out = slow
-train.train(recipe, place=find_place())
+train.train(recipe, place=find_rank_info())
 os._exit(0)
 """
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdistil.data.batch import Counts
-from fastdistil.distributed.coordinator import Decision, Team
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.coordinator import Coordinator, Decision
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.world import World
 from fastdistil.errors import UserError
 
@@ -30,13 +30,13 @@ def told(counts: Counts, signal: int = 0) -> list[int]:
             return [2 * value for value in values]
 
     heard: list[int] = []
-    Team(two(Listening), None).decide(None, False, counts)
+    Coordinator(two(Listening), None).decide(None, False, counts)
     return [int(signal > 0), signal, int(signal > 0), *heard[3:]]
 
 
 def two(kind: type[Two] = Two) -> Two:
     one_of_two = {"rank": 0, "size": 2, "local_rank": 0, "local_size": 2, "cross_rank": 0, "cross_size": 1}
-    return kind(Place(**one_of_two, launcher="fastdistil", address=None, port=None), torch.device("cpu"))  # type: ignore[arg-type]
+    return kind(RankInfo(**one_of_two, launcher="fastdistil", address=None, port=None), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 OWN = Counts(valid=96.5, tokens=100, labels=15, sequences=2, batches=2)
@@ -45,13 +45,13 @@ OWN = Counts(valid=96.5, tokens=100, labels=15, sequences=2, batches=2)
 def test_nobody_asks_to_stop() -> None:
     world = two()
     world.other = told(OWN)
-    assert not Team(world, None).decide(None, False, OWN).stop
+    assert not Coordinator(world, None).decide(None, False, OWN).stop
 
 
 def test_the_other_ranks_signal_stops_both() -> None:
     world = two()
     world.other = told(OWN, signal=15)
-    assert Team(world, None).decide(None, False, OWN) == Decision(True, False, "SIGTERM on rank 1")
+    assert Coordinator(world, None).decide(None, False, OWN) == Decision(True, False, "SIGTERM on rank 1")
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_other_batches_are_refused(other: Counts) -> None:
     world = two()
     world.other = told(other)
     with pytest.raises(UserError, match="an iterable of batches must give the same on every rank"):
-        Team(world, None).decide(None, False, OWN)
+        Coordinator(world, None).decide(None, False, OWN)

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from fastdistil.distributed import coordinator, rendezvous
 from fastdistil.distributed.monitor import Monitor
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.world import World
 from fastdistil.errors import RankLost
 from fastdistil.recipe import load_recipe
@@ -35,9 +35,9 @@ class Rank0:
     def end(self) -> None:
         self._store = None
 
-    def place(self) -> Place:
+    def place(self) -> RankInfo:
         numbers = {"rank": 1, "size": 2, "local_rank": 1, "local_size": 2, "cross_rank": 0, "cross_size": 1}
-        return Place(**numbers, launcher="fastdistil", address="127.0.0.1", port=self.port)  # type: ignore[arg-type]
+        return RankInfo(**numbers, launcher="fastdistil", address="127.0.0.1", port=self.port)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def refuses() -> Iterator[None]:
 
 
 def test_while_the_engine_connects(rank0: Rank0, monkeypatch: pytest.MonkeyPatch) -> None:
-    def join(place: Place, options: Any, device: torch.device, met: Any) -> World:
+    def join(place: RankInfo, options: Any, device: torch.device, met: Any) -> World:
         from fastdistil.distributed.world import starting
 
         watch = met(rendezvous.open_store(place, 5.0))

@@ -151,11 +151,11 @@ def test_leaving_kills_what_ranks_left_behind() -> None:
 # This host's name leads to no address of the namespaces, only HOROVOD_GLOO_IFACE does.
 HOROVOD_RANK = """
 import torch
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions
 from fastdistil.distributed.coordinator import join
 
-world = join(find_place(), World(engine="horovod", timeout_s=20), torch.device("cpu"))
+world = join(find_rank_info(), WorldOptions(engine="horovod", timeout_s=20), torch.device("cpu"))
 found = world.wait(world.allreduce(torch.full((500_000,), 1.0 + world.rank), name="numbers"))
 assert (found == 3.0).all()
 world.close()

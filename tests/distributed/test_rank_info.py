@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.distributed.rank_info import Place, environment_of_no_rank, expand_counts, expand_hosts, find_place
+from fastdistil.distributed.rank_info import RankInfo, environment_of_no_rank, expand_counts, expand_hosts, find_rank_info
 from fastdistil.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +58,8 @@ ALL = {
 }
 
 
-def found(environ: dict[str, str]) -> Place:
-    place = find_place(environ)
+def found(environ: dict[str, str]) -> RankInfo:
+    place = find_rank_info(environ)
     assert place is not None
     return place
 
@@ -113,15 +113,15 @@ def test_the_stores_secret_comes_from_the_environment_and_goes_no_further(launch
 
 
 def test_nobody_started_this_process_as_a_rank() -> None:
-    assert find_place({}) is None
-    assert find_place({"MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}) is None
+    assert find_rank_info({}) is None
+    assert find_rank_info({"MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}) is None
     in_salloc = {name: value for name, value in SLURM.items() if name not in ("SLURM_PROCID", "SLURM_STEP_ID")}
-    assert find_place(in_salloc) is None
+    assert find_rank_info(in_salloc) is None
     batch_script = {**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
     del batch_script["SLURM_STEP_ID"]
-    assert find_place(batch_script) is None
+    assert find_rank_info(batch_script) is None
     for shell in ("4294967290", "4294967291"):
-        assert find_place({**batch_script, "SLURM_STEP_ID": shell}) is None
+        assert find_rank_info({**batch_script, "SLURM_STEP_ID": shell}) is None
 
 
 def test_launchers_inside_launchers() -> None:
@@ -189,7 +189,7 @@ def test_one_rank_is_one_rank() -> None:
 )
 def test_half_an_environment_is_refused(environ: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
-        find_place(environ)
+        find_rank_info(environ)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_counts() -> None:
     assert expand_counts("") == []
 
 
-PROGRAM = "import os; from fastdistil.distributed.rank_info import find_place; print(find_place(os.environ))"
+PROGRAM = "import os; from fastdistil.distributed.rank_info import find_rank_info; print(find_rank_info(os.environ))"
 
 
 def test_torchrun_itself() -> None:
@@ -232,20 +232,20 @@ def test_torchrun_itself() -> None:
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert f"Place(rank={rank}, size=2, local_rank={rank}, local_size=2, cross_rank=0, cross_size=1," in done.stdout
+        assert f"RankInfo(rank={rank}, size=2, local_rank={rank}, local_size=2, cross_rank=0, cross_size=1," in done.stdout
     assert done.stdout.count("launcher='torchrun'") == 2
 
 
 RESTARTED = """
 import os, signal, sys
 from pathlib import Path
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.coordinator import joined
 
 died = Path(sys.argv[1])
 settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=60", "world.engine=torch"]
-with joined(find_place(), load_recipe("distilbert", settings), print) as team:
+with joined(find_rank_info(), load_recipe("distilbert", settings), print) as team:
     if not died.exists():
         team.world.barrier()
         if team.world.rank == 1:
@@ -287,5 +287,5 @@ def test_mpirun_itself() -> None:
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert f"Place(rank={rank}, size=2, local_rank={rank}, local_size=2, cross_rank=0, cross_size=1," in done.stdout
+        assert f"RankInfo(rank={rank}, size=2, local_rank={rank}, local_size=2, cross_rank=0, cross_size=1," in done.stdout
     assert done.stdout.count("launcher='mpirun', address='127.0.0.1'") == 2

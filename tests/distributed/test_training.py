@@ -21,10 +21,10 @@ import os, signal, sys, time
 from pathlib import Path
 from fastdistil import train
 from fastdistil.errors import FastdistilError
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 how, at, on, resume = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] or None
-place = find_place(os.environ)
+place = find_rank_info(os.environ)
 step = train.train_step
 def counted(run, window, counts, waited_s):
     if run.update + 1 == at and place.rank in (on, on if how != "KILL-ALL" else place.rank):
@@ -163,9 +163,9 @@ import os, sys
 import torch
 from fastdistil import distil
 from fastdistil.errors import FastdistilError
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
-torch.manual_seed(find_place().rank)
+torch.manual_seed(find_rank_info().rank)
 batches = [{"input_ids": torch.randint(5, 300, (2, 8 + int(torch.randint(0, 8, ())))), "labels": None} for _ in range(8)]
 code = 0
 try:
@@ -318,9 +318,9 @@ def test_ranks_that_differ_are_named(what: str, material: Path, tmp_path: Path, 
         "import os, sys\n"
         "from fastdistil import train\n"
         "from fastdistil.errors import FastdistilError\n"
-        "from fastdistil.distributed.rank_info import find_place\n"
+        "from fastdistil.distributed.rank_info import find_rank_info\n"
         "from fastdistil.recipe import load_recipe\n"
-        "place = find_place()\n"
+        "place = find_rank_info()\n"
         "try:\n"
         "    train.train(load_recipe(sys.argv[1 + place.rank]), place=place)\n"
         "except FastdistilError as error:\n"
@@ -419,12 +419,12 @@ def test_elastic_goes_on_with_the_ranks_that_remain(material: Path, tmp_path: Pa
         "            if name == 'fastdistil.training.export':  # fastdistil.train is being imported\n"
         "                sys.meta_path.remove(self)\n"
         "                from fastdistil.gradients import exchange\n"
-        "                begin = exchange.Several.begin\n"
+        "                begin = exchange.SharedGradients.begin\n"
         "                def counted(own, update):\n"
         "                    if update == 4:\n"
         "                        os.kill(os.getpid(), signal.SIGKILL)\n"
         "                    begin(own, update)\n"
-        "                exchange.Several.begin = counted\n"
+        "                exchange.SharedGradients.begin = counted\n"
         "    sys.meta_path.insert(0, Plant())\n"
     )
     path = tmp_path / "r.yaml"

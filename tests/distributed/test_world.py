@@ -16,11 +16,11 @@ import torch
 
 from fastdistil.distributed import horovod_world
 from fastdistil.distributed.coordinator import join
-from fastdistil.distributed.rank_info import Place
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.rendezvous import own_address
 from fastdistil.distributed.world import Handle, World, sent_bytes
 from fastdistil.errors import RankLost, UserError
-from fastdistil.recipe import World as Options
+from fastdistil.recipe import WorldOptions as Options
 from tests.distributed.conftest import Start
 
 
@@ -32,12 +32,12 @@ class Joined(NamedTuple):
 PROGRAM = """
 import json, os, sys
 import torch
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions as Options
 from fastdistil.distributed.coordinator import join
 
 engine, rings = sys.argv[1], int(sys.argv[2])
-world = join(find_place(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine=engine, rings=rings, timeout_s=60), torch.device("cpu"))
 rank, size = world.rank, world.size
 found = {"engine": world.engine, "rank": rank, "size": size}
 
@@ -107,13 +107,13 @@ def test_collectives(engine: str, rings: int, ranks: int, run_ranks: Callable[..
 TWICE = """
 import os, sys
 import torch
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions as Options
 from fastdistil.distributed.coordinator import join
 
 for port in sys.argv[2:]:
     os.environ["MASTER_PORT"] = port
-    world = join(find_place(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
+    world = join(find_rank_info(os.environ), Options(engine=sys.argv[1], timeout_s=60), torch.device("cpu"))
     print(world.sum([world.rank + 1], "sum"), flush=True)
     world.close()
 """
@@ -137,8 +137,8 @@ def test_bytes_that_a_rank_sends() -> None:
 CPU = torch.device("cpu")
 
 
-def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str | None = "127.0.0.1") -> Place:
-    return Place(
+def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str | None = "127.0.0.1") -> RankInfo:
+    return RankInfo(
         rank=rank,
         size=size,
         local_rank=rank,
@@ -161,7 +161,7 @@ def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str |
         (place(address=None, port=None), {"engine": "torch"}, "set MASTER_ADDR and MASTER_PORT"),
     ],
 )
-def test_what_cannot_be_had_is_refused(given: Place | None, options: dict[str, object], says: str) -> None:
+def test_what_cannot_be_had_is_refused(given: RankInfo | None, options: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=says):
         join(given, Options(**options), CPU)  # type: ignore[arg-type]
 
@@ -194,10 +194,10 @@ import os, signal, sys, time
 import torch
 from fastdistil.distributed import coordinator, horovod_world, rendezvous
 from fastdistil.errors import FastdistilError
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 
-place = find_place(os.environ)
+place = find_rank_info(os.environ)
 settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=6", f"world.engine={sys.argv[1]}"]
 PLANT
 try:
@@ -298,11 +298,11 @@ raise Stopped("SIGTERM: saved")
 IDLES = """
 import os, sys, time
 import torch
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions as Options
 from fastdistil.distributed.coordinator import join
 
-world = join(find_place(os.environ), Options(engine="horovod", timeout_s=60), torch.device("cpu"))
+world = join(find_rank_info(os.environ), Options(engine="horovod", timeout_s=60), torch.device("cpu"))
 world.barrier()
 time.sleep(2)
 assert world.sum([world.rank + 1], "sum") == [3]
@@ -326,11 +326,11 @@ import os, signal, threading
 import torch
 from fastdistil.errors import RankLost
 from fastdistil.distributed.monitor import Monitor
-from fastdistil.distributed.rank_info import find_place
-from fastdistil.recipe import World as Options
+from fastdistil.distributed.rank_info import find_rank_info
+from fastdistil.recipe import WorldOptions as Options
 from fastdistil.distributed.coordinator import join
 
-place = find_place(os.environ)
+place = find_rank_info(os.environ)
 def met(connect):
     return Monitor(connect(), place.rank, place.size, timeout_s=20)
 world = join(place, Options(engine="horovod", timeout_s=20), torch.device("cpu"), met)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch, Counts
 from fastdistil.data.sources import from_mappings
-from fastdistil.gradients.compressor import Exchange, Layout, State
+from fastdistil.gradients.compressor import BucketLayout, CompressionState, CompressionSteps
 from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.objective import denominators, loss_terms
@@ -73,15 +73,15 @@ def loss(student: LanguageModel, batch: Batch, counts: Counts) -> Tensor:
     return loss_terms(OBJECTIVE, student, make_teacher(), batch, denominators(OBJECTIVE, counts, batch.counts)).total
 
 
-def in_a_row(parameters: list[nn.Parameter]) -> Layout:
+def in_a_row(parameters: list[nn.Parameter]) -> BucketLayout:
     pieces, numel = [], 0
     for parameter in parameters:
         pieces.append((numel, tuple(parameter.shape)))
         numel += parameter.numel()
-    return Layout(numel, tuple(pieces), 0)
+    return BucketLayout(numel, tuple(pieces), 0)
 
 
-def together(exchanges: list[Exchange]) -> list[tuple[Tensor, State]]:
+def together(exchanges: list[CompressionSteps]) -> list[tuple[Tensor, CompressionState]]:
     """Two ranks' exchanges, side by side."""
     answers: list[Any] = [None] * RANKS
     while True:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.errors import UserError
-from fastdistil.gradients.compressor import Compressor, Exchange, Layout, State, redistribute
+from fastdistil.gradients.compressor import BucketLayout, CompressionState, CompressionSteps, Compressor, redistribute
 from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.gradients.powersgd import PowerSGD, orthonormal
 from fastdistil.recipe import Compression
@@ -22,8 +22,8 @@ from fastdistil.recipe import Compression
 KINDS = ("none", "fp16", "bf16", "int8", "top-k", "powersgd")
 SMALL: dict[str, Any] = {"block": 16, "density": 0.05, "rank": 2}
 PIECES = ((0, (12, 20)), (240, (20,)), (264, (12, 20)), (504, (8, 5, 6)), (744, (3,)))
-ODD = Layout(747, PIECES, 3)  # with a gap of 4 between two parameters
-LAYOUTS = [ODD, Layout(1, ((0, (1,)),), 0), Layout(17, ((0, (17,)),), 1), Layout(256, ((0, (16, 16)),), 2)]
+ODD = BucketLayout(747, PIECES, 3)  # with a gap of 4 between two parameters
+LAYOUTS = [ODD, BucketLayout(1, ((0, (1,)),), 0), BucketLayout(17, ((0, (17,)),), 1), BucketLayout(256, ((0, (16, 16)),), 2)]
 
 
 def compressors(kind: str, ranks: int, **more: Any) -> list[Compressor]:
@@ -31,7 +31,7 @@ def compressors(kind: str, ranks: int, **more: Any) -> list[Compressor]:
     return [make_compressor(config, ranks=ranks, rank=rank, engine="torch", seed=7) for rank in range(ranks)]
 
 
-def simulate(exchanges: Sequence[Exchange]) -> tuple[list[Tensor], list[State], int, int]:
+def simulate(exchanges: Sequence[CompressionSteps]) -> tuple[list[Tensor], list[CompressionState], int, int]:
     """Run all ranks' exchanges of a bucket side by side: (sums by rank, states by rank, bytes a rank sent, collectives)."""
     ranks, sent, collectives = len(exchanges), 0, 0
     answers: list[Any] = [None] * ranks
@@ -69,7 +69,7 @@ def simulate(exchanges: Sequence[Exchange]) -> tuple[list[Tensor], list[State], 
                 sent += (ranks - 1) * nbytes
 
 
-def gradients(ranks: int, layout: Layout, update: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def gradients(ranks: int, layout: BucketLayout, update: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Of a typical size for this trainer, with something in common, and some exact zeros."""
     draws = torch.Generator().manual_seed(1000 * update + layout.index)
     common = torch.randn(layout.numel, generator=draws, dtype=torch.float64)
@@ -85,8 +85,8 @@ def gradients(ranks: int, layout: Layout, update: int, dtype: torch.dtype = torc
 
 
 def run(
-    kind: str, ranks: int, layout: Layout, updates: int, dtype: torch.dtype = torch.float64, **more: Any
-) -> tuple[Tensor, list[State], Tensor]:
+    kind: str, ranks: int, layout: BucketLayout, updates: int, dtype: torch.dtype = torch.float64, **more: Any
+) -> tuple[Tensor, list[CompressionState], Tensor]:
     """(everything received, the last states, the true sum)"""
     members = compressors(kind, ranks, **more)
     states = [member.start(layout, torch.zeros(0, dtype=dtype)) for member in members]
@@ -107,7 +107,7 @@ def run(
     return received, states, truth
 
 
-def left(members: Sequence[Compressor], states: Sequence[State], layout: Layout) -> Tensor:
+def left(members: Sequence[Compressor], states: Sequence[CompressionState], layout: BucketLayout) -> Tensor:
     """What is still owed, over all ranks."""
     total = torch.zeros(layout.numel, dtype=torch.float64)
     for name, kind in members[0].state_kinds.items():
@@ -121,7 +121,7 @@ def left(members: Sequence[Compressor], states: Sequence[State], layout: Layout)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout.numel))
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_lost(kind: str, ranks: int, layout: Layout) -> None:
+def test_nothing_is_lost(kind: str, ranks: int, layout: BucketLayout) -> None:
     """Received + residuals = the true sum. Only sums in 16 bits on the way are rounded where nobody keeps the rest."""
     received, states, truth = run(kind, ranks, layout, 6)
     owed = left(compressors(kind, ranks), states, layout)
@@ -149,7 +149,7 @@ def test_a_state_is_all_that_continues(kind: str) -> None:
     """Copied in between, as a checkpoint does, into a start's tensors: the same bits come out."""
     members = compressors(kind, 3)
 
-    def updates(states: list[State], numbers: range) -> tuple[list[State], Tensor]:
+    def updates(states: list[CompressionState], numbers: range) -> tuple[list[CompressionState], Tensor]:
         results = [torch.zeros(0)]
         for update in numbers:
             given = gradients(3, ODD, update, torch.float32)
@@ -230,7 +230,7 @@ def test_what_is_not_finite_is_seen_and_forgotten(kind: str, value: float, feedb
 @pytest.mark.parametrize("ranks", [2, 7, 512])
 def test_float16_keeps_digits_at_any_size(size: float, ranks: int) -> None:
     """Plain rounding of 1e-9 gives 0, of 1e6 infinity."""
-    layout = Layout(64, ((0, (64,)),), 0)
+    layout = BucketLayout(64, ((0, (64,)),), 0)
     member = compressors("fp16", ranks)[0]
     draws = torch.Generator().manual_seed(0)
     gradient = size * (1 + torch.rand(64, generator=draws))
@@ -250,7 +250,7 @@ def test_float16_keeps_digits_at_any_size(size: float, ranks: int) -> None:
 
 def test_float16_never_overflows_by_growth() -> None:
     """A gradient a million times the last one, and then the last one again: cut off, kept, sent later; nothing is lost."""
-    layout = Layout(64, ((0, (64,)),), 0)
+    layout = BucketLayout(64, ((0, (64,)),), 0)
     members = compressors("fp16", 4)
     states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
     received = truth = torch.zeros(64, dtype=torch.float64)
@@ -277,7 +277,7 @@ def low_rank(rank: int, rows: int, columns: int, seed: int) -> Tensor:
 
 
 def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...], numel: int, given: list[Tensor]) -> Tensor:
-    layout = Layout(numel, pieces, 0)
+    layout = BucketLayout(numel, pieces, 0)
     members = compressors("powersgd", ranks, rank=rank, min_compression_rate=1.0)
     states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
     results, _, _, _ = simulate([m.exchange(g.clone(), s, layout) for m, g, s in zip(members, given, states, strict=True)])
@@ -309,7 +309,7 @@ def test_powersgd_of_rank_1_takes_each_matrix_by_itself() -> None:
 
 
 def test_powersgd_of_nothing_is_nothing_and_goes_on() -> None:
-    layout = Layout(600, ((0, (20, 30)),), 0)
+    layout = BucketLayout(600, ((0, (20, 30)),), 0)
     (member,) = compressors("powersgd", 1, rank=3)
     state = member.start(layout, torch.zeros(0))
     started = state["q"].clone()
@@ -323,7 +323,7 @@ def test_powersgd_of_nothing_is_nothing_and_goes_on() -> None:
 
 def test_powersgd_gets_nearer_with_every_update() -> None:
     """The warm start: of one matrix again and again, without feedback, the best of its rank is found."""
-    layout = Layout(2400, ((0, (40, 60)),), 0)
+    layout = BucketLayout(2400, ((0, (40, 60)),), 0)
     draws = torch.Generator().manual_seed(3)
     u, _, v = torch.linalg.svd(torch.randn(40, 60, generator=draws, dtype=torch.float64), full_matrices=False)
     values = 0.7 ** torch.arange(40, dtype=torch.float64)
@@ -363,11 +363,11 @@ def test_what_powersgd_leaves_whole() -> None:
     (member,) = compressors("powersgd", 1, rank=4, min_compression_rate=2.0)
     assert isinstance(member, PowerSGD)
     # 16 x 16 by 4 columns: 256 against 128, just enough. 15 x 16: 240 against 124, too little.
-    layout = Layout(1000, ((0, (16, 16)), (256, (15, 16)), (496, (40,)), (544, (16, 4, 4)), (800, (12,))), 0)
+    layout = BucketLayout(1000, ((0, (16, 16)), (256, (15, 16)), (496, (40,)), (544, (16, 4, 4)), (800, (12,))), 0)
     plan = member.plan(layout)
     assert [(group.rows, group.columns, group.rank, group.firsts) for group in plan.groups] == [(16, 16, 4, (0, 544))]
     assert plan.rest == ((256, 544), (800, 1000))
-    assert member.requests(Layout(40, ((0, (40,)),), 0)) == 1
+    assert member.requests(BucketLayout(40, ((0, (40,)),), 0)) == 1
     assert member.whole_parameters
 
 
@@ -391,7 +391,7 @@ def test_refusals() -> None:
 
 def test_top_k_is_refused_just_where_it_sends_more() -> None:
     for ranks in (2, 10, 100):
-        layout = Layout(1_000_000, (), 0)
+        layout = BucketLayout(1_000_000, (), 0)
         sent = make(kind="top-k", ranks=ranks, density=1 / ranks).wire_bytes(layout)
         assert sent == make(ranks=ranks).wire_bytes(layout)
 
@@ -413,7 +413,7 @@ def test_what_travels_by_allreduce_alone_is_what_is_declared_linear(kind: str) -
 
 def test_what_compressors_declare() -> None:
     # Volume against float32 at 64 ranks, as comparisons of methods have it.
-    layout = Layout(2**26, ((0, (2**13, 2**13)),), 0)
+    layout = BucketLayout(2**26, ((0, (2**13, 2**13)),), 0)
     volume = {
         kind: compressors(kind, 64, density=0.01, block=1024, rank=4)[0].wire_bytes(layout) / (4 * layout.numel)
         for kind in KINDS
@@ -426,7 +426,7 @@ def test_what_compressors_declare() -> None:
 
 # ---- learning ----
 
-REGRESSION = Layout(260, ((0, (12, 20)), (240, (20,))), 0)
+REGRESSION = BucketLayout(260, ((0, (12, 20)), (240, (20,))), 0)
 
 
 @functools.cache

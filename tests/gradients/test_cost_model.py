@@ -7,7 +7,7 @@ import pytest
 
 from fastdistil.gradients.cost_model import (
     GLOO_FP16_S,
-    Measured,
+    MeasuredExchange,
     allreduce_s,
     candidates_for,
     choose,
@@ -19,7 +19,7 @@ from fastdistil.gradients.cost_model import (
 DISTILBERT_BYTES = 66_400_000 * 4
 
 
-def measured(**changes: object) -> Measured:
+def measured(**changes: object) -> MeasuredExchange:
     values: dict[str, object] = {
         "ranks": 64,
         "gradient_bytes": DISTILBERT_BYTES,
@@ -31,7 +31,7 @@ def measured(**changes: object) -> Measured:
         "device": "cuda",
         "compress_bytes_per_s": 1e12,
     }
-    return Measured(**{**values, **changes})  # type: ignore[arg-type]
+    return MeasuredExchange(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_ring_allreduce_by_hand() -> None:

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistil.distributed.coordinator import Team
-from fastdistil.distributed.rank_info import Place
-from fastdistil.distributed.world import Handle, Kind, World
+from fastdistil.distributed.coordinator import Coordinator
+from fastdistil.distributed.rank_info import RankInfo
+from fastdistil.distributed.world import Collective, Handle, World
 from fastdistil.errors import UserError
 from fastdistil.gradients.buckets import MIB, BucketOptions, Buckets
 from fastdistil.gradients.compressors import make_compressor, starts_at
 from fastdistil.gradients.exchange import make_exchange
 from fastdistil.profiling.spans import Spans
 from fastdistil.recipe import Compression, load_recipe
-from fastdistil.recipe import World as Options
-from fastdistil.training.metrics import Load
+from fastdistil.recipe import WorldOptions as Options
+from fastdistil.training.metrics import Imbalance
 
 
 class TwoRanks:
@@ -28,7 +28,7 @@ class TwoRanks:
 
 def test_waiting_for_others_is_not_work() -> None:
     """This rank is the fast one: it waited for 3 of 10 s. On a GPU, whose host waits for nothing, spans know that as well."""
-    load = Load(TwoRanks())  # type: ignore[arg-type]
+    load = Imbalance(TwoRanks())  # type: ignore[arg-type]
     load.add(100, 0.25)
     found = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [2.0, 1.0]}})
     assert found["slowest_rank"] == 1
@@ -67,7 +67,7 @@ class BesideSilence(World):
     """Rank 0 of two; the other's gradients, and so its payloads, are all 0. Counts the buffers that it gave."""
 
     def __init__(self, rings: int = 1) -> None:
-        place = Place(
+        place = RankInfo(
             rank=0, size=2, local_rank=0, local_size=2, cross_rank=0, cross_size=1, launcher="", address=None, port=None
         )
         super().__init__(place, torch.device("cpu"), rings)
@@ -77,7 +77,7 @@ class BesideSilence(World):
         self.buffers.append(super().empty(numel, dtype))
         return self.buffers[-1]
 
-    def _carry(self, kind: Kind, tensor: Tensor, name: str, ring: int | None) -> Handle:
+    def _carry(self, kind: Collective, tensor: Tensor, name: str, ring: int | None) -> Handle:
         answers = {
             "allreduce": tensor,
             "all_to_all": torch.cat([tensor[: len(tensor) // 2], torch.zeros_like(tensor[: len(tensor) // 2])]),
@@ -304,7 +304,7 @@ def test_buckets_that_stay_are_told_of() -> None:
             exchange = make_exchange(recipe, world, optimizer)
             if states:
                 tensors = states[1]
-                told[kind] = exchange.restore(states[0], lambda _: tensors, Team(world, None))  # noqa: B023
+                told[kind] = exchange.restore(states[0], lambda _: tensors, Coordinator(world, None))  # noqa: B023
             exchange.begin(0)
             exchange.arm()
             exchange.finish({})
@@ -337,7 +337,7 @@ def test_one_rank_owes_what_two_had_not_sent() -> None:
     world, alone = World(None, torch.device("cpu")), nn.Parameter(torch.zeros(40, 16))
     one = make_exchange(recipe, world, torch.optim.AdamW([alone]))
     assert not one.owes
-    (told,) = one.restore(two.state(), of_ranks.__getitem__, Team(world, None))
+    (told,) = one.restore(two.state(), of_ranks.__getitem__, Coordinator(world, None))
     assert one.owes and "2 ranks" in told
     for own, owed in ((3.0, given - received), (5.0, torch.zeros(40, 16))):
         one.begin(3)

@@ -15,7 +15,7 @@ from fastdistil import __version__
 from fastdistil.install import doctor
 from fastdistil.install.doctor import Finding
 from fastdistil.install.horovod_build import HOW_TO_BUILD
-from fastdistil.install.horovod_installed import State
+from fastdistil.install.horovod_installed import HorovodState
 from fastdistil.profiling import device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,15 +145,15 @@ def test_nothing_optional_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert doctor.exit_code(named.values()) == 0
 
 
-BUILT = State("ok", "0.28.1 for torch 2.13.0")
+BUILT = HorovodState("ok", "0.28.1 for torch 2.13.0")
 WANTED = f"engine: horovod needs it, engine: torch and a single rank do not; {HOW_TO_BUILD}"
 
 
 @pytest.mark.parametrize(
     ("state", "probe", "expected"),
     [
-        (State("absent", "not installed"), None, ("not installed", "absent", WANTED)),
-        (State("problem", "built for another"), None, ("built for another", "problem", HOW_TO_BUILD)),
+        (HorovodState("absent", "not installed"), None, ("not installed", "absent", WANTED)),
+        (HorovodState("problem", "built for another"), None, ("built for another", "problem", HOW_TO_BUILD)),
         (
             BUILT,
             "ImportError: libmpi.so.40",
@@ -164,7 +164,7 @@ WANTED = f"engine: horovod needs it, engine: torch and a single rank do not; {HO
     ],
 )
 def test_horovod_and_its_operations(
-    state: State, probe: dict[str, int] | str | None, expected: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+    state: HorovodState, probe: dict[str, int] | str | None, expected: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "state", lambda: state)
     monkeypatch.setattr(doctor, "probe", lambda: probe)

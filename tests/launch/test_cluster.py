@@ -21,7 +21,7 @@ from fastdistil.data.python_docs import docstrings
 from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.events import read_events
-from fastdistil.launch.cluster import KINDS, Cluster, Kind, cluster_file
+from fastdistil.launch.cluster import KINDS, Cluster, ClusterKind, cluster_file
 
 
 class Required:
@@ -143,7 +143,7 @@ DSTACK = {
     "retry": {"on_events": Required([{"no-capacity", "interruption", "error"}]), "duration": DURATION},
 }
 SCHEMAS = {"mpijob": MPIJOB, "skypilot": SKYPILOT, "dstack": DSTACK}
-GIVEN: dict[Kind, dict[str, Any]] = {
+GIVEN: dict[ClusterKind, dict[str, Any]] = {
     "slurm": {"time": "8h", "gpus": "H100:8"},
     "mpijob": {"time": "8h", "gpus": "8", "image": "registry/fastdistil:1", "storage": "claim"},
     "skypilot": {"gpus": "H100:8", "storage": "s3://bucket"},
@@ -151,7 +151,7 @@ GIVEN: dict[Kind, dict[str, Any]] = {
 }
 
 
-def made(kind: Kind, **more: Any) -> str:
+def made(kind: ClusterKind, **more: Any) -> str:
     defaults: dict[str, Any] = {
         "command": "train",
         "recipe": "distilbert",
@@ -162,11 +162,11 @@ def made(kind: Kind, **more: Any) -> str:
     return cluster_file(kind, Cluster(**{**defaults, **GIVEN[kind], **more}))
 
 
-def documents(kind: Kind, **more: Any) -> list[Any]:
+def documents(kind: ClusterKind, **more: Any) -> list[Any]:
     return list(yaml.safe_load_all(made(kind, **more)))
 
 
-def shell_of(kind: Kind, document: Any) -> str:
+def shell_of(kind: ClusterKind, document: Any) -> str:
     """The script that starts the ranks."""
     match kind:
         case "mpijob":
@@ -189,7 +189,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"image": "registry/fastdistil:1"}, {"gpus
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["mpijob", "skypilot", "dstack"])
-def test_files_keep_to_their_schema(kind: Kind, variant: dict[str, Any], recipe_text: Path) -> None:
+def test_files_keep_to_their_schema(kind: ClusterKind, variant: dict[str, Any], recipe_text: Path) -> None:
     (document,) = documents(kind, **variant)
     check(document, SCHEMAS[kind], kind)
     *first, document = documents(kind, recipe=str(recipe_text), **variant)
@@ -243,7 +243,9 @@ def test_the_checks_are_strict() -> None:
         ),
     ],
 )
-def test_torchrun_is_started_on_every_node(kind: Kind, environ: dict[str, str], recipe_text: Path, tmp_path: Path) -> None:
+def test_torchrun_is_started_on_every_node(
+    kind: ClusterKind, environ: dict[str, str], recipe_text: Path, tmp_path: Path
+) -> None:
     script = shell_of(kind, documents(kind, recipe=str(recipe_text))[0])
     installs = {"pip": f"echo pip $* >> {tmp_path}/installed", "python": f"echo python $* >> {tmp_path}/installed"}
     done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', **installs)
@@ -298,7 +300,7 @@ def kubernetes_expands(text: str) -> str:
     "recipe_text", ["", "  \n# END_OF_RECIPE\n", "#\tx\n\tEND_OF_RECIPE\nEND_OF_RECIPE\n$(touch pwned) '\"`\n\n"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_reach_the_ranks_as_they_are(kind: Kind, recipe_text: str, tmp_path: Path) -> None:
+def test_values_reach_the_ranks_as_they_are(kind: ClusterKind, recipe_text: str, tmp_path: Path) -> None:
     """Whatever quotes, expansions, lines and marks of YAML or of a here-document they hold."""
     recipe = "distilbert"
     if recipe_text:
@@ -389,7 +391,7 @@ def run_script(script: str, folder: Path, environ: dict[str, str], **programs: s
         ("mpijob", {"recipe": "a b.yaml"}, "rename it"),
     ],
 )
-def test_what_cannot_be_had_is_refused(kind: Kind, wrong: dict[str, Any], says: str) -> None:
+def test_what_cannot_be_had_is_refused(kind: ClusterKind, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         made(kind, **wrong)
 

@@ -24,7 +24,7 @@ from fastdistil.errors import CorruptData, RankLost, Stopped, UserError
 from fastdistil.launch.attempt import free_port
 from fastdistil.launch.job import Elastic, Job, choose_slots, parse_elastic, parse_hosts
 from fastdistil.launch.launcher import launch, launch_function
-from fastdistil.launch.rank_output import Voices
+from fastdistil.launch.rank_output import RankOutput
 from fastdistil.launch.rank_process import Slot, rank_environment
 from fastdistil.launch.remote_call import answer_call, read_answer, write_call
 
@@ -263,9 +263,9 @@ def test_what_several_ranks_say_alike_is_said_once(ranks: Ranks, capsys: pytest.
 
 def test_what_was_said_already_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank may be seconds later than the others with the same words."""
-    monkeypatch.setattr(Voices, "HOLD_S", 0.0)
+    monkeypatch.setattr(RankOutput, "HOLD_S", 0.0)
     out = io.StringIO()
-    voices = Voices(out)
+    voices = RankOutput(out)
     for rank in (2, 1):
         reading, writing = os.pipe()
         os.write(writing, b"fastdistil: rank 0 is lost\n")
@@ -324,13 +324,13 @@ def test_what_a_killed_rank_started_ends(ranks: Ranks) -> None:
 
 LOSES_RANK_0 = """
 from fastdistil.errors import RankLost
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.coordinator import joined
 
 settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=10", "world.engine=torch"]
 try:
-    with joined(find_place(), load_recipe("distilbert", settings), print) as team:
+    with joined(find_rank_info(), load_recipe("distilbert", settings), print) as team:
         team.world.barrier()
         if rank == "0":
             os.kill(os.getpid(), signal.SIGKILL)

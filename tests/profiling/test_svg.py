@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastdistil.profiling import quantities
 from fastdistil.profiling.report import svg as charts
-from fastdistil.profiling.report.svg import Axis, Bar, Layer, Series
+from fastdistil.profiling.report.svg import Axis, Bar, ChartSeries, Layer
 
 finite = st.floats(-1e15, 1e15, allow_nan=False).filter(lambda value: value == 0 or abs(value) > 1e-9)
 BAD = re.compile(r"\b(nan|inf|infinity|none)\b", re.IGNORECASE)
@@ -96,7 +96,9 @@ def test_columns_keep_extremes_means_and_count(values: list[float], count: int) 
 
 def test_a_line_lies_where_its_values_say() -> None:
     x, y = np.array([0.0, 50.0, 100.0]), np.array([0.0, 5.0, 10.0])
-    root = drawn(charts.line_chart([Series(name="loss", x=x, y=y)], x=Axis(label="update"), y=Axis(label="loss"), title="t"))
+    root = drawn(
+        charts.line_chart([ChartSeries(name="loss", x=x, y=y)], x=Axis(label="update"), y=Axis(label="loss"), title="t")
+    )
     (line,) = of_class(root, "line")
     (x0, y0), (x1, y1), (x2, y2) = points(line.get("d", ""))
     grid = sorted({float(re.findall(r" ([\d.]+)H", path.get("d", ""))[0]) for path in of_class(root, "grid")})
@@ -108,7 +110,9 @@ def test_a_line_lies_where_its_values_say() -> None:
 
 def test_tick_labels_are_the_values_of_their_places() -> None:
     x, y = np.array([0.0, 1.0]), np.array([0.0, 0.004])
-    root = drawn(charts.line_chart([Series(name="s", x=x, y=y)], x=Axis(label="u"), y=Axis(label="step", unit="s"), title="t"))
+    root = drawn(
+        charts.line_chart([ChartSeries(name="s", x=x, y=y)], x=Axis(label="u"), y=Axis(label="step", unit="s"), title="t")
+    )
     labels = [(text.text, float(text.get("y", "nan"))) for text in of_class(root, "tick") if text.get("text-anchor") == "end"]
     assert [text for text, _ in labels[:5]] == ["0", "1", "2", "3", "4"]  # milliseconds
     heights = [height for _, height in labels[:5]]
@@ -119,7 +123,7 @@ def test_tick_labels_are_the_values_of_their_places() -> None:
 def test_updates_have_no_ticks_between_them() -> None:
     x = np.array([1.0, 2.0])
     root = drawn(
-        charts.line_chart([Series(name="s", x=x, y=x)], x=Axis(label="update"), y=Axis(label="v"), title="t", width=740)
+        charts.line_chart([ChartSeries(name="s", x=x, y=x)], x=Axis(label="update"), y=Axis(label="v"), title="t", width=740)
     )
     labels = [text.text for text in of_class(root, "tick") if text.get("text-anchor") != "end" or text.get("y") == "193"]
     assert labels == ["1", "2"]
@@ -129,7 +133,9 @@ def test_a_single_spike_among_many_is_drawn() -> None:
     y = np.full(200_000, 1.0)
     y[123_456] = 9.0
     x = np.arange(len(y), dtype=np.float64)
-    root = drawn(charts.line_chart([Series(name="step", x=x, y=y)], x=Axis(label="u"), y=Axis(label="s", zero=True), title="t"))
+    root = drawn(
+        charts.line_chart([ChartSeries(name="step", x=x, y=y)], x=Axis(label="u"), y=Axis(label="s", zero=True), title="t")
+    )
     (band,) = of_class(root, "band")
     (line,) = of_class(root, "line")
     highest = min(points(band.get("d", "")), key=lambda point: point[1])
@@ -144,18 +150,18 @@ def test_a_single_spike_among_many_is_drawn() -> None:
 def test_values_that_are_not_finite_are_gaps() -> None:
     x = np.arange(6, dtype=np.float64)
     y = np.array([1.0, 2.0, math.nan, math.inf, 3.0, 4.0])
-    root = drawn(charts.line_chart([Series(name="loss", x=x, y=y)], x=Axis(label="u"), y=Axis(label="loss"), title="t"))
+    root = drawn(charts.line_chart([ChartSeries(name="loss", x=x, y=y)], x=Axis(label="u"), y=Axis(label="loss"), title="t"))
     (line,) = of_class(root, "line")
     assert line.get("d", "").count("M") == 2
     assert len(points(line.get("d", ""))) == 4
     with pytest.raises(ValueError, match="nothing to draw"):
-        charts.line_chart([Series(name="a", x=x, y=np.full(6, math.nan))], x=Axis(label="u"), y=Axis(label="v"), title="t")
+        charts.line_chart([ChartSeries(name="a", x=x, y=np.full(6, math.nan))], x=Axis(label="u"), y=Axis(label="v"), title="t")
 
 
 def test_a_logarithmic_axis_places_decades_evenly_and_leaves_zero_out() -> None:
     x, y = np.arange(4, dtype=np.float64), np.array([1.0, 10.0, 0.0, 100.0])
     axis = Axis(label="loss", log=True)
-    root = drawn(charts.line_chart([Series(name="loss", x=x, y=y)], x=Axis(label="u"), y=axis, title="t"))
+    root = drawn(charts.line_chart([ChartSeries(name="loss", x=x, y=y)], x=Axis(label="u"), y=axis, title="t"))
     (line,) = of_class(root, "line")
     one, ten, hundred = (height for _, height in points(line.get("d", "")))
     assert one - ten == pytest.approx(ten - hundred, abs=0.11)
@@ -163,7 +169,7 @@ def test_a_logarithmic_axis_places_decades_evenly_and_leaves_zero_out() -> None:
 
 def test_error_bars_reach_from_low_to_high() -> None:
     x, y = np.array([1.0, 2.0]), np.array([4.0, 2.0])
-    series = Series(name="loss", x=x, y=y, low=y - 1, high=y + 1)
+    series = ChartSeries(name="loss", x=x, y=y, low=y - 1, high=y + 1)
     root = drawn(charts.line_chart([series], x=Axis(label="u"), y=Axis(label="loss", zero=True), title="t"))
     (bars,) = of_class(root, "error")
     (low0, high0), *_ = [(float(a), float(b)) for a, b in re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)", bars.get("d", ""))]
@@ -175,7 +181,7 @@ def test_error_bars_reach_from_low_to_high() -> None:
 
 def test_series_are_told_apart_by_colour_and_by_dash() -> None:
     x = np.arange(3, dtype=np.float64)
-    series = [Series(name=f"run {style}", x=x, y=x + style, style=style) for style in range(3)]
+    series = [ChartSeries(name=f"run {style}", x=x, y=x + style, style=style) for style in range(3)]
     root = drawn(charts.line_chart(series, x=Axis(label="u"), y=Axis(label="v"), title="t"))
     assert [line.get("class") for line in of_class(root, "line")] == ["line s0", "line s1", "line s2"]
 
@@ -183,7 +189,7 @@ def test_series_are_told_apart_by_colour_and_by_dash() -> None:
 def test_readings_under_the_pointer_say_the_numbers() -> None:
     x, y = np.array([10.0, 20.0]), np.array([0.25, 0.5])
     axis = Axis(label="step", unit="s")
-    root = drawn(charts.line_chart([Series(name="run", x=x, y=y)], x=Axis(label="update"), y=axis, title="t"))
+    root = drawn(charts.line_chart([ChartSeries(name="run", x=x, y=y)], x=Axis(label="update"), y=axis, title="t"))
     told = [rect.findtext("title") for rect in of_class(root, "hover")]
     assert told == ["update 10\nrun: 250.0 ms", "update 20\nrun: 500.0 ms"]
 
@@ -248,7 +254,7 @@ def test_ranks_are_bars_and_the_slowest_is_pointed_at() -> None:
 def test_names_cannot_break_out_of_a_chart() -> None:
     name = '</title><script>alert(1)</script>&"\x00\x1b[31m\ud800'
     x = np.arange(3, dtype=np.float64)
-    series = [Series(name=name, x=x, y=x)]
+    series = [ChartSeries(name=name, x=x, y=x)]
     root = drawn(charts.line_chart(series, x=Axis(label=name), y=Axis(label=name, unit=name), title=name))
     assert not [element for element in root.iter() if element.tag == "script"]
     ElementTree.fromstring(charts.patch(name))

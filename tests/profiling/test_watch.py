@@ -25,7 +25,7 @@ from fastdistil.errors import UserError
 from fastdistil.events import EventLog, read_events
 from fastdistil.profiling.report import live
 from fastdistil.profiling.report.live import Live
-from fastdistil.profiling.report.watch import Watch
+from fastdistil.profiling.report.watch import WatchServer
 from fastdistil.runs import sole_user
 
 
@@ -437,8 +437,8 @@ def test_a_run_that_appears_later_and_one_that_is_made_anew(tmp_path: Path) -> N
 
 
 @contextmanager
-def serving(directory: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Watch]:
-    with Watch(directory, host, port) as server:
+def serving(directory: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[WatchServer]:
+    with WatchServer(directory, host, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -448,7 +448,9 @@ def serving(directory: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator
             thread.join()
 
 
-def ask(server: Watch, path: str = "/api/state", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    server: WatchServer, path: str = "/api/state", method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
         connection.putrequest(method, path, skip_host="Host" in headers)
@@ -551,7 +553,7 @@ def test_another_address_asks_for_the_token(tmp_path: Path) -> None:
         assert ask(server, "/", **cookie)[0] == 200
         assert ask(server, "/api/state", **cookie)[0] == 200
         assert ask(server, "/api/state", Host="rebound.example", **cookie)[0] == 403
-    with Watch(tmp_path, "0.0.0.0") as other:
+    with WatchServer(tmp_path, "0.0.0.0") as other:
         assert other.token != token
 
 
@@ -602,7 +604,7 @@ def test_odd_requests_are_answered_with_a_status_and_no_traceback(tmp_path: Path
 
 
 def test_a_page_that_reads_no_more_is_no_error_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Watch(tmp_path) as server:
+    with WatchServer(tmp_path) as server:
         for error in (TimeoutError("timed out"), BrokenPipeError()):
             try:
                 raise error
@@ -615,28 +617,28 @@ def test_a_page_that_reads_no_more_is_no_error_of_ours(tmp_path: Path, capsys: p
 
 
 def test_a_port_in_use_is_an_error_that_names_a_free_one(tmp_path: Path) -> None:
-    with Watch(tmp_path) as first, pytest.raises(UserError, match=r"--port (\d+) is free") as caught:
-        Watch(tmp_path, port=first.port)
+    with WatchServer(tmp_path) as first, pytest.raises(UserError, match=r"--port (\d+) is free") as caught:
+        WatchServer(tmp_path, port=first.port)
     named = re.search(r"--port (\d+)", str(caught.value))
     assert named is not None
-    with Watch(tmp_path, port=int(named[1])) as second:
+    with WatchServer(tmp_path, port=int(named[1])) as second:
         assert second.port == int(named[1])
 
 
 def test_addresses_and_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no address of this machine"):
-        Watch(tmp_path, "192.0.2.1")
+        WatchServer(tmp_path, "192.0.2.1")
     with pytest.raises(UserError, match="is no address"):
-        Watch(tmp_path, "no such host.invalid")
+        WatchServer(tmp_path, "no such host.invalid")
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UserError, match="not a directory"):
-        Watch(file)
+        WatchServer(file)
 
 
 def test_ipv6(tmp_path: Path) -> None:
     try:
-        server = Watch(tmp_path, "::1")
+        server = WatchServer(tmp_path, "::1")
     except UserError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
             pytest.skip("this machine has no IPv6")
@@ -671,7 +673,7 @@ def test_the_command_prints_its_url_serves_and_ends_cleanly_on_ctrl_c(tmp_path: 
 
 
 def test_the_command_tells_of_a_port_in_use(tmp_path: Path) -> None:
-    with Watch(tmp_path) as first:
+    with WatchServer(tmp_path) as first:
         command = [sys.executable, "-m", "fastdistil", "watch", str(tmp_path), "--port", str(first.port)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"})
     assert ended.returncode == 2

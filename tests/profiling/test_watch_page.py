@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from fastdistil.profiling.report.watch import Watch
+from fastdistil.profiling.report.watch import WatchServer
 from tests.profiling.test_watch import append, serving, start, train
 
 PATIENCE_S = 60
@@ -62,7 +62,7 @@ def browser(need: Callable[[str, str], Never], tmp_path_factory: pytest.TempPath
 
 
 @contextmanager
-def page(browser: Chrome, server: Watch, width: int = WIDE, **media: str) -> Iterator[Chrome]:
+def page(browser: Chrome, server: WatchServer, width: int = WIDE, **media: str) -> Iterator[Chrome]:
     """Open it; whatever the browser complains of (scripts, the content security policy) fails the test."""
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
         "width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": False,
@@ -214,7 +214,7 @@ def test_a_killed_run_is_said_to_be_gone_and_one_elsewhere_to_be_silent(browser:
 
 def test_a_server_that_is_gone_is_said_and_found_again(browser: Chrome, tmp_path: Path) -> None:
     append(tmp_path, start(), {"event": "done", "update": 100, "time": 1.0})
-    with Watch(tmp_path) as free:
+    with WatchServer(tmp_path) as free:
         port = free.port
     command = [sys.executable, "-m", "fastdistil", "watch", str(tmp_path), "--port", str(port)]
 

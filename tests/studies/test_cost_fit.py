@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil.errors import UserError
-from fastdistil.studies.cost_fit import Fit, Point, Sample, Workload, expected_max, fit
+from fastdistil.studies.cost_fit import Fit, Point, TimingSample, Workload, expected_max, fit
 from fastdistil.studies.networks import NETWORKS, Constant, Network, load_network
 from fastdistil.studies.predict import FASTEST, FOREVER, break_even, predict
 from fastdistil.studies.scale import Question, _model
@@ -44,7 +44,7 @@ def made(ranks: int, micro_batches: int, *, rings: int = 1, int8: bool = False, 
         hops=BUCKETS * 2 * (ranks - 1),
         touched_bytes=touched,
         name=f"{ranks}",
-        samples=tuple(Sample(step_s=true * (1 + each)) for each in noise),
+        samples=tuple(TimingSample(step_s=true * (1 + each)) for each in noise),
     )
 
 
@@ -117,7 +117,7 @@ def test_what_ranks_recorded_of_their_own_work_tells_stragglers_from_the_network
     own = 4 * TRUE["s"] + TRUE["o"]
     late = TRUE["sigma"] * LARGEST[2] * 2
     step = double.samples[0].step_s
-    sample = Sample(step_s=step, worked_s=own, imbalance_s=late, waited_s=step - own - late)
+    sample = TimingSample(step_s=step, worked_s=own, imbalance_s=late, waited_s=step - own - late)
     model = fit([single, Point(**{**double.__dict__, "samples": (sample, sample)})], on_cpu=True)
     assert value(model, "straggler_s") == pytest.approx(TRUE["sigma"], rel=1e-4)
     assert value(model, "hop_s") is None
@@ -175,7 +175,7 @@ def test_points_on_two_known_links_tell_a_third() -> None:
         step = 2 * TRUE["s"] + TRUE["o"] + exchange - 0.36 * TRUE["s"]
         values = made(2, 2).__dict__ | {
             "link_bytes_per_s": link,
-            "samples": tuple(Sample(step_s=step * f) for f in (1.002, 0.998)),
+            "samples": tuple(TimingSample(step_s=step * f) for f in (1.002, 0.998)),
         }
         points.append(Point(**values))
     model = fit(points, on_cpu=True)

@@ -25,7 +25,7 @@ from fastdistil.studies.minutes_table import (
     study,
 )
 from fastdistil.studies.points import (
-    Measured,
+    MeasuredPoints,
     Round,
     Setting,
     ceilings,
@@ -35,8 +35,8 @@ from fastdistil.studies.points import (
     model_point,
     read_round,
 )
-from fastdistil.studies.scale import Options, command, question, run_given
-from fastdistil.studies.scale_plot import Curve, Grid, Ideal, figure, page
+from fastdistil.studies.scale import ScaleOptions, command, question, run_given
+from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure, page
 from fastdistil.studies.scale_runs import Study, _measured, as_json, settings
 
 
@@ -60,8 +60,8 @@ SEVERAL = {"buckets": 2, "gradient_collectives": 2, "gradient_bytes": 4000}
 ONE, TWO = Setting(ranks=1, accumulation=4), Setting(ranks=2, accumulation=4, mode="weak")
 
 
-def measured(setting: Setting, *rounds: Round, **fields: Any) -> Measured:
-    return Measured(setting=setting, nodes=1, rounds=rounds, **fields)
+def measured(setting: Setting, *rounds: Round, **fields: Any) -> MeasuredPoints:
+    return MeasuredPoints(setting=setting, nodes=1, rounds=rounds, **fields)
 
 
 def test_efficiency_and_losses_by_hand(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, 
 )
 def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        command(Options(**options))
+        command(ScaleOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def test_a_file_for_a_directory_is_the_users_mistake(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(UserError, match=f"^{told}"):
-        command(Options(**options))
+        command(ScaleOptions(**options))
 
 
 def test_options_have_the_command_lines_defaults() -> None:
     told = {name: each.default for name, each in inspect.signature(cli.scale).parameters.items()}
-    assert Options(**{**told, "overrides": ()}) == Options()
+    assert ScaleOptions(**{**told, "overrides": ()}) == ScaleOptions()
 
 
 def test_what_was_not_recorded_is_said_to_be(tmp_path: Path) -> None:
@@ -406,8 +406,8 @@ class _Elements(HTMLParser):
 
 
 def test_the_plot_marks_predictions_and_lies_where_the_numbers_are() -> None:
-    solid = Curve(name="measured: weak", points=((1, 1, 1, 1), (2, 1.8, 1.7, 1.9), (4, 3.0, 2.9, 3.1)))
-    hollow = Curve(name="predicted: p3dn", points=((64, 40, 30, 50),), predicted=True)
+    solid = ScaleCurve(name="measured: weak", points=((1, 1, 1, 1), (2, 1.8, 1.7, 1.9), (4, 3.0, 2.9, 3.1)))
+    hollow = ScaleCurve(name="predicted: p3dn", points=((64, 40, 30, 50),), predicted=True)
     svg = figure([solid, hollow], [Ideal(name="linear", ranks=1, speed=1)], "ranks", "speed")
     elements = _Elements()
     elements.feed(svg)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fastdistil import cli, distil, train
-from fastdistil.distributed.rank_info import find_place
+from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.profiling.flops import Work
 from fastdistil.profiling.peaks import utilisation
 from fastdistil.profiling.report.history import load_history
@@ -110,7 +110,7 @@ def test_auto_has_decided_before_the_first_measured_update(command: Command, rec
 
 def late_rank(recipe: Recipe, recipe_name: str) -> Path:
     """A rank of a profile; rank 1 sleeps before each of its forwards."""
-    place = find_place(os.environ)
+    place = find_rank_info(os.environ)
     assert place is not None
     original = train.loss_terms
 

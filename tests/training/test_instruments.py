@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from fastdistil import train
-from fastdistil.distributed.coordinator import Team
+from fastdistil.distributed.coordinator import Coordinator
 from fastdistil.distributed.world import World
 from fastdistil.errors import OutOfMemory
 from fastdistil.profiling import trace
@@ -87,14 +87,14 @@ def test_memory_is_watched_in_the_last_update_of_the_warm_up(
     material: Path, tmp_path: Path, ranges: Ranges, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes time: no update that counts pays for it."""
-    original, at = instruments.Kept, []
+    original, at = instruments.SavedTensorBytes, []
 
     class Kept(original):  # type: ignore[misc, valid-type]
         def __enter__(self) -> Any:
             at.append(ranges.count("optimizer"))  # updates done
             return super().__enter__()
 
-    monkeypatch.setattr(instruments, "Kept", Kept)
+    monkeypatch.setattr(instruments, "SavedTensorBytes", Kept)
     quiet(small(material, tmp_path, "logging.every=4", "profile.warmup=3"))
     assert at == [2]
     (found,) = events(tmp_path / "run", "memory")
@@ -147,7 +147,7 @@ def test_peaks_are_measured_when_all_ranks_have_loaded(material: Path, tmp_path:
 
         monkeypatch.setattr(of, name, watched)
 
-    for of, name in ((Team, "share"), (Team, "collect_bytes"), (instruments.peaks, "peaks"), (World, "barrier")):
+    for of, name in ((Coordinator, "share"), (Coordinator, "collect_bytes"), (instruments.peaks, "peaks"), (World, "barrier")):
         watch(of, name)
     quiet(small(material, tmp_path, "evaluation.every=null", "profile.measure_peaks=true"))
     assert order == ["share", "collect_bytes", "peaks", "barrier"]

@@ -16,11 +16,11 @@ from torch import nn
 
 from fastdistil.data.batch import assemble
 from fastdistil.errors import OutOfMemory, is_out_of_memory
-from fastdistil.gradients.compressor import Layout
+from fastdistil.gradients.compressor import BucketLayout
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.loading import fresh_model
-from fastdistil.profiling.memory import PARTS, Kept, MemoryMeter, held_bytes, memory_parts
+from fastdistil.profiling.memory import PARTS, MemoryMeter, SavedTensorBytes, held_bytes, memory_parts
 from fastdistil.profiling.memory_estimate import MemoryEstimate, student_activation_bytes
 from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
@@ -96,7 +96,7 @@ def test_kept_is_what_autograd_keeps(dropout: float) -> None:
     """Against the estimate, which another test holds against autograd."""
     student = bert(dropout=dropout).train()
     batch = a_batch(8)
-    with Kept(student) as kept:
+    with SavedTensorBytes(student) as kept:
         features = student.transform(student.hidden(batch))
         loss = features @ torch.ones(64, 1, requires_grad=True)
     grouped = 3 * 64 * 4  # of each layer: attention by groups keeps one more width
@@ -114,7 +114,7 @@ def test_residuals_are_estimated(kind: str) -> None:
     shape = transformer_shape(bert())
     recipe = small_recipe(compression={"kind": kind, "block": 32}, world={"ranks": 4})
     elements = shape.parameters // 128 * 128
-    layout = Layout(elements, ((0, (elements // 128, 128)),), 0)
+    layout = BucketLayout(elements, ((0, (elements // 128, 128)),), 0)
     compressor = make_compressor(recipe.compression, ranks=4, rank=0, engine="torch", seed=0)
     own = {name: tensor for name, tensor in compressor.start(layout, torch.zeros(1)).items() if name in ("residual", "server")}
     found = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH).residuals
