@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch, Counts
-from fastdistil.kernels.backend import Path
+from fastdistil.kernels.backend import Backend
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
 from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher
 from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss
@@ -64,13 +64,13 @@ def loss_terms(
     projection: nn.Linear | None = None,
     *,
     columns: int | None = None,
-    path: Path = "auto",
+    backend: Backend = "auto",
     span: Span = unmeasured,
 ) -> LossTerms:
     """The objective on one micro-batch. `student`, `teacher`: language_model.LanguageModel or modules with its interface.
 
     Only `total` carries a gradient. `columns`: the first entries of both vocabularies, in which student and teacher are
-    compared and labels predicted, as if there were no others; None: all, equally many. `path`: which implementation of the
+    compared and labels predicted, as if there were no others; None: all, equally many. `backend`: which implementation of the
     losses (recipe key `kernels`). `span`: measures the forwards of teacher and student up to their last hidden states, and the
     losses, which hold both heads and, where they are fused, the head's backward.
     """
@@ -83,7 +83,7 @@ def loss_terms(
         student_hidden_ND = student.hidden(batch)
     with span("losses"):
         states = student_hidden_ND, teacher_hidden_NE
-        return _losses(objective, student, teacher, *states, batch, per, projection, columns, path)
+        return _losses(objective, student, teacher, *states, batch, per, projection, columns, backend)
 
 
 def _losses(
@@ -96,7 +96,7 @@ def _losses(
     per: Denominators,
     projection: nn.Linear | None,
     columns: int | None,
-    path: Path,
+    backend: Backend,
 ) -> LossTerms:
     zero = torch.zeros((), device=student_hidden_ND.device)
     total, soft, hard, cosine, mse = zero, zero, zero, zero, zero
@@ -111,12 +111,12 @@ def _losses(
         columns=columns if objective.a_ce else None,
     )
     if objective.a_ce and (teacher_hidden_NE is not None or batch.cached_indices_NK is not None):
-        found = _vocabulary_terms(objective, options, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, path)
+        found = _vocabulary_terms(objective, options, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, backend)
         total, soft, hard = found.total, found.soft / per.soft, found.hard / per.hard
     elif a_hard:
         features_MD = student.transform(student_hidden_ND.index_select(0, batch.label_rows))
         labels_M = batch.labels_N.index_select(0, batch.label_rows)
-        found = linear_cross_entropy_loss(features_MD, student.weight, student.bias, labels_M, options=options, path=path)
+        found = linear_cross_entropy_loss(features_MD, student.weight, student.bias, labels_M, options=options, backend=backend)
         total, hard = found.total, found.hard / per.hard
 
     if teacher_hidden_NE is not None and (objective.a_cos or objective.a_mse):
@@ -124,7 +124,7 @@ def _losses(
             student_hidden_ND = projection(student_hidden_ND)
         weighed = HiddenOptions(cosine=objective.a_cos / per.hidden, mse=objective.a_mse / per.hidden)
         states = ([student_hidden_ND], [teacher_hidden_NE])
-        hidden = cosine_loss(*states, batch.valid_rows, options=weighed, path=path)
+        hidden = cosine_loss(*states, batch.valid_rows, options=weighed, backend=backend)
         total, cosine, mse = total + hidden.total, hidden.cosine / per.hidden, hidden.mse / per.hidden
 
     return LossTerms(total, soft, hard, cosine, mse)
@@ -142,7 +142,7 @@ def _vocabulary_terms(
     student_hidden_ND: Tensor,
     teacher_hidden_NE: Tensor | None,
     batch: Batch,
-    path: Path,
+    backend: Backend,
 ) -> DistillTerms:
     """Soft and hard term. Rows that enter neither are dropped before the heads, transforms included."""
     rows = batch.label_rows if objective.soft_rows == "masked" else batch.valid_rows
@@ -155,10 +155,10 @@ def _vocabulary_terms(
     if teacher_hidden_NE is None:
         cached = (batch.cached_indices_NK, batch.cached_log_probabilities_NK, batch.cached_tail_N)
         sparse = SparseTeacher(*(None if each is None else _rows(each, rows) for each in cached))  # type: ignore[arg-type]
-        return linear_sparse_distill_loss(*head, sparse, labels_N, weights_N, options=options, path=path)
+        return linear_sparse_distill_loss(*head, sparse, labels_N, weights_N, options=options, backend=backend)
     assert teacher is not None
     with torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):
         teacher_features_NE = teacher.transform(_rows(teacher_hidden_NE, rows))
     bias_V = None if teacher.bias is None else teacher.bias.detach()
     teacher_head = (teacher_features_NE, teacher.weight.detach(), bias_V)
-    return linear_distill_loss(*head, *teacher_head, labels_N, weights_N, options=options, path=path)
+    return linear_distill_loss(*head, *teacher_head, labels_N, weights_N, options=options, backend=backend)

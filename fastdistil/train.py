@@ -275,7 +275,7 @@ def _forward_backward(run: Run, on_host: Batch, update_counts: Counts) -> LossTe
             per,
             inputs.projection,
             columns=inputs.columns,
-            path=run.recipe.kernels,
+            backend=run.recipe.kernels,
             span=span,
         )
     run.team.phase("backward", run.update + 1)

@@ -49,7 +49,7 @@ def keep_gradients(
 def hand_gradients(ctx: Any, grad_total: Tensor | None) -> list[Tensor | None]:
     """In an op's backward: the gradients of the op's total, times what arrived; None for those that were not asked for."""
     if torch.is_grad_enabled():
-        raise RuntimeError("this loss can be differentiated once (create_graph=True is not supported); use path='reference'")
+        raise RuntimeError("this loss can be differentiated once (create_graph=True is not supported); use backend='reference'")
     if ctx.gradients is None:
         raise RuntimeError("the gradient of this loss was handed over by an earlier backward; compute the loss again")
     gradients, ctx.gradients = ctx.gradients, None

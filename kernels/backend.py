@@ -4,22 +4,22 @@ from typing import Literal
 
 import torch
 
-Path = Literal["auto", "reference", "triton", "torch"]
+Backend = Literal["auto", "reference", "triton", "torch"]
 
 
-def chosen_path(path: Path, device: torch.device | str) -> str:
-    """ "triton" or "torch" for tensors on a device. Raises ValueError for a path that it has not."""
+def chosen_backend(backend: Backend, device: torch.device | str) -> str:
+    """ "triton" or "torch" for tensors on a device. Raises ValueError for a backend that it has not."""
     kind = torch.device(device).type
-    if path == "torch":
-        return path
-    if path == "auto":
+    if backend == "torch":
+        return backend
+    if backend == "auto":
         if kind == "cuda" and not _has_triton():
             raise ValueError(
                 "losses on a GPU need the package triton, which is not installed; pip install triton, or say 'torch'"
             )
         return "triton" if kind == "cuda" else "torch"
-    if path != "triton":
-        raise ValueError(f"the path must be one of auto, reference, triton, torch; got {path!r}")
+    if backend != "triton":
+        raise ValueError(f"the backend must be one of auto, reference, triton, torch; got {backend!r}")
     if not _has_triton():
         raise ValueError("triton kernels need the package triton, which is not installed; pip install triton, or say 'torch'")
     if kind != "cuda" and not _interpreted():

@@ -20,13 +20,13 @@ Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks.
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.backend import Path, chosen_path
+from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.block_codes_reference import dequantize_int8_reference, quantize_int8_reference
 from fastdistil.kernels.cpu import buffer
 
 
-def _check(gradient_N: Tensor, residual_N: Tensor | None, path: str) -> None:
-    allowed = (torch.float32,) if path == "triton" else (torch.float32, torch.float64)
+def _check(gradient_N: Tensor, residual_N: Tensor | None, backend: str) -> None:
+    allowed = (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
     if gradient_N.dtype not in allowed or gradient_N.ndim != 1 or not gradient_N.is_contiguous():
         raise ValueError(
             f"the gradient must be contiguous, one-dimensional and {' or '.join(map(str, allowed))}; got {gradient_N.dtype} "
@@ -63,8 +63,8 @@ def _check_coded(codes_RN: Tensor, scales_RB: Tensor, block: int) -> None:
             )
 
 
-def _check_out(out_N: Tensor, numel: int, path: str) -> None:
-    allowed = (torch.float32,) if path == "triton" else (torch.float32, torch.float64)
+def _check_out(out_N: Tensor, numel: int, backend: str) -> None:
+    allowed = (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
     if out_N.dtype not in allowed or out_N.shape != (numel,) or not out_N.is_contiguous():
         raise ValueError(
             f"the result must be contiguous, [{numel}] and {' or '.join(map(str, allowed))}; got {out_N.dtype} "
@@ -72,18 +72,18 @@ def _check_out(out_N: Tensor, numel: int, path: str) -> None:
         )
 
 
-def _path(path: Path, device: torch.device) -> str:
+def chosen_backend_or_reference(backend: Backend, device: torch.device) -> str:
     """On a GPU without Triton there is nothing faster than the reference, which does not wait for the device either."""
-    chosen = path if path == "reference" else chosen_path(path, device)
+    chosen = backend if backend == "reference" else chosen_backend(backend, device)
     return "reference" if chosen == "torch" and device.type != "cpu" else chosen
 
 
 @torch.no_grad()
 def quantize_int8(
-    gradient_N: Tensor, residual_N: Tensor | None, *, block: int = 1024, path: Path = "auto"
+    gradient_N: Tensor, residual_N: Tensor | None, *, block: int = 1024, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(codes_N int8 in -127 ... 127, scales_B float32); residual_N becomes what the codes do not say."""
-    chosen = _path(path, gradient_N.device)
+    chosen = chosen_backend_or_reference(backend, gradient_N.device)
     _check_block(block)
     _check(gradient_N, residual_N, chosen)
     if chosen == "triton":
@@ -102,10 +102,10 @@ def quantize_int8(
 
 @torch.no_grad()
 def dequantize_int8(
-    codes_N: Tensor, scales_B: Tensor, *, block: int = 1024, out: Tensor | None = None, path: Path = "auto"
+    codes_N: Tensor, scales_B: Tensor, *, block: int = 1024, out: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """codes * scales, [N], float32, or in `out` and its dtype."""
-    return _decoded_int8(codes_N[None], scales_B[None], block, torch.float32, out, path)
+    return _decoded_int8(codes_N[None], scales_B[None], block, torch.float32, out, backend)
 
 
 @torch.no_grad()
@@ -114,17 +114,17 @@ def dequantize_sum_int8(
     scales_RB: Tensor,
     *,
     block: int = 1024,
-    path: Path = "auto",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The ranks' decoded gradients, summed in the ranks' order, [N]. Rows may lie apart."""
-    return _decoded_int8(codes_RN, scales_RB, block, dtype, None, path)
+    return _decoded_int8(codes_RN, scales_RB, block, dtype, None, backend)
 
 
 def _decoded_int8(
-    codes_RN: Tensor, scales_RB: Tensor, block: int, dtype: torch.dtype, out: Tensor | None, path: Path
+    codes_RN: Tensor, scales_RB: Tensor, block: int, dtype: torch.dtype, out: Tensor | None, backend: Backend
 ) -> Tensor:
-    chosen, numel = _path(path, codes_RN.device), codes_RN.shape[1]
+    chosen, numel = chosen_backend_or_reference(backend, codes_RN.device), codes_RN.shape[1]
     _check_block(block)
     _check_coded(codes_RN, scales_RB, block)
     out_N = buffer((numel,), dtype, codes_RN.device) if out is None else out

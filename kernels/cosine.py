@@ -28,7 +28,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 from fastdistil.kernels.autograd import hand_gradients, keep_gradients
-from fastdistil.kernels.backend import Path, chosen_path
+from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.cpu import buffer
 
 # torch's cosine_embedding_loss adds it to each squared norm.
@@ -160,7 +160,7 @@ def _unit(options: HiddenOptions, dtype: torch.dtype) -> tuple[HiddenOptions, fl
     "fastdistil::cosine",
     mutates_args=(),
     schema="(Tensor[] student, Tensor[] teacher, Tensor? rows, Tensor? weights, float cosine, float mse, bool need_grad, "
-    "str path) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def _cosine(
     student_states: Sequence[Tensor],
@@ -170,7 +170,7 @@ def _cosine(
     cosine: float,
     mse: float,
     need_grad: bool,
-    path: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     options, first = HiddenOptions(cosine=cosine, mse=mse), student_states[0]
     scaled, _ = _unit(options, first.dtype)
@@ -182,7 +182,7 @@ def _cosine(
         for grad_ND in grads:
             grad_ND.zero_()
     weights_M = weights_N if weights_N is None or rows_M is None else weights_N.index_select(0, rows_M)
-    if path == "triton":
+    if backend == "triton":
         from fastdistil.kernels.cosine_triton import cosine_rows_triton
 
         cosine_rows_triton(
@@ -224,14 +224,14 @@ def cosine_loss(
     *,
     options: HiddenOptions,
     projections: Sequence[Tensor | None] | None = None,
-    path: Path = "auto",
+    backend: Backend = "auto",
 ) -> HiddenTerms:
     """Cosine and mean squared error of hidden states, all layers in one launch, with the gradient from the same pass.
 
     student_states, teacher_states: float, L tensors [N, D] (or one tensor for one layer), one dtype a side; rows may lie apart.
     rows_M: int64, without repetitions: the rows that count; None: all. weights_N: float. projections: [D_teacher, D_student] a
     layer, or None, for sides of different widths: a linear map of the student's states, with its own gradient.
-    Only the student's states (and projections) get a gradient, once: anything else needs path="reference".
+    Only the student's states (and projections) get a gradient, once: anything else needs backend="reference".
     Raises ValueError for shapes, dtypes and paths that do not fit.
     """
     student = [student_states] if isinstance(student_states, Tensor) else list(student_states)
@@ -247,15 +247,15 @@ def cosine_loss(
                 )
         student = [s if p is None else linear(s, p) for s, p in zip(student, projections, strict=True)]
     _check(student, teacher, rows_M, weights_N)
-    if path == "reference":
+    if backend == "reference":
         return cosine_loss_reference(student, teacher, rows_M, weights_N, options=options)
     grad = torch.is_grad_enabled()
     if grad and any(each.requires_grad for each in (*teacher, *(() if weights_N is None else (weights_N,)))):
         raise ValueError(
-            "only the student's states get a gradient: detach the teacher's and the weights, or use path='reference'"
+            "only the student's states get a gradient: detach the teacher's and the weights, or use backend='reference'"
         )
     need_grad = grad and any(each.requires_grad for each in student)
-    chosen = chosen_path(path, student[0].device)
+    chosen = chosen_backend(backend, student[0].device)
     total, cosine, mse, _ = _cosine(student, teacher, rows_M, weights_N, options.cosine, options.mse, need_grad, chosen)
     return HiddenTerms(total, cosine, mse)
 

@@ -119,7 +119,7 @@ def cosine_rows_triton(
     layers, rows = terms_LM2.shape[:2]
     widest = max(each.shape[1] for each in student_states)
     if widest > _LARGEST:
-        raise ValueError(f"hidden states are up to {_LARGEST} wide in the Triton path, got {widest}; use path='torch'")
+        raise ValueError(f"hidden states are up to {_LARGEST} wide in the Triton path, got {widest}; use backend='torch'")
     if rows == 0 or widest == 0:
         terms_LM2.zero_()
         return

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistil.kernels.autograd import register_handover
-from fastdistil.kernels.backend import Path, chosen_path
+from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.cpu import buffer
 from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
@@ -137,9 +137,9 @@ def _terms(soft: Tensor, hard: Tensor, options: DistillOptions) -> DistillTerms:
 # ---- the op ----
 
 
-def rows_function(path: str) -> Any:
+def rows_function(backend: str) -> Any:
     """distill_rows_torch, or its Triton counterpart with the same arguments."""
-    if path == "torch":
+    if backend == "torch":
         return distill_rows_torch
     from fastdistil.kernels.distill_triton import distill_rows_triton
 
@@ -149,7 +149,7 @@ def rows_function(path: str) -> Any:
 @torch.library.custom_op(
     "fastdistil::distill",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? weights, bool need_grad, str path, "
+    schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? weights, bool need_grad, str backend, "
     f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _distill(
@@ -158,14 +158,14 @@ def _distill(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     need_grad: bool,
-    path: str,
+    backend: str,
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
     terms_N2 = student_NV.new_empty(student_NV.shape[0], 2, dtype=torch.promote_types(student_NV.dtype, torch.float32))
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
-    rows_function(path)(student_NV, teacher_NV, labels_N, weights_N, scaled, terms_N2, grad_NV)
+    rows_function(backend)(student_NV, teacher_NV, labels_N, weights_N, scaled, terms_N2, grad_NV)
     return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
@@ -176,7 +176,9 @@ def sum_terms(terms_N2: Tensor, options: DistillOptions) -> DistillTerms:
 
 
 @_distill.register_fake
-def _(student_NV: Tensor, teacher_NV: Tensor, labels_N: Any, weights_N: Any, need_grad: bool, path: str, *packed: Any) -> Any:
+def _(
+    student_NV: Tensor, teacher_NV: Tensor, labels_N: Any, weights_N: Any, need_grad: bool, backend: str, *packed: Any
+) -> Any:
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(3))
     return *scalars, student_NV.new_empty(student_NV.shape if need_grad else 0)
@@ -192,7 +194,7 @@ def distill_loss(
     weights_N: Tensor | None = None,
     *,
     options: DistillOptions,
-    path: Path = "auto",
+    backend: Backend = "auto",
 ) -> DistillTerms:
     """Divergence to the teacher and cross-entropy of logits, with the gradient from the same pass.
 
@@ -202,23 +204,23 @@ def distill_loss(
     Labels out of range: the CPU's path raises ValueError and the reference IndexError; the Triton path, which never looks
     at labels on the host, gives a hard term of +inf and the gradient of a label that is none of the columns; the torch
     path on a GPU ends in torch's device-side assertion.
-    Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs path="reference".
+    Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs backend="reference".
     Raises ValueError for shapes, dtypes and paths that do not fit.
     """
     check_rows(student_NV, teacher_NV, labels_N, weights_N)
     width = options.width(student_NV.shape[1], teacher_NV.shape[1])
-    if path == "reference":
+    if backend == "reference":
         return distill_loss_reference(student_NV, teacher_NV, labels_N, weights_N, options=options)
     if torch.is_grad_enabled() and (teacher_NV.requires_grad or (weights_N is not None and weights_N.requires_grad)):
         raise ValueError(
-            "only the student's logits get a gradient: detach the teacher's and the weights, or use path='reference'"
+            "only the student's logits get a gradient: detach the teacher's and the weights, or use backend='reference'"
         )
     for name, logits in (("student", student_NV), ("teacher", teacher_NV)):
         if logits.stride(1) != 1 and width > 1:
             raise ValueError(f"the {name}'s logits have strides {logits.stride()}; adjacent columns are needed: .contiguous()")
     need_grad = torch.is_grad_enabled() and student_NV.requires_grad
     *terms, _ = _distill(
-        student_NV, teacher_NV, labels_N, weights_N, need_grad, chosen_path(path, student_NV.device), *pack(options)
+        student_NV, teacher_NV, labels_N, weights_N, need_grad, chosen_backend(backend, student_NV.device), *pack(options)
     )
     return DistillTerms(*terms)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastdistil.kernels.autograd import register_handover
-from fastdistil.kernels.backend import Path, chosen_path
+from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.cpu import buffer, product
 from fastdistil.kernels.distill import check_rows, distill_loss_reference, rows_function, sum_terms
 from fastdistil.kernels.distill_options import (
@@ -148,7 +148,7 @@ class _Head:
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
-    "bool need_hidden, bool need_weight, bool need_bias, str path, int chunk_rows, "
+    "bool need_hidden, bool need_weight, bool need_bias, str backend, int chunk_rows, "
     f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_distill(
@@ -166,12 +166,12 @@ def _linear_distill(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    path: str,
+    backend: str,
     chunk_rows: int,
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
-    order_N = _labelled_first(labels_N, options.ignore_index) if path == "torch" and options.hard else None
+    order_N = _labelled_first(labels_N, options.ignore_index) if backend == "torch" and options.hard else None
     if order_N is not None:
         hidden_ND = hidden_ND.index_select(0, order_N)
         others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
@@ -190,7 +190,7 @@ def _linear_distill(
         if teacher_hidden_NE is not None:
             assert teacher_weight_VE is not None
             teacher = _Teacher(teacher_hidden_NE, teacher_weight_VE, teacher_bias_V, width, largest)
-        dense, sparse = rows_function(path), sparse_rows_function(path)
+        dense, sparse = rows_function(backend), sparse_rows_function(backend)
         for first in range(0, rows, chunk_rows):
             end = min(first + chunk_rows, rows)
             logits_CV, labels_C, weights_C = head.logits(first, end), _part(labels_N, first, end), _part(weights_N, first, end)
@@ -251,7 +251,7 @@ def linear_distill_loss(
     weights_N: Tensor | None = None,
     *,
     options: DistillOptions,
-    path: Path = "auto",
+    backend: Backend = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
     """`distill_loss` of the two heads' logits, which never exist whole.
@@ -267,7 +267,7 @@ def linear_distill_loss(
         raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
     teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, options, path, chunk_rows)
+    return _loss(student, teacher, labels_N, weights_N, options, backend, chunk_rows)
 
 
 def linear_sparse_distill_loss(
@@ -279,12 +279,12 @@ def linear_sparse_distill_loss(
     weights_N: Tensor | None = None,
     *,
     options: DistillOptions,
-    path: Path = "auto",
+    backend: Backend = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
     """`linear_distill_loss` with a teacher known by its likeliest tokens (see sparse_distill.py): forward KL only."""
     student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, options, path, chunk_rows)
+    return _loss(student, teacher, labels_N, weights_N, options, backend, chunk_rows)
 
 
 def linear_cross_entropy_loss(
@@ -294,11 +294,11 @@ def linear_cross_entropy_loss(
     labels_M: Tensor,
     *,
     options: DistillOptions,
-    path: Path = "auto",
+    backend: Backend = "auto",
     chunk_rows: int | None = None,
 ) -> DistillTerms:
     """The hard term alone, without a teacher (pre-training): `options.soft` has no effect."""
-    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, options, path, chunk_rows)
+    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, options, backend, chunk_rows)
 
 
 _Dense = tuple[Tensor, Tensor, Tensor | None]
@@ -311,7 +311,7 @@ def _loss(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     options: DistillOptions,
-    path: Path,
+    backend: Backend,
     chunk_rows: int | None,
 ) -> DistillTerms:
     hidden_ND, weight_VD, bias_V = student
@@ -323,7 +323,7 @@ def _loss(
     out_N = _rows_out(teacher is not None, labels_N, weights_N, options.ignore_index)
     if out_N is not None:
         hidden_ND = hidden_ND.masked_fill(out_N[:, None], 0.0)
-    if path == "reference":
+    if backend == "reference":
         return _reference((hidden_ND, weight_VD, bias_V), teacher, labels_N, weights_N, options)
     if torch.is_autocast_enabled(device.type) and hidden_ND.dtype != torch.float64:
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
@@ -336,7 +336,7 @@ def _loss(
     if grad and any(each is not None and each.requires_grad for each in others):
         raise ValueError(
             "the teacher and the weights get no gradient: compute the teacher's hidden states under torch.no_grad() and detach "
-            "its head, or use path='reference'"
+            "its head, or use backend='reference'"
         )
     if chunk_rows is None:
         itemsizes = hidden_ND.element_size() + (0 if dense[0] is None else dense[0].element_size())
@@ -352,7 +352,7 @@ def _loss(
         labels_N,
         weights_N,
         *need,
-        chosen_path(path, hidden_ND.device),
+        chosen_backend(backend, hidden_ND.device),
         max(1, chunk_rows),
         *pack(options),
     )

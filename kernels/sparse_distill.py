@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.kernels.autograd import register_handover
-from fastdistil.kernels.backend import Path, chosen_path
+from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.cpu import buffer
 from fastdistil.kernels.distill import capped, check_rows, distill_loss_reference, sum_terms, times
 from fastdistil.kernels.distill_options import (
@@ -271,9 +271,9 @@ def _check_indices(indices: Tensor, width: int) -> None:
 # ---- the op ----
 
 
-def sparse_rows_function(path: str) -> Any:
+def sparse_rows_function(backend: str) -> Any:
     """sparse_distill_rows_torch, or its Triton counterpart with the same arguments."""
-    if path == "torch":
+    if backend == "torch":
         return sparse_distill_rows_torch
     from fastdistil.kernels.sparse_triton import sparse_distill_rows_triton
 
@@ -284,7 +284,7 @@ def sparse_rows_function(path: str) -> Any:
     "fastdistil::sparse_distill",
     mutates_args=(),
     schema="(Tensor student, Tensor indices, Tensor log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
-    f"bool need_grad, str path, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool need_grad, str backend, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _sparse_distill(
     student_NV: Tensor,
@@ -294,7 +294,7 @@ def _sparse_distill(
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     need_grad: bool,
-    path: str,
+    backend: str,
     *packed: Any,
 ) -> tuple[Tensor, ...]:
     options = unpack(packed)
@@ -303,7 +303,7 @@ def _sparse_distill(
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
     teacher = SparseTeacher(indices_NK, log_probabilities_NK, tail_N)
-    sparse_rows_function(path)(student_NV, teacher, labels_N, weights_N, scaled, terms_N2, grad_NV)
+    sparse_rows_function(backend)(student_NV, teacher, labels_N, weights_N, scaled, terms_N2, grad_NV)
     return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
@@ -324,16 +324,16 @@ def sparse_distill_loss(
     weights_N: Tensor | None = None,
     *,
     options: DistillOptions,
-    path: Path = "auto",
+    backend: Backend = "auto",
 ) -> DistillTerms:
     """`distill_loss` with a teacher known by its likeliest tokens, at the temperature of the options.
 
     student_NV: float [N, V], adjacent columns. labels_N, weights_N: as in `distill_loss`, labels out of range included. Only
-    the student's logits get a gradient, once, unless path="reference". Raises ValueError for what does not fit.
+    the student's logits get a gradient, once, unless backend="reference". Raises ValueError for what does not fit.
     """
     check_rows(student_NV, None, labels_N, weights_N)
     check_teacher(student_NV, teacher, options)
-    if path == "reference":
+    if backend == "reference":
         return sparse_distill_reference(student_NV, teacher, labels_N, weights_N, options=options)
     if student_NV.stride(1) != 1 and student_NV.shape[1] > 1:
         raise ValueError(f"the student's logits have strides {student_NV.stride()}; adjacent columns are needed: .contiguous()")
@@ -341,9 +341,9 @@ def sparse_distill_loss(
     others = (teacher.log_probabilities_NK, teacher.tail_N, weights_N)
     if grad and any(each is not None and each.requires_grad for each in others):
         raise ValueError(
-            "only the student's logits get a gradient: detach the teacher and the weights, or use path='reference'"
+            "only the student's logits get a gradient: detach the teacher and the weights, or use backend='reference'"
         )
-    need_grad, chosen = grad and student_NV.requires_grad, chosen_path(path, student_NV.device)
+    need_grad, chosen = grad and student_NV.requires_grad, chosen_backend(backend, student_NV.device)
     *terms, _ = _sparse_distill(student_NV, *teacher, labels_N, weights_N, need_grad, chosen, *pack(options))
     return DistillTerms(*terms)
 

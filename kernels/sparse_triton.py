@@ -191,7 +191,7 @@ def sparse_distill_rows_triton(
     rows, width = student_NV.shape[0], options.width(student_NV.shape[1], student_NV.shape[1])
     listed = teacher.indices_NK.shape[1]
     if listed > _LARGEST:
-        raise ValueError(f"the Triton path takes up to {_LARGEST} listed tokens a row, got {listed}; use path='torch'")
+        raise ValueError(f"the Triton path takes up to {_LARGEST} listed tokens a row, got {listed}; use backend='torch'")
     if grad_NV is not None and width < grad_NV.shape[1]:
         grad_NV[:, width:].zero_()
     if rows == 0:

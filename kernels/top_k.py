@@ -9,16 +9,16 @@ inf and nan are taken before anything finite. Source: Stich et al. 2018. Legend:
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.backend import Path
-from fastdistil.kernels.block_codes import _check, _path
+from fastdistil.kernels.backend import Backend
+from fastdistil.kernels.block_codes import _check, chosen_backend_or_reference
 from fastdistil.kernels.block_codes_reference import _with_residual
 from fastdistil.kernels.cpu import buffer
 
 
 @torch.no_grad()
-def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, path: Path = "auto") -> tuple[Tensor, Tensor]:
+def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """(indices_K int32, ascending; values_K) of exactly k elements; residual_N becomes v with zeros in their places."""
-    chosen = _path(path, gradient_N.device)
+    chosen = chosen_backend_or_reference(backend, gradient_N.device)
     _check(gradient_N, residual_N, chosen)
     if not 1 <= k <= gradient_N.numel() < 2**31:
         raise ValueError(f"k must lie in 1 ... {gradient_N.numel()}, the gradient's size (below 2**31); got {k}")
@@ -37,7 +37,7 @@ def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, path:
 
 
 @torch.no_grad()
-def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, path: Path = "auto") -> Tensor:
+def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, backend: Backend = "auto") -> Tensor:
     """The ranks' selected elements at their places, summed in the ranks' order, [N]; a rank names no place twice.
 
     One index_add_ a rank on every device: its places differ, so that no two of its additions meet, in whatever order.
@@ -47,7 +47,7 @@ def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, path: Path
             f"indices must be int32 [R, K] and values [R, K]; got {indices_RK.dtype} {list(indices_RK.shape)} and "
             f"{list(values_RK.shape)}"
         )
-    if path == "reference":
+    if backend == "reference":
         return scatter_sum_reference(indices_RK, values_RK, numel)
     total_N = buffer((numel,), values_RK.dtype, values_RK.device).zero_()
     for indices_K, values_K in zip(indices_RK, values_RK, strict=True):

@@ -16,7 +16,7 @@ from fastdistil.data.teacher_cache import TeacherCache, identity
 from fastdistil.data.tokenizer import TokenFacts, load_tokenizer, token_facts
 from fastdistil.data.word_marks import check_words
 from fastdistil.errors import UserError
-from fastdistil.kernels.backend import chosen_path
+from fastdistil.kernels.backend import chosen_backend
 from fastdistil.models import language_model, loading, students
 from fastdistil.models.compiling import check_compiler
 from fastdistil.models.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
@@ -63,7 +63,7 @@ def _kernels(recipe: Recipe, device: str) -> str:
     if recipe.kernels == "reference":
         return recipe.kernels
     try:
-        return chosen_path(recipe.kernels, device)
+        return chosen_backend(recipe.kernels, device)
     except ValueError as error:
         raise UserError(f"kernels is {recipe.kernels} and the run's device is {device}: {error}") from error
 

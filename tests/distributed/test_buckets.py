@@ -43,7 +43,7 @@ for dtype, path in ((torch.float32, "torch"), (torch.float64, "reference")):
         if number == len(window) - 1:
             buckets.arm(0)
         per = denominators(recipe.objective, counts, batch.counts)
-        terms = loss_terms(recipe.objective, student, teacher, batch, per, path=path)
+        terms = loss_terms(recipe.objective, student, teacher, batch, per, backend=path)
         terms.total.backward()
     buckets.finish({"total": terms.total})
     gradients = {name: p.grad for name, p in named.items()}
@@ -92,7 +92,7 @@ def truth(recipe: Recipe) -> dict[torch.dtype, dict[str, torch.Tensor]]:
         assert len(window) == counts.batches == 8
         for batch in window:
             per = denominators(recipe.objective, counts, batch.counts)
-            loss_terms(recipe.objective, student, teacher, batch, per, path=path).total.backward()  # type: ignore[arg-type]
+            loss_terms(recipe.objective, student, teacher, batch, per, backend=path).total.backward()  # type: ignore[arg-type]
         found[dtype] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     return found
 

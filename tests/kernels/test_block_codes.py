@@ -35,46 +35,46 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
 
 
-def decoded(codes: Tensor, scales: Tensor, like: Tensor, block: int, path: Any) -> Tensor:
-    return dequantize_int8(codes, scales, block=block, out=torch.empty_like(like), path=path)
+def decoded(codes: Tensor, scales: Tensor, like: Tensor, block: int, backend: Any) -> Tensor:
+    return dequantize_int8(codes, scales, block=block, out=torch.empty_like(like), backend=backend)
 
 
-def assert_sent_and_left_make_v(v: Tensor, sent: Tensor, residual: Tensor, path: str) -> None:
-    assert torch.equal(v - sent, residual), path
+def assert_sent_and_left_make_v(v: Tensor, sent: Tensor, residual: Tensor, backend: str) -> None:
+    assert torch.equal(v - sent, residual), backend
     assert float(v.abs().max()) > 0
 
 
 # ---- int8 ----
 
 
-@pytest.mark.parametrize(("path", "dtype"), ALL_TYPED)
+@pytest.mark.parametrize(("backend", "dtype"), ALL_TYPED)
 @pytest.mark.parametrize("block", [16, 24, 1024])
 @pytest.mark.parametrize("numel", SIZES)
-def test_what_is_sent_and_what_is_left_make_the_original(numel: int, block: int, dtype: torch.dtype, path: str) -> None:
+def test_what_is_sent_and_what_is_left_make_the_original(numel: int, block: int, dtype: torch.dtype, backend: str) -> None:
     g, residual = gradient(numel, dtype), gradient(numel, dtype, seed=1)
     v, kept = g + residual, g.clone()
-    coded, scales = quantize_int8(g, residual, block=block, path=path)
-    sent = decoded(coded, scales, v, block, path)
-    assert_sent_and_left_make_v(v, sent, residual, path)
+    coded, scales = quantize_int8(g, residual, block=block, backend=backend)
+    sent = decoded(coded, scales, v, block, backend)
+    assert_sent_and_left_make_v(v, sent, residual, backend)
     assert torch.equal(g, kept), "the gradient was written to"
     if numel > 50:
         assert 1e-4 < float(residual.norm() / v.norm()) < 0.99
 
 
-@pytest.mark.parametrize(("path", "dtype"), TYPED)
+@pytest.mark.parametrize(("backend", "dtype"), TYPED)
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("block", [16, 24, 1024])
 @pytest.mark.parametrize("numel", SIZES)
-def test_int8_is_the_specification(numel: int, block: int, with_residual: bool, dtype: torch.dtype, path: Any) -> None:
+def test_int8_is_the_specification(numel: int, block: int, with_residual: bool, dtype: torch.dtype, backend: Any) -> None:
     g = gradient(numel, dtype)
     results = []
-    for each in ("reference", path):
+    for each in ("reference", backend):
         residual = gradient(numel, dtype, seed=1) if with_residual else None
-        codes, scales = quantize_int8(g, residual, block=block, path=each)
+        codes, scales = quantize_int8(g, residual, block=block, backend=each)
         results.append((codes, scales, *([residual] if residual is not None else [])))
     assert all(same(a, b) for a, b in zip(*results, strict=True))
     assert int(results[0][0].abs().max()) == 127
-    decoded = [dequantize_int8(codes, scales, block=block, path=each) for each in ("reference", path)]
+    decoded = [dequantize_int8(codes, scales, block=block, backend=each) for each in ("reference", backend)]
     assert torch.equal(*decoded)
 
 
@@ -82,7 +82,7 @@ def test_int8_is_numpys_arithmetic() -> None:
     """The specification, written once more: blocks one by one."""
     g, residual = gradient(1003), gradient(1003, seed=1)
     v = (g + residual).numpy()
-    codes, scales = quantize_int8(g, residual, block=100, path="reference")
+    codes, scales = quantize_int8(g, residual, block=100, backend="reference")
     for b in range(11):
         at = slice(100 * b, 100 * b + 100)
         scale = np.abs(v[at]).max() / np.float32(127)
@@ -93,75 +93,75 @@ def test_int8_is_numpys_arithmetic() -> None:
     assert bool((residual.abs() <= 0.501 * scales.repeat_interleave(100)[:1003]).all())
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_int8_rounds_halves_to_even(path: Any) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_int8_rounds_halves_to_even(backend: Any) -> None:
     v = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
-    codes, scales = quantize_int8(v, None, block=8, path=path)
+    codes, scales = quantize_int8(v, None, block=8, backend=backend)
     assert codes.tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
     assert scales.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_a_block_of_zeros(path: Any) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_a_block_of_zeros(backend: Any) -> None:
     g, residual = gradient(48), torch.zeros(48)
     g[16:32] = 0
-    coded, scales = quantize_int8(g, residual, block=16, path=path)
+    coded, scales = quantize_int8(g, residual, block=16, backend=backend)
     assert float(scales[1]) == 0
     assert float(scales[0]) > 0 < float(scales[2])
-    sent = decoded(coded, scales, g, 16, path)
+    sent = decoded(coded, scales, g, 16, backend)
     assert sent[16:32].abs().tolist() == residual[16:32].abs().tolist() == [0.0] * 16
     assert coded[16:32].tolist() == [0] * 16
     assert torch.equal(g - sent, residual)
 
 
-@pytest.mark.parametrize(("path", "dtype"), ALL_TYPED)
+@pytest.mark.parametrize(("backend", "dtype"), ALL_TYPED)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_what_is_not_finite_is_not_hidden_and_does_not_stay(dtype: torch.dtype, bad: float, path: Any) -> None:
+def test_what_is_not_finite_is_not_hidden_and_does_not_stay(dtype: torch.dtype, bad: float, backend: Any) -> None:
     g, residual = gradient(2100, dtype), gradient(2100, dtype, seed=1)
     g[[20, 2090]] = bad  # in a whole tile of Triton's, and in the last one
     before = residual.clone()
-    coded, scales = quantize_int8(g, residual, block=16, path=path)
+    coded, scales = quantize_int8(g, residual, block=16, backend=backend)
     assert scales.isnan().nonzero().flatten().tolist() == [1, 130]
     assert int(scales.isfinite().sum()) == 130
-    sent = decoded(coded, scales, g, 16, path)
+    sent = decoded(coded, scales, g, 16, backend)
     bad_N = sent.isnan()
     assert bad_N.nonzero().flatten().tolist() == [*range(16, 32), *range(2080, 2096)]
     assert torch.equal(residual[bad_N], before[bad_N])
     assert torch.equal((g + before - sent)[~bad_N], residual[~bad_N])
-    wanted = quantize_int8(g, before, block=16, path="reference")
+    wanted = quantize_int8(g, before, block=16, backend="reference")
     assert torch.equal(coded, wanted[0])
 
 
-@pytest.mark.parametrize("path", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("size", [1e30, 1e-30, 1e-38, 1e-40, 1e-43, 1e-45])
-def test_very_large_and_very_small(size: float, path: Any) -> None:
+def test_very_large_and_very_small(size: float, backend: Any) -> None:
     """Down to the smallest denormal, whose block has scale 0 and stays in the residual."""
     torch.manual_seed(0)
     v = torch.randn(1024) * size
     v[3] = size
     residual = torch.zeros(1024)
-    coded, scales = quantize_int8(v, residual, block=512, path=path)
-    sent = decoded(coded, scales, v, 512, path)
-    assert_sent_and_left_make_v(v, sent, residual, path)
+    coded, scales = quantize_int8(v, residual, block=512, backend=backend)
+    sent = decoded(coded, scales, v, 512, backend)
+    assert_sent_and_left_make_v(v, sent, residual, backend)
     assert bool(scales.isfinite().all())
     left = torch.zeros(1024)
-    wanted, wanted_scales = quantize_int8(v, left, block=512, path="reference")
+    wanted, wanted_scales = quantize_int8(v, left, block=512, backend="reference")
     assert torch.equal(coded, wanted)
     assert torch.equal(scales, wanted_scales)
     if size > 1e-40:
         assert float(residual.abs().max()) <= 0.51 * float(scales.max())
 
 
-@pytest.mark.parametrize(("path", "dtype"), TYPED)
-def test_sums_over_ranks_go_in_their_order(path: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), TYPED)
+def test_sums_over_ranks_go_in_their_order(backend: Any, dtype: torch.dtype) -> None:
     """Bit by bit the sum of what each rank sent, in order; and not that of the opposite order."""
     numel, block, ranks = 2500, 16, 5
     several = [gradient(numel, dtype, seed=rank) for rank in range(ranks)]
 
     def add(codes: Tensor, scales: Tensor) -> Tensor:
-        return dequantize_sum_int8(codes, scales, block=block, path=path, dtype=dtype)
+        return dequantize_sum_int8(codes, scales, block=block, backend=backend, dtype=dtype)
 
-    pairs: Any = [quantize_int8(each, None, block=block, path=path) for each in several]
+    pairs: Any = [quantize_int8(each, None, block=block, backend=backend) for each in several]
     sent = [decoded(*pair, several[0], block, "reference") for pair in pairs]
     codes, scales = (torch.stack(each) for each in zip(*pairs, strict=True))
     total = add(codes, scales)
@@ -183,10 +183,10 @@ def top_k_in_python(v: Tensor, k: int) -> list[int]:
     return sorted(i for _, i in sorted(keys)[:k])
 
 
-def assert_top_k(g: Tensor, residual: Tensor | None, k: int, path: Any) -> None:
+def assert_top_k(g: Tensor, residual: Tensor | None, k: int, backend: Any) -> None:
     v = g.clone() if residual is None else g + residual
     rest, kept = None if residual is None else residual.clone(), g.clone()
-    indices, values = top_k_select(g, rest, k, path=path)
+    indices, values = top_k_select(g, rest, k, backend=backend)
     assert indices.dtype == torch.int32
     assert indices.tolist() == top_k_in_python(v, k)
     assert same(values, v[indices.long()])
@@ -197,49 +197,49 @@ def assert_top_k(g: Tensor, residual: Tensor | None, k: int, path: Any) -> None:
         assert same(rest, left)
 
 
-@pytest.mark.parametrize(("path", "dtype"), ALL_TYPED)
+@pytest.mark.parametrize(("backend", "dtype"), ALL_TYPED)
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("numel", [1, 7, 50, 4096, 9001])
-def test_top_k(numel: int, with_residual: bool, dtype: torch.dtype, path: Any) -> None:
+def test_top_k(numel: int, with_residual: bool, dtype: torch.dtype, backend: Any) -> None:
     g = gradient(numel, dtype)
     residual = gradient(numel, dtype, seed=1) if with_residual else None
-    shares = (100, 10) if numel > 5000 and path == "triton" else (numel, 100, 2, 1)  # its interpreter is slow
+    shares = (100, 10) if numel > 5000 and backend == "triton" else (numel, 100, 2, 1)  # its interpreter is slow
     for k in sorted({max(1, numel // share) for share in shares}):
-        assert_top_k(g, residual, k, path)
+        assert_top_k(g, residual, k, backend)
 
 
-@pytest.mark.parametrize("path", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("k", [1, 5, 60, 700])
-def test_ties_go_to_the_lower_index(path: Any, k: int) -> None:
+def test_ties_go_to_the_lower_index(backend: Any, k: int) -> None:
     torch.manual_seed(0)
     v = torch.randint(-3, 4, (700,)).float()
     assert int((v.abs() == 3).sum()) > 60
-    assert_top_k(v, None, k, path)
-    assert_top_k(v, torch.zeros(700), k, path)
-    assert_top_k(torch.ones(700), None, k, path)
-    assert_top_k(torch.zeros(700), None, k, path)
+    assert_top_k(v, None, k, backend)
+    assert_top_k(v, torch.zeros(700), k, backend)
+    assert_top_k(torch.ones(700), None, k, backend)
+    assert_top_k(torch.zeros(700), None, k, backend)
 
 
-@pytest.mark.parametrize("path", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("k", [1, 3, 4, 6])
-def test_what_is_not_finite_goes_first(path: Any, k: int) -> None:
+def test_what_is_not_finite_goes_first(backend: Any, k: int) -> None:
     v = torch.tensor([1.0, 3e38, NAN, 1e-45, -INF, INF, -2.0, -NAN])
-    assert_top_k(v, None, k, path)
-    assert_top_k(v, torch.zeros(8), k, path)
+    assert_top_k(v, None, k, backend)
+    assert_top_k(v, torch.zeros(8), k, backend)
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_keys_that_differ_in_any_of_their_bits(path: Any) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_keys_that_differ_in_any_of_their_bits(backend: Any) -> None:
     """Each bit of a float's key decides once, denormals and neighbours included."""
     bits = [1 << b for b in range(31)] + [(1 << b) + 1 for b in range(31)] + [0x3F800000 + i for i in range(20)]
     v = torch.tensor(bits, dtype=torch.int32).view(torch.float32)[torch.randperm(len(bits))]
     for k in range(1, len(bits), 9):
-        assert_top_k(v, None, k, path)
+        assert_top_k(v, None, k, backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("case", ["usual", "guess too high", "almost all zero", "all equal"])
-def test_whatever_the_sample_says(case: str, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_the_sample_says(case: str, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a sample guesses the threshold; also where the guess is wrong, or of no use."""
     monkeypatch.setattr(top_k_torch, "SAMPLE", 64)
     numel, k = 5003, 50
@@ -263,8 +263,8 @@ def test_whatever_the_sample_says(case: str, path: Any, monkeypatch: pytest.Monk
         assert reached < numel // 4, "the guess is of no use"
     for rest in (residual, None):
         wanted_rest, got_rest = (None if rest is None else rest.clone() for _ in range(2))
-        wanted = top_k_select(g, wanted_rest, k, path="reference")
-        got = top_k_select(g, got_rest, k, path=path)
+        wanted = top_k_select(g, wanted_rest, k, backend="reference")
+        got = top_k_select(g, got_rest, k, backend=backend)
         assert torch.equal(got[0], wanted[0])
         assert torch.equal(got[1], wanted[1])
         assert rest is None or torch.equal(got_rest, wanted_rest)  # type: ignore[arg-type]
@@ -284,19 +284,19 @@ def test_the_sample_is_good_enough() -> None:
     assert max(shares) < 1.7
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_sparse_sums(path: Any) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_sparse_sums(backend: Any) -> None:
     """In the ranks' order, at their places; the same bits every time."""
     numel, several = 5003, [gradient(5003, seed=rank) for rank in range(4)]
-    pairs = [top_k_select(each, None, 900, path="torch") for each in several]
+    pairs = [top_k_select(each, None, 900, backend="torch") for each in several]
     indices, values = (torch.stack(each) for each in zip(*pairs, strict=True))
-    total = scatter_sum(indices, values, numel, path=path)
+    total = scatter_sum(indices, values, numel, backend=backend)
     wanted = np.zeros(numel, np.float32)
     for i, x in pairs:
         wanted[i.numpy()] += x.numpy()
     assert total.tolist() == wanted.tolist()
-    assert torch.equal(total, scatter_sum(indices, values, numel, path=path))
-    backwards = scatter_sum(indices.flip(0), values.flip(0), numel, path=path)
+    assert torch.equal(total, scatter_sum(indices, values, numel, backend=backend))
+    backwards = scatter_sum(indices.flip(0), values.flip(0), numel, backend=backend)
     assert not torch.equal(total, backwards)
     torch.testing.assert_close(total, backwards)
 
@@ -304,13 +304,13 @@ def test_sparse_sums(path: Any) -> None:
 LARGEST = torch.finfo(torch.float32).max
 
 
-@pytest.mark.parametrize("path", ["reference", "torch", "triton"])
-def test_numbers_too_large_for_their_code_are_not_hidden(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_numbers_too_large_for_their_code_are_not_hidden(backend: Any) -> None:
     """127 times float32's largest number over 127 may round to infinity; nothing that was owed is lost then."""
     g = torch.full((16,), 1.0)
     g[3] = LARGEST
     residual = torch.zeros(16)
-    codes, scales = quantize_int8(g, residual, block=8, path=path)
+    codes, scales = quantize_int8(g, residual, block=8, backend=backend)
     sent = decoded(codes, scales, g, 8, "reference")
     if sent[:8].isfinite().all():
         assert torch.equal(residual, g - sent)
@@ -333,8 +333,8 @@ def test_any_values(values: list[float], block: int, data: Any) -> None:
     residual = torch.tensor(data.draw(st.lists(floats, min_size=len(values), max_size=len(values))))
     v = g + residual
     rests = [residual.clone(), residual.clone()]
-    wanted, wanted_scales = quantize_int8(g, rests[0], block=block, path="reference")
-    got, scales = quantize_int8(g, rests[1], block=block, path="torch")
+    wanted, wanted_scales = quantize_int8(g, rests[0], block=block, backend="reference")
+    got, scales = quantize_int8(g, rests[1], block=block, backend="torch")
     assert same(scales, wanted_scales)
     assert torch.equal(got, wanted)
     sent = decoded(got, scales, v, block, "torch")
@@ -352,7 +352,7 @@ def test_any_values_in_triton(values: list[float], data: Any) -> None:
     g = torch.tensor(values)
     rests = [torch.zeros(len(values)), torch.zeros(len(values))]
     wanted, got = (
-        quantize_int8(g, rest, block=16, path=path) for rest, path in zip(rests, ("reference", "triton"), strict=True)
+        quantize_int8(g, rest, block=16, backend=backend) for rest, backend in zip(rests, ("reference", "triton"), strict=True)
     )
     assert torch.equal(got[0], wanted[0])
     assert same(got[1], wanted[1])
@@ -362,25 +362,25 @@ def test_any_values_in_triton(values: list[float], data: Any) -> None:
 
 def test_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU path where a gradient is larger than what stays in the cache, and where a block is."""
-    whole = quantize_int8(gradient(10_003), gradient(10_003, seed=1), block=64, path="torch")
+    whole = quantize_int8(gradient(10_003), gradient(10_003, seed=1), block=64, backend="torch")
     monkeypatch.setattr(block_codes_torch, "CHUNK", 1000)
     for block in (64, 2048):
         residual = gradient(10_003, seed=1)
         v = gradient(10_003) + residual
-        coded = quantize_int8(gradient(10_003), residual, block=block, path="torch")
+        coded = quantize_int8(gradient(10_003), residual, block=block, backend="torch")
         assert torch.equal(v - decoded(*coded, v, block, "torch"), residual)
         assert block == 2048 or all(same(a, b) for a, b in zip(coded, whole, strict=True))
     assert_top_k(gradient(10_003), gradient(10_003, seed=1), 100, "torch")
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_error_feedback_sends_everything_in_the_end(path: Any) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_error_feedback_sends_everything_in_the_end(backend: Any) -> None:
     """A constant gradient: the mean of what was sent approaches it as 1 / updates, whatever the compressor."""
     g = gradient(64) / 1e3
     steps = 12
     for send in (
-        lambda r: decoded(*quantize_int8(g, r, block=16, path=path), g, 16, path),
-        lambda r: scatter_sum(*(each[None] for each in top_k_select(g, r, 16, path=path)), 64),
+        lambda r: decoded(*quantize_int8(g, r, block=16, backend=backend), g, 16, backend),
+        lambda r: scatter_sum(*(each[None] for each in top_k_select(g, r, 16, backend=backend)), 64),
     ):
         residual, total = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
         for _ in range(steps):
@@ -398,12 +398,12 @@ def test_error_feedback_sends_everything_in_the_end(path: Any) -> None:
         (lambda: quantize_int8(torch.zeros(4, 4), None), r"one-dimensional.*\[4, 4\]"),
         (lambda: quantize_int8(torch.zeros(8)[::2], None), r"contiguous.*strides \[2\]"),
         (lambda: quantize_int8(torch.zeros(8).half(), None), "torch.float16"),
-        (lambda: quantize_int8(torch.zeros(8).double(), None, path="triton"), "float32; got torch.float64"),
+        (lambda: quantize_int8(torch.zeros(8).double(), None, backend="triton"), "float32; got torch.float64"),
         (lambda: quantize_int8(torch.zeros(8), torch.zeros(9)), r"the residual.*\[9\]"),
         (lambda: quantize_int8(torch.zeros(8), torch.zeros(8).double()), "the residual.*float64"),
         (lambda: quantize_int8(torch.zeros(8), None, block=0), "block must be a positive.*got 0"),
-        (lambda: quantize_int8(torch.zeros(8), None, block=9000, path="triton"), "up to 8192.*got 9000"),
-        (lambda: quantize_int8(torch.zeros(8), None, path="cuda"), "'cuda'"),  # type: ignore[arg-type]
+        (lambda: quantize_int8(torch.zeros(8), None, block=9000, backend="triton"), "up to 8192.*got 9000"),
+        (lambda: quantize_int8(torch.zeros(8), None, backend="cuda"), "'cuda'"),  # type: ignore[arg-type]
         (lambda: dequantize_int8(torch.zeros(8, dtype=torch.uint8), torch.zeros(1)), "int8.*got torch.uint8"),
         (lambda: dequantize_int8(torch.zeros(8, dtype=torch.int8), torch.zeros(2)), r"scales must be .*\[1, 1\].*\[1, 2\]"),
         (lambda: dequantize_int8(torch.zeros(8, dtype=torch.int8), torch.zeros(1), out=torch.zeros(7)), "the result"),
@@ -419,9 +419,9 @@ def test_mistakes_are_told(call: Callable[[], Any], words: str) -> None:
 
 def test_nothing_is_recorded_for_autograd() -> None:
     g = gradient(50).requires_grad_()
-    for path in ALL:
-        assert not quantize_int8(g, None, path=path)[1].requires_grad
-        assert not top_k_select(g, None, 3, path=path)[1].requires_grad
+    for backend in ALL:
+        assert not quantize_int8(g, None, backend=backend)[1].requires_grad
+        assert not top_k_select(g, None, 3, backend=backend)[1].requires_grad
 
 
 def test_bytes_moved_are_those_of_the_tensors() -> None:

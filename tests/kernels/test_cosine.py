@@ -42,10 +42,10 @@ def torch_terms(student: list[Tensor], teacher: list[Tensor], rows: Any, weights
     return HiddenTerms(total, cosine, mse), torch.autograd.grad(3 * total, leaves)
 
 
-def assert_as_torch(student: list[Tensor], teacher: list[Tensor], rows: Any, weights: Any, options: Any, path: str) -> None:
+def assert_as_torch(student: list[Tensor], teacher: list[Tensor], rows: Any, weights: Any, options: Any, backend: str) -> None:
     truth, wanted = torch_terms(student, teacher, rows, weights, options)
     before = [each.clone() for each in (*student, *teacher)]
-    terms, grads = run(student, teacher, rows, weights, options=options, path=path)
+    terms, grads = run(student, teacher, rows, weights, options=options, backend=backend)
     tolerance = 1e-6 if student[0].dtype == torch.float64 else 1e-5
     for a, b in zip(terms, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=1e-6)
@@ -55,39 +55,39 @@ def assert_as_torch(student: list[Tensor], teacher: list[Tensor], rows: Any, wei
         assert torch.equal(each, copy), "an input was written to"
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("width", [1, 7, 255, 768, 1000])
 @pytest.mark.parametrize("options", [HiddenOptions(), HiddenOptions(cosine=0.0, mse=1.0), BOTH], ids=str)
-def test_one_layer(path: str, width: int, options: HiddenOptions) -> None:
-    assert_as_torch(*states(9, width), None, None, options, path)
+def test_one_layer(backend: str, width: int, options: HiddenOptions) -> None:
+    assert_as_torch(*states(9, width), None, None, options, backend)
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [None, torch.tensor([7, 0, 3, 4])], ids=["all", "some"])
 @pytest.mark.parametrize("weighed", [False, True])
-def test_several_layers(path: str, dtype: torch.dtype, rows: Any, weighed: bool) -> None:
+def test_several_layers(backend: str, dtype: torch.dtype, rows: Any, weighed: bool) -> None:
     student, teacher = states(9, 12, 300, 64, dtype=dtype)
     weights = torch.linspace(0.2, 1.9, 9, dtype=dtype) if weighed else None
     if weights is not None:
         weights[3] = 0
-    assert_as_torch(student, teacher, rows, weights, BOTH, path)
-    _, grads = run(student, teacher, rows, weights, options=BOTH, path=path)
+    assert_as_torch(student, teacher, rows, weights, BOTH, backend)
+    _, grads = run(student, teacher, rows, weights, options=BOTH, backend=backend)
     if rows is not None:
         assert all(float(grad[[1, 2, 5, 6, 8]].abs().max()) == 0 for grad in grads)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_many_rows_in_blocks(path: str) -> None:
-    assert_as_torch(*states(1000, 300, dtype=torch.float32), None, None, BOTH, path)
+@pytest.mark.parametrize("backend", PATHS)
+def test_many_rows_in_blocks(backend: str) -> None:
+    assert_as_torch(*states(1000, 300, dtype=torch.float32), None, None, BOTH, backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_no_worse_than_the_naive_way(path: str, dtype: torch.dtype) -> None:
+def test_low_precision_is_no_worse_than_the_naive_way(backend: str, dtype: torch.dtype) -> None:
     student, teacher = states(40, 256, dtype=dtype)
     truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
-    terms, grads = run(student, teacher, options=HiddenOptions(), path=path)
+    terms, grads = run(student, teacher, options=HiddenOptions(), backend=backend)
     leaf = student[0].clone().requires_grad_()
     loss = F.cosine_embedding_loss(leaf, teacher[0], torch.ones(40), reduction="sum")
     (naive,) = torch.autograd.grad(3 * loss, leaf)
@@ -96,63 +96,63 @@ def test_low_precision_is_no_worse_than_the_naive_way(path: str, dtype: torch.dt
     assert abs(float(terms.total.detach()) / float(truth.total.detach()) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_float16_gradients_survive_the_mean_over_many_tokens(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_float16_gradients_survive_the_mean_over_many_tokens(backend: str) -> None:
     student, teacher = states(8, 256, dtype=torch.float16)
     options = HiddenOptions(cosine=1 / 2**22)
     leaf = student[0].clone().requires_grad_()
-    (cosine_loss(leaf, teacher[0], options=options, path=path).total * 2**20).backward()  # type: ignore[arg-type]
+    (cosine_loss(leaf, teacher[0], options=options, backend=backend).total * 2**20).backward()  # type: ignore[arg-type]
     _, wanted = torch_terms(student, teacher, None, None, HiddenOptions(cosine=0.25 / 3))
     assert leaf.grad is not None
     assert float((leaf.grad.double() - wanted[0]).norm() / wanted[0].norm()) < 2e-3
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_zero_huge_and_absent_rows(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_zero_huge_and_absent_rows(backend: Any) -> None:
     student, teacher = states(5, 30)
     student[0][0], teacher[0][1] = 0, 0
     student[0][2] *= 1e9
     student[0][3] = teacher[0][3]
     truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
-    terms, grads = run(student, teacher, options=HiddenOptions(), path=path)
+    terms, grads = run(student, teacher, options=HiddenOptions(), backend=backend)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=0)
     for row in range(5):  # their sizes differ by 1e15
         torch.testing.assert_close(grads[0][row], wanted[0][row], rtol=1e-5, atol=1e-9)
     student[0][4] = math.nan
     weights = torch.tensor([1.0, 1, 1, 1, 0])
-    terms, grads = run(student, teacher, None, weights, options=BOTH, path=path)
+    terms, grads = run(student, teacher, None, weights, options=BOTH, backend=backend)
     assert bool(torch.stack(terms).isfinite().all())
     assert bool((grads[0][4] == 0).all())
-    terms, grads = run(student, teacher, torch.zeros(0, dtype=torch.long), options=BOTH, path=path)
+    terms, grads = run(student, teacher, torch.zeros(0, dtype=torch.long), options=BOTH, backend=backend)
     assert [float(term) for term in terms] == [0, 0, 0]
     assert bool((grads[0] == 0).all())
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_norms_whose_product_overflows(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_norms_whose_product_overflows(backend: Any) -> None:
     """float32: |s| |t| is 1e22, whose square there is infinite; cosine and direction of the gradient are those of float64."""
     student, teacher = states(4, 30, dtype=torch.float32)
     student, teacher = [1e10 * student[0]], [1e10 * teacher[0]]
     truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
-    terms, grads = run(student, teacher, options=HiddenOptions(), path=path)
+    terms, grads = run(student, teacher, options=HiddenOptions(), backend=backend)
     torch.testing.assert_close(terms.total.double(), truth.total, rtol=1e-5, atol=0)
     torch.testing.assert_close(grads[0].double(), wanted[0], rtol=0, atol=1e-5 * float(wanted[0].abs().max()))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_rows_may_lie_apart(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_rows_may_lie_apart(backend: str) -> None:
     student, teacher = states(6, 100)
-    assert_as_torch([student[0][:, 3:40]], [teacher[0][:, 1:38]], None, None, BOTH, path)
+    assert_as_torch([student[0][:, 3:40]], [teacher[0][:, 1:38]], None, None, BOTH, backend)
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_projections(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_projections(backend: Any) -> None:
     student, _ = states(9, 12, 300)
     teacher = [torch.randn(9, 20, dtype=torch.float64), torch.randn(9, 300, dtype=torch.float64)]
     projection = torch.randn(20, 12, dtype=torch.float64, requires_grad=True)
     leaf = student[0].clone().requires_grad_()
     inputs = ([leaf, student[1]], teacher)
-    total = cosine_loss(*inputs, options=BOTH, projections=[projection, None], path=path).total
+    total = cosine_loss(*inputs, options=BOTH, projections=[projection, None], backend=backend).total
     found = torch.autograd.grad(total, (leaf, projection))
     mapped = leaf @ projection.T
     (wanted,) = torch_terms([mapped], teacher[:1], None, None, BOTH)[1]
@@ -165,18 +165,18 @@ def test_gradcheck_of_the_specification() -> None:
     student, teacher = states(4, 6)
 
     def total(s: Tensor) -> Tensor:
-        return cosine_loss(s, teacher[0], options=BOTH, path="reference").total
+        return cosine_loss(s, teacher[0], options=BOTH, backend="reference").total
 
     assert torch.autograd.gradcheck(total, student[0].clone().requires_grad_())
     assert torch.autograd.gradgradcheck(total, student[0].clone().requires_grad_())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])], ids=["all", "some"])
-def test_the_op_is_registered_as_torch_wants_it(path: str, rows: Any) -> None:
+def test_the_op_is_registered_as_torch_wants_it(backend: str, rows: Any) -> None:
     student, teacher = states(4, 6, 9, dtype=torch.float32)
     leaves = [each.requires_grad_() for each in student]
-    torch.library.opcheck(module._cosine, (leaves, teacher, rows, torch.ones(4), 0.7, 0.3, True, path))
+    torch.library.opcheck(module._cosine, (leaves, teacher, rows, torch.ones(4), 0.7, 0.3, True, backend))
 
 
 def test_compiled_without_a_graph_break() -> None:
@@ -191,16 +191,16 @@ def test_compiled_without_a_graph_break() -> None:
     torch.testing.assert_close(found, eager)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_differentiable_once_and_the_same_bits_twice(path: Any) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_differentiable_once_and_the_same_bits_twice(backend: Any) -> None:
     student, teacher = states(50, 768, dtype=torch.float32)
-    first, second = (run(student, teacher, options=BOTH, path=path) for _ in range(2))
+    first, second = (run(student, teacher, options=BOTH, backend=backend) for _ in range(2))
     assert torch.equal(first[1][0], second[1][0])
     assert torch.equal(first[0].total, second[0].total)
     leaf = student[0].requires_grad_()
     with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
-        torch.autograd.grad(cosine_loss(leaf, teacher[0], options=BOTH, path=path).total, leaf, create_graph=True)
-    total = cosine_loss(leaf, teacher[0], options=BOTH, path=path).total
+        torch.autograd.grad(cosine_loss(leaf, teacher[0], options=BOTH, backend=backend).total, leaf, create_graph=True)
+    total = cosine_loss(leaf, teacher[0], options=BOTH, backend=backend).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
         total.backward()
@@ -212,10 +212,10 @@ def test_differentiable_once_and_the_same_bits_twice(path: Any) -> None:
     widths=st.lists(st.integers(2, 40), min_size=1, max_size=4),
     cosine=st.floats(0.1, 2.0),
     mse=st.floats(0.1, 2.0),
-    path=st.sampled_from(PATHS),
+    backend=st.sampled_from(PATHS),
 )
-def test_any_shape(rows: int, widths: list[int], cosine: float, mse: float, path: str) -> None:
-    assert_as_torch(*states(rows, *widths, seed=rows), None, None, HiddenOptions(cosine=cosine, mse=mse), path)
+def test_any_shape(rows: int, widths: list[int], cosine: float, mse: float, backend: str) -> None:
+    assert_as_torch(*states(rows, *widths, seed=rows), None, None, HiddenOptions(cosine=cosine, mse=mse), backend)
 
 
 def test_mistakes_are_told() -> None:

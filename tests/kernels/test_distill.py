@@ -50,11 +50,11 @@ def double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double() if tensor.is_floating_point() else tensor
 
 
-def assert_as_specified(student: Tensor, teacher: Tensor, *rest: Tensor | None, path: Any, options: DistillOptions) -> None:
+def assert_as_specified(student: Tensor, teacher: Tensor, *rest: Tensor | None, backend: Any, options: DistillOptions) -> None:
     """Values and gradient, in the inputs' dtype, against float64."""
-    truth, wanted = gradient(student.double(), teacher.double(), *map(double, rest), options=options, path="reference")
+    truth, wanted = gradient(student.double(), teacher.double(), *map(double, rest), options=options, backend="reference")
     before = [each.clone() for each in (student, teacher)]
-    terms, grad = gradient(student, teacher, *rest, options=options, path=path)
+    terms, grad = gradient(student, teacher, *rest, options=options, backend=backend)
     # The kernel's coefficients are float32.
     tolerance = 1e-6 if student.dtype == torch.float64 else 2e-5
     for name, found, term in zip(DistillTerms._fields, terms, truth, strict=True):
@@ -64,21 +64,21 @@ def assert_as_specified(student: Tensor, teacher: Tensor, *rest: Tensor | None, 
         assert torch.equal(each, copy), "an input was written to"
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("columns", [1, 7, 255, 507, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_divergence(path: str, divergence: Any, columns: int, dtype: torch.dtype) -> None:
+def test_every_divergence(backend: str, divergence: Any, columns: int, dtype: torch.dtype) -> None:
     student, teacher = logits(7, columns, dtype)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
     rest = (some_labels(7, columns), some_weights(7, dtype))
-    assert_as_specified(student, teacher, *rest, path=path, options=options)
+    assert_as_specified(student, teacher, *rest, backend=backend, options=options)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("offsets", [(300.0, 300.0), (-1e4, -1e4), (0.0, 30.0)])
-def test_offsets_of_the_logits_take_no_digits(path: str, divergence: Any, offsets: tuple[float, float]) -> None:
+def test_offsets_of_the_logits_take_no_digits(backend: str, divergence: Any, offsets: tuple[float, float]) -> None:
     """A student close to its teacher: the divergence is 1e-5 of what the log sums of either side are."""
     torch.manual_seed(0)
     teacher = torch.randn(16, 1000)
@@ -86,20 +86,20 @@ def test_offsets_of_the_logits_take_no_digits(path: str, divergence: Any, offset
     labels = teacher.argmax(-1)
     options = DistillOptions(temperature=2.0, divergence=divergence, soft=1.0, hard=1.0, beta=0.4)
     (found, grad), (truth, wanted) = (
-        gradient(each[0], each[1], labels, path=how, options=options)
-        for each, how in (((student, teacher), path), ((student.double(), teacher.double()), "reference"))
+        gradient(each[0], each[1], labels, backend=how, options=options)
+        for each, how in (((student, teacher), backend), ((student.double(), teacher.double()), "reference"))
     )
     torch.testing.assert_close(found.soft.double(), truth.soft, rtol=2e-3, atol=0)
     torch.testing.assert_close(found.hard.double(), truth.hard, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("columns", [1000, 5000])
 @pytest.mark.parametrize("offsets", [(0.0, 1000.0), (1000.0, 0.0), (-3000.0, 200.0)])
 def test_a_difference_of_offsets_costs_no_more_digits_than_eager_float32(
-    path: str, divergence: Any, columns: int, offsets: tuple[float, float]
+    backend: str, divergence: Any, columns: int, offsets: tuple[float, float]
 ) -> None:
     """Value and gradient of rows whose student and teacher differ by a constant, which no divergence sees.
 
@@ -110,11 +110,11 @@ def test_a_difference_of_offsets_costs_no_more_digits_than_eager_float32(
     student, teacher = teacher + 0.3 * torch.randn(16, columns) + offsets[0], teacher + offsets[1]
     options = DistillOptions(temperature=2.0, divergence=divergence, soft=1.0, beta=0.4)
     (truth, slope), (eager, eager_slope), (fast, fast_slope) = (
-        gradient(*sides, path=how, options=options)
+        gradient(*sides, backend=how, options=options)
         for sides, how in (
             ((student.double(), teacher.double()), "reference"),
             ((student, teacher), "reference"),
-            ((student, teacher), path),
+            ((student, teacher), backend),
         )
     )
     value_error, eager_error = (abs(float(terms.soft) / float(truth.soft) - 1) for terms in (fast, eager))
@@ -123,13 +123,13 @@ def test_a_difference_of_offsets_costs_no_more_digits_than_eager_float32(
     assert slope_error <= 2 * eager_slope_error + 1e-6
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_real_vocabulary(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_a_real_vocabulary(backend: str) -> None:
     student, teacher = logits(3, 30522, torch.float32)
-    assert_as_specified(student, teacher, some_labels(3, 30522), path=path, options=DistillOptions(**EVERYTHING))
+    assert_as_specified(student, teacher, some_labels(3, 30522), backend=backend, options=DistillOptions(**EVERYTHING))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -146,12 +146,12 @@ def test_a_real_vocabulary(path: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("given", ["labels weights", "labels", "weights", ""])
-def test_options(path: str, changes: dict[str, Any], given: str) -> None:
+def test_options(backend: str, changes: dict[str, Any], given: str) -> None:
     student, teacher = logits(5, 97)
     options = DistillOptions(**{**EVERYTHING, **changes})
     labels = some_labels(5, 60)
     if options.soft == 0 and "labels" not in given:
-        assert float(distill_loss(student, teacher, options=options, path=path).total) == 0  # type: ignore[arg-type]
+        assert float(distill_loss(student, teacher, options=options, backend=backend).total) == 0  # type: ignore[arg-type]
         return
     if options.ignore_index != -100:
         labels = labels.where(labels >= 0, 0)
@@ -159,7 +159,7 @@ def test_options(path: str, changes: dict[str, Any], given: str) -> None:
     rest = (labels if "labels" in given else None, some_weights(5) if "weights" in given else None)
     if options.columns:
         teacher = teacher[:, :93]
-    assert_as_specified(student, teacher, *rest, path=path, options=options)
+    assert_as_specified(student, teacher, *rest, backend=backend, options=options)
 
 
 def naive(student: Tensor, teacher: Tensor, labels: Tensor, options: DistillOptions) -> Tensor:
@@ -172,30 +172,30 @@ def naive(student: Tensor, teacher: Tensor, labels: Tensor, options: DistillOpti
     return grad
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision_is_no_worse_than_the_naive_way(path: str, dtype: torch.dtype) -> None:
+def test_low_precision_is_no_worse_than_the_naive_way(backend: str, dtype: torch.dtype) -> None:
     student, teacher = (each.to(dtype) for each in logits(6, 1000))
     labels, options = some_labels(6, 1000), DistillOptions(temperature=2.0, soft=0.7, hard=0.4)
-    truth, wanted = gradient(student.double(), teacher.double(), labels, options=options, path="reference")
+    truth, wanted = gradient(student.double(), teacher.double(), labels, options=options, backend="reference")
     assert float(wanted.abs().max()) > 10 * float(wanted.abs().mean()) > 0
-    terms, grad = gradient(student, teacher, labels, options=options, path=path)
+    terms, grad = gradient(student, teacher, labels, options=options, backend=backend)
     error = float((grad.double() - wanted).norm())
     limit = float((3 * naive(student, teacher, labels, options).double() - wanted).norm())
     assert error <= 1.5 * limit + 1e-9
     assert abs(float(terms.total.detach()) / float(truth.total.detach()) - 1) < 1e-5  # sums are float32
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_float16_gradients_survive_the_mean_over_many_tokens(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_float16_gradients_survive_the_mean_over_many_tokens(backend: str) -> None:
     """Coefficients of 1 / 16384 tokens; the loss scale arrives in backward only."""
     student, teacher = (each.half() for each in logits(4, 1000))
     student.requires_grad_()
     options = DistillOptions(temperature=2.0, soft=1 / 16384)
-    (distill_loss(student, teacher, options=options, path=path).total * 65536).backward()  # type: ignore[arg-type]
+    (distill_loss(student, teacher, options=options, backend=backend).total * 65536).backward()  # type: ignore[arg-type]
     assert student.grad is not None
     wide = student.detach().double().requires_grad_()
-    (distill_loss(wide, teacher.double(), options=options, path="reference").total * 65536).backward()
+    (distill_loss(wide, teacher.double(), options=options, backend="reference").total * 65536).backward()
     assert wide.grad is not None
     difference = (student.grad.double() - wide.grad).norm() / wide.grad.norm()
     assert float(difference) < 1e-3
@@ -205,25 +205,25 @@ def test_float16_gradients_survive_the_mean_over_many_tokens(path: str) -> None:
 INF = math.inf
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_minus_infinity_on_both_sides_is_a_missing_column(path: Any, divergence: Any) -> None:
+def test_minus_infinity_on_both_sides_is_a_missing_column(backend: Any, divergence: Any) -> None:
     student, teacher = logits(4, 40)
     labels = torch.tensor([3, -100, 0, 17])
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    truth, wanted = gradient(student[:, :30], teacher[:, :30], labels, options=options, path="reference")
+    truth, wanted = gradient(student[:, :30], teacher[:, :30], labels, options=options, backend="reference")
     student[:, 30:] = teacher[:, 30:] = -INF
-    terms, grad = gradient(student, teacher, labels, options=options, path=path)
+    terms, grad = gradient(student, teacher, labels, options=options, backend=backend)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(grad[:, :30], wanted, rtol=0, atol=1e-6)
     assert (grad[:, 30:] == 0).all()
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_minus_infinity_on_one_side(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_minus_infinity_on_one_side(backend: Any) -> None:
     student, teacher = logits(4, 40)
     teacher[:, 5] = -INF
-    finite, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    finite, grad = gradient(student, teacher, options=DistillOptions(), backend=backend)
     p = teacher.softmax(-1)
     q = student.softmax(-1)
     kl = torch.where(p > 0, p * (p.log() - q.log()), 0).sum()
@@ -231,80 +231,82 @@ def test_minus_infinity_on_one_side(path: Any) -> None:
     torch.testing.assert_close(grad, 3 * (q - p), rtol=0, atol=1e-6)
     # Forward KL where the student has nothing and the teacher something: infinite, with a finite gradient.
     student[0, 7] = -INF
-    infinite, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    infinite, grad = gradient(student, teacher, options=DistillOptions(), backend=backend)
     assert float(infinite.soft) == INF
     torch.testing.assert_close(grad, 3 * (student.softmax(-1) - p), rtol=0, atol=1e-6)
     # Reverse KL the other way round: infinite, and so says its gradient.
-    infinite, grad = gradient(student, teacher, options=DistillOptions(divergence="reverse-kl"), path=path)
+    infinite, grad = gradient(student, teacher, options=DistillOptions(divergence="reverse-kl"), backend=backend)
     assert float(infinite.soft) == INF
     assert not bool(grad[0].isfinite().all())
     # JSD has a value wherever both sides have a distribution.
     options = DistillOptions(divergence="jsd", beta=0.3)
-    finite, grad = gradient(student, teacher, options=options, path=path)
+    finite, grad = gradient(student, teacher, options=options, backend=backend)
     m = 0.3 * p + 0.7 * (q := student.softmax(-1))
     parts = [torch.where(x > 0, x * (x.log() - m.log()), 0).sum() for x in (p, q)]
     torch.testing.assert_close(finite.soft, 0.3 * parts[0] + 0.7 * parts[1], rtol=1e-6, atol=0)
     assert bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_a_label_of_no_probability(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_a_label_of_no_probability(backend: Any) -> None:
     student, teacher = logits(2, 40)
     student[1, 4] = teacher[1, 4] = -INF
-    terms, grad = gradient(student, teacher, torch.tensor([1, 4]), options=DistillOptions(soft=0.0), path=path)
+    terms, grad = gradient(student, teacher, torch.tensor([1, 4]), options=DistillOptions(soft=0.0), backend=backend)
     assert float(terms.hard) == INF
     onehot = F.one_hot(torch.tensor([1, 4]), 40)
     torch.testing.assert_close(grad, 3 * (student.softmax(-1) - onehot), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_huge_and_equal_logits(path: str, divergence: Any) -> None:
+def test_huge_and_equal_logits(backend: str, divergence: Any) -> None:
     student, _ = logits(4, 300, torch.float32)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    assert_as_specified(1e4 * student, 1e4 * student.flip(0).roll(1, 1), path=path, options=options)
-    terms, grad = gradient(student, student.clone(), options=DistillOptions(divergence=divergence), path=path)
+    assert_as_specified(1e4 * student, 1e4 * student.flip(0).roll(1, 1), backend=backend, options=options)
+    terms, grad = gradient(student, student.clone(), options=DistillOptions(divergence=divergence), backend=backend)
     assert abs(float(terms.soft)) < 1e-4
     assert float(grad.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("cap", [None, 5.0])
-def test_rows_that_are_out_contribute_exactly_nothing(path: Any, divergence: Any, cap: float | None) -> None:
+def test_rows_that_are_out_contribute_exactly_nothing(backend: Any, divergence: Any, cap: float | None) -> None:
     """Whatever they hold; and with all of them out, the loss is 0."""
     student, teacher = logits(3, 40)
     student[1], teacher[2], student[0, 3] = math.nan, math.nan, INF
     labels = torch.full((3,), -100)
     options = DistillOptions(divergence=divergence, student_softcap=cap, teacher_softcap=cap, **EVERYTHING)
-    terms, grad = gradient(student, teacher, labels, torch.zeros(3), options=options, path=path)
+    terms, grad = gradient(student, teacher, labels, torch.zeros(3), options=options, backend=backend)
     assert [float(term) for term in terms] == [0, 0, 0]
     assert bool((grad == 0).all())
     # Beside rows that count, which are as if alone: one by its weight, one by its label.
     student, teacher = logits(4, 40)
     labels, weights = torch.tensor([-100, -100, 7, -100]), torch.tensor([1.5, 0, 0, 0])
-    alone = gradient(student, teacher, labels, weights, options=options, path="reference")
+    alone = gradient(student, teacher, labels, weights, options=options, backend="reference")
     student[1], student[3], teacher[3] = math.nan, -INF, math.nan
-    found = gradient(student, teacher, labels, weights, options=options, path=path)
+    found = gradient(student, teacher, labels, weights, options=options, backend=backend)
     torch.testing.assert_close(found[0].total, alone[0].total, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_no_rows(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_no_rows(backend: Any) -> None:
     terms, grad = gradient(
-        torch.zeros(0, 9), torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), options=DistillOptions(), path=path
+        torch.zeros(0, 9), torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), options=DistillOptions(), backend=backend
     )
     assert float(terms.total) == 0.0
     assert grad.shape == (0, 9)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_rows_may_lie_apart(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_rows_may_lie_apart(backend: str) -> None:
     wide, teacher = logits(5, 128)
-    assert_as_specified(wide[:, 5:66], teacher[:, 3:64], some_labels(5, 61), path=path, options=DistillOptions(**EVERYTHING))
+    assert_as_specified(
+        wide[:, 5:66], teacher[:, 3:64], some_labels(5, 61), backend=backend, options=DistillOptions(**EVERYTHING)
+    )
     with pytest.raises(ValueError, match=r"adjacent columns are needed: \.contiguous"):
-        distill_loss(wide.t(), teacher.t(), options=DistillOptions(), path=path)  # type: ignore[arg-type]
+        distill_loss(wide.t(), teacher.t(), options=DistillOptions(), backend=backend)  # type: ignore[arg-type]
 
 
 def test_offsets_are_64_bit() -> None:
@@ -314,10 +316,10 @@ def test_offsets_are_64_bit() -> None:
     student = storage.as_strided((2, columns), (stride, 1))
     small, teacher = (each.bfloat16() for each in logits(2, columns))
     student.copy_(small)
-    for path in PATHS:
+    for backend in PATHS:
         options = DistillOptions(**EVERYTHING)
-        terms = distill_loss(student, teacher, torch.tensor([1, 2]), options=options, path=path)  # type: ignore[arg-type]
-        truth = distill_loss(small, teacher, torch.tensor([1, 2]), options=options, path="reference")
+        terms = distill_loss(student, teacher, torch.tensor([1, 2]), options=options, backend=backend)  # type: ignore[arg-type]
+        truth = distill_loss(small, teacher, torch.tensor([1, 2]), options=options, backend="reference")
         torch.testing.assert_close(terms.total, truth.total)
 
 
@@ -332,7 +334,7 @@ def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offse
         teacher[2, 100:200] = student[2, 100:200] = teacher[3, :130] = -INF
     labels, weights = some_labels(5, columns), some_weights(5)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    truth, wanted = gradient(student, teacher, labels, weights, options=options, path="reference")
+    truth, wanted = gradient(student, teacher, labels, weights, options=options, backend="reference")
     terms_N2, grad = torch.empty(5, 2, dtype=torch.float64), student.clone()
     distill_rows_triton(grad, teacher, labels, weights, options, terms_N2, grad, block=64)
     if not (divergence == "reverse-kl" and columns == 300):  # infinite where the teacher alone is -inf
@@ -343,8 +345,8 @@ def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offse
 def test_two_runs_give_the_same_bits() -> None:
     student, teacher = logits(9, 3000, torch.float32)
     options = DistillOptions(divergence="jsd", **EVERYTHING)
-    for path in PATHS:
-        first, second = (gradient(student, teacher, some_labels(9, 3000), options=options, path=path) for _ in range(2))
+    for backend in PATHS:
+        first, second = (gradient(student, teacher, some_labels(9, 3000), options=options, backend=backend) for _ in range(2))
         assert torch.equal(first[1], second[1])
         assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
 
@@ -356,26 +358,26 @@ def test_gradients_are_the_values_slopes(divergence: Any) -> None:
     labels, weights = some_labels(3, 11), some_weights(3)
     options = DistillOptions(divergence=divergence, student_softcap=6.0, **EVERYTHING)
 
-    def total(student: Tensor, path: Any = "reference") -> Tensor:
-        return distill_loss(student, teacher, labels, weights, options=options, path=path).total
+    def total(student: Tensor, backend: Any = "reference") -> Tensor:
+        return distill_loss(student, teacher, labels, weights, options=options, backend=backend).total
 
     assert torch.autograd.gradcheck(total, student.clone().requires_grad_())
     assert torch.autograd.gradgradcheck(total, student.clone().requires_grad_())
-    for path in PATHS:
-        _, grad = gradient(student, teacher, labels, weights, options=options, path=path)
+    for backend in PATHS:
+        _, grad = gradient(student, teacher, labels, weights, options=options, backend=backend)
         for at in ((0, 0), (1, 4), (2, 3), (2, 10)):
             step = torch.zeros_like(student)
             step[at] = 1e-5
-            slope = (total(student + step, path) - total(student - step, path)) / 2e-5
+            slope = (total(student + step, backend) - total(student - step, backend)) / 2e-5
             assert abs(3 * float(slope) - float(grad[at])) < 1e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_op_is_registered_as_torch_wants_it(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     student, teacher = logits(4, 30, torch.float32)
     options = DistillOptions(**EVERYTHING)
     tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    arguments = (student.requires_grad_(), teacher, some_labels(4, 30), None, True, path, *pack(options))
+    arguments = (student.requires_grad_(), teacher, some_labels(4, 30), None, True, backend, *pack(options))
     torch.library.opcheck(distill._distill, arguments, test_utils=tests)
 
 
@@ -392,19 +394,19 @@ def test_compiled_without_a_graph_break() -> None:
     torch.testing.assert_close(found, eager)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_differentiable_once(path: Any) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_differentiable_once(backend: Any) -> None:
     student, teacher = logits(4, 30)
     student.requires_grad_()
     with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
         torch.autograd.grad(
-            distill_loss(student, teacher, options=DistillOptions(), path=path).total, student, create_graph=True
+            distill_loss(student, teacher, options=DistillOptions(), backend=backend).total, student, create_graph=True
         )
-    total = distill_loss(student, teacher, options=DistillOptions(), path=path).total
+    total = distill_loss(student, teacher, options=DistillOptions(), backend=backend).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
         total.backward()
-    terms = distill_loss(student, teacher, options=DistillOptions(), path=path)
+    terms = distill_loss(student, teacher, options=DistillOptions(), backend=backend)
     assert not terms.soft.requires_grad
 
 
@@ -418,7 +420,7 @@ def test_differentiable_once(path: Any) -> None:
     cap=st.none() | st.floats(3.0, 30.0),
     labelled=st.booleans(),
     weighed=st.booleans(),
-    path=st.sampled_from(PATHS),
+    backend=st.sampled_from(PATHS),
 )
 def test_any_shape_and_option(
     rows: int,
@@ -429,12 +431,12 @@ def test_any_shape_and_option(
     cap: Any,
     labelled: bool,
     weighed: bool,
-    path: str,
+    backend: str,
 ) -> None:
     student, teacher = logits(rows, columns, seed=rows * 100 + columns)
     rest = (some_labels(rows, columns) if labelled else None, some_weights(rows) if weighed else None)
     options = DistillOptions(temperature=temperature, divergence=divergence, beta=beta, student_softcap=cap)
-    assert_as_specified(student, teacher, *rest, path=path, options=options)
+    assert_as_specified(student, teacher, *rest, backend=backend, options=options)
 
 
 @pytest.mark.parametrize(
@@ -472,9 +474,9 @@ def test_inputs_are_checked() -> None:
         ((student, teacher.clone().requires_grad_()), plain, "auto", "only the student's logits get a gradient"),
         ((student, teacher), plain, "cuda", "must be one of auto, reference"),
     ]
-    for arguments, options, path, message in cases:
+    for arguments, options, backend, message in cases:
         with pytest.raises(ValueError, match=message):
-            distill_loss(*arguments, options=options, path=path)  # type: ignore[arg-type]
+            distill_loss(*arguments, options=options, backend=backend)  # type: ignore[arg-type]
 
 
 def test_no_waiting_on_a_gpu() -> None:

@@ -91,35 +91,35 @@ def assert_close(found: Found, truth: Found, rtol: float) -> None:
 @pytest.mark.parametrize("chunk_rows", [1, 8, 21, None])
 def test_chunks_make_no_difference(kind: str, bias: bool, chunk_rows: int | None) -> None:
     case = Case(bias=bias)
-    truth = case.run(kind, path="reference")
+    truth = case.run(kind, backend="reference")
     assert all(float(each.abs().max()) > 1e-3 for each in truth[1])
     assert_close(case.run(kind, chunk_rows=chunk_rows), truth, 1e-12)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", ["dense", "sparse", "hard"])
 @pytest.mark.parametrize(
     "changes", [{"columns": 41}, {"temperature": 1.0}, {"student_softcap": 5.0, "student_scale": 0.6}], ids=str
 )
-def test_options_on_every_path(path: str, kind: str, changes: dict[str, Any]) -> None:
+def test_options_on_every_path(backend: str, kind: str, changes: dict[str, Any]) -> None:
     case = Case()
     case.labels = case.labels.clamp_max(40)
     options = DistillOptions(**{"temperature": 2.0, "soft": 0.7, "hard": 0.4, **changes})
     if kind == "sparse" and options.columns:
         case.teacher = [case.teacher[0], case.teacher[1][:41], case.teacher[2][:41]]
-    truth = case.run(kind, options=options, path="reference")
-    assert_close(case.run(kind, options=options, path=path, chunk_rows=8), truth, 1e-12 if path == "torch" else 1e-6)
+    truth = case.run(kind, options=options, backend="reference")
+    assert_close(case.run(kind, options=options, backend=backend, chunk_rows=8), truth, 1e-12 if backend == "torch" else 1e-6)
 
 
 @pytest.mark.parametrize("divergence", ["reverse-kl", "jsd"])
 def test_divergences(divergence: Any) -> None:
     case, options = Case(), DistillOptions(divergence=divergence, temperature=1.5)
-    assert_close(case.run(options=options, chunk_rows=8), case.run(options=options, path="reference"), 1e-12)
+    assert_close(case.run(options=options, chunk_rows=8), case.run(options=options, backend="reference"), 1e-12)
 
 
-@pytest.mark.parametrize("path", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("kind", ["dense", "sparse", "hard"])
-def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(kind: str, path: Any) -> None:
+def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(kind: str, backend: Any) -> None:
     """Gradients of hidden states, weight and bias are those of the other rows alone, and 0 in the row itself."""
     case = Case()
     hidden_ND, weight_VD, bias_V = case.student
@@ -146,7 +146,7 @@ def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(k
     truth, true_gradients = gradients(hidden_ND[others], others, "reference")
     broken = hidden_ND.clone()
     broken[out] = torch.nan
-    terms, (grad_hidden, grad_weight, grad_bias) = gradients(broken, torch.ones_like(others), path)
+    terms, (grad_hidden, grad_weight, grad_bias) = gradients(broken, torch.ones_like(others), backend)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=0)
     assert torch.equal(grad_hidden[out], torch.zeros_like(grad_hidden[out]))
     for gradient, expected in zip((grad_hidden[others], grad_weight, grad_bias), true_gradients, strict=True):
@@ -157,7 +157,7 @@ def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(k
 def test_only_gradients_that_are_asked_for(grads: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen head costs nothing: no product and no buffer."""
     case = Case()
-    truth = case.run(path="reference", grads=grads)
+    truth = case.run(backend="reference", grads=grads)
     products = []
     real = linear_distill._Head._add_weight
     monkeypatch.setattr(linear_distill._Head, "_add_weight", lambda *a: (products.append(1), real(*a)))
@@ -179,7 +179,7 @@ def naive(case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_no_worse_than_the_naive_way(dtype: torch.dtype) -> None:
     case = Case(rows=64, columns=300, d=32, e=48).to(dtype)
-    truth = Case(rows=64, columns=300, d=32, e=48).to(dtype).to(torch.float64).run(path="reference")
+    truth = Case(rows=64, columns=300, d=32, e=48).to(dtype).to(torch.float64).run(backend="reference")
     terms, found = case.run(chunk_rows=16)
     for ours, theirs, exact in zip(found, naive(case), truth[1], strict=True):
         assert ours.dtype == dtype
@@ -192,10 +192,10 @@ def test_low_precision_is_no_worse_than_the_naive_way(dtype: torch.dtype) -> Non
 def test_weights_wider_than_the_products_get_their_gradient_in_their_own_dtype() -> None:
     """What autocast does: float32 weights, bfloat16 products, float32 sums over the chunks."""
     case = Case(rows=64, columns=300, d=32, e=48, dtype=torch.float32)
-    truth = case.run(path="reference")
+    truth = case.run(backend="reference")
     with torch.autocast("cpu", torch.bfloat16):
         terms, grads = case.run(chunk_rows=16)
-        eager = case.run(path="reference")
+        eager = case.run(backend="reference")
     assert [each.dtype for each in grads] == [torch.float32] * 3
     assert terms.total.dtype == torch.float32
     for ours, theirs, exact in zip(grads, eager[1], truth[1], strict=True):
@@ -223,11 +223,11 @@ def test_logits_never_exist_whole() -> None:
     assert 64 * 4000 * 4 <= largest < 512 * 4000 * 4 // 4
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_the_op_is_registered_as_torch_wants_it(path: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     case = Case(rows=6, dtype=torch.float32)
     student = [each.requires_grad_() for each in case.student]
-    rest = (None, None, None, case.labels, case.weights, True, True, True, path, 4, *pack(OPTIONS))
+    rest = (None, None, None, case.labels, case.weights, True, True, True, backend, 4, *pack(OPTIONS))
     torch.library.opcheck(linear_distill._linear_distill, (*student, *case.teacher, *rest))
 
 
@@ -262,7 +262,7 @@ def test_two_runs_give_the_same_bits() -> None:
 )
 def test_any_shape(rows: int, columns: int, d: int, e: int, chunk: int, kind: str) -> None:
     case = Case(rows=rows, columns=columns, d=d, e=e)
-    assert_close(case.run(kind, chunk_rows=chunk), case.run(kind, path="reference"), 1e-10)
+    assert_close(case.run(kind, chunk_rows=chunk), case.run(kind, backend="reference"), 1e-10)
 
 
 @pytest.mark.parametrize("kind", ["dense", "hard", "sparse"])
@@ -280,10 +280,10 @@ def test_float16_gradients_of_many_rows_do_not_overflow() -> None:
     hidden = 4 + torch.randn(1024, 16)
     weight, labels = 0.1 * torch.randn(40, 16), torch.full((1024,), 3)
     found = []
-    for dtype, path in ((torch.float16, "torch"), (torch.float64, "reference")):
+    for dtype, backend in ((torch.float16, "torch"), (torch.float64, "reference")):
         leaf = weight.to(dtype).requires_grad_()
         options = DistillOptions(soft=0.0, hard=1 / 1024)
-        linear_cross_entropy_loss(hidden.to(dtype), leaf, None, labels, options=options, path=path).total.backward()  # type: ignore[arg-type]
+        linear_cross_entropy_loss(hidden.to(dtype), leaf, None, labels, options=options, backend=backend).total.backward()  # type: ignore[arg-type]
         assert leaf.grad is not None
         found.append(leaf.grad.double())
     torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-3)

@@ -43,50 +43,50 @@ def by_hand(student: Tensor, teacher: Tensor, k: int, temperature: float) -> Ten
     return temperature**2 * (rows + torch.where(p_r > 0, p_r * (p_r.log() - q_r.log()), 0))
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("k", [1, 3, 20])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_is_the_divergence_of_the_merged_distributions(path: Any, k: int, temperature: float) -> None:
+def test_is_the_divergence_of_the_merged_distributions(backend: Any, k: int, temperature: float) -> None:
     student, teacher = logits(6, 50)
     truth = student.clone().requires_grad_()
     rows = by_hand(truth, teacher, k, temperature)
     (wanted,) = torch.autograd.grad(3 * rows.sum(), truth)
     options = DistillOptions(temperature=temperature)
-    terms, grad = gradient(student, top_k(teacher, k, temperature=temperature), options=options, path=path)
+    terms, grad = gradient(student, top_k(teacher, k, temperature=temperature), options=options, backend=backend)
     torch.testing.assert_close(terms.soft, rows.sum().detach(), rtol=1e-7, atol=0)
     torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-6)
-    dense = distill_loss(student, teacher, options=options, path="reference").soft
+    dense = distill_loss(student, teacher, options=options, backend="reference").soft
     assert 0 < float(terms.soft) < float(dense)
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("offset", [1000.0, -3000.0])
-def test_a_common_offset_of_the_logits_takes_no_digits(path: Any, offset: float) -> None:
+def test_a_common_offset_of_the_logits_takes_no_digits(backend: Any, offset: float) -> None:
     teacher, noise = (tensor / 3 for tensor in logits(16, 1000, torch.float32))
     student = teacher + 0.3 * noise + offset
     listed, options = top_k(2 * teacher, 32, temperature=2.0), DistillOptions(temperature=2.0)
     exact = SparseTeacher(listed.indices_NK, *(tensor.double() for tensor in listed[1:] if tensor is not None))
-    truth = sparse_distill_loss(student.double(), exact, options=options, path="reference").soft
-    terms, _ = gradient(student, listed, options=options, path=path)
+    truth = sparse_distill_loss(student.double(), exact, options=options, backend="reference").soft
+    terms, _ = gradient(student, listed, options=options, backend=backend)
     torch.testing.assert_close(terms.soft.double(), truth, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_all_tokens_listed_is_the_dense_loss(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_all_tokens_listed_is_the_dense_loss(backend: Any) -> None:
     student, teacher = logits(6, 50)
     labels, weights = some_labels(6, 50), torch.linspace(0, 1.5, 6, dtype=torch.float64)
     options = DistillOptions(**EVERYTHING, student_softcap=8.0, student_scale=0.7)
-    wanted = gradient(student, teacher, labels, weights, loss=distill_loss, options=options, path="reference")
-    found = gradient(student, top_k(teacher, 50, temperature=2.0), labels, weights, options=options, path=path)
+    wanted = gradient(student, teacher, labels, weights, loss=distill_loss, options=options, backend="reference")
+    found = gradient(student, top_k(teacher, 50, temperature=2.0), labels, weights, options=options, backend=backend)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (4, 255, 30), (3, 3000, 40), (2, 30522, 32)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("tail", [True, False])
-def test_fast_paths_are_as_specified(path: str, shape: tuple[int, int, int], dtype: torch.dtype, tail: bool) -> None:
+def test_fast_paths_are_as_specified(backend: str, shape: tuple[int, int, int], dtype: torch.dtype, tail: bool) -> None:
     rows, columns, k = shape
     student, teacher_NV = logits(rows, columns)
     teacher = top_k(teacher_NV, k, temperature=2.0, min_probability=None if tail else 0.02)
@@ -94,39 +94,39 @@ def test_fast_paths_are_as_specified(path: str, shape: tuple[int, int, int], dty
     labels, weights = some_labels(rows, columns), torch.linspace(0.4, 1.5, rows, dtype=torch.float64)
     weights[2:3] = 0
     options = DistillOptions(**EVERYTHING)
-    truth, wanted = gradient(student.to(dtype).double(), teacher, labels, weights, options=options, path="reference")
+    truth, wanted = gradient(student.to(dtype).double(), teacher, labels, weights, options=options, backend="reference")
     narrow = SparseTeacher(teacher[0].int(), *(None if each is None else each.to(dtype) for each in teacher[1:]))  # type: ignore[arg-type]
     leaf = student.to(dtype)
-    terms, grad = gradient(leaf, narrow, labels, weights.to(dtype), options=options, path=path)
+    terms, grad = gradient(leaf, narrow, labels, weights.to(dtype), options=options, backend=backend)
     tolerance = 1e-6 if dtype == torch.float64 else 2e-5
     for a, b in zip(terms, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(path: str, dtype: torch.dtype) -> None:
+def test_low_precision(backend: str, dtype: torch.dtype) -> None:
     """The only rounding is that of the gradient to the logits' dtype."""
     student, teacher_NV = logits(6, 500)
     student, teacher = student.to(dtype), top_k(teacher_NV, 20, temperature=2.0)
     options = DistillOptions(temperature=2.0)
-    truth, wanted = gradient(student.double(), teacher, options=options, path="reference")
-    terms, grad = gradient(student, teacher, options=options, path=path)
+    truth, wanted = gradient(student.double(), teacher, options=options, backend="reference")
+    terms, grad = gradient(student, teacher, options=options, backend=backend)
     rounding = (wanted.to(dtype).double() - wanted).norm()
     # Triton's interpreter cuts bfloat16 off instead of rounding it.
-    factor = 2.5 if path == "triton" and dtype == torch.bfloat16 else 1.5
+    factor = 2.5 if backend == "triton" and dtype == torch.bfloat16 else 1.5
     assert float((grad.double() - wanted).norm()) <= factor * float(rounding) + 1e-6
     assert abs(float(terms.soft) / float(truth.soft) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_columns_and_unused_slots(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_columns_and_unused_slots(backend: Any) -> None:
     student, teacher_NV = logits(4, 40)
     options = DistillOptions(**EVERYTHING, columns=30)
     teacher = top_k(teacher_NV, 5, temperature=2.0, columns=30)
-    truth = gradient(student[:, :30], teacher, options=DistillOptions(**EVERYTHING), path="reference")
-    found = gradient(student, teacher, options=options, path=path)
+    truth = gradient(student[:, :30], teacher, options=DistillOptions(**EVERYTHING), backend="reference")
+    found = gradient(student, teacher, options=options, backend=backend)
     torch.testing.assert_close(found[0].total, truth[0].total, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1][:, :30], truth[1], rtol=0, atol=1e-6)
     assert bool((found[1][:, 30:] == 0).all())
@@ -136,54 +136,54 @@ def test_columns_and_unused_slots(path: Any) -> None:
         torch.cat([teacher.log_probabilities_NK, torch.full((4, 2), -math.inf)], 1),
         teacher.tail_N,
     )
-    again = gradient(student, more, options=options, path=path)
+    again = gradient(student, more, options=options, backend=backend)
     torch.testing.assert_close(again[1], found[1], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("cap", [None, 5.0])
-def test_rows_that_are_out_contribute_exactly_nothing(path: Any, cap: float | None) -> None:
+def test_rows_that_are_out_contribute_exactly_nothing(backend: Any, cap: float | None) -> None:
     """Whatever they hold, beside a row that counts by its weight and one that counts by its label."""
     student, teacher_NV = logits(4, 40)
     teacher = top_k(teacher_NV, 6, temperature=2.0)
     labels, weights = torch.tensor([-100, -100, 7, -100]), torch.tensor([1.5, 0, 0, 0])
     options = DistillOptions(student_softcap=cap, **EVERYTHING)
-    alone = gradient(student, teacher, labels, weights, options=options, path="reference")
+    alone = gradient(student, teacher, labels, weights, options=options, backend="reference")
     assert float(alone[1][[0, 2]].abs().max()) > 0
     student[1], student[3] = math.nan, -math.inf
     teacher.log_probabilities_NK[1] = math.nan
-    found = gradient(student, teacher, labels, weights, options=options, path=path)
+    found = gradient(student, teacher, labels, weights, options=options, backend=backend)
     torch.testing.assert_close(found[0].total, alone[0].total, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
     assert bool((found[1][[1, 3]] == 0).all())
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_a_tail_that_the_student_lacks_is_infinitely_far(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_a_tail_that_the_student_lacks_is_infinitely_far(backend: Any) -> None:
     student, teacher_NV = logits(3, 20)
     teacher = top_k(teacher_NV, 4, temperature=1.0)
     listed = torch.zeros(20, dtype=torch.bool).scatter(0, teacher.indices_NK[1], True)
     student[1, ~listed] = -math.inf
-    terms, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    terms, grad = gradient(student, teacher, options=DistillOptions(), backend=backend)
     assert float(terms.soft) == math.inf
     assert bool(grad.isfinite().all())
     assert bool((grad[1, ~listed] == 0).all())
 
 
-@pytest.mark.parametrize("path", ["reference", *PATHS])
-def test_limits(path: Any) -> None:
+@pytest.mark.parametrize("backend", ["reference", *PATHS])
+def test_limits(backend: Any) -> None:
     student, teacher_NV = logits(3, 20)
     teacher = top_k(teacher_NV, 4, temperature=1.0)
     # A column that the student lacks and the teacher lists: infinite, with a finite gradient.
     student[0, teacher.indices_NK[0, 0]] = -math.inf
-    terms, grad = gradient(student, teacher, options=DistillOptions(), path=path)
+    terms, grad = gradient(student, teacher, options=DistillOptions(), backend=backend)
     assert float(terms.soft) == math.inf
     assert bool(grad.isfinite().all())
     # Rows of no weight contribute nothing, whatever they hold.
     student[1] = math.nan
     weights = torch.tensor([0.0, 0, 1])
-    terms, grad = gradient(student, teacher, None, weights, options=DistillOptions(), path=path)
-    alone = gradient(student[2:], SparseTeacher(*(each[2:] for each in teacher)), options=DistillOptions(), path="reference")  # type: ignore[misc, index]
+    terms, grad = gradient(student, teacher, None, weights, options=DistillOptions(), backend=backend)
+    alone = gradient(student[2:], SparseTeacher(*(each[2:] for each in teacher)), options=DistillOptions(), backend="reference")  # type: ignore[misc, index]
     torch.testing.assert_close(terms.total, alone[0].total, rtol=1e-6, atol=0)
     assert bool((grad[:2] == 0).all())
 
@@ -194,7 +194,7 @@ def test_a_token_outside_of_the_vocabulary_does_no_harm_on_a_gpu() -> None:
     teacher = top_k(teacher_NV, 4, temperature=1.0)
     for wrong in (25, -3):
         teacher.indices_NK[1, 2] = wrong
-        terms = sparse_distill_loss(student, teacher, options=DistillOptions(), path="triton")
+        terms = sparse_distill_loss(student, teacher, options=DistillOptions(), backend="triton")
         assert math.isnan(float(terms.soft))
         storage = torch.full((5, 20), 9.0, dtype=torch.float64)
         terms_N2 = torch.empty(3, 2, dtype=torch.float64)
@@ -228,27 +228,27 @@ def test_gradcheck_of_the_specification() -> None:
 
     def total(student: Tensor) -> Tensor:
         return sparse_distill_loss(
-            student, teacher, some_labels(3, 11), options=DistillOptions(**EVERYTHING), path="reference"
+            student, teacher, some_labels(3, 11), options=DistillOptions(**EVERYTHING), backend="reference"
         ).total
 
     assert torch.autograd.gradcheck(total, student.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_op_is_registered_as_torch_wants_it(path: str) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     student, teacher_NV = logits(4, 30, torch.float32)
     teacher = top_k(teacher_NV, 5, temperature=2.0)
-    rest = (some_labels(4, 30), None, True, path, *pack(DistillOptions(**EVERYTHING)))
+    rest = (some_labels(4, 30), None, True, backend, *pack(DistillOptions(**EVERYTHING)))
     torch.library.opcheck(module._sparse_distill, (student.requires_grad_(), *teacher, *rest))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_differentiable_once_and_the_same_bits_twice(path: Any) -> None:
+@pytest.mark.parametrize("backend", PATHS)
+def test_differentiable_once_and_the_same_bits_twice(backend: Any) -> None:
     student, teacher_NV = logits(9, 3000, torch.float32)
     teacher = top_k(teacher_NV, 16, temperature=1.0)
-    first, second = (gradient(student, teacher, options=DistillOptions(), path=path) for _ in range(2))
+    first, second = (gradient(student, teacher, options=DistillOptions(), backend=backend) for _ in range(2))
     assert torch.equal(first[1], second[1])
-    total = sparse_distill_loss(student.requires_grad_(), teacher, options=DistillOptions(), path=path).total
+    total = sparse_distill_loss(student.requires_grad_(), teacher, options=DistillOptions(), backend=backend).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
         total.backward()

@@ -203,7 +203,7 @@ def test_losses_and_gradients_are_those_of_truncated_vocabularies(rows: tuple[in
     objective = Objective(a_ce=5.0, a_mlm=2.0, a_cos=0.0, temperature=2.0)
     per = denominators(objective, batch.counts, batch.counts)
     ours = LanguageModel(student)
-    terms = loss_terms(objective, ours, LanguageModel(teacher), batch, per, columns=TOKENS, path=path)
+    terms = loss_terms(objective, ours, LanguageModel(teacher), batch, per, columns=TOKENS, backend=path)
     terms.total.backward()  # type: ignore[no-untyped-call]
     assert float(terms.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
     assert float(terms.soft) == pytest.approx(float(soft.detach()) / 33, rel=1e-9)

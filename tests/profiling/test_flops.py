@@ -77,7 +77,7 @@ def counted_by_torch(
     """Of a step with written-out attention and whole logits: torch's counter sees neither our op nor fused attention."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         per = denominators(aims, batch.counts, batch.counts)
-        loss_terms(aims, student, teacher, batch, per, projection, path="reference").total.backward()
+        loss_terms(aims, student, teacher, batch, per, projection, backend="reference").total.backward()
     return counter.get_total_flops()
 
 
