@@ -8,6 +8,8 @@ STAMP := $(VENV)/.complete
 PYTHON ?=
 TORCH_INDEX ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
+# Two processes for the tests, a file at a time in the order of the folders: the long files are among the first.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
 
@@ -98,10 +100,10 @@ horovod-if-possible: $(STAMP)
 	}
 
 test: check horovod-if-possible
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-all: check horovod-if-possible
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only
