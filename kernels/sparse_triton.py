@@ -165,12 +165,12 @@ def sparse_kernel(
         factor = weight * soft * temperature
         counts = weighed & (soft != 0)
         hard = tl.where(labelled, hard, 0.0)
-        of_rest = (tl.exp(log_q_rest) - tail) * factor
         for start in range(0, width, BLOCK):
             v_B = start + tl.arange(0, BLOCK)
             x_B = capped(tl.load(student_ptr + v_B, v_B < width, 0.0).to(WIDE), student_scale, student_cap, HAS_STUDENT_CAP)
             in_list_B = (tl.load(mask_ptr + v_B // 32, v_B < width, 0, volatile=True) >> (v_B % 32)) & 1
-            g_B = tl.where(counts, tl.exp(x_B / temperature - offset - tl.where(empty, 0.0, lse_rest)) * of_rest, 0.0)
+            of_rest_B = tl.exp(x_B / temperature - offset - tl.where(empty, 0.0, lse_rest))
+            g_B = tl.where(counts, of_rest_B * (tl.exp(log_q_rest) - tail) * factor, 0.0)
             g_B = _finished(g_B, x_B, v_B, label, lse_1, hard, student_scale, student_cap, HAS_STUDENT_CAP)
             tl.store(grad_ptr + v_B, g_B.to(grad_ptr.dtype.element_ty), (v_B < width) & (in_list_B == 0))
         g_K = tl.where(counts, (tl.exp(log_q_K) - p_K) * factor, 0.0)
