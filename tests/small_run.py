@@ -33,6 +33,11 @@ TINY = {
 }
 
 
+def environment_of_no_worker() -> dict[str, str]:
+    """Return the environment without what pytest-xdist tells its workers: pytest-benchmark measures nothing in one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def make_material(folder: Path) -> Path:
     """Into the folder: a tokenizer, a teacher of two layers, and corpora train/, heldout/ and other/ with their .jsonl."""
     documents = [text for module in (json, os, subprocess, signal) for text in docstrings(Path(str(module.__file__)))]

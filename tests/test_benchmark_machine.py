@@ -1,7 +1,6 @@
 """What the benchmarks' result files say of the machine, through a real pytest --benchmark-json."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.small_run import environment_of_no_worker
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,7 +18,7 @@ def test_a_result_file_knows_its_machine(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text("def test_one(benchmark):\n    benchmark.pedantic(sum, args=([1],), rounds=30)\n")
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.conftest", "test_one.py", f"--benchmark-json={out}"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ = {**environment_of_no_worker(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(out.read_text(encoding="utf-8"))

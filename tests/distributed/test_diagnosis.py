@@ -104,7 +104,7 @@ def test_compact_stack_is_innermost_first_and_short() -> None:
         frames = traceback.walk_stack(sys._getframe())
         return compact_stack((frame.f_code, line) for frame, line in frames)
 
-    assert inner(0).startswith("in test_verdicts.py:")
-    assert " < test_verdicts.py:" in inner(0)
+    assert inner(0).startswith("in test_diagnosis.py:")
+    assert " < test_diagnosis.py:" in inner(0)
     assert inner(20).count(" < ") == 11
     assert compact_stack([]) == "not known"

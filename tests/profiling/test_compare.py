@@ -17,6 +17,7 @@ from fastdistil.profiling.report.bootstrap import block_length, ratio_of
 from fastdistil.profiling.report.compare import compare, load_measurement, parse_limit, run_compare, show
 from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.summary import summarise
+from tests.small_run import environment_of_no_worker
 
 RECIPE = {"data": {"micro_batch_tokens": 256}, "loop": {"accumulation": 2}, "teacher": {"path": "a"}}
 START = {
@@ -321,7 +322,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (folder / "test_bench.py").write_text(BENCHMARKS.replace("{extra}", extra), encoding="utf-8")
         out = folder / f"{extra}.json"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_bench.py", f"--benchmark-json={out}"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        environ = environment_of_no_worker()
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         files.append(out)
     return files[0], files[1]
