@@ -2,7 +2,7 @@
 
 Two networks. In one each TCP flow is capped, at a tenth or less of what the loopback gives: there k rings should be k times
 as fast. In the other the flows share a link: there rings should lose nothing. What a ring is on each engine,
-distributed/horovod_world.py says. Ranks are started anew for each k, turn about. Printed and kept in extra_info: ms, ratios,
+distributed/world.py says. Ranks are started anew for each k, turn about. Printed and kept in extra_info: ms, ratios,
 bytes as the world counted them, and as the network's devices and classes did. Ratios are facts of a run, not asserted; that
 the bytes moved in k flows is.
 """

@@ -1,4 +1,4 @@
-"""The command line: arguments -> a recipe or options -> one call. Nothing else lives here."""
+"""The command line: arguments -> a recipe or options -> one call, and its result printed."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """The loop: the only file that knows the order of things.
 
     for each update:  window of micro-batches -> teacher, student, losses, backward
-                      in the last backward the gradients travel between ranks -> clip -> optimizer -> schedule
+                      in the last backward the gradients travel between ranks -> clip -> schedule -> optimizer
     now and then:     one host sync and a log line; evaluation; checkpoint; a look at signals and at PAUSE
 
 All that an update uses besides the weights and moments is a function of (seed, update): its batches, their masks, the

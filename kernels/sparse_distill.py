@@ -275,7 +275,7 @@ def sparse_rows_function(backend: str) -> Any:
     """sparse_distill_rows_torch, or its Triton counterpart with the same arguments."""
     if backend == "torch":
         return sparse_distill_rows_torch
-    from fastdistil.kernels.sparse_triton import sparse_distill_rows_triton
+    from fastdistil.kernels.sparse_distill_triton import sparse_distill_rows_triton
 
     return sparse_distill_rows_triton
 

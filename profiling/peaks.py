@@ -191,7 +191,7 @@ def _products_of(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
     out = torch.empty_like(a)
     found: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=out)]
     if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        # torch.mm is MKL's, which oneDNN beats on some processors; kernels.products takes the faster, too.
+        # torch.mm is MKL's, which oneDNN beats on some processors; kernels.cpu.product takes the faster, too.
         weight = b.t().contiguous()
         found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""))
     return found

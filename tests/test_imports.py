@@ -46,10 +46,7 @@ ROOMS = {
     "install": "errors storage profiling",
     "distributed": "errors recipe runs.PAUSE install.horovod_build",
     "gradients": "errors recipe distributed kernels profiling",
-    "launch": (
-        "errors untrusted signals streams recipe distributed.rank_info distributed.diagnosis distributed.rendezvous "
-        "profiling.device"
-    ),
+    "launch": ("errors untrusted signals streams recipe distributed.rank_info distributed.diagnosis profiling.device"),
     "evaluate": "errors recipe data models profiling",
     "console": "errors streams data",
     "training": (

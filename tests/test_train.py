@@ -347,7 +347,7 @@ def test_skipping_has_a_limit(material: Path, tmp_path: Path, monkeypatch: pytes
 def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor -> number conversions are counted: none in a step, one at a log line.
 
-    The kernels' path for the CPU looks at numbers, which is no wait there; test_distill.py sees to a GPU's. The roofline reads
+    The kernels' path for the CPU looks at numbers, which is no wait there; test_distill.py sees to a GPU's. flops.py reads
     lengths from a batch that is still on the host.
     """
     counts = {"inside": 0, "all": 0}

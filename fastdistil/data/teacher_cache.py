@@ -37,7 +37,7 @@ IDENTITY = "identity.json"
 
 
 class Cached(NamedTuple):
-    """Of tokens end to end: int64 [T, K], float32 [T, K], float32 [T] or None (see kernels.options.SparseTeacher)."""
+    """Of tokens end to end: int64 [T, K], float32 [T, K], float32 [T] or None (see kernels.distill_options.SparseTeacher)."""
 
     indices_TK: NDArray[np.int64]
     log_probabilities_TK: NDArray[np.float32]

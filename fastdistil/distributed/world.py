@@ -4,7 +4,16 @@
     world.sum / gather / barrier                small, and waited for: control messages, counted apart
     world.broadcast / move                      rare (a start, a resume, one re-ordering of buckets): not counted
 
-coordinator.join makes one.
+coordinator.join makes one. Horovod and torch.distributed both meet through one torch TCPStore, which rank 0 serves at the
+place's address: it starts the engine (Horovod's own rendezvous server runs inside rank 0), and the monitor lives on it.
+
+What a ring is:
+    torch, Gloo      a process group over all ranks, with a TCP connection of its own between each two of them
+    torch, NCCL      a process group, that is a communicator, of which NCCL makes at least `rings` CTAs
+    Horovod, NCCL    one of HOROVOD_NUM_NCCL_STREAMS communicators, taken in turn; Horovod's fusion is off, so that several
+                     buckets are under way at once
+    Horovod, CPU     Horovod runs one collective after another on one thread. Ring 0 is this process's Horovod; with several
+                     rings each is a communicator process with its own Horovod context, over shared memory (horovod_rings.py)
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What world.compression.kind=auto decides by: the seconds of an allreduce and of a copy, measured on the run's own buckets."""
+"""What compression.kind=auto decides by: the seconds of an allreduce and of a copy, measured on the run's own buckets."""
 
 import time
 from collections.abc import Sequence

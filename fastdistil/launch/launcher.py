@@ -2,7 +2,7 @@
 `launch_function` for Python.
 
 The launcher takes no part in training and does not load torch. Which environment a rank gets and how it is watched,
-attempt.py says; how it is started and heard, rank_process.py.
+attempt.py says; how it is started, rank_process.py; what it says, rank_output.py.
 
 Elastic: when a rank is lost, the others end by themselves (exit code 12); the run is then started again from its last
 checkpoint in the slots that remain. On this machine alone a lost slot is tried again later: the run is stopped as by SIGTERM,

@@ -1,4 +1,4 @@
-"""One rank's process, here or on another host over ssh, and what the ranks say.
+"""One rank's process, here or on another host over ssh.
 
 A rank here is a child in a session of its own: a terminal's Ctrl-C reaches the launcher alone, and one signal to its group
 ends whatever it started. A rank elsewhere is a child of `supervise` there, which ssh starts: it gets the rank's command and

@@ -1,6 +1,7 @@
 """Students: made from a teacher's layers, from a configuration or from a checkpoint, as a recipe asks.
 
-transformers itself is behind language_model.py and loading.py; here its configurations and models are values with attributes.
+transformers itself is behind language_model.py, loading.py and pretrained.py; here its configurations and models are values
+with attributes.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""`fastdistil scale`: short runs at several rank counts, turn about, against the linear ideal; then the cost model on them.
+"""The short runs of `fastdistil scale`: at several rank counts, turn about, against the linear ideal.
 
 A point is `fastdistil train` (or pretrain) of the recipe with evaluation and checkpoints off and a log line each update, its
 ranks started as --np and --hosts start them. Rounds go through all points forwards and backwards in turn, so that what drifts

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000123/
         model.safetensors  optimizer.safetensors  ...   one file per group of tensors
-        state.json                                       numbers and strings, e.g. the data position and the best loss
+        state.json                                       numbers and strings, e.g. the tokens seen and the best loss
         manifest.json                                    format, update, and sha256 + bytes of every other file
 
 A checkpoint is written under a hidden name beside its own, every file and directory fsynced, read back from the disk against

@@ -1,4 +1,4 @@
-"""What may stop a run: signals, a PAUSE file, values that are not finite.
+"""What may stop a run: signals, and values that are not finite.
 
 Nothing here waits for the device except `FiniteGuard.read`.
 """

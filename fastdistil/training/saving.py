@@ -1,7 +1,7 @@
 """A run's state into checkpoints and back: saving, continuing, and what is saved when an update was not finite.
 
-Every function here is called by all ranks; rank 0 alone reads and writes.
-A run's state holds what learns as flat names and tensors.
+Every function here is called by all ranks; rank 0 alone reads and writes. What learns becomes flat names and tensors
+(`learnt_tensors`).
 """
 
 import time

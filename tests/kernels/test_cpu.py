@@ -1,4 +1,4 @@
-"""kernels/products.py against float64."""
+"""kernels/cpu.py's product against float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fastdistil.kernels.cpu import product
 PATHS = ["mm", "onednn"] if torch.backends.mkldnn.is_available() else ["mm"]
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("what", ["new", "bias", "keep"])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 1), (5, 16, 37), (37, 16, 5), (33, 1, 33), (0, 4, 9), (20, 64, 20)])
 def test_against_float64(m: int, k: int, n: int, what: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

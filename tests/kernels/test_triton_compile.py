@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ["distill_triton", "sparse_triton", "cosine_triton", "block_codes_triton", "top_k_triton"]
+MODULES = ["distill_triton", "sparse_distill_triton", "cosine_triton", "block_codes_triton", "top_k_triton"]
 # Target -> bytes of shared memory that a program may use.
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
