@@ -59,8 +59,8 @@ def distil(
         "batches": corpus if corpus is not None and not isinstance(corpus, (str, Path)) else None,
     }
     if np not in (None, 1) or hosts is not None:
-        found: Result = launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=checked.world.timeout_s)
-        return found
+        result: Result = launch_function(_train_as_rank, arguments, np=np, hosts=hosts, timeout_s=checked.world.timeout_s)
+        return result
     return train(**arguments, place=find_rank_info())
 
 
@@ -68,6 +68,6 @@ def _train_as_rank(**arguments: Any) -> Result:
     return train(**arguments, place=find_rank_info())
 
 
-def _named(given: object) -> str:
+def _named(value: object) -> str:
     """A path as it is; an object by its type, so that recipe.yaml says where it came from."""
-    return str(given) if isinstance(given, (str, Path)) else f"(a {type(given).__qualname__} given from Python)"
+    return str(value) if isinstance(value, (str, Path)) else f"(a {type(value).__qualname__} given from Python)"

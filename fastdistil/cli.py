@@ -224,8 +224,8 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
     from fastdistil.runs import choose_run, is_run
 
     elastic, np = None, options.np
-    own = [sys.executable, "-m", "fastdistil", command, name]
-    first = [*own, *overrides, *(["--resume", resume] if resume else [])]
+    program = [sys.executable, "-m", "fastdistil", command, name]
+    first = [*program, *overrides, *(["--resume", resume] if resume else [])]
     if options.elastic is not None:
         min_ranks, max_ranks = parse_elastic(options.elastic)
         np = max_ranks if np is None else np
@@ -238,9 +238,9 @@ def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: 
 
         def again() -> tuple[str, ...]:
             # Once there is a run, a rank 0 that does not find it (on another host's own disk) must not begin anew.
-            return (*own, *pinned, "--resume", str(directory) if is_run(directory) else "auto")
+            return (*program, *pinned, "--resume", str(directory) if is_run(directory) else "auto")
 
-        first = [*own, *pinned, *(["--resume", resume] if resume else [])]
+        first = [*program, *pinned, *(["--resume", resume] if resume else [])]
         elastic = Elastic(
             min_ranks=min_ranks,
             again=again,
@@ -414,8 +414,8 @@ def _print_report(report: "Report") -> None:
     for column in ("corpus", "measure", "loss", "perplexity", "tokens"):
         table.add_column(column, justify="left" if column in ("corpus", "measure") else "right", overflow="fold")
     for corpus in report.corpora:
-        if (found := corpus.heldout) is not None:
-            table.add_row(corpus.corpus, "masked tokens", _loss(found), f"{found.perplexity:.2f}", f"{found.labels:,}")
+        if (heldout := corpus.heldout) is not None:
+            table.add_row(corpus.corpus, "masked tokens", _loss(heldout), f"{heldout.perplexity:.2f}", f"{heldout.labels:,}")
         if (pseudo := corpus.pseudo) is not None:
             table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
         if (causal := corpus.causal) is not None:
@@ -430,8 +430,8 @@ def _print_report(report: "Report") -> None:
             print(note)
 
 
-def _loss(found: Any) -> str:
-    return f"{found.loss:.4f} ± {found.loss_se:.4f}"
+def _loss(heldout: Any) -> str:
+    return f"{heldout.loss:.4f} ± {heldout.loss_se:.4f}"
 
 
 @app.command(epilog="Example: fastdistil cluster distilbert --for slurm --nodes 4 --time 8h data.train=corpus/ --out job.sh")
@@ -458,7 +458,7 @@ def cluster(
     from fastdistil.launch.cluster import KINDS, Cluster, cluster_file, local_paths
     from fastdistil.recipe import load_recipe
 
-    chosen = next((known for known in KINDS if known == kind), None)
+    chosen = next((supported for supported in KINDS if supported == kind), None)
     if chosen is None:
         raise UserError(f"--for {kind}: wanted one of {', '.join(KINDS)}")
     if recipe == "demo":

@@ -119,8 +119,8 @@ def _shown(name: str, value: Any) -> str:
 def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "unknown"
-    minutes, whole = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{whole:02d}"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{remainder:02d}"
 
 
 class PrepareBar:

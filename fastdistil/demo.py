@@ -139,8 +139,8 @@ def make_corpus(data: Path, console: Console) -> tuple[Path, Path]:
 def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """(train, held-out) by each document's own hash, so that no document moves when others come or go."""
     out = [hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] % HELD_OUT == 0 for document in documents]
-    kept = [document for document, held in zip(documents, out, strict=True) if not held]
-    return kept, [document for document, held in zip(documents, out, strict=True) if held]
+    training = [document for document, held in zip(documents, out, strict=True) if not held]
+    return training, [document for document, held in zip(documents, out, strict=True) if held]
 
 
 def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result, control: Result) -> list[DemoRow]:
@@ -162,15 +162,15 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     )
     rows = []
     for name, model, speed in candidates:
-        found = held_out(model, corpus, facts, teacher=reference, device=device)
-        rows.append(DemoRow(name, language_model.parameter_count(model), found, speed))
+        losses = held_out(model, corpus, facts, teacher=reference, device=device)
+        rows.append(DemoRow(name, language_model.parameter_count(model), losses, speed))
     return rows
 
 
 def report(rows: Sequence[DemoRow], run: Path, seconds: float) -> None:
-    found = rows[0].found
+    heldout = rows[0].found
     table = rich.table.Table(
-        title=f"Held-out text: {found.sequences:,} sequences, {found.labels:,} masked tokens. ± is one standard error.",
+        title=f"Held-out text: {heldout.sequences:,} sequences, {heldout.labels:,} masked tokens. ± is one standard error.",
         title_justify="left",
     )
     columns = ("model", "MLM loss", "perplexity", "KL to teacher", "parameters", "training tokens/s")

@@ -79,14 +79,14 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.positions != "all" and self.positions < 0:
             raise UserError(f"positions must be a number of at least 0, or all, got {self.positions}")
-        for name, known in (
+        for name, allowed in (
             ("documents", get_args(Documents)),
             ("read_as", (None, *get_args(TextKind))),
             ("device", ("auto", "cpu", "cuda")),
             ("precision", ("auto", "fp32", "bf16", "fp16")),
         ):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         check_bos(self.bos)
         for name, low in (("seed", 0), ("batch_tokens", 1), ("max_length", 4), ("stride", 1)):
             value = getattr(self, name)
@@ -224,7 +224,7 @@ class _Share(NamedTuple):
 
 def _evaluate_one(
     model: language_model.LanguageModel | language_model.AnyModel,
-    given: str,
+    source: str,
     corpus: Corpus,
     options: EvaluateOptions,
     size: int,
@@ -238,28 +238,28 @@ def _evaluate_one(
     common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": device, "precision": precision}
     heldout, pseudo, causal = None, None, None
     if model.causal:
-        told = share.part(0.0, 1.0, "perplexity")
-        causal = causal_perplexity(model, corpus, facts, max_length=size, stride=options.stride, progress=told, **common)
+        progress = share.part(0.0, 1.0, "perplexity")
+        causal = causal_perplexity(model, corpus, facts, max_length=size, stride=options.stride, progress=progress, **common)
     else:
         tokens = int(corpus.lengths.sum())
         positions = tokens if options.positions == "all" else min(options.positions, tokens)
         # A position costs a forward of its sequence, the held-out loss one of every sequence.
         part = len(corpus) / (len(corpus) + positions)
-        told = share.part(0.0, part, "held-out loss")
-        heldout = held_out(model, corpus, facts, seed=options.seed, progress=told, **common)
+        progress = share.part(0.0, part, "held-out loss")
+        heldout = held_out(model, corpus, facts, seed=options.seed, progress=progress, **common)
         if options.positions != 0:
-            told = share.part(part, 1 - part, "pseudo-perplexity")
+            progress = share.part(part, 1 - part, "pseudo-perplexity")
             pseudo = pseudo_perplexity(
-                model, corpus, facts, positions=options.positions, seed=options.seed, progress=told, **common
+                model, corpus, facts, positions=options.positions, seed=options.seed, progress=progress, **common
             )
     seconds = time.perf_counter() - begun
     unknown, spellings = _unknown_share(corpus, tokenizer), corpus.manifest.special_spellings
-    notes = [f"warning: {unknown_text(unknown, tokenizer, given)}"] if unknown > WARNING_SHARE else []
+    notes = [f"warning: {unknown_text(unknown, tokenizer, source)}"] if unknown > WARNING_SHARE else []
     if spellings:
-        notes.append(f"{given} spells out {spellings:,} special tokens, {corpus.manifest.special_spellings_became}")
+        notes.append(f"{source} spells out {spellings:,} special tokens, {corpus.manifest.special_spellings_became}")
     tokens = int(corpus.lengths.sum())
     bos = beginning(corpus, tokenizer) if model.causal else None
-    return CorpusReport(given, len(corpus), tokens, heldout, pseudo, causal, bos, seconds, unknown, spellings, tuple(notes))
+    return CorpusReport(source, len(corpus), tokens, heldout, pseudo, causal, bos, seconds, unknown, spellings, tuple(notes))
 
 
 def _unknown_share(corpus: Corpus, tokenizer: FastTokenizer) -> float:
@@ -288,8 +288,8 @@ def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:
     return device, "bf16" if has_fast_bf16(device) else "fp32"
 
 
-def _is_prepared(given: str) -> bool:
-    return any((Path(given) / name).is_file() for name in ("manifest.json", "progress.json"))
+def _is_prepared(path: str) -> bool:
+    return any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json"))
 
 
 def _open(path: str, model_path: str, causal: bool) -> Corpus:

@@ -269,9 +269,9 @@ class EventLog:
         with translated("opening the event log", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
-            whole = _whole_lines_bytes(path)
-            if whole < path.stat().st_size:
-                self._file.truncate(whole)
+            size = _whole_lines_bytes(path)
+            if size < path.stat().st_size:
+                self._file.truncate(size)
 
     def write(self, kind: str, /, **fields: Any) -> None:
         """Append {"event": kind, "time": now, **fields}. Numbers that are not finite become "nan", "inf", "-inf" (float() reads
@@ -327,7 +327,7 @@ def _parsed(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept = []
+    effective = []
     resumed_from = math.inf
     for event in reversed(events):
         update = event.get("update")
@@ -335,8 +335,8 @@ def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             resumed_from = min(resumed_from, update)
         elif isinstance(update, int) and update > resumed_from:
             continue
-        kept.append(event)
-    return kept[::-1]
+        effective.append(event)
+    return effective[::-1]
 
 
 def _whole_lines_bytes(path: Path) -> int:

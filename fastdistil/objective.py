@@ -111,13 +111,13 @@ def _losses(
         columns=columns if objective.a_ce else None,
     )
     if objective.a_ce and (teacher_hidden_NE is not None or batch.cached_indices_NK is not None):
-        found = _vocabulary_terms(objective, options, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, backend)
-        total, soft, hard = found.total, found.soft / per.soft, found.hard / per.hard
+        terms = _vocabulary_terms(objective, options, student, teacher, student_hidden_ND, teacher_hidden_NE, batch, backend)
+        total, soft, hard = terms.total, terms.soft / per.soft, terms.hard / per.hard
     elif a_hard:
         features_MD = student.transform(student_hidden_ND.index_select(0, batch.label_rows))
         labels_M = batch.labels_N.index_select(0, batch.label_rows)
-        found = linear_cross_entropy_loss(features_MD, student.weight, student.bias, labels_M, options=options, backend=backend)
-        total, hard = found.total, found.hard / per.hard
+        terms = linear_cross_entropy_loss(features_MD, student.weight, student.bias, labels_M, options=options, backend=backend)
+        total, hard = terms.total, terms.hard / per.hard
 
     if teacher_hidden_NE is not None and (objective.a_cos or objective.a_mse):
         if projection is not None:
@@ -154,7 +154,7 @@ def _vocabulary_terms(
     head = (features_ND, student.weight, student.bias)
     if teacher_hidden_NE is None:
         cached = (batch.cached_indices_NK, batch.cached_log_probabilities_NK, batch.cached_tail_N)
-        sparse = SparseTeacher(*(None if each is None else _rows(each, rows) for each in cached))  # type: ignore[arg-type]
+        sparse = SparseTeacher(*(None if tensor is None else _rows(tensor, rows) for tensor in cached))  # type: ignore[arg-type]
         return linear_sparse_distill_loss(*head, sparse, labels_N, weights_N, options=options, backend=backend)
     assert teacher is not None
     with torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):

@@ -76,13 +76,13 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("path", "config", "layers", "every") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of path, config, layers, every; got {', '.join(given) or 'none'}")
-        if self.architecture == "distilbert" and given[0] in ("path", "config"):
+        sources = [name for name in ("path", "config", "layers", "every") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"give exactly one of path, config, layers, every; got {', '.join(sources) or 'none'}")
+        if self.architecture == "distilbert" and sources[0] in ("path", "config"):
             raise ValueError("architecture: distilbert is for students made from a BERT teacher's layers (layers or every)")
-        if self.head == "fresh" and given[0] != "path":
-            raise ValueError(f"head: fresh is for a checkpoint without one (path), got {given[0]}; see copy_head for layers")
+        if self.head == "fresh" and sources[0] != "path":
+            raise ValueError(f"head: fresh is for a checkpoint without one (path), got {sources[0]}; see copy_head for layers")
         return self
 
 
@@ -385,25 +385,25 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 ALTERNATIVES = {"student": ("path", "config", "layers", "every"), "loop": ("epochs", "updates")}
 
 
-def replace_alternatives(values: dict[str, Any], section: str, given: Mapping[str, Any]) -> None:
+def replace_alternatives(values: dict[str, Any], section: str, overrides: Mapping[str, Any]) -> None:
     """The ways to say one thing exclude each other: one that is given replaces the recipe's."""
     ways = ALTERNATIVES.get(section, ())
-    if any(given.get(way) is not None for way in ways) and isinstance(values.get(section), dict):
+    if any(overrides.get(way) is not None for way in ways) and isinstance(values.get(section), dict):
         for way in ways:
-            if way not in given:
+            if way not in overrides:
                 values[section].pop(way, None)
 
 
 def _check_key(key: str) -> None:
-    known = all_keys()
-    if key not in known:
-        raise UserError(_unknown(key, known))
+    keys = all_keys()
+    if key not in keys:
+        raise UserError(_unknown(key, keys))
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5) if len(key) < 100 else []
+def _unknown(key: str, keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(keys), n=1, cutoff=0.5) if len(key) < 100 else []
     if not near:  # a bare or misplaced last part: lr -> optim.lr
-        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+        near = [name for name in keys if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
     return f"unknown recipe key {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else "; --dry-run prints all keys")
 
 

@@ -60,9 +60,9 @@ def choose_run(recipe: Recipe, recipe_name: str, resume: str | Path | None) -> t
             raise UserError(f"{run} exists; continue it with --resume auto, or choose another name=...")
         return run, False
     if str(resume) == "auto":
-        found = runs / recipe.name if recipe.name is not None else _newest(runs, recipe_name)
-        if found is not None and is_run(found):
-            return found, True
+        directory = runs / recipe.name if recipe.name is not None else _newest(runs, recipe_name)
+        if directory is not None and is_run(directory):
+            return directory, True
         return runs / recipe.name if recipe.name is not None else next_free(runs, recipe_name), False
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path

@@ -108,8 +108,8 @@ def train(
         loading = partial(explaining_out_of_memory, lambda: "loading", MemoryMeter(team.world.device))
         with translated("loading the models and the corpus"), loading(recipe), team.unhurried("loading"):
             rank, ranks = team.world.rank, team.world.size
-            own = {"teacher": teacher, "student": student, "batches": batches}
-            inputs = load_inputs(local, **own, note=console.note, rank=rank, ranks=ranks)  # type: ignore[arg-type]
+            provided = {"teacher": teacher, "student": student, "batches": batches}
+            inputs = load_inputs(local, **provided, note=console.note, rank=rank, ranks=ranks)  # type: ignore[arg-type]
         team.require_equal({"corpus": inputs.source.identity, "models": _shapes(inputs)})
         if not continued:
             team.chief_does("create", lambda: create_run(directory, recipe))
@@ -191,7 +191,7 @@ def _loop(run: Run) -> None:
                 start_trace(run)
             run.team.phase("data", run.update + 1)
             run.instruments.begin()
-            asked = time.perf_counter()
+            requested_s = time.perf_counter()
             with run.instruments.span("data"):
                 asked_for = next(windows, None)
             if asked_for is None:
@@ -200,7 +200,7 @@ def _loop(run: Run) -> None:
             # The first one compiles what runs on a GPU, or everything, for as long as that takes.
             compiles = first and (run.recipe.loop.compile or run.inputs.device.type == "cuda")
             with run.team.unhurried("first update") if compiles else nullcontext():
-                happened = train_step(run, window, counts, time.perf_counter() - asked)
+                happened = train_step(run, window, counts, time.perf_counter() - requested_s)
             if not happened:
                 _stop(run)
             first = False
@@ -252,8 +252,8 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
     with run.instruments.span("optimizer"):
         grad_norm, found_inf = _apply_gradients(run, sums)
     run.update += 1
-    for told in exchange.done(run.update, found_inf):
-        run.tell(told)
+    for message in exchange.done(run.update, found_inf):
+        run.tell(message)
     run.unread.append(update_counts.tokens)
     run.meter.add(sums, grad_norm, update_counts.tokens, waited_s, found_inf)
     run.load.add(tokens, waited_s)
@@ -383,19 +383,19 @@ def _evaluate(run: Run) -> HeldOut | None:
     except NonFinite as error:
         give_up_evaluation(run, error)
         return None
-    found = HeldOut(**measured)
-    run.event("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(found))
+    losses = HeldOut(**measured)
+    run.event("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(losses))
     run.console.note(
-        f"update {run.update}: held-out loss {found.loss:.4f} ± {found.loss_se:.4f}, perplexity {found.perplexity:.2f}"
+        f"update {run.update}: held-out loss {losses.loss:.4f} ± {losses.loss_se:.4f}, perplexity {losses.perplexity:.2f}"
     )
     if run.board is not None:
-        run.board.write(run.update, {f"evaluation/{name}": value for name, value in asdict(found).items()})
-    if math.isfinite(found.loss) and (run.best_loss is None or found.loss < run.best_loss):
-        run.best_loss, run.best_update = found.loss, run.update
+        run.board.write(run.update, {f"evaluation/{name}": value for name, value in asdict(losses).items()})
+    if math.isfinite(losses.loss) and (run.best_loss is None or losses.loss < run.best_loss):
+        run.best_loss, run.best_update = losses.loss, run.update
         if not run.exchange.owes:  # what it owes lies in the checkpoint that it was continued from
             run.saved_update = None
         save(run)
-    return found
+    return losses
 
 
 def _stop(run: Run) -> None:
@@ -412,15 +412,15 @@ def _stop(run: Run) -> None:
 
 
 def _finish(run: Run) -> Result:
-    found = _evaluate(run)
+    heldout = _evaluate(run)
     save(run)
     speed = run.logged_tokens / run.logged_s if run.logged_s else 0.0
     if run.team.is_chief:
         with translated("saving the student", run.directory), run.team.unhurried("saving"):
             counts = {"updates": run.update, "tokens": run.tokens}
-            export_student(run.inputs, run.recipe, run.directory / "student", found, **counts, note=run.tell)
+            export_student(run.inputs, run.recipe, run.directory / "student", heldout, **counts, note=run.tell)
     run.console.close()  # if it is gone, the log says so before its last line
     run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
     student = run.inputs.student
     module = student.module if isinstance(student, language_model.LanguageModel) else student
-    return Result(run.directory, module.eval(), run.update, found, speed)
+    return Result(run.directory, module.eval(), run.update, heldout, speed)

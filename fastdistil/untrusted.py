@@ -181,8 +181,8 @@ def _whole_number(text: str) -> int:
 def _check_depth(values: Any) -> None:
     level = [values]
     for _ in range(DEPTH):
-        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [value for each in inner for value in each if isinstance(value, dict | list)]
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [value for node in inner for value in node if isinstance(value, dict | list)]
         if not level:
             return
     raise ValueError(f"nested more than {DEPTH} deep")

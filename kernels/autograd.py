@@ -77,7 +77,7 @@ def register_handover(op: Any, *, leaves: int) -> None:
         ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
         _, unit = low_precision_unit(unpack(inputs[-OPTIONS:]), inputs[0].dtype)
-        keep_gradients(ctx, output[3:], unit, [None if each is None else each.dtype for each in inputs[:leaves]])
+        keep_gradients(ctx, output[3:], unit, [None if tensor is None else tensor.dtype for tensor in inputs[:leaves]])
 
     def hand(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return *hand_gradients(ctx, grad_total), *(None,) * (ctx.inputs - leaves)

@@ -51,14 +51,14 @@ def _check_block(block: int) -> None:
 
 def _check_coded(codes_RN: Tensor, scales_RB: Tensor, block: int) -> None:
     ranks, numel = codes_RN.shape
-    for name, tensor, wanted_dtype, wanted in (
+    for name, tensor, wanted_dtype, shape in (
         ("codes", codes_RN, torch.int8, (ranks, numel)),
         ("scales", scales_RB, torch.float32, (ranks, -(-numel // block))),
     ):
         rows_whole = tensor.ndim == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-        if tensor.dtype != wanted_dtype or tensor.shape != wanted or not rows_whole:
+        if tensor.dtype != wanted_dtype or tensor.shape != shape or not rows_whole:
             raise ValueError(
-                f"the {name} must be {wanted_dtype} {list(wanted)} with rows that are contiguous; got {tensor.dtype} "
+                f"the {name} must be {wanted_dtype} {list(shape)} with rows that are contiguous; got {tensor.dtype} "
                 f"{list(tensor.shape)}, strides {list(tensor.stride())}"
             )
 

@@ -24,17 +24,17 @@ def _chunk_blocks(block: int) -> int:
 
 def _chunks(block: int, tensors: list[tuple[Tensor | None, int]]) -> Iterator[list[Any]]:
     """Of each (tensor, its elements for a block): [C, those], chunk by chunk; None for None. A part of a block comes last."""
-    whole = min(each.numel() // width for each, width in tensors if each is not None)
+    full = min(tensor.numel() // width for tensor, width in tensors if tensor is not None)
     rows = _chunk_blocks(block)
     columns: list[Any] = [
-        [None] * -(-whole // rows) if each is None else torch.split(each[: whole * width].view(whole, width), rows)
-        for each, width in tensors
+        [None] * -(-full // rows) if tensor is None else torch.split(tensor[: full * width].view(full, width), rows)
+        for tensor, width in tensors
     ]
-    if whole:
+    if full:
         yield from (list(chunk) for chunk in zip(*columns, strict=True))
-    rests = [None if each is None else each[whole * width :] for each, width in tensors]
-    if any(rest is not None and rest.numel() for rest in rests):
-        yield [None if rest is None else rest.view(1, -1) for rest in rests]
+    rests = [None if tensor is None else tensor[full * width :] for tensor, width in tensors]
+    if any(remainder is not None and remainder.numel() for remainder in rests):
+        yield [None if remainder is None else remainder.view(1, -1) for remainder in rests]
 
 
 def _spare(like_N: Tensor, block: int) -> Tensor:
@@ -59,8 +59,8 @@ def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: in
     for g_CS, r_CS, codes_CS, scales_C1 in _chunks(block, parts):
         v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=_like(spare_v, g_CS))
         scales_C1.copy_(torch.maximum(v_CS.amax(1, True), v_CS.amin(1, True).neg_()).div_(127))
-        found = scales_C1.numpy()
-        if not ((found == 0) | ((found >= _SMALLEST) & (found < _LARGEST))).all():
+        scales = scales_C1.numpy()
+        if not ((scales == 0) | ((scales >= _SMALLEST) & (scales < _LARGEST))).all():
             _by_reference(g_CS, r_CS, codes_CS, scales_C1)
             continue
         # Where the scale is 0 so is every v / smallest, once rounded. Codes need no clamp: v / scale rounds to 127 at most.

@@ -130,9 +130,9 @@ def tile(block: int) -> tuple[int, int, int]:
     return rows, columns, max(4, rows * columns // 512)
 
 
-def _constexprs(block: int, whole: bool, residual: bool | None = None) -> dict[str, Any]:
+def _constexprs(block: int, in_bounds: bool, residual: bool | None = None) -> dict[str, Any]:
     rows, columns, _ = tile(block)
-    values: dict[str, Any] = {"WHOLE": whole, "BLOCK": block, "ROWS": rows, "COLUMNS": columns}
+    values: dict[str, Any] = {"WHOLE": in_bounds, "BLOCK": block, "ROWS": rows, "COLUMNS": columns}
     return values if residual is None else {"HAS_RESIDUAL": residual, **values}
 
 
@@ -142,18 +142,18 @@ def _launches(numel: int, block: int) -> Iterator[tuple[int, int, bool]]:
         raise ValueError(f"blocks have up to {_LARGEST} elements in the Triton path, got {block}; choose a smaller block")
     rows, columns, _ = tile(block)
     programs = triton.cdiv(numel, rows * block)
-    whole = numel // (rows * block) if columns == block else 0
-    if whole:
-        yield 0, whole, True
-    if programs > whole:
-        yield whole, programs - whole, False
+    full_programs = numel // (rows * block) if columns == block else 0
+    if full_programs:
+        yield 0, full_programs, True
+    if programs > full_programs:
+        yield full_programs, programs - full_programs, False
 
 
 def quantize_int8_triton(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
     codes_N = torch.empty_like(gradient_N, dtype=torch.int8)
     scales_B = gradient_N.new_empty(-(-gradient_N.numel() // block))
     with on_device(gradient_N):
-        for first, programs, whole in _launches(gradient_N.numel(), block):
+        for first, programs, in_bounds in _launches(gradient_N.numel(), block):
             quantize_int8_kernel[(programs,)](
                 gradient_N,
                 gradient_N if residual_N is None else residual_N,
@@ -161,7 +161,7 @@ def quantize_int8_triton(gradient_N: Tensor, residual_N: Tensor | None, block: i
                 scales_B,
                 gradient_N.numel(),
                 first,
-                **_constexprs(block, whole, residual_N is not None),
+                **_constexprs(block, in_bounds, residual_N is not None),
                 num_warps=tile(block)[2],
                 enable_fp_fusion=False,
             )
@@ -170,7 +170,7 @@ def quantize_int8_triton(gradient_N: Tensor, residual_N: Tensor | None, block: i
 
 def dequantize_sum_int8_triton(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
     with on_device(out_N):
-        for first, programs, whole in _launches(out_N.numel(), block):
+        for first, programs, in_bounds in _launches(out_N.numel(), block):
             dequantize_sum_int8_kernel[(programs,)](
                 codes_RN,
                 scales_RB,
@@ -180,7 +180,7 @@ def dequantize_sum_int8_triton(codes_RN: Tensor, scales_RB: Tensor, block: int, 
                 codes_RN.stride(0),
                 scales_RB.stride(0),
                 first,
-                **_constexprs(block, whole),
+                **_constexprs(block, in_bounds),
                 num_warps=tile(block)[2],
                 enable_fp_fusion=False,
             )
@@ -194,12 +194,12 @@ def shipped_launches() -> list[Launch]:
     integers = ("elements", "ranks", "first", "codes_row_stride", "scales_row_stride")
     for block in (8, 1000, 1024, 8192):
         warps = tile(block)[2]
-        for whole in (False, True) if tile(block)[1] == block else (False,):
-            name = f"S={block}{' whole' if whole else ''}"
+        for in_bounds in (False, True) if tile(block)[1] == block else (False,):
+            name = f"S={block}{' whole' if in_bounds else ''}"
             for residual in (False, True) if block == 1024 else (True,):
-                constexprs = _constexprs(block, whole, residual)
+                constexprs = _constexprs(block, in_bounds, residual)
                 label = f"quantize_int8_kernel {name}{' residual' if residual else ''}"
                 launches.append(launch(label, quantize_int8_kernel, encoded, ("elements", "first"), constexprs, warps))
-            label, constexprs = f"dequantize_sum_int8_kernel {name}", _constexprs(block, whole)
+            label, constexprs = f"dequantize_sum_int8_kernel {name}", _constexprs(block, in_bounds)
             launches.append(launch(label, dequantize_sum_int8_kernel, decoded, integers, constexprs, warps))
-    return [each._replace(options={**each.options, "enable_fp_fusion": False}) for each in launches]
+    return [entry._replace(options={**entry.options, "enable_fp_fusion": False}) for entry in launches]

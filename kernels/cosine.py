@@ -177,7 +177,7 @@ def _cosine(
     rows = first.shape[0] if rows_M is None else rows_M.shape[0]
     wide = torch.promote_types(first.dtype, torch.float32)
     terms_LM2 = first.new_empty(len(student_states), rows, 2, dtype=wide)
-    grads = [buffer(each.shape, each.dtype, each.device) for each in student_states] if need_grad else []
+    grads = [buffer(state.shape, state.dtype, state.device) for state in student_states] if need_grad else []
     if rows_M is not None:
         for grad_ND in grads:
             grad_ND.zero_()
@@ -196,10 +196,10 @@ def _cosine(
 
 
 @_cosine.register_fake
-def _(student_states: Sequence[Tensor], teacher_states: Any, rows_M: Any, weights_N: Any, *rest: Any) -> Any:
+def _(student_states: Sequence[Tensor], teacher_states: Any, rows_M: Any, weights_N: Any, *arguments: Any) -> Any:
     wide = torch.promote_types(student_states[0].dtype, torch.float32)
     scalars = tuple(student_states[0].new_empty((), dtype=wide) for _ in range(3))
-    return *scalars, [each.new_empty(each.shape) for each in student_states] if rest[2] else []
+    return *scalars, [state.new_empty(state.shape) for state in student_states] if arguments[2] else []
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -250,11 +250,11 @@ def cosine_loss(
     if backend == "reference":
         return cosine_loss_reference(student, teacher, rows_M, weights_N, options=options)
     grad = torch.is_grad_enabled()
-    if grad and any(each.requires_grad for each in (*teacher, *(() if weights_N is None else (weights_N,)))):
+    if grad and any(tensor.requires_grad for tensor in (*teacher, *(() if weights_N is None else (weights_N,)))):
         raise ValueError(
             "only the student's states get a gradient: detach the teacher's and the weights, or use backend='reference'"
         )
-    need_grad = grad and any(each.requires_grad for each in student)
+    need_grad = grad and any(tensor.requires_grad for tensor in student)
     chosen = chosen_backend(backend, student[0].device)
     total, cosine, mse, _ = _cosine(student, teacher, rows_M, weights_N, options.cosine, options.mse, need_grad, chosen)
     return HiddenTerms(total, cosine, mse)

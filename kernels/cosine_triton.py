@@ -117,7 +117,7 @@ def cosine_rows_triton(
 ) -> None:
     """Writes each row's (1 - cosine, mean square) and the gradient of its part of the total. grads: contiguous, or empty."""
     layers, rows = terms_LM2.shape[:2]
-    widest = max(each.shape[1] for each in student_states)
+    widest = max(state.shape[1] for state in student_states)
     if widest > _LARGEST:
         raise ValueError(f"hidden states are up to {_LARGEST} wide in the Triton path, got {widest}; use backend='torch'")
     if rows == 0 or widest == 0:
@@ -133,9 +133,9 @@ def cosine_rows_triton(
             terms_LM2 if rows_M is None else rows_M.contiguous(),
             terms_LM2 if weights_M is None else weights_M.contiguous(),
             terms_LM2,
-            tuple(each.stride(0) for each in student_states),
-            tuple(each.stride(0) for each in teacher_states),
-            tuple(each.shape[1] for each in student_states),
+            tuple(state.stride(0) for state in student_states),
+            tuple(state.stride(0) for state in teacher_states),
+            tuple(state.shape[1] for state in student_states),
             rows,
             cosine,
             mse,

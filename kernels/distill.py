@@ -171,7 +171,7 @@ def _distill(
 
 def sum_terms(terms_N2: Tensor, options: DistillOptions) -> DistillTerms:
     """The rows' sums, each in storage of its own."""
-    soft, hard = (each.clone() for each in terms_N2.sum(0))
+    soft, hard = (term.clone() for term in terms_N2.sum(0))
     return _terms(soft, hard, options)
 
 

@@ -133,7 +133,7 @@ def distill_rows_torch(
     buffers = [buffer((largest, width), wide, device) for _ in range(6)]
     for at_R, labels_R in _selections(labels_N, options.ignore_index, rows, width, device):
         student_RV, terms_R2 = _rows(student_NV[:, :width], at_R), terms_N2[at_R]
-        block = [each[: len(student_RV)] for each in buffers]
+        block = [spare[: len(student_RV)] for spare in buffers]
         hard = hard_rows(student_RV, labels_R, options, terms_R2, block[0], block[5])
         if teacher_NV is None:
             terms_R2[:, 0] = 0.0

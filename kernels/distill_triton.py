@@ -351,9 +351,9 @@ def distill_rows_triton(
     labels = None if labels_N is None else labels_N.contiguous()
     weights = None if weights_N is None else weights_N.contiguous()
     stages = [FUSED] if fused or segments == 1 else [FIRST, SECOND, LAST] if options.divergence == "jsd" else [FIRST, LAST]
-    strides = [each.stride(0) for each in (student_NV, teacher_NV, grad_NV) if each is not None]
+    strides = [tensor.stride(0) for tensor in (student_NV, teacher_NV, grad_NV) if tensor is not None]
     constexprs = _constexprs(options, wide, block, segments, len(set(strides)) == 1)
-    given = {
+    present = {
         "HAS_TEACHER": teacher_NV is not None,
         "HAS_LABELS": labels is not None,
         "HAS_WEIGHTS": weights is not None,
@@ -386,7 +386,7 @@ def distill_rows_triton(
                 options.student_softcap or 1.0,
                 options.teacher_softcap or 1.0,
                 STAGE=stage,
-                **given,
+                **present,
                 **constexprs,
                 num_warps=warps,
             )

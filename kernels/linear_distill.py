@@ -176,7 +176,7 @@ def _linear_distill(
         hidden_ND = hidden_ND.index_select(0, order_N)
         others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
         teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N = (
-            None if each is None else each.index_select(0, order_N) for each in others
+            None if tensor is None else tensor.index_select(0, order_N) for tensor in others
         )
     scaled, _ = low_precision_unit(options, hidden_ND.dtype)
     need = (need_hidden, need_weight, need_bias)
@@ -195,15 +195,15 @@ def _linear_distill(
             end = min(first + chunk_rows, rows)
             logits_CV, labels_C, weights_C = head.logits(first, end), _part(labels_N, first, end), _part(weights_N, first, end)
             grad_CV = logits_CV if any(need) else None
-            rest = (labels_C, weights_C, scaled, terms_N2[first:end], grad_CV)
+            row_arguments = (labels_C, weights_C, scaled, terms_N2[first:end], grad_CV)
             if teacher is not None:
-                dense(logits_CV, teacher.logits(first, end), *rest)
+                dense(logits_CV, teacher.logits(first, end), *row_arguments)
             elif indices_NK is None:
-                dense(logits_CV, None, *rest)
+                dense(logits_CV, None, *row_arguments)
             else:
                 assert log_probabilities_NK is not None
                 cached = SparseTeacher(indices_NK[first:end], log_probabilities_NK[first:end], _part(tail_N, first, end))
-                sparse(logits_CV, cached, *rest)
+                sparse(logits_CV, cached, *row_arguments)
             if grad_CV is not None:
                 head.add(first, end, grad_CV)
         hidden, weight, bias = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
@@ -225,8 +225,8 @@ def _part(rows_N: Tensor | None, first: int, end: int) -> Tensor | None:
 
 
 @_linear_distill.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    need_hidden, need_weight, need_bias = rest[8:11]
+def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = arguments[8:11]
     half, wide = hidden_ND.dtype == torch.float16, torch.promote_types(hidden_ND.dtype, torch.float32)
     bias_dtype = weight_VD.dtype if bias_V is None else bias_V.dtype
     return (
@@ -262,7 +262,7 @@ def linear_distill_loss(
     Gradients of hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss` does.
     """
     _check_head("teacher", teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
-    dtypes = [each.dtype for each in (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V) if each is not None]
+    dtypes = [tensor.dtype for tensor in (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V) if tensor is not None]
     if len(set(dtypes)) > 1:
         raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
     teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
@@ -328,12 +328,12 @@ def _loss(
     if torch.is_autocast_enabled(device.type) and hidden_ND.dtype != torch.float64:
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
     grad = torch.is_grad_enabled()
-    need = [grad and each is not None and each.requires_grad for each in (hidden_ND, weight_VD, bias_V)]
+    need = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)]
     dense = _NONE if teacher is None or isinstance(teacher, SparseTeacher) else teacher
     sparse = teacher if isinstance(teacher, SparseTeacher) else _NONE
     width = options.width(weight_VD.shape[0], weight_VD.shape[0] if dense[1] is None else dense[1].shape[0])
     others = (*dense, *sparse, weights_N)
-    if grad and any(each is not None and each.requires_grad for each in others):
+    if grad and any(tensor is not None and tensor.requires_grad for tensor in others):
         raise ValueError(
             "the teacher and the weights get no gradient: compute the teacher's hidden states under torch.no_grad() and detach "
             "its head, or use backend='reference'"

@@ -129,7 +129,7 @@ def sparse_distill_reference(
 ) -> DistillTerms:
     """The specification of `sparse_distill_loss`, with its arguments; differentiable in logits and weights, twice."""
     check_teacher(student_NV, teacher, options)
-    rest = distill_loss_reference(student_NV, None, labels_N, options=options)
+    label_terms = distill_loss_reference(student_NV, None, labels_N, options=options)
     width = options.width(student_NV.shape[1], student_NV.shape[1])
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     student_NV = student_NV[:, :width].to(wide)
@@ -142,8 +142,8 @@ def sparse_distill_reference(
     student_NV = capped(student_NV, options.student_scale, options.student_softcap)
     rows_N = sparse_divergence_reference(student_NV, teacher, temperature=options.temperature)
     soft = rows_N.sum() if weights_N is None else (weights_N * rows_N).sum()
-    total = rest.total + options.soft * soft if options.soft else rest.total
-    return DistillTerms(total, soft.detach(), rest.hard)
+    total = label_terms.total + options.soft * soft if options.soft else label_terms.total
+    return DistillTerms(total, soft.detach(), label_terms.hard)
 
 
 def check_teacher(student_NV: Tensor, teacher: SparseTeacher, options: DistillOptions) -> None:
@@ -235,11 +235,11 @@ def sparse_distill_rows_torch(
     a_LV, g_LV, q_LV = (buffer((largest, width), wide, device) for _ in range(3))
     for first, end in blocks(rows, width, device):
         student_RV, terms_R2 = student_NV[first:end, :width], terms_N2[first:end]
-        a_RV, g_RV, q_RV = (each[: end - first] for each in (a_LV, g_LV, q_LV))
+        a_RV, g_RV, q_RV = (tensor[: end - first] for tensor in (a_LV, g_LV, q_LV))
         labels_R = None if labels_N is None else labels_N[first:end]
         hard = hard_rows(student_RV, labels_R, options, terms_R2, a_RV, q_RV)
         load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
-        part = SparseTeacher(*(None if each is None else each[first:end] for each in teacher))  # type: ignore[arg-type]
+        part = SparseTeacher(*(None if tensor is None else tensor[first:end] for tensor in teacher))  # type: ignore[arg-type]
         weights_R = terms_R2.new_ones(end - first) if weights_N is None else weights_N[first:end].to(wide)
         factor_R = weights_R * (options.soft * temperature)
         soft_R = _soft_block(a_RV, g_RV, part, factor_R)
@@ -308,10 +308,10 @@ def _sparse_distill(
 
 
 @_sparse_distill.register_fake
-def _(student_NV: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(3))
-    return *scalars, student_NV.new_empty(student_NV.shape if rest[5] else 0)
+    return *scalars, student_NV.new_empty(student_NV.shape if arguments[5] else 0)
 
 
 register_handover(_sparse_distill, leaves=1)
@@ -339,7 +339,7 @@ def sparse_distill_loss(
         raise ValueError(f"the student's logits have strides {student_NV.stride()}; adjacent columns are needed: .contiguous()")
     grad = torch.is_grad_enabled()
     others = (teacher.log_probabilities_NK, teacher.tail_N, weights_N)
-    if grad and any(each is not None and each.requires_grad for each in others):
+    if grad and any(tensor is not None and tensor.requires_grad for tensor in others):
         raise ValueError(
             "only the student's logits get a gradient: detach the teacher and the weights, or use backend='reference'"
         )

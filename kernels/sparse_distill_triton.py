@@ -198,7 +198,7 @@ def sparse_distill_rows_triton(
         return
     words = triton.cdiv(width, 32)
     mask = torch.zeros(rows, words, dtype=torch.int32, device=student_NV.device)
-    given = {
+    present = {
         "HAS_TAIL": teacher.tail_N is not None,
         "HAS_LABELS": labels_N is not None,
         "HAS_WEIGHTS": weights_N is not None,
@@ -227,7 +227,7 @@ def sparse_distill_rows_triton(
             options.hard,
             options.student_scale,
             options.student_softcap or 1.0,
-            **given,
+            **present,
             **_constexprs(options, listed, terms_N2.dtype),
             num_warps=_WARPS,
         )
@@ -247,9 +247,9 @@ def shipped_launches() -> list[Launch]:
     launches = []
     for dtype, listed in (("bfloat16", 32), ("float16", 32), ("float32", 32), ("bfloat16", _LARGEST)):
         options = DistillOptions(temperature=2.0, student_softcap=30.0 if listed == 32 else None)
-        given = dict.fromkeys(("HAS_TAIL", "HAS_LABELS", "HAS_WEIGHTS", "HAS_GRAD"), True)
+        present = dict.fromkeys(("HAS_TAIL", "HAS_LABELS", "HAS_WEIGHTS", "HAS_GRAD"), True)
         types = {"student_ptr": dtype, "grad_ptr": dtype, "indices_ptr": "int64", "labels_ptr": "int64", "mask_ptr": "int32"}
         types |= dict.fromkeys(("log_probabilities_ptr", "tail_ptr", "weights_ptr", "terms_ptr"), "float32")
-        constexprs = given | _constexprs(options, listed, torch.float32)
+        constexprs = present | _constexprs(options, listed, torch.float32)
         launches.append(launch(f"sparse {dtype} K={listed}", sparse_kernel, types, _INTEGERS, constexprs, _WARPS))
     return launches

@@ -42,15 +42,15 @@ def guessed_key(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> Tensor
 def _candidates(v_N: Tensor, added_N: Tensor | None, floor: int) -> tuple[np.ndarray, np.ndarray]:
     """(numbers, keys) of the elements of v whose key is `floor` or more. `added_N`, if given, is added to v_N first."""
     bits, infinite = _BITS[v_N.dtype]
-    found, start, spare = [], 0, _spare(v_N, 1)
+    candidates, start, spare = [], 0, _spare(v_N, 1)
     for chunk, added in _chunks(1, [(v_N, 1), (added_N, 1)]):
         if added is not None:
             chunk.add_(added)
         magnitudes = torch.abs(chunk, out=_like(spare, chunk)).view(bits).numpy().ravel()
         at = np.flatnonzero(magnitudes >= floor)
-        found.append((at + start, magnitudes[at]))
+        candidates.append((at + start, magnitudes[at]))
         start += len(chunk)
-    return np.concatenate([at for at, _ in found]), np.minimum(np.concatenate([keys for _, keys in found]), infinite)
+    return np.concatenate([at for at, _ in candidates]), np.minimum(np.concatenate([keys for _, keys in candidates]), infinite)
 
 
 def top_k_select_torch(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

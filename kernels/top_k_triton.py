@@ -78,18 +78,18 @@ def _narrowed(states_ptr, counts_ptr, k, DIGIT: tl.constexpr):
     """(the bits of the k-th largest key that the first DIGIT digits give, how many are still to be taken of those that share
     them)."""
     prefix = 0
-    rest = k
+    remaining = k
     if DIGIT > 1:
         prefix = tl.load(states_ptr + 2 * (DIGIT - 1))
-        rest = tl.load(states_ptr + 2 * (DIGIT - 1) + 1)
+        remaining = tl.load(states_ptr + 2 * (DIGIT - 1) + 1)
     if DIGIT > 0:
         digit_256 = tl.arange(0, 256)
         count_256 = tl.load(counts_ptr + 256 * (DIGIT - 1) + digit_256)
         above_256 = tl.sum(count_256, 0) - tl.cumsum(count_256, 0)
-        this_256 = (above_256 < rest) & (above_256 + count_256 >= rest)
+        this_256 = (above_256 < remaining) & (above_256 + count_256 >= remaining)
         prefix = prefix | (tl.sum(tl.where(this_256, digit_256, 0), 0) << (32 - 8 * DIGIT))
-        rest = rest - tl.sum(tl.where(this_256, above_256, 0), 0)
-    return prefix, rest
+        remaining = remaining - tl.sum(tl.where(this_256, above_256, 0), 0)
+    return prefix, remaining
 
 
 @triton.jit
@@ -99,10 +99,10 @@ def digit_kernel(
     """Adds to digits[DIGIT, 256]; digit 0 is bits 31 (clear) to 24. states[DIGIT] gets what the digits before give, so that
     later launches need not go back."""
     tile = tl.program_id(0).to(tl.int64)
-    prefix, rest = _narrowed(states_ptr, digits_ptr, k, DIGIT)
+    prefix, remaining = _narrowed(states_ptr, digits_ptr, k, DIGIT)
     if tile == 0:
         tl.store(states_ptr + 2 * DIGIT, prefix)
-        tl.store(states_ptr + 2 * DIGIT + 1, rest)
+        tl.store(states_ptr + 2 * DIGIT + 1, remaining)
     count = tl.load(counts_ptr + tile)
     total_256 = tl.zeros((256,), tl.int32)
     for start in range(0, count, STEP):
@@ -153,10 +153,10 @@ def emit_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The selected elements at their places: all above the k-th key, and the first `rest` of those equal to it. ends[2, P]: the
-    tallies' sums up to and with a tile. CLEAR: v is the residual, where what is sent becomes 0."""
+    """The selected elements at their places: all above the k-th key, and the first `remaining` of those equal to it. ends[2,
+    P]: the tallies' sums up to and with a tile. CLEAR: v is the residual, where what is sent becomes 0."""
     tile = tl.program_id(0).to(tl.int64)
-    kth, rest = _narrowed(states_ptr, digits_ptr, k, 4)
+    kth, remaining = _narrowed(states_ptr, digits_ptr, k, 4)
     count = tl.load(counts_ptr + tile)
     above = tl.load(ends_ptr + tile) - tl.load(tallies_ptr + tile)
     equal = tl.load(ends_ptr + tiles + tile) - tl.load(tallies_ptr + tiles + tile)
@@ -170,8 +170,8 @@ def emit_kernel(
         is_equal_S = ((key_S == kth) & inside_S).to(tl.int32)
         above_before_S = above + tl.cumsum(is_above_S, 0) - is_above_S
         equal_before_S = equal + tl.cumsum(is_equal_S, 0) - is_equal_S
-        taken_S = (is_above_S == 1) | ((is_equal_S == 1) & (equal_before_S < rest))
-        place_S = above_before_S + tl.minimum(equal_before_S, rest)
+        taken_S = (is_above_S == 1) | ((is_equal_S == 1) & (equal_before_S < remaining))
+        place_S = above_before_S + tl.minimum(equal_before_S, remaining)
         tl.store(indices_ptr + place_S, at_S, taken_S)
         tl.store(values_ptr + place_S, v_S, taken_S)
         if CLEAR:
@@ -184,16 +184,16 @@ def emit_kernel(
 
 
 def _find_candidates(
-    v_N: Tensor, residual_N: Tensor | None, k: int, floor: Tensor, found: Tensor, numbers_PS: Tensor, counts_P: Tensor
+    v_N: Tensor, residual_N: Tensor | None, k: int, floor: Tensor, count: Tensor, numbers_PS: Tensor, counts_P: Tensor
 ) -> None:
-    numel, whole = v_N.numel(), v_N.numel() // _TILE
-    for first, programs, within in ((0, whole, True), (whole, len(counts_P) - whole, False)):
+    numel, full_tiles = v_N.numel(), v_N.numel() // _TILE
+    for first, programs, within in ((0, full_tiles, True), (full_tiles, len(counts_P) - full_tiles, False)):
         if programs:
             candidates_kernel[(programs,)](
                 v_N,
                 v_N if residual_N is None else residual_N,
                 floor,
-                found,
+                count,
                 numbers_PS,
                 counts_P,
                 numel,
@@ -245,13 +245,13 @@ def shipped_launches() -> list[Launch]:
     floats = dict.fromkeys(("gradient_ptr", "residual_ptr", "v_ptr", "values_ptr"), "float32")
 
     def add(name: str, fn: Any, integers: tuple[str, ...], warps: int, **constexprs: Any) -> None:
-        types = {each: floats.get(each, "int32") for each in fn.arg_names if each.endswith("_ptr")}
+        types = {argument: floats.get(argument, "int32") for argument in fn.arg_names if argument.endswith("_ptr")}
         launches.append(launch(name, fn, types, integers, constexprs, warps))
 
     for residual in (False, True):
-        for whole in (False, True):
-            name = f"candidates{' residual' if residual else ''}{' whole' if whole else ''}"
-            constexprs = {"HAS_RESIDUAL": residual, "WHOLE": whole, "TILE": _TILE}
+        for in_bounds in (False, True):
+            name = f"candidates{' residual' if residual else ''}{' whole' if in_bounds else ''}"
+            constexprs = {"HAS_RESIDUAL": residual, "WHOLE": in_bounds, "TILE": _TILE}
             add(name, candidates_kernel, ("elements", "k", "first"), 8, **constexprs)
         add(f"emit{' residual' if residual else ''}", emit_kernel, ("tiles", "k"), 4, CLEAR=residual, TILE=_TILE, STEP=_STEP)
     for digit in range(_DIGITS):

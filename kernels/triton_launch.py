@@ -45,18 +45,18 @@ def launch(
     Other arguments that are no constexprs are float32.
     """
     types: dict[str, Any] = {name: _TYPES[dtype] for name, dtype in pointers.items()} | dict.fromkeys(integers, "i32")
-    known: dict[Any, Any] = dict(constexprs)
+    constants: dict[Any, Any] = dict(constexprs)
     for argument_name, several in (tuples or {}).items():
-        types[argument_name] = tuple("constexpr" if isinstance(each, int) else _TYPES.get(each, each) for each in several)
+        types[argument_name] = tuple("constexpr" if isinstance(kind, int) else _TYPES.get(kind, kind) for kind in several)
         at = fn.arg_names.index(argument_name)
-        known |= {(at, i): each for i, each in enumerate(several) if isinstance(each, int)}
+        constants |= {(at, i): kind for i, kind in enumerate(several) if isinstance(kind, int)}
     signature = {name: "constexpr" if name in constexprs else types.get(name, "fp32") for name in fn.arg_names}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for at, argument in enumerate(fn.arg_names):
-        inner = [(at, i) for i, each in enumerate((tuples or {}).get(argument, ())) if not isinstance(each, int)]
+        inner = [(at, i) for i, kind in enumerate((tuples or {}).get(argument, ())) if not isinstance(kind, int)]
         for place in [(at,)] if argument in pointers else inner:
             attributes[place] = [["tt.divisibility", 16]]
-    return Launch(name, fn, signature, known, attributes, {"num_warps": num_warps})
+    return Launch(name, fn, signature, constants, attributes, {"num_warps": num_warps})
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -135,13 +135,13 @@ def device_facts(device: "torch.device", tell: Callable[[str], None] = warnings.
         return {"name": parse_cpu_model(cpuinfo()), "uuid": None, "cores": usable_cores(), "memory_bytes": usable_memory()}
     import torch
 
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     facts = {
-        "name": found.name,
-        "uuid": str(found.uuid),
-        "memory_bytes": found.total_memory,
-        "compute_capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
+        "name": properties.name,
+        "uuid": str(properties.uuid),
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
     }
     try:
         gpu = gpu_of(device)

@@ -139,29 +139,31 @@ class WorkCounter:
 
     def __call__(self, batch: Any) -> Work:
         """Of one data.batch.Batch, best on the host: of a padded one the lengths are read from its mask."""
-        objective, own, other = self._objective, self._student, self._teacher
+        objective, student_ops, teacher_ops = self._objective, self._student, self._teacher
         tokens, places = int(batch.counts.tokens), batch.ids_BS.numel()
         lengths = _lengths(batch)
         padded = tuple(batch.ids_BS.shape) if batch.packing is None else None
-        soft = bool(objective.a_ce) and (other is not None or batch.cached_indices_NK is not None)
-        hard = objective.a_clm if own.causal else objective.a_mlm
+        soft = bool(objective.a_ce) and (teacher_ops is not None or batch.cached_indices_NK is not None)
+        hard = objective.a_clm if student_ops.causal else objective.a_mlm
         rows = int(batch.counts.labels) if not soft or objective.soft_rows == "masked" else tokens
         rows = rows if soft or hard else 0
 
-        student = tokens * (own.token + own.token_backward + self._projection) + rows * (own.row + own.row_backward)
-        executed = student + (places - tokens) * (own.token + own.token_backward + self._projection)
-        student += 3 * own.pair * _visible(own, lengths)
+        student = tokens * (student_ops.token + student_ops.token_backward + self._projection) + rows * (
+            student_ops.row + student_ops.row_backward
+        )
+        executed = student + (places - tokens) * (student_ops.token + student_ops.token_backward + self._projection)
+        student += 3 * student_ops.pair * _visible(student_ops, lengths)
         backward = 2.0 if self._attention == "plain" else 2.5
-        executed += int((1 + backward) * own.pair * _computed(own, lengths, padded, self._attention))
-        student_head = 2 * rows * own.vocabulary * own.width * (3 if own.trains_head else 2)
+        executed += int((1 + backward) * student_ops.pair * _computed(student_ops, lengths, padded, self._attention))
+        student_head = 2 * rows * student_ops.vocabulary * student_ops.width * (3 if student_ops.trains_head else 2)
         teacher = teacher_head = 0
-        if other is not None:
+        if teacher_ops is not None:
             teacher_rows = rows if soft else 0
-            teacher = tokens * other.token + teacher_rows * other.row
-            executed += teacher + (places - tokens) * other.token
-            teacher += other.pair * _visible(other, lengths)
-            executed += other.pair * _computed(other, lengths, padded, self._teacher_attention)
-            teacher_head = 2 * teacher_rows * other.vocabulary * other.width
+            teacher = tokens * teacher_ops.token + teacher_rows * teacher_ops.row
+            executed += teacher + (places - tokens) * teacher_ops.token
+            teacher += teacher_ops.pair * _visible(teacher_ops, lengths)
+            executed += teacher_ops.pair * _computed(teacher_ops, lengths, padded, self._teacher_attention)
+            teacher_head = 2 * teacher_rows * teacher_ops.vocabulary * teacher_ops.width
         return Work(
             student=student,
             teacher=teacher,

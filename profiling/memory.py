@@ -91,13 +91,13 @@ class MemoryMeter:
         and ooms of the allocator (numbers), phase_peaks, used_bytes (of all processes, as given; None if not known) and
         outside_bytes (of it what this allocator has not reserved: contexts, communication buffers, other processes)."""
         host = host_memory()
-        found: dict[str, Any] = {"rss_bytes": host.rss_bytes, "peak_rss_bytes": host.peak_rss_bytes}
+        memory: dict[str, Any] = {"rss_bytes": host.rss_bytes, "peak_rss_bytes": host.peak_rss_bytes}
         if self.device.type != "cuda":
-            return found
+            return memory
         stats = torch.cuda.memory_stats(self.device)
         self._keep_peaks()
         allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
-        return found | {
+        return memory | {
             "allocated_bytes": allocated,
             "reserved_bytes": reserved,
             "peak_allocated_bytes": self._peak_allocated,
@@ -115,10 +115,10 @@ class MemoryMeter:
         if self.device.type != "cuda":
             return None
         try:
-            free, whole = torch.cuda.mem_get_info(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
         except RuntimeError:  # an error before this one has made the device unusable
             return None
-        return max(0, whole - free - torch.cuda.memory_reserved(self.device))
+        return max(0, total - free - torch.cuda.memory_reserved(self.device))
 
     def peak_bytes(self) -> int:
         """The most that was allocated on a GPU, or resident of the process, so far."""
@@ -151,7 +151,7 @@ def memory_parts(
     modules = list(students)
     trained = [parameter for module in modules for parameter in module.parameters()]
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    found: dict[str, int | None] = {
+    parts: dict[str, int | None] = {
         "student_weights": held_bytes(tensor for module in modules for tensor in _tensors(module)),
         "teacher_weights": held_bytes(_tensors(teacher)) if teacher is not None else 0,
         "gradients": held_bytes(parameter.grad for parameter in trained if parameter.grad is not None),
@@ -159,9 +159,9 @@ def memory_parts(
         "residuals": held_bytes(residuals),
     }
     if kept is None and peak is not None:
-        rest = peak - sum(size or 0 for size in found.values())
-        kept = rest if rest >= 0 else None
-    return found | {"activations_and_logits": kept}
+        remainder = peak - sum(size or 0 for size in parts.values())
+        kept = remainder if remainder >= 0 else None
+    return parts | {"activations_and_logits": kept}
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
@@ -181,8 +181,8 @@ class SavedTensorBytes:
 
     def __init__(self, *modules: nn.Module | None) -> None:
         self.bytes = 0
-        own = (tensor for module in modules if module is not None for tensor in _tensors(module))
-        self._seen = {tensor.untyped_storage()._cdata for tensor in own}
+        tensors = (tensor for module in modules if module is not None for tensor in _tensors(module))
+        self._seen = {tensor.untyped_storage()._cdata for tensor in tensors}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self._held: list[torch.UntypedStorage] = []  # so that no address is given out again meanwhile
 

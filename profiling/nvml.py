@@ -53,9 +53,9 @@ def library() -> Any:
 
 def reason_names(bits: int) -> list[str]:
     """Why clocks are lower than they could be, from NVML's bits, idleness left out."""
-    known = [name for bit, name in REASONS.items() if bits & bit]
-    rest = bits & ~sum(REASONS) & ~_IDLE
-    return [*known, *([f"unknown_{rest:#x}"] if rest else [])]
+    names = [name for bit, name in REASONS.items() if bits & bit]
+    unknown_bits = bits & ~sum(REASONS) & ~_IDLE
+    return [*names, *([f"unknown_{unknown_bits:#x}"] if unknown_bits else [])]
 
 
 class Gpu:
@@ -165,10 +165,10 @@ def _used_bytes(nvml: Any, handle: Any) -> float:
 
 def _nvlink_bytes(field: int) -> Callable[[Any, Any], float]:
     def ask(nvml: Any, handle: Any) -> float:
-        (found,) = nvml.nvmlDeviceGetFieldValues(handle, [(field, _ALL_LINKS)])
-        if found.nvmlReturn:
-            raise nvml.NVMLError(found.nvmlReturn)
-        return int(found.value.ullVal) * 1024
+        (field_value,) = nvml.nvmlDeviceGetFieldValues(handle, [(field, _ALL_LINKS)])
+        if field_value.nvmlReturn:
+            raise nvml.NVMLError(field_value.nvmlReturn)
+        return int(field_value.value.ullVal) * 1024
 
     return ask
 

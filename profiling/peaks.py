@@ -106,10 +106,10 @@ DATASHEETS = {
 
 def datasheet(name: str, multiprocessors: int | None = None) -> Datasheet | None:
     """Of the device with exactly this name, and of nothing that resembles it; None: not known."""
-    found = DATASHEETS.get(name)
-    if found is None or found.multiprocessors not in (None, multiprocessors):
+    sheet = DATASHEETS.get(name)
+    if sheet is None or sheet.multiprocessors not in (None, multiprocessors):
         return None
-    return found
+    return sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +149,11 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
     else to do. A lower bound of what it can, not a limit. On a GPU it leaves nothing in torch's allocator, whose peaks begin
     anew.
     """
-    found = _measure_peaks(device, dtype)
+    measured = _measure_peaks(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return found
+    return measured
 
 
 def _measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
@@ -189,12 +189,12 @@ def _time_product(device: torch.device, dtype: torch.dtype) -> tuple[int, list[f
 
 def _products_of(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
     out = torch.empty_like(a)
-    found: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=out)]
+    products: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=out)]
     if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         # torch.mm is MKL's, which oneDNN beats on some processors; kernels.cpu.product takes the faster, too.
         weight = b.t().contiguous()
-        found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""))
-    return found
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""))
+    return products
 
 
 def _timed(work: Callable[[], object], device: torch.device, warmup: int) -> list[float]:
@@ -239,8 +239,8 @@ def peaks(device: torch.device, *precisions: str, measure: bool = True) -> dict[
     kinds = {arithmetic(precision, device) for precision in precisions}
     flops, moved = {}, {}
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        sheet = datasheet(found.name, found.multi_processor_count)
+        properties = torch.cuda.get_device_properties(device)
+        sheet = datasheet(properties.name, properties.multi_processor_count)
         if sheet is not None:
             moved[sheet.source] = sheet.bytes
             if kinds <= sheet.flops.keys():
@@ -249,7 +249,7 @@ def peaks(device: torch.device, *precisions: str, measure: bool = True) -> dict[
     if not measure:
         return {"flops": flops, "bytes": moved}
     timed = {kind: measure_peaks(device, _DTYPES[kind]) for kind in sorted(kinds)}
-    kind = max(timed, key=lambda each: timed[each].flops)
+    kind = max(timed, key=lambda candidate: timed[candidate].flops)
     measured = timed[kind]
     product = f"{kind} product of {measured.size} x {measured.size}, median of {measured.rounds}"
     flops[f"measured here, {product} ({_range(measured.flops_range, 1e12, 'TFLOP/s')})"] = measured.flops

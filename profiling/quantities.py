@@ -32,8 +32,8 @@ def quantity(value: float, unit: str = "", digits: int = 4) -> str:
     scaled = value * factor
     if name == "%":
         return f"{scaled:.1f}%"
-    whole = scaled == 0 or (isinstance(value, int) and factor == 1)
-    return f"{f'{int(scaled):,}' if whole else number(scaled, digits)}{f' {name}' if name else ''}"
+    is_integer = scaled == 0 or (isinstance(value, int) and factor == 1)
+    return f"{f'{int(scaled):,}' if is_integer else number(scaled, digits)}{f' {name}' if name else ''}"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -128,29 +128,29 @@ class Spans:
             self._updates[-1][1].synchronize()
         steps = [self._seconds(begin, end) for begin, end, _, _ in self._updates]
         phases = [self._phases(records, communication) for _, _, records, communication in self._updates]
-        names = [name for name in (*NAMES, "communication") if any(name in each for each in phases)]
-        found = {
+        names = [name for name in (*NAMES, "communication") if any(name in update for update in phases)]
+        timings = {
             "step_s": steps,
             "warmup": self._warmup,
-            "phases": {name: [each.get(name, 0.0) for each in phases] for name in names},
+            "phases": {name: [update.get(name, 0.0) for update in phases] for name in names},
         }
         if self._on_gpu:
             for begin, end, records, communication in self._updates:
                 self._free += [begin, end, *communication, *(mark for record in records for mark in record[2:])]
         self._updates, self._warmup = [], 0
-        return found
+        return timings
 
     def _phases(self, records: list[list[Any]], communication: list[Any]) -> Mapping[str, float]:
-        found: dict[str, float] = {}
+        phases: dict[str, float] = {}
         for name, around, begin, end in records:
             seconds = self._seconds(begin, end)
-            found[name] = found.get(name, 0.0) + seconds
+            phases[name] = phases.get(name, 0.0) + seconds
             if around >= 0:
-                found[records[around][0]] = found.get(records[around][0], 0.0) - seconds
+                phases[records[around][0]] = phases.get(records[around][0], 0.0) - seconds
         if communication:
             pairs = zip(communication[::2], communication[1::2], strict=True)
-            found["communication"] = sum(self._seconds(begin, end) for begin, end in pairs)
-        return found
+            phases["communication"] = sum(self._seconds(begin, end) for begin, end in pairs)
+        return phases
 
     @contextmanager
     def range(self, name: str) -> Iterator[None]:

@@ -88,13 +88,13 @@ def top_kernels(averages: Any, device: torch.device) -> list[dict[str, Any]]:
     On a GPU the kernels, by time on it; on a CPU the operators. Spans are none.
     """
     on_gpu = device.type == "cuda"
-    wanted = torch._C._autograd.DeviceType.CUDA if on_gpu else torch._C._autograd.DeviceType.CPU
-    found = []
-    for each in averages:
-        if each.device_type != wanted or getattr(each, "is_user_annotation", False):
+    device_type = torch._C._autograd.DeviceType.CUDA if on_gpu else torch._C._autograd.DeviceType.CPU
+    kernels = []
+    for average in averages:
+        if average.device_type != device_type or getattr(average, "is_user_annotation", False):
             continue
-        own_us = each.self_device_time_total if on_gpu else each.self_cpu_time_total
-        found.append({"name": each.key, "calls": each.count, "ms": own_us / 1e3})
-    total = sum(each["ms"] for each in found)
-    largest = sorted(found, key=lambda each: -each["ms"])[:TOP]
-    return [{**each, "share": each["ms"] / total if total else 0.0} for each in largest]
+        own_us = average.self_device_time_total if on_gpu else average.self_cpu_time_total
+        kernels.append({"name": average.key, "calls": average.count, "ms": own_us / 1e3})
+    total = sum(kernel["ms"] for kernel in kernels)
+    largest = sorted(kernels, key=lambda kernel: -kernel["ms"])[:TOP]
+    return [{**kernel, "share": kernel["ms"] / total if total else 0.0} for kernel in largest]

@@ -81,10 +81,10 @@ def _with_cached(batch: Batch, cached: Cached) -> Batch:
     """Padding rows list token 0 with probability 1; no term reads them."""
 
     def spread(values_T: NDArray[Any], padding: float) -> Tensor:
-        given = torch.from_numpy(values_T)
+        tensor = torch.from_numpy(values_T)
         if batch.valid_rows is None:
-            return given
-        return given.new_full((batch.ids_BS.numel(), *given.shape[1:]), padding).index_copy_(0, batch.valid_rows, given)
+            return tensor
+        return tensor.new_full((batch.ids_BS.numel(), *tensor.shape[1:]), padding).index_copy_(0, batch.valid_rows, tensor)
 
     return dataclasses.replace(
         batch,

@@ -224,8 +224,8 @@ def check_file(path: Path, expected: FileFacts, full: bool) -> None:
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise CorruptData(f"{path} is damaged: expected {expected['bytes']} bytes, found {size}; {PREPARE_AGAIN}")
-    if full and (found := file_sha256(path)) != expected["sha256"]:
-        raise CorruptData(f"{path} is damaged: sha256 expected {expected['sha256']}, found {found}; {PREPARE_AGAIN}")
+    if full and (actual_sha256 := file_sha256(path)) != expected["sha256"]:
+        raise CorruptData(f"{path} is damaged: sha256 expected {expected['sha256']}, found {actual_sha256}; {PREPARE_AGAIN}")
 
 
 def tokens_name(shard: int) -> str:

@@ -126,5 +126,5 @@ def _copy_file(source: Path, target: Path, sha256: str) -> None:
                 writes.write(chunk)
     except FileNotFoundError as error:
         raise CorruptData(f"{source} is missing; {PREPARE_AGAIN}") from error
-    if (found := digest.hexdigest()) != sha256:
-        raise CorruptData(f"{source} is damaged: sha256 expected {sha256}, found {found}; {PREPARE_AGAIN}")
+    if (actual_sha256 := digest.hexdigest()) != sha256:
+        raise CorruptData(f"{source} is damaged: sha256 expected {sha256}, found {actual_sha256}; {PREPARE_AGAIN}")

@@ -403,13 +403,15 @@ EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
 """What versions did that had no such options."""
 
 
-def refuse_other(out: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+def refuse_other(out: Path, expected: dict[str, Any], recorded: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
-    before = {**EARLIER_OPTIONS, **wanted["earlier_options"], **found["options"]}
-    if before.get("strip_gutenberg") and "strip" not in found["options"]:
+    before = {**EARLIER_OPTIONS, **expected["earlier_options"], **recorded["options"]}
+    if before.get("strip_gutenberg") and "strip" not in recorded["options"]:
         before["strip_gutenberg"] = "by other rules"  # of earlier versions: old licences stayed, and books went
-    options = {name for name in wanted["options"] if wanted["options"][name] != before.get(name)}
-    found = {**found, "inputs": [{**source, "path": printable(source["path"])} for source in found["inputs"]]}
-    differ = sorted(options) + [name for name in ("inputs", "tokenizer_sha256", "format") if wanted[name] != found.get(name)]
+    options = {name for name in expected["options"] if expected["options"][name] != before.get(name)}
+    recorded = {**recorded, "inputs": [{**source, "path": printable(source["path"])} for source in recorded["inputs"]]}
+    differ = sorted(options) + [
+        name for name in ("inputs", "tokenizer_sha256", "format") if expected[name] != recorded.get(name)
+    ]
     if differ:
         raise UserError(f"{out} was prepared with other {', '.join(differ)}; choose another --out, or delete it to start anew")

@@ -36,14 +36,14 @@ LARGEST_FILE_BYTES = 400_000
 
 def python_documents(limit_bytes: int) -> Iterator[str]:
     """Different documents (one string or README each) of at least SHORTEST characters until they come to `limit_bytes`."""
-    seen: set[bytes] = set()
+    keys: set[bytes] = set()
     total = 0
     for document in _all_documents():
         text = document.strip()
         key = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        if len(text) < SHORTEST or key in seen:
+        if len(text) < SHORTEST or key in keys:
             continue
-        seen.add(key)
+        keys.add(key)
         total += len(text.encode("utf-8", "replace"))
         yield text
         if total >= limit_bytes:
@@ -62,8 +62,8 @@ def _all_documents() -> Iterator[str]:
 
 
 def _readmes() -> Iterator[str]:
-    found = {(d.metadata["Name"] or "", d.version): d for d in importlib.metadata.distributions()}
-    for _, distribution in sorted(found.items(), key=lambda item: item[0]):
+    distributions = {(d.metadata["Name"] or "", d.version): d for d in importlib.metadata.distributions()}
+    for _, distribution in sorted(distributions.items(), key=lambda item: item[0]):
         text = distribution.metadata.get_payload()  # type: ignore[attr-defined]
         if isinstance(text, str):
             yield text

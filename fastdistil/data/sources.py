@@ -88,11 +88,11 @@ class Prefetched:
                 self._done = True
                 self._changed.notify_all()
 
-    def _put(self, made: Made) -> bool:
+    def _put(self, entry: Made) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: len(self._ready) < self._windows or self._closed)
             if not self._closed:
-                self._ready.append(made)
+                self._ready.append(entry)
                 self._changed.notify_all()
             return not self._closed
 
@@ -145,10 +145,10 @@ class CorpusSource:
         if loop.updates is not None:
             return loop.updates
         assert loop.epochs is not None
-        whole, part = divmod(loop.epochs, 1.0)
-        total = sum(self._batches.updates_per_epoch(epoch) for epoch in range(int(whole)))
+        full_epochs, part = divmod(loop.epochs, 1.0)
+        total = sum(self._batches.updates_per_epoch(epoch) for epoch in range(int(full_epochs)))
         if part:
-            total += round(part * self._batches.updates_per_epoch(int(whole)))
+            total += round(part * self._batches.updates_per_epoch(int(full_epochs)))
         return max(1, total)
 
     def place(self, update: int) -> tuple[int, int]:
@@ -164,13 +164,13 @@ class CorpusSource:
             yield iter(())
             return
         pin_for = self._device if self._device.type == "cuda" else None
-        with prefetched(self._batches, *self.place(first), pin_for=pin_for) as made:
-            yield ((each.window, each.denominators) for each in itertools.islice(made, end - first))
+        with prefetched(self._batches, *self.place(first), pin_for=pin_for) as entries:
+            yield ((entry.window, entry.denominators) for entry in itertools.islice(entries, end - first))
 
     def describe(self, update: int) -> str:
         epoch, number = self.place(update - 1)
-        each = self._batches.update_batches
-        return f"epoch {epoch}, batches {number * each} to {number * each + each - 1}"
+        per_update = self._batches.update_batches
+        return f"epoch {epoch}, batches {number * per_update} to {number * per_update + per_update - 1}"
 
 
 class MappingSource:
@@ -228,7 +228,7 @@ class MappingSource:
                 raise UserError("your iterable of batches ended before loop.updates; give one that can be iterated again")
 
     def _own(self, window: Window) -> tuple[Window, Counts]:
-        return window[self._rank :: self._ranks], sum((each.counts for each in window), Counts())
+        return window[self._rank :: self._ranks], sum((batch.counts for batch in window), Counts())
 
     def describe(self, update: int) -> str:
         first = (update - 1) * self._update_batches
@@ -257,13 +257,13 @@ def _from_mapping(mapping: Any, number: int, causal: bool, vocab_size: int | Non
     ids_BS = _matrix(mapping, "input_ids", None)
     if ids_BS.numel() == 0:
         raise ValueError(f"input_ids are empty, shape {tuple(ids_BS.shape)}; leave out empty batches")
-    given = {key: mapping.get(key) is not None for key in ("attention_mask", "labels", "weights")}
-    mask_BS = _matrix(mapping, "attention_mask", ids_BS) if given["attention_mask"] else torch.ones_like(ids_BS)
+    present = {key: mapping.get(key) is not None for key in ("attention_mask", "labels", "weights")}
+    mask_BS = _matrix(mapping, "attention_mask", ids_BS) if present["attention_mask"] else torch.ones_like(ids_BS)
     valid_BS = mask_BS == 1
     if not bool((valid_BS | (mask_BS == 0)).all()):
         raise ValueError("attention_mask must hold only 0 and 1")
     default_BS = ids_BS.masked_fill(~valid_BS, NO_LABEL) if causal else torch.full_like(ids_BS, NO_LABEL)
-    labels_BS = _matrix(mapping, "labels", ids_BS) if given["labels"] else default_BS
+    labels_BS = _matrix(mapping, "labels", ids_BS) if present["labels"] else default_BS
     _check_ids(ids_BS, "input_ids", vocab_size)
     _check_ids(labels_BS[labels_BS != NO_LABEL], "labels", vocab_size)
     if bool(((labels_BS != NO_LABEL) & ~valid_BS).any()):
@@ -271,7 +271,7 @@ def _from_mapping(mapping: Any, number: int, causal: bool, vocab_size: int | Non
     if causal:
         labels_BS = torch.cat([labels_BS[:, 1:], torch.full_like(labels_BS[:, :1], NO_LABEL)], 1)
         labels_BS = labels_BS.masked_fill(~valid_BS, NO_LABEL)
-    weights_N = _matrix(mapping, "weights", ids_BS, floating=True).flatten() if given["weights"] else None
+    weights_N = _matrix(mapping, "weights", ids_BS, floating=True).flatten() if present["weights"] else None
     positions_BS = (valid_BS.cumsum(1) - 1).masked_fill(~valid_BS, 0)
     valid_rows = valid_BS.flatten().nonzero().flatten()
     label_rows = (labels_BS.flatten() != NO_LABEL).nonzero().flatten()
@@ -295,8 +295,8 @@ def _matrix(mapping: Mapping[str, Any], key: str, like_BS: Tensor | None, floati
     """mapping[key] as int64 or float32 [B, S] on the host."""
     tensor = torch.as_tensor(mapping[key]).cpu()
     if tensor.dim() != 2 or (like_BS is not None and tensor.shape != like_BS.shape):
-        wanted = "[B, S]" if like_BS is None else f"that of input_ids, {tuple(like_BS.shape)}"
-        raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, wanted {wanted}")
+        expected_shape = "[B, S]" if like_BS is None else f"that of input_ids, {tuple(like_BS.shape)}"
+        raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, wanted {expected_shape}")
     if floating:
         if not bool((tensor.isfinite() & (tensor >= 0)).all()):
             raise ValueError(f"{key} must be finite and at least 0")

@@ -94,7 +94,7 @@ class _Identity(TypedDict):
     sha256: Sha256
 
 
-def check_identity(directory: Path, wanted: Mapping[str, Any]) -> None:
+def check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
     """Raises UserError where a cache was made of something else, CorruptData where its identity cannot be read."""
     path = directory / IDENTITY
     if not path.is_file():
@@ -103,8 +103,8 @@ def check_identity(directory: Path, wanted: Mapping[str, Any]) -> None:
         with translated("reading a teacher cache", path):
             values = read_json(path)
         check(_Identity, values)
-        found = values["identity"]
-        if text_sha256(canonical(found)) != values["sha256"]:
+        cached = values["identity"]
+        if text_sha256(canonical(cached)) != values["sha256"]:
             raise ValueError("sha256")
     except UserError:  # a ValueError too
         raise
@@ -112,11 +112,11 @@ def check_identity(directory: Path, wanted: Mapping[str, Any]) -> None:
         raise CorruptData(
             f"{path} is damaged ({reason(error)}); delete {directory} and run fastdistil cache-teacher again"
         ) from error
-    for key in dict.fromkeys([*wanted, *found]):
-        if wanted.get(key) != found.get(key):
+    for key in dict.fromkeys([*identity, *cached]):
+        if identity.get(key) != cached.get(key):
             raise UserError(
-                f"the teacher cache {directory} was made with another {key}: it has {_short(found.get(key))}, the recipe "
-                f"{_short(wanted.get(key))}; change the recipe back, or run fastdistil cache-teacher with this one"
+                f"the teacher cache {directory} was made with another {key}: it has {_short(cached.get(key))}, the recipe "
+                f"{_short(identity.get(key))}; change the recipe back, or run fastdistil cache-teacher with this one"
             )
 
 
@@ -139,13 +139,13 @@ class TeacherCache:
     vocabulary: int
 
     @classmethod
-    def open(cls, directory: Path, wanted: Mapping[str, Any], corpus: Corpus, epochs: int, verify: str) -> "TeacherCache":
+    def open(cls, directory: Path, identity: Mapping[str, Any], corpus: Corpus, epochs: int, verify: str) -> "TeacherCache":
         """All shards of `epochs` epochs, checked. Raises UserError, CorruptData."""
-        check_identity(directory, wanted)
-        causal = "seed" not in wanted
+        check_identity(directory, identity)
+        causal = "seed" not in identity
         starts, bounds = shard_starts(corpus), offsets(corpus.lengths)
         shards = {}
-        dtype = record(wanted["vocabulary"], wanted["teacher.top_k"])
+        dtype = record(identity["vocabulary"], identity["teacher.top_k"])
         for epoch in range(1 if causal else epochs):
             for shard in range(len(starts) - 1):
                 path = directory / shard_name(epoch, shard)
@@ -163,8 +163,8 @@ class TeacherCache:
                         "run fastdistil cache-teacher again"
                     )
                 shards[epoch, shard] = records
-        tail = wanted["teacher.min_probability"] is None
-        return cls(shards, np.array(starts), bounds, causal, tail, wanted["vocabulary"])
+        tail = identity["teacher.min_probability"] is None
+        return cls(shards, np.array(starts), bounds, causal, tail, identity["vocabulary"])
 
     def rows(self, epoch: int, sequences_n: Ints) -> Cached:
         """Of the tokens of these sequences, end to end. Raises CorruptData where a shard was shortened since it was opened."""
@@ -212,7 +212,9 @@ def check_shard(path: Path, full: bool) -> None:
     except ValueError as error:
         raise CorruptData(f"{path.with_suffix('.json')} is damaged ({reason(error)}); {again}") from error
     size, sha256 = expected["bytes"], expected["sha256"]
-    if not path.is_file() or (found := path.stat().st_size) != size:
-        raise CorruptData(f"{path} is damaged: expected {size} bytes, found {found if path.is_file() else 'no file'}; {again}")
+    if not path.is_file() or (actual_size := path.stat().st_size) != size:
+        raise CorruptData(
+            f"{path} is damaged: expected {size} bytes, found {actual_size if path.is_file() else 'no file'}; {again}"
+        )
     if full and (actual := file_sha256(path)) != sha256:
         raise CorruptData(f"{path} is damaged: sha256 expected {sha256}, found {actual}; {again}")

@@ -34,7 +34,7 @@ def joined(place: RankInfo | None, recipe: Recipe, note: Callable[[str], None]) 
 
     When this rank fails, the others learn why before they wait for it. `note` is for rank 0's warnings.
     """
-    options, told = recipe.world, note if place is not None and place.rank == 0 else _nothing
+    options, chief_note = recipe.world, note if place is not None and place.rank == 0 else _nothing
     equal = {"recipe": recipe.to_yaml(), "fastdistil": __version__, "torch": torch.__version__}
     if recipe.device == "cpu":  # sums over a whole gradient are cut by threads, and weights would drift apart by their rounding
         equal["number of threads (OMP_NUM_THREADS)"] = str(torch.get_num_threads())
@@ -43,7 +43,7 @@ def joined(place: RankInfo | None, recipe: Recipe, note: Callable[[str], None]) 
     def met(connect: Connect) -> Monitor:
         nonlocal monitor
         assert place is not None
-        monitor = Monitor(connect(), place.rank, place.size, timeout_s=options.timeout_s, note=told)
+        monitor = Monitor(connect(), place.rank, place.size, timeout_s=options.timeout_s, note=chief_note)
         agree_equal(connect(), place.rank, place.size, equal, monitor)
         return monitor
 
@@ -136,13 +136,13 @@ class Coordinator:
         """Around what may take as long as it needs."""
         return self.monitor.unhurried(name) if self.monitor is not None else nullcontext()
 
-    def stop_wanted(self, own: str | None) -> str | None:
+    def stop_wanted(self, reason: str | None) -> str | None:
         """This rank's reason to stop, or another's. The others hear of it within a second."""
-        if self.monitor is None or own is None:
-            return own if self.monitor is None else self.monitor.stop_requested
+        if self.monitor is None or reason is None:
+            return reason if self.monitor is None else self.monitor.stop_requested
         if self.monitor.stop_requested is None:
-            self.monitor.request_stop(own)
-        return own
+            self.monitor.request_stop(reason)
+        return reason
 
     def decide(self, signal: str | None, pause: bool, counts: UpdateCounts) -> Decision:
         """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE.
@@ -154,10 +154,10 @@ class Coordinator:
             return Decision(signal is not None or pause, signal is None, signal or PAUSE)
         number = 0 if signal is None else signals.Signals[signal].value
         valid = int.from_bytes(struct.pack("<d", counts.valid), "little") % _VALID
-        known = [counts.batches, counts.tokens, counts.labels, valid]
-        told = [int(number > 0), number, self.world.rank if number else 0, int(pause), *known]
-        having, numbers, ranks, pauses, *sums = self.world.sum(told, "fastdistil.stop")
-        if sums != [self.world.size * each for each in known]:
+        own_counts = [counts.batches, counts.tokens, counts.labels, valid]
+        terms = [int(number > 0), number, self.world.rank if number else 0, int(pause), *own_counts]
+        having, numbers, ranks, pauses, *sums = self.world.sum(terms, "fastdistil.stop")
+        if sums != [self.world.size * count for count in own_counts]:
             raise UserError(
                 f"the ranks have different batches: rank {self.world.rank} counts {counts.tokens} tokens in {counts.batches} "
                 "micro-batches of an update, others do not; an iterable of batches must give the same on every rank"
@@ -176,81 +176,81 @@ class Coordinator:
             store = self.world.connect()
             agree_equal(store, self.world.rank, self.world.size, facts, self.monitor)
 
-    def chief_does(self, what: str, work: Callable[[], T]) -> T:
+    def chief_does(self, topic: str, work: Callable[[], T]) -> T:
         """Rank 0's result (as JSON has it) on every rank; what it raises, every rank raises."""
         if self.alone:
             return work()
-        told: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         if self.is_chief:
             try:
-                told["result"] = work()
+                answer["result"] = work()
             except FastdistilError as error:
-                told = {"error": type(error).__name__, "message": str(error)}
-        data = json.dumps(told).encode() if self.is_chief else b""
-        told = json.loads(self.world.broadcast_bytes(data, f"fastdistil.{what}"))
-        if "error" in told:
-            raise getattr(errors, told["error"], RankLost)(told["message"])
-        result: T = told["result"]
+                answer = {"error": type(error).__name__, "message": str(error)}
+        data = json.dumps(answer).encode() if self.is_chief else b""
+        answer = json.loads(self.world.broadcast_bytes(data, f"fastdistil.{topic}"))
+        if "error" in answer:
+            raise getattr(errors, answer["error"], RankLost)(answer["message"])
+        result: T = answer["result"]
         return result
 
-    def share(self, groups: Groups | None, what: str, root: int = 0) -> Groups:
+    def share(self, groups: Groups | None, topic: str, root: int = 0) -> Groups:
         """Root's tensors, by group and name, on every rank's device; the others give None, or tensors to be overwritten."""
         if self.alone:
             assert groups is not None
             return groups
-        told = {
-            group: {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in each.items()}
-            for group, each in (groups or {}).items()
+        shapes = {
+            group: {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+            for group, tensors in (groups or {}).items()
         }
-        data = self.world.broadcast_bytes(json.dumps(told).encode(), f"fastdistil.{what}.shapes", root)
+        data = self.world.broadcast_bytes(json.dumps(shapes).encode(), f"fastdistil.{topic}.shapes", root)
         if groups is None:
             groups = {
                 group: {
                     name: torch.empty(shape, dtype=getattr(torch, dtype), device=self.world.device)
-                    for name, (shape, dtype) in each.items()
+                    for name, (shape, dtype) in layouts.items()
                 }
-                for group, each in json.loads(data).items()
+                for group, layouts in json.loads(data).items()
             }
-        for group, each in groups.items():
-            for name, tensor in each.items():
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
                 flat = tensor.detach().contiguous().view(-1)
-                self.world.broadcast(flat, f"fastdistil.{what}.{group}.{name}", root)
+                self.world.broadcast(flat, f"fastdistil.{topic}.{group}.{name}", root)
                 if flat.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(flat.view(tensor.shape))
         return groups
 
-    def send_each(self, read: Callable[[int], Mapping[str, Tensor]], own: Mapping[str, Tensor], what: str) -> None:
-        """What rank 0's `read(r)` gives becomes rank r's `own`, in place, and travels to no other. Names and shapes are the
+    def send_each(self, read: Callable[[int], Mapping[str, Tensor]], states: Mapping[str, Tensor], topic: str) -> None:
+        """What rank 0's `read(r)` gives becomes rank r's `states`, in place, and travels to no other. Names and shapes are the
         same on all ranks."""
         for rank in range(self.world.size):
-            given = read(rank) if self.is_chief else {name: _host_memory(tensor) for name, tensor in own.items()}
-            for name, tensor in own.items():
-                carried = given[name].to("cpu", tensor.dtype).contiguous()
+            rank_states = read(rank) if self.is_chief else {name: _host_memory(tensor) for name, tensor in states.items()}
+            for name, tensor in states.items():
+                carried = rank_states[name].to("cpu", tensor.dtype).contiguous()
                 assert carried.shape == tensor.shape, (name, carried.shape, tensor.shape)
-                self.world.move(carried, f"fastdistil.{what}.{name}", source=0, target=rank)
+                self.world.move(carried, f"fastdistil.{topic}.{name}", source=0, target=rank)
                 if rank == self.world.rank:
                     tensor.copy_(carried)
 
-    def fetch_each(self, own: Mapping[str, Tensor], what: str) -> Iterator[dict[str, Tensor]]:
+    def fetch_each(self, states: Mapping[str, Tensor], topic: str) -> Iterator[dict[str, Tensor]]:
         """On rank 0 the states of every rank, one after the other, on the CPU; the others send theirs, and get nothing."""
         for rank in range(self.world.size):
             fetched = {}
-            for name, tensor in own.items():
+            for name, tensor in states.items():
                 holds = self.world.rank == rank
                 carried = tensor.cpu().contiguous() if holds else _host_memory(tensor)
-                self.world.move(carried, f"fastdistil.{what}.{name}", source=rank, target=0)
+                self.world.move(carried, f"fastdistil.{topic}.{name}", source=rank, target=0)
                 fetched[name] = carried
             yield fetched if self.is_chief else {}
 
-    def collect_bytes(self, own: bytes, what: str) -> Iterator[bytes]:
+    def collect_bytes(self, payload: bytes, topic: str) -> Iterator[bytes]:
         """On rank 0 every rank's, by rank, one after the other; elsewhere as many empty ones. All iterate to the end."""
-        sizes = [int(size) for (size,) in self.world.gather([len(own)], f"fastdistil.{what}.sizes")]
+        sizes = [int(size) for (size,) in self.world.gather([len(payload)], f"fastdistil.{topic}.sizes")]
         for rank, size in enumerate(sizes):
             if rank == self.world.rank:
-                data = torch.frombuffer(bytearray(own or b"\0"), dtype=torch.uint8)[:size]
+                data = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[:size]
             else:
                 data = torch.empty(size, dtype=torch.uint8)
-            self.world.move(data, f"fastdistil.{what}.{rank}", source=rank, target=0)
+            self.world.move(data, f"fastdistil.{topic}.{rank}", source=rank, target=0)
             yield data.numpy().tobytes() if self.is_chief else b""
 
     def check_replicas(self, weights: Sequence[Tensor], update: int) -> None:
@@ -258,7 +258,7 @@ class Coordinator:
         if self.alone:
             return
         first, *others = self.world.gather([float(content_hash(weights))], "fastdistil.replicas")
-        differing = [str(rank) for rank, found in enumerate(others, 1) if found != first]
+        differing = [str(rank) for rank, value in enumerate(others, 1) if value != first]
         if differing:
             raise CorruptData(
                 f"after update {update} the weights of rank {', '.join(differing)} are not those of rank 0; an exchange or a "
@@ -274,15 +274,15 @@ def _host_memory(like: Tensor) -> Tensor:
 def content_hash(tensors: Sequence[Tensor]) -> int:
     """53 bits of the tensors' bits, in order: a sum of 32-bit words, weighted by column, in integers (so in any order)."""
     total = 0
-    found = []
+    sums = []
     for tensor in tensors:
         words = tensor.detach().contiguous().view(torch.int32).flatten()
-        whole = len(words) // _COLUMNS * _COLUMNS
-        columns = words[:whole].view(-1, _COLUMNS).sum(0, dtype=torch.int64)
-        columns[: len(words) - whole] += words[whole:]
+        aligned = len(words) // _COLUMNS * _COLUMNS
+        columns = words[:aligned].view(-1, _COLUMNS).sum(0, dtype=torch.int64)
+        columns[: len(words) - aligned] += words[aligned:]
         weights = 2 * torch.arange(_COLUMNS, device=tensor.device) + 1
-        found.append((columns * weights).sum())
-    for number, value in enumerate(torch.stack(found).tolist()):
+        sums.append((columns * weights).sum())
+    for number, value in enumerate(torch.stack(sums).tolist()):
         total = (total * 1_000_003 + value + number) % (2**53 - 111)
     return total
 

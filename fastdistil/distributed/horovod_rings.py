@@ -48,7 +48,7 @@ class RingProcesses:
         environment = {
             **os.environ,
             _SOCKETS: json.dumps(theirs),
-            _ENVIRONMENTS: json.dumps([dict(each) for each in environments]),
+            _ENVIRONMENTS: json.dumps([dict(variables) for variables in environments]),
             "OMP_NUM_THREADS": "1",
         }
         # In a session of its own: Ctrl-C is for the rank, which ends its rings when it is done.
@@ -113,10 +113,10 @@ class RingProcesses:
         return done, finish
 
     def close(self) -> None:
-        for each in self._sockets:
+        for connection in self._sockets:
             with suppress(OSError):  # gone already, with its rank's peers
-                each.send(b'{"kind": "end"}')
-            each.close()
+                connection.send(b'{"kind": "end"}')
+            connection.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -127,10 +127,10 @@ class RingProcesses:
         self._buffers.clear()
 
     def _staged(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        found = self._staging.get(name)
-        if found is None or found.numel() != numel or found.dtype != dtype:
-            found = self._staging[name] = self.empty(numel, dtype)
-        return found
+        memory = self._staging.get(name)
+        if memory is None or memory.numel() != numel or memory.dtype != dtype:
+            memory = self._staging[name] = self.empty(numel, dtype)
+        return memory
 
     def _find(self, tensor: Tensor) -> tuple[_Buffer, int] | None:
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -142,12 +142,12 @@ class RingProcesses:
 
     def _place(self, tensor: Tensor, ring: int) -> list[int]:
         """[buffer, first byte, elements]; tells the ring of a buffer that it has not seen."""
-        found = self._find(tensor)
-        assert found is not None
-        buffer, first = found
+        location = self._find(tensor)
+        assert location is not None
+        buffer, first = location
         if buffer.number not in self._known[ring]:
-            told = json.dumps({"kind": "buffer", "number": buffer.number, "bytes": buffer.memory.numel()}).encode()
-            socket.send_fds(self._sockets[ring], [told], [buffer.descriptor])
+            message = json.dumps({"kind": "buffer", "number": buffer.number, "bytes": buffer.memory.numel()}).encode()
+            socket.send_fds(self._sockets[ring], [message], [buffer.descriptor])
             self._known[ring].add(buffer.number)
         return [buffer.number, first, tensor.numel()]
 
@@ -194,9 +194,9 @@ def serve(begin: Callable[[], object], start: StartCollective, end: Callable[[],
                 rank.send(b"{}")
                 orderly = _carry_all(rank, start)
         except Exception as error:  # noqa: BLE001 (the rank has to hear of it, whatever it is)
-            told = f"a communicator process failed: {' '.join(str(error).split())[:2000]}"
+            reason = f"a communicator process failed: {' '.join(str(error).split())[:2000]}"
             with suppress(OSError):  # the rank is gone too
-                rank.send(json.dumps({"error": told}).encode())
+                rank.send(json.dumps({"error": reason}).encode())
     if orderly:
         end()  # with all ranks; otherwise it would wait for those that are gone
     for child in children if mine == len(sockets) - 1 else []:

@@ -125,8 +125,8 @@ def start_horovod(hvd: Any, kind: Collective, tensor: Tensor, name: str) -> tupl
     return partial(hvd.poll, handle), lambda: _only(hvd.synchronize(handle))
 
 
-def _only(found: Any) -> Tensor:
-    tensor: Tensor = found[0] if isinstance(found, tuple) else found  # alltoall tells the sizes too
+def _only(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output  # alltoall tells the sizes too
     return tensor
 
 
@@ -247,14 +247,14 @@ def _agree_on_address(hvd: Any, place: RankInfo) -> RankInfo:
     import dataclasses
 
     host = "127.0.0.1" if place.cross_size == 1 else own_address(socket.gethostname(), place.cross_size)
-    told = torch.zeros(6, dtype=torch.int64)
+    encoded = torch.zeros(6, dtype=torch.int64)
     if place.rank == 0:
         with socket.socket() as probe:
             probe.bind((host, 0))
             port = probe.getsockname()[1]
-        told = torch.tensor([*socket.inet_aton(host), *divmod(port, 256)], dtype=torch.int64)
-    hvd.broadcast_(told, root_rank=0, name="fastdistil.address")
-    *parts, high, low = told.tolist()
+        encoded = torch.tensor([*socket.inet_aton(host), *divmod(port, 256)], dtype=torch.int64)
+    hvd.broadcast_(encoded, root_rank=0, name="fastdistil.address")
+    *parts, high, low = encoded.tolist()
     return dataclasses.replace(place, address=".".join(map(str, parts)), port=256 * high + low)
 
 

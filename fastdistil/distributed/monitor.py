@@ -125,10 +125,10 @@ class Monitor:
         self._now = _Now(now.changes + 1, name, now.update if update is None else update, now.kind, now.waits_for)
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, operation: str) -> Iterator[None]:
         """Around a wait for other ranks: a rank inside is not to blame."""
         before = self._now
-        self._now = _Now(before.changes + 1, before.phase, before.update, "waiting", what)
+        self._now = _Now(before.changes + 1, before.phase, before.update, "waiting", operation)
         try:
             yield
         finally:
@@ -210,8 +210,8 @@ class Monitor:
 
     def _words(self) -> str:
         assert self._verdict is not None
-        own = self._verdict.rank == self._rank and self._exit_code == RankLost.exit_code
-        return f"this rank was given up by the others: {self._verdict.text}" if own else self._verdict.text
+        given_up = self._verdict.rank == self._rank and self._exit_code == RankLost.exit_code
+        return f"this rank was given up by the others: {self._verdict.text}" if given_up else self._verdict.text
 
     def _tell(self, seconds: float) -> None:
         """Wait until the store has this rank's present state, `seconds` at most."""
@@ -350,8 +350,8 @@ class Monitor:
         beat = self._read(_BEAT, text) if text else None
         if beat is None:
             return
-        known = self._views[rank].beat
-        if known is None or known.number != beat.number:
+        previous = self._views[rank].beat
+        if previous is None or previous.number != beat.number:
             self._views[rank] = View(self._clock.seconds, beat)
 
     def _read(self, kind: TypeAdapter[T], text: bytes) -> T | None:
@@ -393,12 +393,12 @@ def agree_equal(store: SharedStore, rank: int, size: int, values: Mapping[str, s
         raise UserError(f"{parts} than on rank 0; start every rank with the same command, on the same files")
 
 
-def _agree(store: SharedStore, rank: int, size: int, what: Mapping[str, str], monitor: Monitor) -> dict[str, list[int]]:
+def _agree(store: SharedStore, rank: int, size: int, facts: Mapping[str, str], monitor: Monitor) -> dict[str, list[int]]:
     """Return, on every rank: name -> ranks whose value is not rank 0's."""
     turn = store.add(f"agree/calls/{rank}", 1)
     keys = [f"agree/{turn}/{other}" for other in range(size)]
     result, heard = f"agree/{turn}/result", f"agree/{turn}/heard"
-    store.set(keys[rank], json.dumps(dict(what)))
+    store.set(keys[rank], json.dumps(dict(facts)))
     if rank != 0:
         _await_keys(store, [result], monitor)
         differing = TypeAdapter(dict[str, list[int]]).validate_json(store.get(result))

@@ -238,11 +238,11 @@ def expand_hosts(text: str, name: str = "SLURM_JOB_NODELIST") -> Iterator[str]:
 
 
 def _expand_brackets(part: str, where: str) -> Iterator[str]:
-    head, bracket, rest = part.partition("[")
+    head, bracket, remainder = part.partition("[")
     if not bracket:
         yield part
         return
-    inside, _, tail = rest.partition("]")
+    inside, _, tail = remainder.partition("]")
     for piece in inside.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
         if match is None:

@@ -127,8 +127,8 @@ def open_store(place: RankInfo, timeout_s: float) -> Connect:
         served.append(_serve(place, address, port, timeout))
 
     def connect() -> SharedStore:
-        kept = served  # the server lives as long as somebody may connect
-        assert kept or place.rank or not place.serve_store
+        servers = served  # the server lives as long as somebody may connect
+        assert servers or place.rank or not place.serve_store
         try:
             # torch limits the time to connect, not the time that a connected stranger takes to answer.
             store = _within(
@@ -179,12 +179,12 @@ def _serve(place: RankInfo, address: str, port: int, timeout: timedelta) -> Any:
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
     """What `work` returns or raises; TimeoutError if it does neither in time: its thread is left behind."""
-    found: list[T] = []
+    results: list[T] = []
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
-            found.append(work())
+            results.append(work())
         except BaseException as error:  # noqa: BLE001 (raised below, on the caller's thread)
             raised.append(error)
 
@@ -193,18 +193,18 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
     thread.join(seconds)
     if raised:
         raise raised[0]
-    if not found:
+    if not results:
         raise TimeoutError
-    return found[0]
+    return results[0]
 
 
 def choose_interface(place: RankInfo) -> None:
     """Gloo takes the interface that this host's name resolves to, often the wrong one: take the one towards rank 0."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((place.address, place.port))
-        own = probe.getsockname()[0]
+        address = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == own for each in addresses):
+        if any(interface.address == address for interface in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("HOROVOD_GLOO_IFACE", name)
             return

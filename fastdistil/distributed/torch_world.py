@@ -99,9 +99,9 @@ def _threaded_gloo() -> str:
 
 def _make_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     gloo: Any = dist.ProcessGroupGloo  # the stubs lack its options
-    interfaces = [each for each in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if each]
+    interfaces = [interface for interface in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if interface]
     options = gloo._Options()
-    options._devices = [gloo.create_device(interface=each) for each in interfaces] or [gloo.create_default_device()]
+    options._devices = [gloo.create_device(interface=interface) for interface in interfaces] or [gloo.create_default_device()]
     options._threads, options._timeout = GLOO_THREADS, timeout
     return gloo(store, rank, size, options)
 

@@ -39,7 +39,7 @@ class RankWatch(Protocol):
     """What a wait asks while it lasts; monitor.Monitor is one."""
 
     def check(self) -> None: ...
-    def waiting(self, what: str) -> AbstractContextManager[Any]: ...
+    def waiting(self, operation: str) -> AbstractContextManager[Any]: ...
     def unhurried(self, name: str) -> AbstractContextManager[Any]: ...
     def lost(self, error: BaseException) -> RankLost: ...
 
@@ -167,8 +167,8 @@ class World:
 
     def gather(self, values: Sequence[float], name: str) -> list[list[float]]:
         """Every rank's float64 numbers, by rank."""
-        found = self.wait(self._control("all_gather", torch.tensor(list(values), dtype=torch.float64), name))
-        return found.view(self.size, -1).tolist()
+        gathered = self.wait(self._control("all_gather", torch.tensor(list(values), dtype=torch.float64), name))
+        return gathered.view(self.size, -1).tolist()
 
     def sum_terms(self, tensor: Tensor, name: str) -> Handle:
         """A few scalars on the device, summed in place; counts as a control message."""
@@ -249,8 +249,8 @@ class World:
         return lost(self.watch, self.rank, name, error)
 
 
-def waiting(watch: RankWatch | None, what: str) -> AbstractContextManager[Any]:
-    return watch.waiting(what) if watch is not None else nullcontext()
+def waiting(watch: RankWatch | None, operation: str) -> AbstractContextManager[Any]:
+    return watch.waiting(operation) if watch is not None else nullcontext()
 
 
 def unhurried(watch: RankWatch | None, name: str) -> AbstractContextManager[Any]:

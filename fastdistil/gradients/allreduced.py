@@ -81,8 +81,8 @@ class Cast(Feedback):
                 value.add_(residual_N[block])
             payload_N[block] = value.clamp(-bound, bound).mul_(factor)
             if residual_N is not None:
-                rest = value.sub_(payload_N[block].to(value.dtype).mul_(inverse))
-                residual_N[block] = torch.where(finite, rest, residual_N[block])
+                remainder = value.sub_(payload_N[block].to(value.dtype).mul_(inverse))
+                residual_N[block] = torch.where(finite, remainder, residual_N[block])
         return payload_N, state
 
     def decompress(self, payload_N: Tensor, state: CompressionState, out_N: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ def measure_exchange(world: World, nbytes: int) -> tuple[float, float]:
     These are no gradients: the counters stay as they were.
     """
     counters, world.counters = world.counters, world.counters.copy()
-    each = max(4, min(nbytes, 16 * MIB) // world.rings)
+    ring_bytes = max(4, min(nbytes, 16 * MIB) // world.rings)
     small = [world.empty(16, torch.float32)]
-    large = [world.empty(each // 4, torch.float32) for _ in range(world.rings)]
+    large = [world.empty(ring_bytes // 4, torch.float32) for _ in range(world.rings)]
     latency_s = _median_s(world, small)
     whole_s = _median_s(world, large)
     seconds = max(whole_s - latency_s, 0.1 * whole_s)  # of little data the latency, which varies, may seem to be all

@@ -140,11 +140,11 @@ class Buckets:
             self._sums.clear()
             if used is not None:
                 self._drop_unused(self.world.wait(used).tolist())
-            found = dict(extra or {})
+            totals = dict(extra or {})
             if terms is not None:
-                found = dict(zip(names, self.world.wait(terms).unbind(), strict=True))
+                totals = dict(zip(names, self.world.wait(terms).unbind(), strict=True))
         self.wait_s += time.perf_counter() - begun
-        return found
+        return totals
 
     def _span(self, name: SpanName) -> AbstractContextManager[Any]:
         return self._spans(name) if self._spans is not None else nullcontext()
@@ -183,10 +183,10 @@ class Buckets:
         """
         if self._ordered:
             return
-        seen = list(dict.fromkeys(self._seen))
-        rest = [number for number in self._order if number not in set(seen)]
+        ready = list(dict.fromkeys(self._seen))
+        others = [number for number in self._order if number not in set(ready)]
         # In two bytes each: a control message.
-        order = torch.tensor(seen + rest, dtype=torch.int16 if len(self.parameters) < 2**15 else torch.int32)
+        order = torch.tensor(ready + others, dtype=torch.int16 if len(self.parameters) < 2**15 else torch.int32)
         self.world.broadcast(order.view(torch.uint8), "fastdistil.order")
         self._ordered, self._order, self._cuts = True, order.tolist(), None
         self._lay_out()
@@ -243,7 +243,7 @@ class Buckets:
         new: list[dict[str, Tensor]] = [{} for _ in range(self.world.size)]
         for bucket in self.buckets:
             index = bucket.layout.index
-            states = [{name: each[f"{index}.{name}"] for name in bucket.state} for each in old]
+            states = [{name: old_state[f"{index}.{name}"] for name in bucket.state} for old_state in old]
             for rank, state in enumerate(redistribute(self.compressor.state_kinds, states, bucket.layout, self.world.size)):
                 new[rank] |= {f"{index}.{name}": value for name, value in state.items()}
         return new
@@ -253,7 +253,7 @@ class Buckets:
         kinds = {name: kind for name, kind in self.compressor.state_kinds.items() if kind != "shared"}
         for bucket in self.buckets:
             index = bucket.layout.index
-            states = [{name: each[f"{index}.{name}"] for name in kinds} for each in old]
+            states = [{name: old_state[f"{index}.{name}"] for name in kinds} for old_state in old]
             (total,) = redistribute(kinds, states, bucket.layout, 1)
             for owed in total.values():
                 bucket.flat += owed.reshape(-1)[: bucket.layout.numel].to(bucket.flat)
@@ -319,18 +319,18 @@ class Buckets:
     def _post_used(self) -> Handle:
         """A counter of bits(R) bits for each parameter, as many in a 63-bit integer as fit: sums cannot run over."""
         bits = self.world.size.bit_length()
-        each = 63 // bits
-        words = [0] * -(-len(self.parameters) // each)
+        per_word = 63 // bits
+        words = [0] * -(-len(self.parameters) // per_word)
         for number in self._used:
-            words[number // each] |= 1 << (number % each * bits)
+            words[number // per_word] |= 1 << (number % per_word * bits)
         return self.world.sum_async(words, "fastdistil.used")
 
     def _drop_unused(self, words: Sequence[int]) -> None:
         bits = self.world.size.bit_length()
-        each = 63 // bits
+        per_word = 63 // bits
         owing = self._compressing and "residual" in self.compressor.state_kinds
         for number, parameter in enumerate(self.parameters):
-            if words[number // each] >> (number % each * bits) & ((1 << bits) - 1):
+            if words[number // per_word] >> (number % per_word * bits) & ((1 << bits) - 1):
                 self._ever_used.add(number)
             elif not (owing and number in self._ever_used):
                 parameter.grad = None
@@ -346,7 +346,7 @@ class Buckets:
         self._views: list[Tensor] = [torch.empty(0)] * len(self.parameters)
         cuts, self._made_for = [], self._options_and_rings
         for number, dtype in enumerate(dict.fromkeys(parameter.dtype for parameter in self.parameters)):
-            order = [each for each in self._order if self.parameters[each].dtype == dtype]
+            order = [index for index in self._order if self.parameters[index].dtype == dtype]
             cuts.append(self._lay_out_one(order, dtype, None if self._cuts is None else self._cuts[number]))
         self._cuts = cuts
         loads = [0] * self.world.rings

@@ -129,13 +129,13 @@ def redistribute(
             case "chunk":
                 unit = old[0].shape[1]
                 part = part_numel(layout.numel, ranks, unit)
-                whole = old[0].new_zeros(ranks * part)
-                whole[: layout.numel] = torch.cat([each.reshape(-1) for each in old])[: layout.numel]
-                parts = list(whole.view(ranks, -1, unit))
+                flat = old[0].new_zeros(ranks * part)
+                flat[: layout.numel] = torch.cat([tensor.reshape(-1) for tensor in old])[: layout.numel]
+                parts = list(flat.view(ranks, -1, unit))
             case "shared":
                 parts = [old[0]] * ranks
             case other:
                 assert_never(other)
-        for state, each in zip(new, parts, strict=True):
-            state[name] = each
+        for state, tensor in zip(new, parts, strict=True):
+            state[name] = tensor
     return new

@@ -65,12 +65,12 @@ def make_compressor(config: Compression, *, ranks: int, rank: int, engine: str, 
 def _check_top_k(density: float, ranks: int) -> None:
     numel = 1_000_000
     chosen = round(density * numel)
-    sent, whole = (ranks - 1) * chosen * 8, ring_allreduce_bytes(ranks, 4 * numel)
-    if sent > whole:
+    sent, dense = (ranks - 1) * chosen * 8, ring_allreduce_bytes(ranks, 4 * numel)
+    if sent > dense:
         raise UserError(
             f"compression.kind=top-k with density {density:g} does not scale to {ranks} ranks: of a million elements each "
             f"would send ({ranks} - 1) * {chosen:,} * 8 = {sent / 1e6:,.1f} MB, uncompressed 2 * {ranks - 1}/{ranks} * 4 = "
-            f"{whole / 1e6:,.1f} MB; set compression.density to at most {1 / ranks:.2g}, or compression.kind=int8"
+            f"{dense / 1e6:,.1f} MB; set compression.density to at most {1 / ranks:.2g}, or compression.kind=int8"
         )
 
 

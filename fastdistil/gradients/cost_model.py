@@ -164,10 +164,10 @@ def candidates_for(engine: str, allreduce_only: bool = False) -> tuple[Predicted
 def choose(measured: MeasuredExchange, allreduce_only: bool = False) -> Choice:
     """The simplest of the candidates whose predicted update is within WORTH of the fastest, and why, in one sentence."""
     table = [predict(measured, kind) for kind in candidates_for(measured.engine, allreduce_only)]
-    fastest = min(table, key=lambda each: each.update_s)
-    chosen = next(each for each in table if each.update_s <= (1 + WORTH) * fastest.update_s)
+    fastest = min(table, key=lambda row: row.update_s)
+    chosen = next(row for row in table if row.update_s <= (1 + WORTH) * fastest.update_s)
     plain = table[0]
-    told = (
+    summary = (
         f"the exchange takes {_ms(plain.exchange_s)} of a {_ms(measured.update_s)} update at "
         f"{_short(measured.bandwidth_bytes_per_s / 1e9)} GB/s, {_ms(plain.exposed_s)} of it not hidden by backward"
     )
@@ -175,11 +175,11 @@ def choose(measured: MeasuredExchange, allreduce_only: bool = False) -> Choice:
     saved = plain.update_s - best.update_s
     share = f"{_ms(saved)} ({saved / plain.update_s:.1%} of the update)"
     if best.kind == "none":
-        reason = f"{told}; nothing would be faster"
+        reason = f"{summary}; nothing would be faster"
     elif chosen.kind == "none":
-        reason = f"{told}; {best.kind} would save {share}, too little to round gradients for"
+        reason = f"{summary}; {best.kind} would save {share}, too little to round gradients for"
     else:
-        reason = f"{told}; {best.kind} takes {_ms(best.exchange_s + best.compress_s)} and saves {share}"
+        reason = f"{summary}; {best.kind} takes {_ms(best.exchange_s + best.compress_s)} and saves {share}"
     return Choice(chosen.kind, reason)
 
 

@@ -189,8 +189,8 @@ class SharedGradients(LocalGradients):
         )
         # A topology is of allreduce: where there is one, what travels by another collective would do without it.
         choice = choose(measured, allreduce_only=self._recipe.world.topology != "flat")
-        told = self._world.broadcast_bytes(f"{choice.kind}\n{choice.reason}".encode(), "fastdistil.auto").decode()
-        kind, reason = told.split("\n", 1)
+        decision = self._world.broadcast_bytes(f"{choice.kind}\n{choice.reason}".encode(), "fastdistil.auto").decode()
+        kind, reason = decision.split("\n", 1)
         self._settle(kind)
         return f"compression auto: {kind}: {reason}"
 
@@ -202,7 +202,7 @@ class SharedGradients(LocalGradients):
 
     def fields(self) -> dict[str, Any]:
         now, wait_s = self._world.counters.copy(), self._buckets.wait_s
-        found = {
+        statistics = {
             "engine": self._world.engine,
             "compression": self._kind,
             "buckets": len(self._buckets.buckets),
@@ -210,7 +210,7 @@ class SharedGradients(LocalGradients):
             "exchange_wait_s": wait_s - self._told_wait_s,
         }
         self._told, self._told_wait_s = now, wait_s
-        return found
+        return statistics
 
     def state(self) -> dict[str, Any] | None:
         return {"kind": self._kind, "ranks": self._world.size, "layout": self._buckets.layout()}
@@ -224,8 +224,8 @@ class SharedGradients(LocalGradients):
             return []  # of one rank, or before its first update: nothing is owed
         if self._undecided and state["kind"] != "auto":
             self._settle(state["kind"])
-        fits, own = self._buckets.set_layout(state["layout"]), self._buckets.states()
-        if not own:
+        fits, current = self._buckets.set_layout(state["layout"]), self._buckets.states()
+        if not current:
             return []
         messages = []
         if not fits:
@@ -235,19 +235,19 @@ class SharedGradients(LocalGradients):
         if state["ranks"] != self._world.size:
             messages += [f"what {state['ranks']} ranks had not sent yet is shared among {self._world.size}"]
             if self._world.is_chief:
-                states = [_complete(read(rank), own, rank) for rank in range(state["ranks"])]
+                states = [_complete(read(rank), current, rank) for rank in range(state["ranks"])]
                 read = self._buckets.redistributed(states).__getitem__
-        team.send_each(lambda rank: _complete(read(rank), own, rank), own, "residuals")
-        self._buckets.load_states(own)
+        team.send_each(lambda rank: _complete(read(rank), current, rank), current, "residuals")
+        self._buckets.load_states(current)
         return messages
 
 
 Exchange = LocalGradients
 
 
-def _complete(states: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int) -> Mapping[str, Tensor]:
+def _complete(states: Mapping[str, Tensor], current: Mapping[str, Tensor], rank: int) -> Mapping[str, Tensor]:
     """Return the states of a rank that a checkpoint holds. Raises CorruptData where it lacks one that this run's ranks have."""
-    if missing := sorted(own.keys() - states.keys()):
+    if missing := sorted(current.keys() - states.keys()):
         raise CorruptData(f"the checkpoint's rank-{rank}.safetensors lacks {missing[0]}; start anew")
     return states
 

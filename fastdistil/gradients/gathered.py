@@ -155,7 +155,7 @@ def _typed(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def _lay(rows: Tensor, flat: Tensor) -> None:
     """Fill rows, one after the other, as far as `flat` reaches."""
     width = rows.shape[1]
-    whole, rest = divmod(flat.numel(), width)
-    rows[:whole] = flat[: whole * width].view(whole, width)
-    if rest:
-        rows[whole, :rest] = flat[whole * width :]
+    full_rows, remainder = divmod(flat.numel(), width)
+    rows[:full_rows] = flat[: full_rows * width].view(full_rows, width)
+    if remainder:
+        rows[full_rows, :remainder] = flat[full_rows * width :]

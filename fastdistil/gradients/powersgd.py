@@ -106,8 +106,8 @@ def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> FactorP
     )
     taken = sorted((first, first + group.rows * group.columns) for group in groups for first in group.firsts)
     edges = [0, *(edge for span in taken for edge in span), numel]
-    rest = tuple((first, end) for first, end in zip(edges[::2], edges[1::2], strict=True) if end > first)
-    return FactorPlan(groups, rest)
+    spans = tuple((first, end) for first, end in zip(edges[::2], edges[1::2], strict=True) if end > first)
+    return FactorPlan(groups, spans)
 
 
 def orthonormal(columns_BMR: Tensor) -> Tensor:

@@ -76,22 +76,22 @@ def render(findings: Iterable[Finding], console: Console) -> None:
 
 
 def as_json(findings: Iterable[Finding]) -> str:
-    found = list(findings)
-    return json.dumps({"exit_code": exit_code(found), "findings": [asdict(finding) for finding in found]}, indent=2)
+    entries = list(findings)
+    return json.dumps({"exit_code": exit_code(entries), "findings": [asdict(finding) for finding in entries]}, indent=2)
 
 
 def versions() -> list[Finding]:
-    found = [
+    findings = [
         Finding("fastdistil", __version__),
         release("Python", platform.python_version(), PYTHON_TESTED, "make an environment with a newer Python"),
         torch_release(),
         library("transformers"),
     ]
-    found += [library(name) for name in ("tokenizers", "safetensors", "numpy")]
+    findings += [library(name) for name in ("tokenizers", "safetensors", "numpy")]
     if missing := missing_parts():
         advice = "the links in fastdistil/ were not checked out as links: git config core.symlinks true, and check out again"
-        found.append(Finding("fastdistil's parts", f"{', '.join(missing)} not found", "problem", advice))
-    return found
+        findings.append(Finding("fastdistil's parts", f"{', '.join(missing)} not found", "problem", advice))
+    return findings
 
 
 def missing_parts() -> list[str]:
@@ -151,25 +151,25 @@ def processor(torch: Any) -> list[Finding]:
     cores = f"{usable_cores():g} of {psutil.cpu_count()} cores usable, {torch.get_num_threads()} torch threads"
     model = parse_cpu_model(cpuinfo()) or platform.machine()
     available = psutil.virtual_memory().available
-    found = [
+    findings = [
         Finding("processor", f"{model}, {cores}"),
         Finding("memory", f"{usable_memory() / GIB:.1f} GiB, {available / GIB:.1f} GiB available"),
     ]
     if has_fast_bf16(torch.device("cpu")):
-        return [*found, Finding("bf16 on the processor", "bf16 matrix products in hardware (AMX, AVX512-BF16 or Arm BF16)")]
+        return [*findings, Finding("bf16 on the processor", "bf16 matrix products in hardware (AMX, AVX512-BF16 or Arm BF16)")]
     advice = "loop.precision: auto chooses fp32 here; bf16 would be slower"
-    return [*found, Finding("bf16 on the processor", "no bf16 matrix products in hardware", "absent", advice)]
+    return [*findings, Finding("bf16 on the processor", "no bf16 matrix products in hardware", "absent", advice)]
 
 
 def gpus(torch: Any) -> list[Finding]:
-    package, seen, driver = nvml_gpus()
-    found = [package]
+    package, names, driver = nvml_gpus()
+    findings = [package]
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(usable):
-        found.append(gpu(torch, index, driver))
+        findings.append(gpu(torch, index, driver))
     if not usable:
-        found.append(unused_gpus(torch, seen, driver))
-    return [*found, triton(gpu_usable=usable > 0)]
+        findings.append(unused_gpus(torch, names, driver))
+    return [*findings, triton(gpu_usable=usable > 0)]
 
 
 def gpu(torch: Any, index: int, driver: str | None) -> Finding:
@@ -183,11 +183,11 @@ def gpu(torch: Any, index: int, driver: str | None) -> Finding:
     return Finding(f"GPU {index}", value, "ok", "no bf16 matrix products in hardware: use loop.precision=fp16 or fp32")
 
 
-def unused_gpus(torch: Any, seen: list[str], driver: str | None) -> Finding:
+def unused_gpus(torch: Any, names: list[str], driver: str | None) -> Finding:
     """Why torch offers no GPU: there is none, or its build or the driver does not fit."""
-    if not seen:
+    if not names:
         return Finding("GPU", "none found", "absent", "everything works on the processor; a GPU needs NVIDIA's driver")
-    value = f"{', '.join(seen)} (driver {driver}), but torch cannot use {'it' if len(seen) == 1 else 'them'}"
+    value = f"{', '.join(names)} (driver {driver}), but torch cannot use {'it' if len(names) == 1 else 'them'}"
     if torch.version.cuda is None:
         return Finding("GPU", value, "absent", "this torch is built without CUDA: install a CUDA build to use the GPU")
     advice = f"hidden by CUDA_VISIBLE_DEVICES, or the driver is too old for CUDA {torch.version.cuda}: update the driver"
@@ -224,32 +224,32 @@ def triton(gpu_usable: bool) -> Finding:
 
 
 def options() -> list[Finding]:
-    wanted = {
+    advice_by_name = {
         "tensorboard": "logging.tensorboard needs it: pip install tensorboard",
         "pyarrow": "preparing .parquet and .zst files needs it: pip install pyarrow",
     }
-    found = []
-    for name, advice in wanted.items():
+    findings = []
+    for name, advice in advice_by_name.items():
         version = installed_version(name)
-        found.append(Finding(name, version) if version else Finding(name, "not installed", "absent", advice))
-    return [horovod(), *found, compiler()]
+        findings.append(Finding(name, version) if version else Finding(name, "not installed", "absent", advice))
+    return [horovod(), *findings, compiler()]
 
 
 def horovod() -> Finding:
     """Which operations the installed Horovod was built with, as a child process that imports it says."""
-    seen = state()
-    if seen.status == "absent":
+    installed = state()
+    if installed.status == "absent":
         advice = f"engine: horovod needs it, engine: torch and a single rank do not; {HOW_TO_BUILD}"
-        return Finding("horovod", seen.text, "absent", advice)
-    if seen.status == "problem":
-        return Finding("horovod", seen.text, "problem", HOW_TO_BUILD)
+        return Finding("horovod", installed.text, "absent", advice)
+    if installed.status == "problem":
+        return Finding("horovod", installed.text, "problem", HOW_TO_BUILD)
     built = probe()
     if isinstance(built, str):
-        return Finding("horovod", f"{seen.text} does not load: {built}", "problem", HOW_TO_BUILD)
+        return Finding("horovod", f"{installed.text} does not load: {built}", "problem", HOW_TO_BUILD)
     operations = [name for name, key in (("Gloo", "gloo"), ("MPI", "mpi")) if built[key]]
     if built["nccl"]:
         operations.append(f"NCCL {nccl_release(built['nccl'])}")
-    return Finding("horovod", f"{seen.text}: {', '.join(operations)}")
+    return Finding("horovod", f"{installed.text}: {', '.join(operations)}")
 
 
 def nccl_release(code: int) -> str:

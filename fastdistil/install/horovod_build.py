@@ -166,13 +166,13 @@ class Build:
 
     def met_by(self, installed: Mapping[str, str] | None, *, gpu: bool) -> bool:
         """Whether the installed wheel will do. The tools that built it may be gone; MPI's library with them, so it is tried."""
-        wanted = asdict(self)
-        if wanted == installed:
+        required = asdict(self)
+        if required == installed:
             return True
-        if installed is None or installed.keys() != wanted.keys() or (gpu and not installed["cuda"]):
+        if installed is None or installed.keys() != required.keys() or (gpu and not installed["cuda"]):
             return False
         tools = ("compiler", "mpi", "cuda", "nccl")
-        fits = all(wanted[name] == installed[name] or (name in tools and not wanted[name]) for name in wanted)
+        fits = all(required[name] == installed[name] or (name in tools and not required[name]) for name in required)
         return fits and not isinstance(probe(), str)
 
 
@@ -252,8 +252,8 @@ def apply_edits(source: Path, edits: Sequence[Edit]) -> None:
 
 def build_environment(build: Build, cuda: Cuda | None, work: Path, environ: Mapping[str, str], jobs: int) -> dict[str, str]:
     """Nothing that others set for Horovod or for an outer make gets in."""
-    kept = {name: value for name, value in environ.items() if not name.startswith(("HOROVOD_", "MAKE", "MFLAGS"))}
-    kept |= {
+    variables = {name: value for name, value in environ.items() if not name.startswith(("HOROVOD_", "MAKE", "MFLAGS"))}
+    variables |= {
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
         "HOROVOD_WITHOUT_MXNET": "1",
@@ -264,7 +264,7 @@ def build_environment(build: Build, cuda: Cuda | None, work: Path, environ: Mapp
     }
     if cuda is not None:
         home = cuda_home(cuda, work / "cuda")
-        kept |= {
+        variables |= {
             "HOROVOD_GPU": "CUDA",
             "HOROVOD_GPU_OPERATIONS": "NCCL",
             "HOROVOD_CUDA_HOME": str(home),
@@ -273,7 +273,7 @@ def build_environment(build: Build, cuda: Cuda | None, work: Path, environ: Mapp
             "CUDA_HOME": str(home),
             "PATH": f"{home / 'bin'}:{environ.get('PATH', os.defpath)}",
         }
-    return kept
+    return variables
 
 
 # Installing

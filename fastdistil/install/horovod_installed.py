@@ -107,10 +107,10 @@ def installed_build() -> dict[str, str] | None:
     if directory is None or not (directory / STAMP).is_file():
         return None
     try:
-        found = ast.literal_eval((directory / STAMP).read_text(encoding="utf-8").removeprefix("BUILD = "))
+        build = ast.literal_eval((directory / STAMP).read_text(encoding="utf-8").removeprefix("BUILD = "))
     except (OSError, ValueError, SyntaxError):  # cut off, say
         return None
-    return found if isinstance(found, dict) else None
+    return build if isinstance(build, dict) else None
 
 
 def state() -> HorovodState:

@@ -49,7 +49,7 @@ def require_tools(environ: Mapping[str, str]) -> None:
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append(("Python's headers", "python3-dev"))
     if missing:
-        lacking = ", ".join(what for what, _ in missing)
+        lacking = ", ".join(tool for tool, _ in missing)
         packages = " ".join(package for _, package in missing)
         raise UserError(f"building Horovod needs {lacking}: install it (Debian, Ubuntu: apt install {packages})")
 
@@ -66,18 +66,18 @@ def find_cuda(torch: Torch, environ: Mapping[str, str]) -> Cuda | UserError:
     homes += [pip / f"cu{major}"] if pip else []
     homes += [Path(top[1].strip()).resolve()] if top else []
     homes += [Path("/usr/local/cuda")]
-    seen = []
+    releases = []
     for home in homes:
         release = re.search(r"release (\d+)\.(\d+)", output_of([str(home / "bin/nvcc"), "--version"]))
         if release and release[1] == major:
             nccl = find_nccl(pip, home)
             return nccl if isinstance(nccl, UserError) else Cuda(home.resolve(), f"{release[1]}.{release[2]}", nccl)
-        seen += [f"{release[1]}.{release[2]} in {home}"] if release else []
+        releases += [f"{release[1]}.{release[2]} in {home}"] if release else []
     # pip itself would mix releases: nvcc's own requirements name no versions.
     pip_packages = " ".join(f"'nvidia-{name}=={torch.cuda}.*'" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl"))
     return UserError(
         f"torch {torch.version} is a CUDA build, and Horovod's GPU operations need CUDA {major}'s compiler (nvcc), found: "
-        f"{', '.join(seen) or 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME"
+        f"{', '.join(releases) or 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME"
         f"{f', or pip install {pip_packages}' if int(major) >= 13 else ''}; --cpu builds Horovod without GPU operations"
     )
 

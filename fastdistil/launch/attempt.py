@@ -89,20 +89,20 @@ class Attempt:
     @property
     def cause(self) -> RankProcess | None:
         """The rank whose end explains the others': the first that failed of itself; the others follow it with 12."""
-        failed = [each for each in self.order if each.code not in (0, SAVED) and each.rank not in self.killed]
-        own = [each for each in failed if each.code != LOST]
-        stuck = [each for each in self.order if each.rank in self.killed]
-        return next(iter(own + stuck + failed), None)
+        failed = [child for child in self.order if child.code not in (0, SAVED) and child.rank not in self.killed]
+        broken = [child for child in failed if child.code != LOST]
+        stuck = [child for child in self.order if child.rank in self.killed]
+        return next(iter(broken + stuck + failed), None)
 
     @property
     def lost(self) -> list[RankProcess]:
         """Ranks whose slots are not to be trusted: killed, stuck, unreachable; if there are none, those that broke."""
-        gone = [each for each in self.order if each.rank in self.killed or each.code == SSH_FAILED or (each.code or 0) < 0]
-        return gone or [each for each in self.order if each.code not in (0, LOST, SAVED)]
+        gone = [child for child in self.order if child.rank in self.killed or child.code == SSH_FAILED or (child.code or 0) < 0]
+        return gone or [child for child in self.order if child.code not in (0, LOST, SAVED)]
 
     def exit_code(self) -> int:
         """Of the command, by the first failing rank."""
-        cause, codes = self.cause, [each.code for each in self.order]
+        cause, codes = self.cause, [child.code for child in self.order]
         if self.insisted:
             return INTERRUPTED
         if cause is None or cause.code is None:
@@ -163,9 +163,9 @@ def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough:
         _watch(begin, ranks, attempt, voices, interrupts, enough)
     finally:
         # After a KeyboardInterrupt or a bug of ours they may still run.
-        _kill([each for each in ranks if each.code is None and each.process.poll() is None])
-        for each in ranks:
-            each.close()
+        _kill([child for child in ranks if child.code is None and child.process.poll() is None])
+        for child in ranks:
+            child.close()
         voices.flush(now=True)
     return attempt
 
@@ -183,7 +183,7 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
     }
     for rank, slot in enumerate(begin.slots):
         here = [other.index for other in begin.slots if other.host == slot.host]
-        own = meeting | {
+        variables = meeting | {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(begin.slots)),
             "LOCAL_RANK": str(here.index(slot.index)),
@@ -196,7 +196,7 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
                 rank,
                 slot,
                 begin.command,
-                own,
+                variables,
                 base=begin.environ,
                 devices=None if here == list(range(len(here))) else here,
                 patience_s=begin.timeout_s + ORPHAN_S,
@@ -230,48 +230,48 @@ def _watch(
     interrupts: Interrupts,
     enough: Callable[[], bool],
 ) -> None:
-    told: signal.Signals | None = None
+    sent: signal.Signals | None = None
     speak_s, end_by_s, kill_by_s = float("inf"), float("inf"), float("inf")
-    while running := [each for each in ranks if each.code is None]:
+    while running := [child for child in ranks if child.code is None]:
         now = time.monotonic()
-        for each in running:
-            if each.ended():
-                attempt.order.append(each)
-                if each.code not in (0, SAVED):
+        for child in running:
+            if child.ended():
+                attempt.order.append(child)
+                if child.code not in (0, SAVED):
                     # A rank that ends with 12 has told the others, and one that cannot be reached is nothing to wait for.
-                    known = each.code == LOST or (each.slot.host is not None and each.code == SSH_FAILED)
-                    end_by_s = min(end_by_s, now + (0.0 if known else begin.timeout_s) + END_S)
-        asked = interrupts.asked or (signal.SIGTERM if told is None and end_by_s == float("inf") and enough() else None)
-        if told is None and asked is not None:
-            told, attempt.stopped, attempt.asked = asked, True, interrupts.asked is not None
+                    reported = child.code == LOST or (child.slot.host is not None and child.code == SSH_FAILED)
+                    end_by_s = min(end_by_s, now + (0.0 if reported else begin.timeout_s) + END_S)
+        request = interrupts.asked or (signal.SIGTERM if sent is None and end_by_s == float("inf") and enough() else None)
+        if sent is None and request is not None:
+            sent, attempt.stopped, attempt.asked = request, True, interrupts.asked is not None
             speak_s = now + begin.timeout_s + SAVE_S
-            _send(running, told)
-        left = [each.rank for each in running if each.code is None]
-        if left and now >= speak_s:
+            _send(running, sent)
+        alive = [child.rank for child in running if child.code is None]
+        if alive and now >= speak_s:
             speak_s = float("inf")
             voices.say(
-                f"still waiting for {rank_list(left)}, told to stop {begin.timeout_s + SAVE_S:.0f} s ago: a large save takes "
+                f"still waiting for {rank_list(alive)}, told to stop {begin.timeout_s + SAVE_S:.0f} s ago: a large save takes "
                 "its time; a second Ctrl-C or SIGTERM kills"
             )
         if now >= end_by_s and kill_by_s == float("inf"):
-            attempt.killed |= set(left)
+            attempt.killed |= set(alive)
             kill_by_s = now + KILL_AFTER_S
             _send(running, signal.SIGTERM)
         if interrupts.insisted or now >= kill_by_s:
             attempt.insisted = interrupts.insisted
-            attempt.killed |= set(left)
+            attempt.killed |= set(alive)
             _kill(running)
         voices.flush()
         time.sleep(POLL_S)
 
 
 def _send(ranks: list[RankProcess], number: signal.Signals) -> None:
-    for each in ranks:
-        if each.code is None:
-            each.send(number)
+    for child in ranks:
+        if child.code is None:
+            child.send(number)
 
 
 def _kill(ranks: list[RankProcess]) -> None:
     _send(ranks, signal.SIGKILL)
-    for each in ranks:
-        each.kill()
+    for child in ranks:
+        child.kill()

@@ -103,7 +103,7 @@ class Cluster:
 
     def arguments(self, recipe: str) -> list[str]:
         """Of fastdistil, on the cluster, where the recipe is found at `recipe`."""
-        stored = self.storage is not None and not any(each.startswith("runs_dir=") for each in self.overrides)
+        stored = self.storage is not None and not any(override.startswith("runs_dir=") for override in self.overrides)
         where = ["runs_dir=/workspace/runs"] if stored else []
         return [self.command, recipe, *self.overrides, *where, f"name={json.dumps(self.run_name)}", "--resume", "auto"]
 
@@ -188,10 +188,12 @@ def _mpijob(cluster: Cluster) -> str:
         raise UserError(
             f"--for mpijob takes the number of a node's GPUs, --gpus {cluster.gpu_count}; choose a type by node labels"
         )
-    own = cluster.own_recipe
-    if own is not None and not re.fullmatch(r"[\w.-]+", own.name, re.ASCII):
-        raise UserError(f"Kubernetes takes no file named {own.name!r}; rename it with letters, digits, dots and dashes alone")
-    mounted = f"/etc/fastdistil/{own.name}" if own is not None else cluster.recipe
+    recipe = cluster.own_recipe
+    if recipe is not None and not re.fullmatch(r"[\w.-]+", recipe.name, re.ASCII):
+        raise UserError(
+            f"Kubernetes takes no file named {recipe.name!r}; rename it with letters, digits, dots and dashes alone"
+        )
+    mounted = f"/etc/fastdistil/{recipe.name}" if recipe is not None else cluster.recipe
     mpirun = [
         "mpirun --allow-run-as-root --bind-to none --map-by slot",
         # Open MPI would kill a second after SIGTERM.
@@ -209,7 +211,7 @@ def _mpijob(cluster: Cluster) -> str:
     mounts = [("shm", "/dev/shm", "emptyDir: {medium: Memory}")]  # noqa: S108 - a mount point
     if cluster.storage is not None:
         mounts.append(("storage", "/workspace", f"persistentVolumeClaim: {{claimName: {_quoted(cluster.storage)}}}"))
-    if own is not None:
+    if recipe is not None:
         mounts.append(("recipe", "/etc/fastdistil", f"configMap: {{name: {_quoted(cluster.label)}}}"))
     pod = f"""
           terminationGracePeriodSeconds: {SAVE_S + 30}
@@ -339,9 +341,9 @@ stop_duration: {SAVE_S + 60}s
 
 def _torchrun(cluster: Cluster, nodes: str, node: str, gpus: str, address: str) -> list[str]:
     """Lines of a shell script that starts a node's ranks; the arguments are the shell's expressions for them."""
-    own = cluster.own_recipe
-    here = own.name if own is not None else cluster.recipe
-    write = _here_document(here, own.read_text(encoding="utf-8")) if own is not None else []
+    path = cluster.own_recipe
+    here = path.name if path is not None else cluster.recipe
+    write = _here_document(here, path.read_text(encoding="utf-8")) if path is not None else []
     per_node = gpus if cluster.gpu_count else "1"
     return [
         *write,
@@ -375,10 +377,10 @@ def _block(lines: Sequence[str], width: int) -> str:
     return block if same else _quoted(text)
 
 
-def _stored(cluster: Cluster, what: str) -> str:
+def _stored(cluster: Cluster, mount: str) -> str:
     if cluster.storage is not None:
         return "The run's directory is below /workspace/runs."
-    return f"The run's directory is lost with the first node unless it lies on a mount: --storage names {what}."
+    return f"The run's directory is lost with the first node unless it lies on a mount: --storage names {mount}."
 
 
 def _indented(lines: Sequence[str], width: int) -> str:

@@ -14,7 +14,7 @@ RESTARTS = 10
 
 def worth_a_restart(attempt: Attempt, code: int) -> bool:
     """Whether a rank was lost: killed, stuck, unreachable, or broken while the others only missed it."""
-    broken = [each for each in attempt.order if each.code == BUG]
+    broken = [child for child in attempt.order if child.code == BUG]
     return code == LOST or (code == BUG and len(broken) < len(attempt.order))
 
 
@@ -38,8 +38,8 @@ class AbsentSlots:
     def add(self, attempt: Attempt) -> None:
         """The slots of an attempt's lost ranks; with a host that cannot be reached, all of its."""
         assert self._job.elastic is not None
-        unreachable = {each.slot.host for each in attempt.lost if each.slot.host and each.code == SSH_FAILED}
-        for slot in {each.slot for each in attempt.lost} | {slot for slot in self._job.slots if slot.host in unreachable}:
+        unreachable = {child.slot.host for child in attempt.lost if child.slot.host and child.code == SSH_FAILED}
+        for slot in {child.slot for child in attempt.lost} | {slot for slot in self._job.slots if slot.host in unreachable}:
             self._losses[slot] = self._losses.get(slot, 0) + 1
             wait_s = self._job.elastic.grow_after_s * 2 ** (self._losses[slot] - 1)
             self._again_at_s[slot] = time.monotonic() + wait_s

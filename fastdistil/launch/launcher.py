@@ -73,14 +73,14 @@ def _run_elastic(job: Job, voices: RankOutput, logs: Path, interrupts: Interrupt
             absent.add(attempt)
         idle, progress = (idle + 1, progress) if elastic.progress() == progress else (0, elastic.progress())
         absent.take_back()
-        left = len(absent.present())
-        if left < elastic.min_ranks:
-            voices.say(f"{left} ranks remain, fewer than --elastic's {elastic.min_ranks}; continue with --resume auto")
+        remaining = len(absent.present())
+        if remaining < elastic.min_ranks:
+            voices.say(f"{remaining} ranks remain, fewer than --elastic's {elastic.min_ranks}; continue with --resume auto")
             return LOST, attempt
         if idle >= RESTARTS:
             voices.say(f"given up after {idle} starts in a row without a new checkpoint; continue with --resume auto")
             return LOST, attempt
-        voices.say(f"going on with {left} rank{'s' if left > 1 else ''} from the last checkpoint")
+        voices.say(f"going on with {remaining} rank{'s' if remaining > 1 else ''} from the last checkpoint")
         command = elastic.again()
 
 

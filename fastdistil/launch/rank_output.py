@@ -33,17 +33,17 @@ class RankOutput:
             with self._lock:
                 self._hear(rank, chunk)
         with self._lock:
-            if rest := self._partial.pop(rank, b""):
-                self._line(rank, rest + (b"" if rank == 0 else b"\n"))
+            if tail := self._partial.pop(rank, b""):
+                self._line(rank, tail + (b"" if rank == 0 else b"\n"))
 
     def _hear(self, rank: int, chunk: bytes) -> None:
-        *lines, rest = (self._partial.get(rank, b"") + chunk).split(b"\n")
+        *lines, tail = (self._partial.get(rank, b"") + chunk).split(b"\n")
         for line in lines:
             self._line(rank, line + b"\n")
-        if rank == 0 and rest and rank not in self._held and not any(words.startswith(rest[:10]) for words in self.LAST_WORDS):
-            self._write(rest)  # a prompt, a progress bar: it must not wait for its line's end
-            rest = b""
-        self._partial[rank] = rest
+        if rank == 0 and tail and rank not in self._held and not any(words.startswith(tail[:10]) for words in self.LAST_WORDS):
+            self._write(tail)  # a prompt, a progress bar: it must not wait for its line's end
+            tail = b""
+        self._partial[rank] = tail
 
     def _line(self, rank: int, line: bytes) -> None:
         if rank in self._held or line.startswith(self.LAST_WORDS):

@@ -51,16 +51,16 @@ def end_group(pid: int, number: int = signal.SIGKILL) -> None:
         os.killpg(pid, number)
 
 
-def rank_environment(base: Mapping[str, str], own: Mapping[str, str], devices: Sequence[int] | None) -> dict[str, str]:
-    """A rank's environment: `base` without another launcher's variables, `own`, threads, torch's log level, and the GPUs of the
-    slots in use.
+def rank_environment(base: Mapping[str, str], variables: Mapping[str, str], devices: Sequence[int] | None) -> dict[str, str]:
+    """A rank's environment: `base` without another launcher's variables; `variables`, threads, torch's log level, and the
+    GPUs of the slots in use.
 
     `devices`: None if the slots in use are a host's first ones, for then LOCAL_RANK is the number of the GPU.
     """
     environ = {name: value for name, value in base.items() if not RANK_VARIABLES.fullmatch(name)}
-    environ |= own
+    environ |= variables
     environ["FASTDISTIL_LAUNCHER_PID"] = str(os.getpid())
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, int(usable_cores() // int(own["LOCAL_WORLD_SIZE"])))))
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, int(usable_cores() // int(variables["LOCAL_WORLD_SIZE"])))))
     # Below it, each rank prints a C++ stack when rank 0 and its store are gone; what happened, the ranks say themselves.
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if devices is not None:
@@ -137,7 +137,7 @@ def start(
     rank: int,
     slot: Slot,
     command: Sequence[str],
-    own: Mapping[str, str],
+    variables: Mapping[str, str],
     *,
     base: Mapping[str, str],
     devices: Sequence[int] | None,
@@ -152,13 +152,13 @@ def start(
     with contextlib.nullcontext() if rank == 0 else log.open("wb") as file:
         stdout: Any = subprocess.PIPE if piped else file
         if slot.host is None:
-            environ = rank_environment(base, own, devices)
+            environ = rank_environment(base, variables, devices)
             process = _popen(list(command), stdout, environ)
         else:
             process = _popen(on_host(ssh, slot.host, remote_line(base)), stdout, None)
             request = {
                 "command": list(command),
-                "environ": {name: value for name, value in base.items() if CARRIED.fullmatch(name)} | dict(own),
+                "environ": {name: value for name, value in base.items() if CARRIED.fullmatch(name)} | dict(variables),
                 "devices": devices,
                 "patience_s": patience_s,
             }

@@ -23,11 +23,11 @@ def _cloudpickle() -> ModuleType:
         raise UserError("starting ranks from Python needs cloudpickle; run: pip install cloudpickle") from error
 
 
-def _write(path: Path, what: object) -> None:
+def _write(path: Path, value: object) -> None:
     import torch
 
     with translated("handing objects between processes", path):
-        torch.save(what, path, pickle_module=_cloudpickle())
+        torch.save(value, path, pickle_module=_cloudpickle())
 
 
 def _read(path: Path) -> Any:

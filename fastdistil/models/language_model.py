@@ -37,10 +37,10 @@ def _attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
         return out, None
     dropout, scaling = keywords.get("dropout", 0.0), keywords.get("scaling")
-    rest = attention_keywords(keywords)
+    options = attention_keywords(keywords)
     if packing is None:
-        return padded_attention(module, query, key, value, tokens, dropout=dropout, scaling=scaling, **rest), None
-    return packed_attention(module, query, key, value, packing, dropout=dropout, scaling=scaling, **rest), None
+        return padded_attention(module, query, key, value, tokens, dropout=dropout, scaling=scaling, **options), None
+    return packed_attention(module, query, key, value, packing, dropout=dropout, scaling=scaling, **options), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -236,12 +236,12 @@ class AnyModel(nn.Module):
         with quiet():
             for length in sorted(set(length_B.tolist())):
                 rows = (length_B == length).nonzero().squeeze(1)
-                found: Tensor = self.module(input_ids=batch.ids_BS[rows, :length], **keywords).logits
+                logits_RSV: Tensor = self.module(input_ids=batch.ids_BS[rows, :length], **keywords).logits
                 if len(rows) == len(length_B):
-                    return found.flatten(0, 1)
+                    return logits_RSV.flatten(0, 1)
                 if logits_BSV is None:
-                    logits_BSV = found.new_zeros(*batch.ids_BS.shape, found.shape[2])
-                logits_BSV[rows, :length] = found
+                    logits_BSV = logits_RSV.new_zeros(*batch.ids_BS.shape, logits_RSV.shape[2])
+                logits_BSV[rows, :length] = logits_RSV
         assert logits_BSV is not None, "a batch has sequences"
         return logits_BSV.flatten(0, 1)
 
@@ -326,11 +326,11 @@ def parameter_count(model: nn.Module) -> int:
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, a tied tensor once, under its first name."""
-    seen: set[int] = set()
+    tensor_ids: set[int] = set()
     state = {}
     for name, tensor in (module.module if isinstance(module, LanguageModel) else module).state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+        if id(tensor) not in tensor_ids:
+            tensor_ids.add(id(tensor))
             state[name] = tensor.detach()
     return state
 
@@ -338,12 +338,12 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy what `own_state` gave back in place, so that ties and the optimizer's references hold."""
-    own = own_state(module)
-    if own.keys() != state.keys() or any(own[name].shape != tensor.shape for name, tensor in state.items()):
-        names = sorted(own.keys() ^ state.keys())[:3]
+    tensors = own_state(module)
+    if tensors.keys() != state.keys() or any(tensors[name].shape != tensor.shape for name, tensor in state.items()):
+        names = sorted(tensors.keys() ^ state.keys())[:3]
         raise UserError(f"the checkpoint is of another model (differs in {', '.join(names) or 'shapes'}); start a new run")
     for name, tensor in state.items():
-        own[name].copy_(tensor)
+        tensors[name].copy_(tensor)
 
 
 def is_number(value: object) -> bool:

@@ -232,8 +232,8 @@ def causal_perplexity(
 
     def make(chosen: Ints) -> Batch:
         sequence, begin, first, end = (column[chosen] for column in windows)
-        whole, inverse = np.unique(sequence, return_inverse=True)
-        text, starts = corpus.gather(whole), offsets(corpus.lengths[whole])[:-1]
+        distinct, inverse = np.unique(sequence, return_inverse=True)
+        text, starts = corpus.gather(distinct), offsets(corpus.lengths[distinct])[:-1]
         ids_T = text[ranges(starts[inverse] + begin, end - begin)]
         targets = ranges(offsets(end - begin)[:-1] + first - 1 - begin, end - first)
         clusters = np.repeat(sequence, end - first)

@@ -35,15 +35,15 @@ Progress = Callable[[float], None]
 # What is drawn, and where windows lie
 
 
-def drawn_sequences(n: int, wanted: int | None, seed: int) -> Ints:
-    """Indices of all n sequences, or of `wanted` of them drawn with the seed, ascending int64."""
-    if wanted is None or wanted >= n:
+def drawn_sequences(n: int, count: int | None, seed: int) -> Ints:
+    """Indices of all n sequences, or of `count` of them drawn with the seed, ascending int64."""
+    if count is None or count >= n:
         return np.arange(n)
-    return np.sort(np.random.default_rng((seed, 0)).choice(n, wanted, replace=False))
+    return np.sort(np.random.default_rng((seed, 0)).choice(n, count, replace=False))
 
 
-def drawn_positions(corpus: TokenSequences, facts: Facts, wanted: int | Literal["all"], seed: int) -> Ints:
-    """Where in the corpus, its sequences end to end, `wanted` tokens that are not special lie: ascending int64.
+def drawn_positions(corpus: TokenSequences, facts: Facts, count: int | Literal["all"], seed: int) -> Ints:
+    """Where in the corpus, its sequences end to end, `count` tokens that are not special lie: ascending int64.
 
     Uniform, without replacement; all of them if there are no more.
     """
@@ -53,9 +53,9 @@ def drawn_positions(corpus: TokenSequences, facts: Facts, wanted: int | Literal[
     total, ordinary = int(starts_n[-1]), int(corpus.counts[~special_V].sum())
     if ordinary == 0:
         raise UserError(f"the corpus has {total} tokens and none that is not special; give more text")
-    if wanted != "all" and wanted < 1:
-        raise UserError(f"positions must be at least 1, or all, got {wanted}")
-    missing = ordinary if wanted == "all" else min(wanted, ordinary)
+    if count != "all" and count < 1:
+        raise UserError(f"positions must be at least 1, or all, got {count}")
+    missing = ordinary if count == "all" else min(count, ordinary)
     generator, draw = np.random.default_rng((seed, 1)), missing
     while True:
         # Tokens in a random order, a few more than needed: the first ordinary ones are a sample of the ordinary ones.
@@ -128,8 +128,8 @@ def sequence_sums(
     values_R = torch.stack([cross_entropy_R, labelled_R, kl_R, compared_R]).cpu()
     sums_n = torch.zeros(4, batch.counts.sequences, dtype=torch.float64)
     # On the host, where sums have one order: the same numbers at every call.
-    found: NDArray[np.float64] = sums_n.index_add_(1, owner_R.cpu(), values_R).numpy()
-    return found
+    totals: NDArray[np.float64] = sums_n.index_add_(1, owner_R.cpu(), values_R).numpy()
+    return totals
 
 
 def row_losses(

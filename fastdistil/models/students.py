@@ -129,10 +129,10 @@ def fewer_layers(teacher: Any, layers: list[int], copy_head: bool = True) -> Lan
     weights = {}
     for name, tensor in teacher.state_dict().items():
         if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
+            number, _, suffix = name.removeprefix(prefix).partition(".")
             if int(number) not in place:
                 continue
-            name = f"{prefix}{place[int(number)]}.{rest}"
+            name = f"{prefix}{place[int(number)]}.{suffix}"
         weights[name] = tensor.float()
     if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
         _keep_attention_scales(weights, prefix, layers)
@@ -220,8 +220,8 @@ def distilbert_from_bert(teacher: Any, layers: list[int], copy_head: bool = True
 def _load(student: Any, weights: dict[str, Tensor], leave: tuple[str, ...]) -> None:
     """Load all of `weights` but the prefixes in `leave`; every other parameter must be given."""
     tied_output = family_of(student.config).output + ".weight"
-    kept = {name: tensor for name, tensor in weights.items() if not (leave and name.startswith(leave) and name != tied_output)}
-    missing, unexpected = student.load_state_dict(kept, strict=False)
+    state = {name: tensor for name, tensor in weights.items() if not (leave and name.startswith(leave) and name != tied_output)}
+    missing, unexpected = student.load_state_dict(state, strict=False)
     missing = [name for name in missing if not (leave and name.startswith(leave))]
     if missing or unexpected:
         name = (missing or unexpected)[0]

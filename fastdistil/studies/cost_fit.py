@@ -77,8 +77,8 @@ class TimingSample:
 
     @property
     def recorded(self) -> tuple[float, float, float] | None:
-        told = (self.worked_s, self.imbalance_s, self.waited_s)
-        return None if None in told else told  # type: ignore[return-value]
+        parts = (self.worked_s, self.imbalance_s, self.waited_s)
+        return None if None in parts else parts  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class Fit:
 
     def numbers(self, point: Point) -> int:
         """Measured numbers that make up such a point's seconds."""
-        several = [sample for each in self.points if each.ranks > 1 for sample in each.samples]
+        several = [sample for other in self.points if other.ranks > 1 for sample in other.samples]
         return 3 if point.ranks > 1 and several and all(sample.recorded for sample in several) else 1
 
     @property
@@ -212,14 +212,14 @@ def fit(points: Sequence[Point], *, on_cpu: bool) -> Fit:
         raise UserError(f"the points have {rings} numbers of rings, one fit takes {MOST_RINGS}; give fewer studies")
     names = _names(points)
     exposed = [True] * len(points)
-    seen: list[tuple[float, list[bool]]] = []
-    while exposed not in [before for _, before in seen]:
+    trials: list[tuple[float, list[bool]]] = []
+    while exposed not in [before for _, before in trials]:
         vertices, rss = _solve(*_system(points, exposed, on_cpu))
-        seen.append((rss, exposed))
+        trials.append((rss, exposed))
         values = dict(zip(names, _on_side(points, exposed, on_cpu, vertices).mean(axis=0), strict=True))
         exposed = [bool(_is_exposed(point, values, on_cpu)) for point in points]
-    if exposed != seen[-1][1]:  # going round in circles: the best of them
-        exposed = min(seen, key=lambda each: each[0])[1]
+    if exposed != trials[-1][1]:  # going round in circles: the best of them
+        exposed = min(trials, key=lambda trial: trial[0])[1]
     return _judged(points, exposed, on_cpu)
 
 
@@ -230,8 +230,8 @@ def _on_side(points: Sequence[Point], exposed: Sequence[bool], on_cpu: bool, ver
     def holds(values: Floats) -> bool:
         named = dict(zip(names, values, strict=True))
         for point, side in zip(points, exposed, strict=True):
-            whole, tail = (_weighted(_terms(point, each, on_cpu)[2], named) for each in (True, False))
-            if (whole - tail if side else tail - whole) < -1e-9 * point.samples[0].step_s:
+            unhidden, tail = (_weighted(_terms(point, is_exposed, on_cpu)[2], named) for is_exposed in (True, False))
+            if (unhidden - tail if side else tail - unhidden) < -1e-9 * point.samples[0].step_s:
                 return False
         return True
 
@@ -269,10 +269,10 @@ def _judged(points: Sequence[Point], exposed: list[bool], on_cpu: bool) -> Fit:
     centre = vertices.mean(axis=0)
     parameters = []
     for index, name in enumerate(names):
-        known = bool(open_parts[index] <= OPEN)
-        sd = None if covariance is None or not known else math.sqrt(covariance[index, index])
+        determined = bool(open_parts[index] <= OPEN)
+        sd = None if covariance is None or not determined else math.sqrt(covariance[index, index])
         low, high = float(vertices[:, index].min()), float(vertices[:, index].max())
-        parameters.append(Parameter(name=name, value=float(centre[index]) if known else None, sd=sd, low=low, high=high))
+        parameters.append(Parameter(name=name, value=float(centre[index]) if determined else None, sd=sd, low=low, high=high))
     values = dict(zip(names, centre, strict=True))
     return Fit(
         points=tuple(points),
@@ -329,8 +329,8 @@ def _terms(point: Point, exposed: bool, on_cpu: bool) -> tuple[dict[str, float],
 
 
 def _is_exposed(point: Point, values: Mapping[str, float], on_cpu: bool) -> bool:
-    whole, tail = (_weighted(_terms(point, exposed, on_cpu)[2], values) for exposed in (True, False))
-    return whole >= tail
+    unhidden, tail = (_weighted(_terms(point, exposed, on_cpu)[2], values) for exposed in (True, False))
+    return unhidden >= tail
 
 
 def seconds(point: Point, values: Mapping[str, float], on_cpu: bool) -> tuple[float, float, float]:
@@ -354,8 +354,10 @@ def _system(points: Sequence[Point], exposed: Sequence[bool], on_cpu: bool) -> t
     for point, side in zip(points, exposed, strict=True):
         terms = _terms(point, side, on_cpu)
         for sample in point.samples:
-            told = sample.recorded if point.ranks > 1 else None
-            pairs = [((0, 1, 2), sample.step_s)] if told is None else [((part,), value) for part, value in enumerate(told)]
+            recorded = sample.recorded if point.ranks > 1 else None
+            pairs = (
+                [((0, 1, 2), sample.step_s)] if recorded is None else [((part,), value) for part, value in enumerate(recorded)]
+            )
             for chosen, value in pairs:
                 row = np.zeros(len(names))
                 for part in chosen:
@@ -374,10 +376,10 @@ def _solve(jacobian: Floats, observed: Floats) -> tuple[Floats, float]:
     count = jacobian.shape[1]
     lengths = np.where((norms := np.linalg.norm(jacobian, axis=0)) > 0, norms, 1.0)
     scaled = jacobian / lengths
-    left, upper = np.linalg.qr(scaled)
-    projected = left.T @ observed
+    basis, upper = np.linalg.qr(scaled)
+    projected = basis.T @ observed
     outside = float(observed @ observed - projected @ projected)
-    found: list[tuple[float, Floats]] = []
+    solutions: list[tuple[float, Floats]] = []
     most = int(np.linalg.matrix_rank(scaled, tol=OPEN))
     for size in range(most + 1):
         for support in itertools.combinations(range(count), size):
@@ -390,9 +392,9 @@ def _solve(jacobian: Floats, observed: Floats) -> tuple[Floats, float]:
             missing = projected - part @ solution
             values = np.zeros(count)
             values[list(support)] = np.maximum(solution, 0.0)
-            found.append((float(missing @ missing), values))
-    least = min(rss for rss, _ in found)
+            solutions.append((float(missing @ missing), values))
+    least = min(rss for rss, _ in solutions)
     scale = float(observed @ observed)
-    close = [values for rss, values in found if rss <= least * (1 + 1e-9) + 1e-16 * scale]
+    close = [values for rss, values in solutions if rss <= least * (1 + 1e-9) + 1e-16 * scale]
     distinct = np.unique(np.round(np.array(close), 14), axis=0)
     return distinct / lengths, max(least + max(outside, 0.0), 0.0)

@@ -86,13 +86,13 @@ def explaining_bandwidth(table: MinutesTable, row: MinutesRow, base: MinutesRow,
     assert table.accumulation is not None and table.gradient_bytes is not None
     # All bytes at one byte a second, no latency: what an exchange takes times the bandwidth.
     sent = allreduce_s(row.gpus, row.gpus, table.gradient_bytes, 1.0, 0.0)
-    found = efficiency(table, row, base)
+    reached = efficiency(table, row, base)
 
     def bandwidth(share: float) -> float:
         overhead = 1 / share - 1
         return sent / (overhead * table.accumulation * micro_batch_s) if overhead > 0 else float("inf")  # type: ignore[operator]
 
-    return Band(*(bandwidth(share) for share in (found.value, found.low, found.high))) if found.value < 1 else None
+    return Band(*(bandwidth(share) for share in (reached.value, reached.low, reached.high))) if reached.value < 1 else None
 
 
 def determined(table: MinutesTable, base: MinutesRow, micro_batch_s: float) -> int:
@@ -135,22 +135,25 @@ def study(table: MinutesTable, ideal_from: int | None) -> tuple[list[Grid], str,
     bases = list({id(row): row for row in (start, base)}.values())
     readings = table.micro_batch_s if table.accumulation and table.gradient_bytes else ()
     columns = ["row", "GPUs", "minutes", "rings"]
-    columns += [f"% of linear from row {number[id(each)]}" for each in bases]
+    columns += [f"% of linear from row {number[id(reference)]}" for reference in bases]
     columns += ["overhead over ideal", *(f"GB/s if a micro-batch takes {s * 1e3:g} ms" for s in readings)]
     rows, values = [], []
     for row in table.rows:
         above = row.gpus > base.gpus
-        found = efficiency(table, row, base)
+        reached = efficiency(table, row, base)
         cells = [f"{number[id(row)]}", f"{row.gpus}", f"{row.minutes:g}", f"{row.rings}"]
-        cells += [efficiency(table, row, each).text(times=100) if row.gpus > each.gpus or row is each else "" for each in bases]
-        cells.append(f"{1 / found.value - 1:.3f}" if above else "")
+        cells += [
+            efficiency(table, row, reference).text(times=100) if row.gpus > reference.gpus or row is reference else ""
+            for reference in bases
+        ]
+        cells.append(f"{1 / reached.value - 1:.3f}" if above else "")
         bands = [explaining_bandwidth(table, row, base, s) if above else None for s in readings]
         cells += [band.text(".2f", 1e-9) if band else "" for band in bands]
         rows.append(tuple(cells))
         values.append(
             {
                 **row.model_dump(),
-                "efficiency": {number[id(each)]: efficiency(table, row, each).__dict__ for each in bases},
+                "efficiency": {number[id(reference)]: efficiency(table, row, reference).__dict__ for reference in bases},
                 "explaining_bytes_per_s": {s: band.__dict__ for s, band in zip(readings, bands, strict=True) if band},
             }
         )
@@ -161,12 +164,13 @@ def study(table: MinutesTable, ideal_from: int | None) -> tuple[list[Grid], str,
             by_rings.setdefault(str(row.rings), []).append(row)
     curves = [
         ScaleCurve(
-            name=f"the table, rings: {rings}", points=tuple(_speed(row, start, table.rounding) for row in (base, *found))
+            name=f"the table, rings: {rings}", points=tuple(_speed(row, start, table.rounding) for row in (base, *ring_rows))
         )
-        for rings, found in by_rings.items()
+        for rings, ring_rows in by_rings.items()
     ]
     ideals = [
-        Ideal(name=f"linear from row {number[id(each)]}", ranks=each.gpus, speed=start.minutes / each.minutes) for each in bases
+        Ideal(name=f"linear from row {number[id(reference)]}", ranks=reference.gpus, speed=start.minutes / reference.minutes)
+        for reference in bases
     ]
     svg = figure(curves, ideals, "GPUs", f"speed over row {number[id(start)]}")
     return [grid], svg, {"table": table.title, "rounding_minutes": table.rounding, "rows": values}
@@ -178,20 +182,20 @@ def _speed(row: MinutesRow, start: MinutesRow, off: float) -> tuple[float, float
 
 def _notes(table: MinutesTable, base: MinutesRow, bases: list[MinutesRow], readings: tuple[float, ...]) -> list[str]:
     off = table.rounding
-    told = [f"In brackets: what minutes rounded by up to {off:g} leave open. Nothing here was measured by fastdistil."]
+    notes = [f"In brackets: what minutes rounded by up to {off:g} leave open. Nothing here was measured by fastdistil."]
     number = {id(row): index for index, row in enumerate(table.rows, 1)}
-    for each in bases:
+    for reference in bases:
         best = max(table.rows, key=lambda row: (row.gpus, -row.minutes))
-        share = efficiency(table, best, each).value
+        share = efficiency(table, best, reference).value
         if share > 1:
-            told.append(
-                f"From row {number[id(each)]} the {best.gpus} GPUs reach {share:.0%} of linear: more than linear is another "
-                f"program, not a better network; row {number[id(base)]} is the same program on {base.gpus} GPUs."
+            notes.append(
+                f"From row {number[id(reference)]} the {best.gpus} GPUs reach {share:.0%} of linear: more than linear is "
+                f"another program, not a better network; row {number[id(base)]} is the same program on {base.gpus} GPUs."
             )
     if readings:
         rank = determined(table, base, readings[0])
         if rank < 2:
-            told.append(
+            notes.append(
                 f"Micro-batch time and bandwidth are not both identifiable: the Jacobian of the overheads has rank {rank} of "
                 "2, as only their product enters. Each bandwidth holds for its own reading of the micro-batch; a measured step "
                 "time would decide."
@@ -200,8 +204,8 @@ def _notes(table: MinutesTable, base: MinutesRow, bases: list[MinutesRow], readi
         mine = sorted((row for row in table.rows if str(row.rings) == rings and row.gpus > base.gpus), key=lambda row: row.gpus)
         for few, many in pairwise(mine):
             if many.gpus > few.gpus and efficiency(table, many, base).low > efficiency(table, few, base).high:
-                told.append(
+                notes.append(
                     f"Rings {rings}: the overhead falls from {few.gpus} to {many.gpus} GPUs by more than rounding, which no "
                     "latency or bandwidth explains: noise, placement or costs that an update does not have are in it."
                 )
-    return told
+    return notes

@@ -66,16 +66,16 @@ def load_network(name_or_path: str) -> Network:
     return load_named(name_or_path, NETWORKS, Network, "network", "wanted constants as {value: 1.0e9, source: where from}")
 
 
-def load_named(name_or_path: str, folder: Path, model: type[Model], kind: str, wanted: str) -> Model:
-    """A YAML file by its path, or by its name in `folder`. Raises UserError, which ends with what was `wanted`."""
+def load_named(name_or_path: str, folder: Path, model: type[Model], kind: str, hint: str) -> Model:
+    """A YAML file by its path, or by its name in `folder`. Raises UserError, which ends with `hint`."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
-        raise UserError(f"no {kind} {name_or_path!r}; known names: {known}; or give a .yaml file")
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UserError(f"no {kind} {name_or_path!r}; known names: {names}; or give a .yaml file")
     with translated(f"reading a {kind}", path):
         try:
             return converted(model, read_yaml(path))
         except ValueError as error:
-            raise UserError(f"{path} is no {kind}: {reason(error)}; {wanted}") from error
+            raise UserError(f"{path} is no {kind}: {reason(error)}; {hint}") from error

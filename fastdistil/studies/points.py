@@ -75,14 +75,14 @@ class Update:
     @property
     def parts(self) -> dict[str, float | None]:
         """Of LOSSES, those that an update tells by itself, and `worked`, the mean of the ranks'."""
-        told: dict[str, float | None] = {"compression": self.compression_s}
+        parts: dict[str, float | None] = {"compression": self.compression_s}
         if self.worked_s is None:
-            return told | {"exposed": self.exposed_s, "control": None, "imbalance": None, "worked": None}
+            return parts | {"exposed": self.exposed_s, "control": None, "imbalance": None, "worked": None}
         slowest, mean = max(self.worked_s), statistics.fmean(self.worked_s)
-        told |= {"exposed": (waited := max(0.0, self.step_s - slowest)), "control": None}
+        parts |= {"exposed": (waited := max(0.0, self.step_s - slowest)), "control": None}
         if self.gradients_s is not None:
-            told |= {"exposed": (exposed := min(self.gradients_s, waited)), "control": waited - exposed}
-        return told | {"imbalance": slowest - mean, "worked": mean}
+            parts |= {"exposed": (exposed := min(self.gradients_s, waited)), "control": waited - exposed}
+        return parts | {"imbalance": slowest - mean, "worked": mean}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +170,17 @@ class MeasuredPoints:
 
     @property
     def tokens_per_s(self) -> list[float]:
-        return [each.tokens_per_s for each in self.rounds]
+        return [run.tokens_per_s for run in self.rounds]
 
     @property
     def slowest(self) -> tuple[int, int, int] | None:
         """(the rank with the most own work, in how many updates it was the slowest, of how many); None: not recorded."""
-        worked = [update.worked_s for each in self.rounds for update in each.updates if update.worked_s is not None]
+        worked = [update.worked_s for run in self.rounds for update in run.updates if update.worked_s is not None]
         if not worked or len(worked[0]) < 2:
             return None
         sums = [sum(of_rank) for of_rank in zip(*worked, strict=True)]
         rank = sums.index(max(sums))
-        return rank, sum(each.index(max(each)) == rank for each in worked), len(worked)
+        return rank, sum(seconds.index(max(seconds)) == rank for seconds in worked), len(worked)
 
     @property
     def modelled(self) -> bool:
@@ -191,7 +191,7 @@ class MeasuredPoints:
 def efficiencies(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
     """By round."""
     times = point.setting.ranks / baseline.setting.ranks
-    return [own / (times * base) for own, base in zip(point.tokens_per_s, baseline.tokens_per_s, strict=True)]
+    return [speed / (times * base) for speed, base in zip(point.tokens_per_s, baseline.tokens_per_s, strict=True)]
 
 
 def ceilings(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
@@ -205,8 +205,8 @@ def ceilings(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
 
 def slowdown(point: MeasuredPoints, baseline: MeasuredPoints) -> float:
     """Of computing, by sharing the machine; 1 where it was not measured."""
-    found = ceilings(point, baseline)
-    return 1 / statistics.median(found) if found else 1.0
+    shares = ceilings(point, baseline)
+    return 1 / statistics.median(shares) if shares else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,37 +221,37 @@ class Losses:
     @property
     def cause(self) -> str | None:
         """The largest loss; None if there is none."""
-        known = {name: value for name, value in self.seconds.items() if value is not None}
-        largest = max(known, key=lambda name: known[name])
-        return largest if known[largest] > 0 else None
+        recorded = {name: value for name, value in self.seconds.items() if value is not None}
+        largest = max(recorded, key=lambda name: recorded[name])
+        return largest if recorded[largest] > 0 else None
 
 
 def losses(point: MeasuredPoints, baseline: MeasuredPoints) -> Losses:
-    each = [_losses(point, baseline, number) for number in range(len(point.rounds))]
-    step = statistics.median(losses.step_s for losses in each)
-    ideal = statistics.median(losses.ideal_s for losses in each)
+    by_round = [_losses(point, baseline, number) for number in range(len(point.rounds))]
+    step = statistics.median(losses.step_s for losses in by_round)
+    ideal = statistics.median(losses.ideal_s for losses in by_round)
     seconds: dict[str, float | None] = {}
     for name in LOSSES:
-        values = [losses.seconds[name] for losses in each]
+        values = [losses.seconds[name] for losses in by_round]
         seconds[name] = None if None in values else statistics.median(value for value in values if value is not None)
     seconds["compute"] = step - ideal - sum(value or 0.0 for name, value in seconds.items() if name != "compute")
     return Losses(step_s=step, ideal_s=ideal, seconds=seconds)
 
 
 def _losses(point: MeasuredPoints, baseline: MeasuredPoints, number: int) -> Losses:
-    own, base = point.rounds[number], baseline.rounds[number]
-    tokens = statistics.median(update.tokens for update in own.updates)
+    run, base = point.rounds[number], baseline.rounds[number]
+    tokens = statistics.median(update.tokens for update in run.updates)
     ideal = tokens / (base.tokens_per_s / baseline.setting.ranks * point.setting.ranks)
     seconds: dict[str, float | None] = dict.fromkeys(LOSSES, 0.0)
     if point.setting.ranks > 1:
-        seconds |= {name: own.part(name) for name in ("exposed", "control", "imbalance", "compression")}
+        seconds |= {name: run.part(name) for name in ("exposed", "control", "imbalance", "compression")}
     if point.setting.compression == "none":
         seconds["compression"] = 0.0
     if point.setting.ranks > baseline.setting.ranks:
         shared = ceilings(point, baseline)
         seconds["shared"] = ideal / shared[number] - ideal if shared else None
-    seconds["compute"] = own.step_s - ideal - sum(value or 0.0 for name, value in seconds.items() if name != "compute")
-    return Losses(step_s=own.step_s, ideal_s=ideal, seconds=seconds)
+    seconds["compute"] = run.step_s - ideal - sum(value or 0.0 for name, value in seconds.items() if name != "compute")
+    return Losses(step_s=run.step_s, ideal_s=ideal, seconds=seconds)
 
 
 def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: float) -> Point:
@@ -261,10 +261,10 @@ def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: 
     exchanges = setting.accumulation if setting.sync == "every-micro-batch" and several else 1
     buckets = facts["buckets"] if several else 0
     samples = []
-    for each in point.rounds:
-        worked, imbalance = (each.part("worked"), each.part("imbalance")) if several else (None, None)
-        waited = None if worked is None or imbalance is None else max(0.0, each.step_s - worked - imbalance)
-        samples.append(TimingSample(step_s=each.step_s, worked_s=worked, imbalance_s=imbalance, waited_s=waited))
+    for run in point.rounds:
+        worked, imbalance = (run.part("worked"), run.part("imbalance")) if several else (None, None)
+        waited = None if worked is None or imbalance is None else max(0.0, run.step_s - worked - imbalance)
+        samples.append(TimingSample(step_s=run.step_s, worked_s=worked, imbalance_s=imbalance, waited_s=waited))
     return Point(
         ranks=setting.ranks,
         nodes=point.nodes,

@@ -32,21 +32,21 @@ class ScalingPrediction:
 def predict(model: Fit, point: Point, network: Network | None = None, assumed: Sequence[str] = ()) -> ScalingPrediction:
     """Seconds of an update that was not measured, on the measured network or on another one."""
 
-    def told(values: Floats, side: Side = "value") -> tuple[float, float, float]:
+    def parts_of(values: Floats, side: Side = "value") -> tuple[float, float, float]:
         return _predicted(model, point, dict(zip(model.names, values, strict=True)), network, side)
 
     centre = model.vertices.mean(axis=0)
-    each = np.array([told(values) for values in model.vertices])
-    work, imbalance, exposed = (float(value) for value in each.mean(axis=0))
+    parts = np.array([parts_of(values) for values in model.vertices])
+    work, imbalance, exposed = (float(value) for value in parts.mean(axis=0))
     step = update_s(work, 1, exposed, imbalance)
-    low = min(sum(told(values, "low")) for values in model.vertices)
-    high = max(sum(told(values, "high")) for values in model.vertices)
+    low = min(sum(parts_of(values, "low")) for values in model.vertices)
+    high = max(sum(parts_of(values, "high")) for values in model.vertices)
     if model.covariance is None or model.residual is None:
         band = "what the points leave open and the network's own range; no residuals: as many numbers fitted as measured"
     else:
         nudges = 1e-6 * np.maximum(np.maximum(centre, np.sqrt(np.diag(model.covariance))), 1e-18)
-        base = sum(told(centre))
-        slopes = np.array([(sum(told(centre + nudge)) - base) / nudge.sum() for nudge in np.diag(nudges)])
+        base = sum(parts_of(centre))
+        slopes = np.array([(sum(parts_of(centre + nudge)) - base) / nudge.sum() for nudge in np.diag(nudges)])
         variance = float(slopes @ model.covariance @ slopes) + model.numbers(point) * (model.residual * step) ** 2
         margin = student_t(model.freedom) * math.sqrt(max(0.0, variance))
         low, high = max(0.0, low - margin), high + margin
@@ -66,47 +66,47 @@ def predict(model: Fit, point: Point, network: Network | None = None, assumed: S
 
 
 def _assumptions(model: Fit, point: Point) -> list[str]:
-    told = []
+    assumptions = []
     if point.ranks > 1 and "straggler_s" not in model.names:
-        told.append("no point had several ranks: the engine's own time and stragglers are taken as none")
+        assumptions.append("no point had several ranks: the engine's own time and stragglers are taken as none")
     elif point.ranks > 1 and f"byte_s@{point.rings}" not in model.names:
-        told.append(
+        assumptions.append(
             f"{point.rings} rings were not measured: a byte costs the engine what it does with the nearest number that was"
         )
     if point.touched_bytes and "memory_byte_s" not in model.names:
-        told.append("no point was compressed: compressing is taken to cost nothing")
-    return told
+        assumptions.append("no point was compressed: compressing is taken to cost nothing")
+    return assumptions
 
 
 def _predicted(
     model: Fit, point: Point, values: Mapping[str, float], network: Network | None, side: Side
 ) -> tuple[float, float, float]:
     """Seconds of (own work, imbalance, waits). `low`: the fast end of what the network may be."""
-    known = {**dict.fromkeys(MEANING, 0.0), **values}
+    parameters = {**dict.fromkeys(MEANING, 0.0), **values}
     if point.ranks == 1:
-        return seconds(point, known, model.on_cpu)
+        return seconds(point, parameters, model.on_cpu)
     key = f"byte_s@{point.rings}"
-    if key not in known:  # a ring count that was not measured: the nearest that was
+    if key not in parameters:  # a ring count that was not measured: the nearest that was
         rings = [int(name.partition("@")[2]) for name in model.names if name.startswith("byte_s@")]
-        known[key] = known[f"byte_s@{min(rings, key=lambda other: abs(other - point.rings))}"] if rings else 0.0
+        parameters[key] = parameters[f"byte_s@{min(rings, key=lambda other: abs(other - point.rings))}"] if rings else 0.0
     if network is None:
-        return seconds(point, known, model.on_cpu)
+        return seconds(point, parameters, model.on_cpu)
     quick: Side = {"low": "high", "value": "value", "high": "low"}[side]  # type: ignore[assignment]
     bandwidth = network.bandwidth(point.rings, point.nodes, quick)
     local = (network.local_latency_s or network.latency_s).at(side)
     # Latencies alone, of one ring's steps; then all steps of all buckets.
     latency = allreduce_s(point.ranks, point.nodes, 0.0, bandwidth, network.latency_s.at(side), local_latency_s=local)
     latency *= point.hops / (2 * (point.ranks - 1))
-    own, link = known[key] * point.sent_bytes, point.sent_bytes / bandwidth
+    engine_s, link = parameters[key] * point.sent_bytes, point.sent_bytes / bandwidth
     if "link_share" in values:
-        carried = own + values["link_share"] * link
+        carried = engine_s + values["link_share"] * link
     else:  # whether the engine's own time for a byte overlaps with the link's is not known
-        carried = own + link if side == "high" else max(own, link)
-    compress = known["memory_byte_s"] * point.touched_bytes
-    exchange = point.collectives * known["collective_s"] + latency + carried
-    hides = HIDES * known["micro_batch_s"] * point.slowdown
+        carried = engine_s + link if side == "high" else max(engine_s, link)
+    compress = parameters["memory_byte_s"] * point.touched_bytes
+    exchange = point.collectives * parameters["collective_s"] + latency + carried
+    hides = HIDES * parameters["micro_batch_s"] * point.slowdown
     waited = exposed_s(exchange + (0.0 if model.on_cpu else compress), hides, exchange / point.collectives)
-    work, imbalance, _ = seconds(replace(point, link_bytes_per_s=None), known, model.on_cpu)
+    work, imbalance, _ = seconds(replace(point, link_bytes_per_s=None), parameters, model.on_cpu)
     return work, imbalance, point.exchanges * waited
 
 
@@ -144,7 +144,7 @@ def break_even(
         scaled = accumulation if work.exchanges > 1 else 1
         there = replace(work, accumulation=accumulation, exchanges=scaled)
         plain, small = (
-            predict(model, there.point(ranks, nodes, rings=rings, kind=each), chosen).step_s for each in ("none", kind)
+            predict(model, there.point(ranks, nodes, rings=rings, kind=choice), chosen).step_s for choice in ("none", kind)
         )
         return small < (1 - WORTH) * plain
 

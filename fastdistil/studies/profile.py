@@ -92,9 +92,9 @@ def show(summary: Mapping[str, Any], console: rich.console.Console) -> None:
     table = Table()
     for column in ("phase", "p50", "p95", "p99", "share of the step", "of"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for name, found, share in _rows(summary):
-        times = (quantity(found[key], "s") if found else _MISSING for key in ("p50", "p95", "p99"))
-        table.add_row(name, *times, "" if share is None else f"{share:.1%}", str(found["n"]) if found else "")
+    for name, statistics, share in _rows(summary):
+        times = (quantity(statistics[key], "s") if statistics else _MISSING for key in ("p50", "p95", "p99"))
+        table.add_row(name, *times, "" if share is None else f"{share:.1%}", str(statistics["n"]) if statistics else "")
     console.print(table)
     for text in _figures(summary):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -120,11 +120,11 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] |
     if summary["phases"] is None:
         yield "phases", None, None
         return
-    for name, found in summary["phases"].items():
-        yield name, found, found["share"]
+    for name, statistics in summary["phases"].items():
+        yield name, statistics, statistics["share"]
     for name in ("communication", "evaluation", "checkpoint"):  # none of the step's own phases
-        if (found := summary[name]) is not None:
-            yield name, found, None
+        if (statistics := summary[name]) is not None:
+            yield name, statistics, None
 
 
 def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -135,8 +135,8 @@ def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"communication: at least {communication['hidden_share']:.0%} of it hidden behind the rest of the step"
     memory = summary["memory"] or {}
     peaks = {"host": "peak_rss_bytes", "allocated on the GPU": "peak_allocated_bytes", "reserved": "peak_reserved_bytes"}
-    told = [f"{quantity(memory[key], 'bytes')} {what}" for what, key in peaks.items() if memory.get(key) is not None]
-    yield f"memory at its peak: {', '.join(told) or _MISSING}"
+    texts = [f"{quantity(memory[key], 'bytes')} {label}" for label, key in peaks.items() if memory.get(key) is not None]
+    yield f"memory at its peak: {', '.join(texts) or _MISSING}"
     energy = summary["energy"]
     if energy["j_per_update"] is None:
         yield f"energy: {energy['why']}"
@@ -152,16 +152,16 @@ def _figures(summary: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _mfu(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _mfu(mfu: Mapping[str, Any] | None) -> str:
+    if mfu is None:
         return _MISSING
-    beside = found.get("measured")
-    return _shares(found) + (f"; {_shares(beside)}" if beside is not None else "")
+    beside = mfu.get("measured")
+    return _shares(mfu) + (f"; {_shares(beside)}" if beside is not None else "")
 
 
-def _shares(found: Mapping[str, Any]) -> str:
-    if found["refused"]:
-        return "; ".join(found["refused"])
+def _shares(mfu: Mapping[str, Any]) -> str:
+    if mfu["refused"]:
+        return "; ".join(mfu["refused"])
     names = {"student": "student", "with_teacher": "with the teacher", "hfu": "recomputation counted"}
-    told = [f"{found[name]:.1%} {what}" for name, what in names.items() if found[name] is not None]
-    return f"{', '.join(told)}, of {found['peak_flops'] / 1e12:,.4g} TFLOP/s ({found['peak_source']})"
+    shares = [f"{mfu[name]:.1%} {label}" for name, label in names.items() if mfu[name] is not None]
+    return f"{', '.join(shares)}, of {mfu['peak_flops'] / 1e12:,.4g} TFLOP/s ({mfu['peak_source']})"

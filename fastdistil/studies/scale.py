@@ -48,10 +48,10 @@ def question(predict_text: str | None, network: str | None, compression: Sequenc
     names = network.split(",") if network else []
     if names and not predict_text:
         raise UserError("--network says where to predict; add --predict with rank counts, e.g. --predict 64,512")
-    found: list[tuple[str, Network | None]] = [(name, load_network(name)) for name in names]
+    networks: list[tuple[str, Network | None]] = [(name, load_network(name)) for name in names]
     return Question(
         ranks=numbers(predict_text, "--predict") if predict_text else (),
-        networks=tuple(found) or (("the measured network", None),),
+        networks=tuple(networks) or (("the measured network", None),),
         compression=tuple(kind for kind in dict.fromkeys(("none", *compression)) if kind in MODELLED),
         rings=tuple(rings),
     )
@@ -90,7 +90,7 @@ class ScaleOptions:
 
     def refuse_all_but(self, *names: str) -> None:
         """Raises UserError for what was given and would change nothing."""
-        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        changed = [option.name for option in fields(self) if getattr(self, option.name) != option.default]
         if dropped := ["--no-ceiling" if name == "ceiling" else f"--{name}" for name in changed if name not in names]:
             way, *others = (f"--{name}" for name in names)
             raise UserError(f"{way} goes with {' and '.join(others)} only; leave out {' and '.join(dropped)}")
@@ -100,23 +100,23 @@ def command(options: ScaleOptions) -> None:
     """Raises FastdistilError."""
     console = rich.console.Console()
     ways = {"RECIPE": options.recipe, "--table": options.table, "--points": options.points}
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(f"wanted one of RECIPE (to measure), --points and --table, got {' and '.join(given) or 'none'}")
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) != 1:
+        raise UserError(f"wanted one of RECIPE (to measure), --points and --table, got {' and '.join(chosen) or 'none'}")
     if options.table is not None:
         options.refuse_all_but("table", "baseline", "out")
         run_table(options.table, options.baseline, options.out, console)
         return
     rings, compression = numbers(options.rings, "--rings"), tuple(dict.fromkeys(options.compression.split(",")))
-    asked = question(options.predict, options.network, compression, rings)
+    query = question(options.predict, options.network, compression, rings)
     if options.points is not None:
-        options.refuse_all_but("points", "out", "predict", *(("network", "compression", "rings") if asked.ranks else ()))
+        options.refuse_all_but("points", "out", "predict", *(("network", "compression", "rings") if query.ranks else ()))
         if unknown := [kind for kind in compression if kind not in MODELLED]:
             raise UserError(f"--compression {','.join(unknown)} is not in the model, which has {', '.join(MODELLED)}")
         paths = [Path(path) for path in options.points.split(",")]
         if len({path.resolve() for path in paths}) < len(paths):
             raise UserError(f"--points {options.points} has a study twice, which would count its measurements twice")
-        run_given(paths, asked, options.out or _free_folder("points"), console)
+        run_given(paths, query, options.out or _free_folder("points"), console)
         return
     assert options.recipe is not None
     modes: dict[str, tuple[Mode, ...]] = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
@@ -141,44 +141,49 @@ def command(options: ScaleOptions) -> None:
     )
     if options.baseline is not None and options.baseline not in study.ranks:
         raise UserError(f"--baseline {options.baseline} is none of --np {options.np}")
-    run_study(study, asked, options.baseline, console)
+    run_study(study, query, options.baseline, console)
 
 
 def _free_folder(name: str) -> Path:
     return next_free(Path("runs"), f"scale-{name}")
 
 
-def run_study(study: Study, asked: Question, baseline: int | None, console: rich.console.Console) -> None:
+def run_study(study: Study, query: Question, baseline: int | None, console: rich.console.Console) -> None:
     """Measure, show and write down. Raises FastdistilError."""
     points, recipe = measure(study, lambda text: console.print(text, markup=False, soft_wrap=True))
     values = as_json(study, recipe, points, baseline)
     shown = _measured_grids(points, baseline, values)
     measured = {point.setting.name: point for point in points}
     title = f"Scaling of {study.recipe}"
-    rest, curves = [], _measured_curves(points, baseline)
+    model_grids, curves = [], _measured_curves(points, baseline)
     chosen = model_points(points, baseline)
     base = baseline_of(points, points[0], baseline)
     reference = statistics.median(base.tokens_per_s) / base.setting.ranks
     work = workload(points, recipe.loop.accumulation)
-    tokens = statistics.median(update.tokens for each in base.rounds for update in each.updates)
+    tokens = statistics.median(update.tokens for run in base.rounds for update in run.updates)
     per_micro_batch = tokens / (base.setting.ranks * base.setting.accumulation)
     if chosen:
         on_cpu = str(base.rounds[0].start.get("device", "cpu")).startswith("cpu")
         model = fit(chosen, on_cpu=on_cpu)
-        more, predicted, told = _model(model, work, asked, reference / per_micro_batch)
-        rest += more
+        more, predicted, model_values = _model(model, work, query, reference / per_micro_batch)
+        model_grids += more
         curves += predicted
-        values |= told
+        values |= model_values
     left_out = [name for name, point in measured.items() if not point.modelled]
     if left_out:
         shown[0] = replace(shown[0], notes=(*shown[0].notes, f"Not in the model's fit: {'; '.join(left_out)}."))
     ideal = Ideal(name=f"linear from {base.setting.name}", ranks=base.setting.ranks, speed=1.0)
     _write(
-        study.out, title, values, [*shown, *rest], figure(curves, [ideal], "ranks", f"speed over {base.setting.name}"), console
+        study.out,
+        title,
+        values,
+        [*shown, *model_grids],
+        figure(curves, [ideal], "ranks", f"speed over {base.setting.name}"),
+        console,
     )
 
 
-def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.console.Console) -> None:
+def run_given(paths: Sequence[Path], query: Question, out: Path, console: rich.console.Console) -> None:
     """The model on the points of earlier studies together. Raises UserError."""
     studies = [load_points(path) for path in paths]
     ran = _alike(paths, studies)
@@ -191,9 +196,9 @@ def run_given(paths: Sequence[Path], asked: Question, out: Path, console: rich.c
     single = [point for point in model.points if point.ranks == 1 and point.accumulation == work.accumulation]
     steps = [sample.step_s for point in single for sample in point.samples]
     reference = work.accumulation / statistics.median(steps) if steps else None
-    grids, curves, told = _model(model, work, asked, reference)
+    grids, curves, model_values = _model(model, work, query, reference)
     grids[0] = replace(grids[0], title=f"{grids[0].title}, on {_described(ran)}")
-    values = {"studies": [str(path) for path in paths], **ran, **told}
+    values = {"studies": [str(path) for path in paths], **ran, **model_values}
     svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""
     _write(out, f"Scaling on {_device(ran)}: the model on earlier studies", values, grids, svg, console)
 
@@ -203,15 +208,15 @@ def _alike(paths: Sequence[Path], studies: Sequence[tuple[list[Point], Workload,
     first: dict[str, tuple[Any, Path]] = {}
     for path, (_, work, ran) in zip(paths, studies, strict=True):
         threads = {"threads a rank (OMP_NUM_THREADS)": ran["device"]["threads_per_rank"]}
-        told = {"device": _device(ran), **threads, "dtype": ran["dtype"], **ran["shape"]}
+        facts = {"device": _device(ran), **threads, "dtype": ran["dtype"], **ran["shape"]}
         if work.engine != "alone":
-            told |= {"engine": work.engine, "gradient_bytes": work.gradient_bytes}
-        for name, value in told.items():
-            wanted, there = first.setdefault(name, (value, path))
-            if value != wanted:
+            facts |= {"engine": work.engine, "gradient_bytes": work.gradient_bytes}
+        for name, value in facts.items():
+            expected, there = first.setdefault(name, (value, path))
+            if value != expected:
                 raise UserError(
-                    f"{path} has {name} {value}, wanted {wanted} as in {there}: one model is fitted to what differs in ranks, "
-                    "accumulation, rings, compression and network; measure alike, or give the studies one by one"
+                    f"{path} has {name} {value}, wanted {expected} as in {there}: one model is fitted to what differs in "
+                    "ranks, accumulation, rings, compression and network; measure alike, or give the studies one by one"
                 )
     return studies[0][2]
 
@@ -286,15 +291,15 @@ def _measured_grids(points: Sequence[MeasuredPoints], baseline: int | None, valu
         base = baseline_of(points, point, baseline)
         efficiency, ceiling, lost = efficiencies(point, base), ceilings(point, base), losses(point, base)
         times = point.setting.ranks / base.setting.ranks
-        startups = [each.startup_s for each in point.rounds if each.startup_s is not None]
-        of_ceiling = [own / most for own, most in zip(efficiency, ceiling, strict=bool(ceiling))] if ceiling else []
+        startups = [run.startup_s for run in point.rounds if run.startup_s is not None]
+        of_ceiling = [ratio / most for ratio, most in zip(efficiency, ceiling, strict=bool(ceiling))] if ceiling else []
         rows.append(
             (
                 point.setting.name + (" (baseline)" if point is base else ""),
                 str(point.setting.accumulation),
-                _range([each.step_s for each in point.rounds], ",.1f", 1e3),
+                _range([run.step_s for run in point.rounds], ",.1f", 1e3),
                 _range(point.tokens_per_s, ",.0f"),
-                _range([each * times for each in efficiency], ".2f"),
+                _range([ratio * times for ratio in efficiency], ".2f"),
                 _range(efficiency, ".1f", 100),
                 _range(ceiling, ".1f", 100) if ceiling else "",
                 _range(of_ceiling, ".1f", 100) if of_ceiling else "",
@@ -307,10 +312,10 @@ def _measured_grids(points: Sequence[MeasuredPoints], baseline: int | None, valu
         record |= {"ideal_s": lost.ideal_s, "cause": lost.cause if point is not base else None}
         if point is not base:
             cells = ["not recorded" if value is None else f"{value:.1%}" for value in share.values()]
-            whole = 1 - lost.ideal_s / lost.step_s
+            lost_share = 1 - lost.ideal_s / lost.step_s
             cells.append(LOSSES[lost.cause] if lost.cause else "nothing")
             slowest = "{} (in {} of {} updates)".format(*point.slowest) if point.slowest else "not recorded"
-            lost_rows.append((point.setting.name, f"{whole:.1%}", *cells, slowest))
+            lost_rows.append((point.setting.name, f"{lost_share:.1%}", *cells, slowest))
     columns: tuple[str, ...] = (
         "point",
         "micro-batches a rank",
@@ -341,7 +346,7 @@ def _measured_curves(points: Sequence[MeasuredPoints], baseline: int | None) -> 
     for point in points:
         base = baseline_of(points, point, baseline)
         times = point.setting.ranks / base.setting.ranks
-        speeds = [each * times for each in efficiencies(point, base)]
+        speeds = [ratio * times for ratio in efficiencies(point, base)]
         place = (point.setting.ranks, statistics.median(speeds), min(speeds), max(speeds))
         if point.setting.mode is None:
             ones.append(place)
@@ -357,7 +362,7 @@ def _measured_curves(points: Sequence[MeasuredPoints], baseline: int | None) -> 
 
 
 def _model(
-    model: Fit, work: Workload, asked: Question, reference: float | None
+    model: Fit, work: Workload, query: Question, reference: float | None
 ) -> tuple[list[Grid], list[ScaleCurve], dict[str, Any]]:
     """(tables, curves, JSON); predictions are marked as such. `reference`: micro-batches a second of one rank at the baseline;
     None without one."""
@@ -366,33 +371,33 @@ def _model(
     rows, notes, rests = [], [], []
     predictions: list[dict[str, Any]] = []
     break_evens: list[dict[str, Any]] = []
-    sure = not any(each.name == "memory_byte_s" and each.vague for each in model.parameters)
-    for name, network, kind, rings, ranks in _questions(asked):
-        found = _predict(model, work, network, kind, rings, ranks)
+    sure = not any(parameter.name == "memory_byte_s" and parameter.vague for parameter in model.parameters)
+    for name, network, kind, rings, ranks in _questions(query):
+        prediction = _predict(model, work, network, kind, rings, ranks)
         asked_for = {"predicted": True, "network_name": name}
         label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
         ideal = None if reference is None else work.accumulation / reference
         # The fast end of a wide band may be no time at all: then the efficiency has no upper end.
-        ends = (found.step_s, found.high_s, found.low_s)
+        ends = (prediction.step_s, prediction.high_s, prediction.low_s)
         shares = [ideal / seconds if seconds > 0 else math.inf for seconds in ends] if ideal else None
-        known = [share if share < math.inf else None for share in shares] if shares else [None] * 3  # JSON has no infinity
-        written = dict(zip(("efficiency", "efficiency_low", "efficiency_high"), known, strict=True))
-        predictions.append({**asked_for, "compression": kind, **asdict(found), **written})
-        band = f"{found.step_s * 1e3:,.1f} ({found.low_s * 1e3:,.1f} to {found.high_s * 1e3:,.1f})"
+        finite = [share if share < math.inf else None for share in shares] if shares else [None] * 3  # JSON has no infinity
+        written = dict(zip(("efficiency", "efficiency_low", "efficiency_high"), finite, strict=True))
+        predictions.append({**asked_for, "compression": kind, **asdict(prediction), **written})
+        band = f"{prediction.step_s * 1e3:,.1f} ({prediction.low_s * 1e3:,.1f} to {prediction.high_s * 1e3:,.1f})"
         most = "no upper end" if shares is None or shares[2] == math.inf else f"{shares[2]:.1%}"
         efficiency = f"{shares[0]:.1%} ({shares[1]:.1%} to {most})" if shares else "no baseline"
-        parts = [f"{value * 1e3:,.1f}" for value in (found.work_s, found.imbalance_s, found.exposed_s)]
+        parts = [f"{value * 1e3:,.1f}" for value in (prediction.work_s, prediction.imbalance_s, prediction.exposed_s)]
         rows.append((label, str(ranks), band, efficiency, *parts))
-        notes += [f"Band: {found.band}.", *(f"Assumed: {each}." for each in found.assumed)]
+        notes += [f"Band: {prediction.band}.", *(f"Assumed: {assumption}." for assumption in prediction.assumed)]
         if shares:
             places.setdefault(label, []).append(
                 (ranks, ranks * shares[0], ranks * shares[1], ranks * min(shares[2], 2 * shares[0]))
             )
         if network is not None and kind == "none" and ranks > 1:
             for small in SMALLER:
-                each = break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)
-                rests.append((f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(each, sure)))
-                break_evens.append({**asked_for, "ranks": ranks, "rings": rings, **asdict(each)})
+                estimate = break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)
+                rests.append((f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(estimate, sure)))
+                break_evens.append({**asked_for, "ranks": ranks, "rings": rings, **asdict(estimate)})
     if rows:
         title = (
             f"PREDICTED, not measured: {work.accumulation} micro-batches a rank and update, computed as on the measured device"
@@ -404,19 +409,19 @@ def _model(
         title = f"PREDICTED: where compression saves over {WORTH:.0%} of an update"
         names = ("predicted, not measured", "pays up to micro-batches an update", "pays below bandwidth, GB/s", "")
         grids.append(Grid(title=title, columns=names, rows=tuple(rests), predicted=True))
-    drawn = [ScaleCurve(name=name, points=tuple(found), predicted=True) for name, found in places.items()]
+    drawn = [ScaleCurve(name=name, points=tuple(curve), predicted=True) for name, curve in places.items()]
     looked = {"most_accumulation": FOREVER, "most_bytes_per_s": FASTEST}
     values = {"model": _fit_json(model), "predictions": predictions, "break_even": break_evens, "break_even_looked_to": looked}
     return grids, drawn, values
 
 
-def _questions(asked: Question) -> list[tuple[str, Network | None, PredictedKind, int, int]]:
+def _questions(query: Question) -> list[tuple[str, Network | None, PredictedKind, int, int]]:
     return [
         (name, network, kind, rings, ranks)  # type: ignore[misc]
-        for name, network in asked.networks
-        for kind in asked.compression
-        for rings in asked.rings
-        for ranks in asked.ranks
+        for name, network in query.networks
+        for kind in query.compression
+        for rings in query.rings
+        for ranks in query.ranks
     ]
 
 
@@ -443,7 +448,7 @@ def _predict(
         if local > 1:
             assumed.append(f"{local} ranks on a machine compute as {nearest} do on this one ({slowdown:.3f} times one's time)")
     point = work.point(ranks, nodes, rings=rings, kind=kind, slowdown=slowdown)
-    link = next((each.link_bytes_per_s for each in several if each.link_bytes_per_s and each.rings == rings), None)
+    link = next((other.link_bytes_per_s for other in several if other.link_bytes_per_s and other.rings == rings), None)
     if network is None:
         assumed.append("more ranks are connected as the measured ones are")
         point = replace(point, link_bytes_per_s=link)
@@ -493,13 +498,13 @@ def _residual_grid(model: Fit) -> Grid:
     return Grid(title=f"Its fit{spread}", columns=("point", "measured, ms", "fitted, ms", "residual"), rows=tuple(rows))
 
 
-def _break_even_cells(found: BreakEven, sure: bool) -> tuple[str, str, str]:
-    most, widest = found.most_accumulation, found.most_bytes_per_s
+def _break_even_cells(estimate: BreakEven, sure: bool) -> tuple[str, str, str]:
+    most, widest = estimate.most_accumulation, estimate.most_bytes_per_s
     up_to = "never" if most is None else "any number" if most == FOREVER else f"{most:,}"
     below = "never" if widest is None else "any" if widest == FASTEST else f"{widest / 1e9:.3g}"
     note = (
         "at most: no point measured what compressing costs"
-        if found.free
+        if estimate.free
         else ""
         if sure
         else "what compressing costs is not told from 0"
@@ -509,8 +514,8 @@ def _break_even_cells(found: BreakEven, sure: bool) -> tuple[str, str, str]:
 
 def _fit_json(model: Fit) -> dict[str, Any]:
     parameters = [
-        {**asdict(each), "meaning": each.meaning, "determined": each.value is not None, "unit": "s"}
-        for each in model.parameters
+        {**asdict(parameter), "meaning": parameter.meaning, "determined": parameter.value is not None, "unit": "s"}
+        for parameter in model.parameters
     ]
-    found = {"parameters": parameters, "rank": model.rank, "singular_values": model.singular_values}
-    return found | {"residual": model.residual, "freedom": model.freedom, "fitted_s": model.predicted_s}
+    summary = {"parameters": parameters, "rank": model.rank, "singular_values": model.singular_values}
+    return summary | {"residual": model.residual, "freedom": model.freedom, "fitted_s": model.predicted_s}

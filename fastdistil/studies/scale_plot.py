@@ -120,8 +120,8 @@ def _drawn(curve: ScaleCurve, number: int, across: _Scale, up: _Scale) -> str:
     for (x, y), (ranks, speed, low, high) in zip(places, curve.points, strict=True):
         if high > low > 0:
             parts.append(f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>')
-        told = f"{curve.name}: {ranks:g}, {speed:.3g} ({low:.3g} to {high:.3g})"
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(told)}</title></circle>')
+        tooltip = f"{curve.name}: {ranks:g}, {speed:.3g} ({low:.3g} to {high:.3g})"
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(tooltip)}</title></circle>')
     return "\n".join([*parts, "</g>"])
 
 

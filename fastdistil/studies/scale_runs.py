@@ -69,7 +69,7 @@ class Study:
 
 def settings(study: Study, accumulation: int) -> list[Setting]:
     """Every point once. `accumulation`: of one rank. Raises UserError."""
-    found: list[Setting] = []
+    distinct: list[Setting] = []
     for ranks, mode, rings, compression, sync in product(
         sorted(set(study.ranks)), study.modes, study.rings, study.compression, study.sync
     ):
@@ -86,11 +86,11 @@ def settings(study: Study, accumulation: int) -> list[Setting]:
         if ranks == 1:  # nothing travels: one point for all of them
             chosen = Setting(ranks=1, accumulation=accumulation)
         else:
-            own = accumulation // ranks if mode == "strong" else accumulation
-            chosen = Setting(ranks=ranks, rings=rings, compression=compression, sync=sync, accumulation=own, mode=mode)
-        if chosen not in found:
-            found.append(chosen)
-    return found
+            per_rank = accumulation // ranks if mode == "strong" else accumulation
+            chosen = Setting(ranks=ranks, rings=rings, compression=compression, sync=sync, accumulation=per_rank, mode=mode)
+        if chosen not in distinct:
+            distinct.append(chosen)
+    return distinct
 
 
 def measure(study: Study, tell: Callable[[str], None]) -> tuple[list[MeasuredPoints], Recipe]:
@@ -109,7 +109,9 @@ def measure(study: Study, tell: Callable[[str], None]) -> tuple[list[MeasuredPoi
     runner = _Runner(study, "train" if recipe.teacher is not None else "pretrain", threads)
     alone = replace(planned[0], ranks=1, rings=1, compression="none", sync="delayed", mode=None)
     alone = replace(alone, accumulation=recipe.loop.accumulation)
-    crowds = sorted({each.ranks for each in planned if each.ranks > 1}) if study.ceiling and study.hosts is None else []
+    crowds = (
+        sorted({setting.ranks for setting in planned if setting.ranks > 1}) if study.ceiling and study.hosts is None else []
+    )
     rounds: dict[Setting, list[Round]] = {setting: [] for setting in planned}
     ceilings: dict[int, list[tuple[Round, ...]]] = {ranks: [] for ranks in crowds}
     for number in range(study.rounds):
@@ -149,9 +151,9 @@ def _measured(
 
 def _threads(planned: Sequence[Setting], study: Study) -> int:
     """Of each rank, the same at all points. Hosts are taken to have this machine's cores where OMP_NUM_THREADS is not set."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
+    omp_threads = os.environ.get("OMP_NUM_THREADS", "")
+    if omp_threads.isdecimal() and int(omp_threads):
+        return int(omp_threads)
     cores, most = usable_cores(), 1
     for setting in planned:
         slots = choose_slots(setting.ranks, study.hosts)[0][: setting.ranks]
@@ -198,12 +200,12 @@ class _Runner:
         return self._run(setting, slots[:ranks], folder / "run")
 
     def side_by_side(self, setting: Setting, count: int, folder: Path) -> tuple[Round, ...]:
-        found: dict[int, Round] = {}
+        rounds: dict[int, Round] = {}
         failed: list[BaseException] = []
 
         def run(index: int) -> None:
             try:
-                found[index] = self._run(setting, (Slot(None, index),), folder / f"run-{index + 1}")
+                rounds[index] = self._run(setting, (Slot(None, index),), folder / f"run-{index + 1}")
             except BaseException as error:  # noqa: BLE001 (raised below, by the thread that waits for this one)
                 failed.append(error)
 
@@ -215,7 +217,7 @@ class _Runner:
             thread.join()
         if failed:
             raise failed[0]
-        return tuple(found[index] for index in range(count))
+        return tuple(rounds[index] for index in range(count))
 
     def _run(self, setting: Setting, slots: Sequence[Slot], run: Path) -> Round:
         command = (*self._start, *_overrides(setting, self._study, run))
@@ -232,8 +234,8 @@ class _Runner:
             )
         if not (run / "events.jsonl").is_file():
             raise UserError(f"{run} is not here; with --hosts give an --out that rank 0's host shares with this machine")
-        for left in ("checkpoints", "student"):
-            shutil.rmtree(run / left, ignore_errors=True)
+        for name in ("checkpoints", "student"):
+            shutil.rmtree(run / name, ignore_errors=True)
         return read_round(load_history(run), WARMUP, launched_s)
 
 
@@ -253,8 +255,8 @@ def _with_demo(study: Study, tell: Callable[[str], None]) -> Study:
     command = (*quiet, sys.executable, "-m", "fastdistil", "pretrain", "demo-teacher", *overrides)
     if launch(Job(command=command, slots=(Slot(None, 0),), ranks=1, timeout_s=60.0)):
         raise UserError("the demo's teacher could not be made; what went wrong is above")
-    own = (f"teacher.path={json.dumps(str((folder / 'teacher' / 'student').resolve()))}", overrides[0])
-    return replace(study, recipe=str(RECIPES / "demo.yaml"), overrides=(*own, *study.overrides))
+    demo_overrides = (f"teacher.path={json.dumps(str((folder / 'teacher' / 'student').resolve()))}", overrides[0])
+    return replace(study, recipe=str(RECIPES / "demo.yaml"), overrides=(*demo_overrides, *study.overrides))
 
 
 # --- what is written down
@@ -285,14 +287,14 @@ def workload(points: Sequence[MeasuredPoints], accumulation: int) -> Workload:
 
 
 def model_points(points: Sequence[MeasuredPoints], baseline: int | None) -> list[Point]:
-    found = []
+    modelled = []
     for point in points:
         if point.modelled:
             kind, base = point.setting.compression, baseline_of(points, point, baseline)
             size = 4 * int(point.rounds[0].start.get("student_parameters", 0))
             assert kind in MODELLED
-            found.append(model_point(point, base, touched_bytes(kind, size)))  # type: ignore[arg-type]
-    return found
+            modelled.append(model_point(point, base, touched_bytes(kind, size)))  # type: ignore[arg-type]
+    return modelled
 
 
 def as_json(study: Study, recipe: Recipe, points: Sequence[MeasuredPoints], baseline: int | None) -> dict[str, Any]:
@@ -337,14 +339,14 @@ def _point_json(point: MeasuredPoints) -> dict[str, Any]:
         "oversubscribed": point.oversubscribed,
         "in_fit": point.modelled,
         "link_bytes_per_s": point.link_bytes_per_s,
-        "updates": [len(each.updates) for each in point.rounds],
-        "step_s": [[update.step_s for update in each.updates] for each in point.rounds],
-        "tokens": [[update.tokens for update in each.updates] for each in point.rounds],
-        "exposed_s": [[update.exposed_s for update in each.updates] for each in point.rounds],
+        "updates": [len(run.updates) for run in point.rounds],
+        "step_s": [[update.step_s for update in run.updates] for run in point.rounds],
+        "tokens": [[update.tokens for update in run.updates] for run in point.rounds],
+        "exposed_s": [[update.exposed_s for update in run.updates] for run in point.rounds],
         "slowest_rank": point.slowest and point.slowest[0],
-        "rank_worked_s": [[update.worked_s for update in each.updates] for each in point.rounds],
-        "compression_s": [[update.compression_s for update in each.updates] for each in point.rounds],
-        "startup_s": [each.startup_s for each in point.rounds],
+        "rank_worked_s": [[update.worked_s for update in run.updates] for run in point.rounds],
+        "compression_s": [[update.compression_s for update in run.updates] for run in point.rounds],
+        "startup_s": [run.startup_s for run in point.rounds],
         "ceiling_tokens_per_s": [[run.tokens_per_s for run in runs] for runs in point.ceiling],
     }
 

@@ -99,7 +99,7 @@ def cache_teacher(
             check_identity(directory, identity)
         elif any(path.name != f"{IDENTITY}.tmp" for path in directory.iterdir()):
             raise UserError(f"{directory} holds something else; give --out a new directory or one of a cache")
-        missing = [each for each in work if not _complete(directory / shard_name(*each))]
+        missing = [entry for entry in work if not _complete(directory / shard_name(*entry))]
         _check_space(directory, size, len(missing) / max(1, len(work)))
         sealed = {"identity": identity, "sha256": text_sha256(canonical(identity))}
         write_atomically(directory / IDENTITY, json.dumps(sealed, indent=1, sort_keys=True) + "\n")

@@ -152,20 +152,20 @@ def latest(
 
     Raises CorruptData if there are some and all are corrupt.
     """
-    found = _present(directory)
+    paths = _present(directory)
     reasons = []
-    for update in sorted(found, reverse=True):
+    for update in sorted(paths, reverse=True):
         try:
-            loaded = load(found[update], device, groups)
+            loaded = load(paths[update], device, groups)
             if loaded.update != update:
-                raise CorruptData(f"{found[update]} is named for update {update} but holds update {loaded.update}")
+                raise CorruptData(f"{paths[update]} is named for update {update} but holds update {loaded.update}")
             return loaded
         except CorruptData as error:
             reasons.append(str(error))
             warn(f"{error}; passed over for the one before it")
-    if found:
+    if paths:
         raise CorruptData(
-            f"all {len(found)} checkpoints in {directory} are corrupt (the newest: {reasons[0]}); "
+            f"all {len(paths)} checkpoints in {directory} are corrupt (the newest: {reasons[0]}); "
             "start the run again under another name"
         )
     return None
@@ -282,8 +282,8 @@ def _sha256(path: Path) -> str:
 
 def _own_sha256(manifest: Mapping[str, Any]) -> str:
     """Of all in the manifest but this sum. Every format keeps this rule, so that a newer one is told from a broken one."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _read_manifest(directory: Path) -> Manifest:
@@ -321,13 +321,13 @@ def _verified(directory: Path) -> Manifest:
             if size != expected["bytes"]:
                 raise CorruptData(f"{path} is corrupt: expected {expected['bytes']} bytes, found {size}")
             try:
-                found = _sha256(path)
+                actual_sha256 = _sha256(path)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
                 raise CorruptData(f"{path} cannot be read: {error.strerror}") from error
-            if found != expected["sha256"]:
-                raise CorruptData(f"{path} is corrupt: expected sha256 {expected['sha256']}, found {found}")
+            if actual_sha256 != expected["sha256"]:
+                raise CorruptData(f"{path} is corrupt: expected sha256 {expected['sha256']}, found {actual_sha256}")
         return manifest
 
 
@@ -373,16 +373,16 @@ def _rotate(directory: Path, update: int, keep: int, protect: frozenset[int]) ->
 
 def _present(directory: Path) -> dict[int, Path]:
     """Update -> directory, with those that a dying process left under their `.old` name."""
-    found: dict[int, Path] = {}
+    paths: dict[int, Path] = {}
     if not directory.is_dir():
-        return found
+        return paths
     for path in directory.iterdir():
         hidden = _HIDDEN.fullmatch(path.name)
         visible = path.name if hidden is None else hidden["name"] if hidden["kind"] == "old" else ""
         step = _STEP.fullmatch(visible)
-        if step and path.is_dir() and (hidden is None or int(step[1]) not in found):
-            found[int(step[1])] = path
-    return found
+        if step and path.is_dir() and (hidden is None or int(step[1]) not in paths):
+            paths[int(step[1])] = path
+    return paths
 
 
 def _clear_leftovers(directory: Path, only: str | None = None) -> None:

@@ -61,7 +61,7 @@ def _texts(inputs: Inputs) -> list[str]:
     return [inputs.tokenizer.decode(corpus.gather(sequences[[i]]), skip_special_tokens=True) for i in range(len(sequences))]
 
 
-def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: int, tokens: int) -> str:
+def model_card(inputs: Inputs, recipe: Recipe, heldout: HeldOut | None, updates: int, tokens: int) -> str:
     public = redacted(recipe.model_dump(mode="json"))
     teacher = f"distilled from `{public['teacher']['path']}`" if recipe.teacher is not None else "trained without a teacher"
     tag = "text-generation" if inputs.student.causal else "fill-mask"
@@ -83,17 +83,17 @@ def model_card(inputs: Inputs, recipe: Recipe, found: HeldOut | None, updates: i
         "## Measured on held-out text",
         "",
     ]
-    if found is None:
+    if heldout is None:
         lines += ["Nothing was measured: the recipe names no held-out corpus.", ""]
     else:
         kind = "next-token" if inputs.student.causal else "masked-token"
         lines += [
             f"| {kind} loss | perplexity | predicted tokens | KL to the teacher |",
             "|---|---|---|---|",
-            f"| {found.loss:.4f} ± {found.loss_se:.4f} | {found.perplexity:.2f} | {found.labels:,} | "
-            + (f"{found.kl:.4f} ± {found.kl_se:.4f} |" if found.kl is not None else "not measured |"),
+            f"| {heldout.loss:.4f} ± {heldout.loss_se:.4f} | {heldout.perplexity:.2f} | {heldout.labels:,} | "
+            + (f"{heldout.kl:.4f} ± {heldout.kl_se:.4f} |" if heldout.kl is not None else "not measured |"),
             "",
-            f"Corpus: `{public['data']['heldout']}`, {found.sequences:,} sequences; ± is one standard error.",
+            f"Corpus: `{public['data']['heldout']}`, {heldout.sequences:,} sequences; ± is one standard error.",
             "",
         ]
     text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)

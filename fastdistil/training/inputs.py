@@ -236,9 +236,9 @@ def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
 
 def _teacher(recipe: Recipe, module: nn.Module | None, note: Callable[[str], None]) -> Any | None:
     if module is not None:
-        own = language_model.as_language_model(module)
+        model = language_model.as_language_model(module)
         named = recipe.teacher.dtype if recipe.teacher is not None else "auto"
-        return own if named == "auto" else own.to(language_model.DTYPES[named])
+        return model if named == "auto" else model.to(language_model.DTYPES[named])
     if recipe.teacher is None:
         return None
     return loading.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note)

@@ -111,15 +111,15 @@ class Instruments:
             yield
             return
         # A processor's allocator has no peaks: what autograd keeps is counted, once.
-        with SavedTensorBytes(self._inputs.student, self._inputs.teacher, self._inputs.projection) as kept:
+        with SavedTensorBytes(self._inputs.student, self._inputs.teacher, self._inputs.projection) as saved:
             yield
-        self._kept = kept.bytes
+        self._kept = saved.bytes
 
     @contextmanager
-    def aside(self, what: str) -> Iterator[None]:
+    def aside(self, activity: str) -> Iterator[None]:
         """Around what is no part of updates."""
-        before, self.where = self.where, what
-        with self.spans.range(what):
+        before, self.where = self.where, activity
+        with self.spans.range(activity):
             yield
         self.where = before  # not after an error: it tells where that happened
 
@@ -128,9 +128,9 @@ class Instruments:
     def survey(self, team: Coordinator, tell: Callable[[str], None]) -> dict[str, Any]:
         """The fields of the event `environment`. All ranks call it: while rank 0 measures peaks, the others do nothing."""
         device, recipe = self._inputs.device, self._recipe
-        own = {"rank": team.world.rank, "host": socket.gethostname(), **device_facts(device, tell)}
-        told = list(team.collect_bytes(json.dumps(own).encode(), "devices"))  # to rank 0
-        devices = [json.loads(each) for each in told if each]
+        facts = {"rank": team.world.rank, "host": socket.gethostname(), **device_facts(device, tell)}
+        payloads = list(team.collect_bytes(json.dumps(facts).encode(), "devices"))  # to rank 0
+        devices = [json.loads(payload) for payload in payloads if payload]
         if self._chief:
             self.memory.peak_bytes()  # kept by the meter: measuring begins torch's own anew
             precisions = [recipe.loop.precision]
@@ -163,19 +163,19 @@ class Instruments:
 
     def read(self) -> dict[str, Any]:
         """The fields of a log line, since the last one."""
-        found = self.spans.read()
+        fields = self.spans.read()
         used_bytes = None
         if self._sampler is not None:
-            found["device"] = self._sampler.read()
+            fields["device"] = self._sampler.read()
             used_bytes = self._sampler.latest("memory_used_bytes")
-        found["memory"] = self.memory.read(used_bytes)
-        steps, warmup = found["step_s"], found["warmup"]
+        fields["memory"] = self.memory.read(used_bytes)
+        steps, warmup = fields["step_s"], fields["warmup"]
         work, self._work = self._work[: len(steps)], self._work[len(steps) :]
-        if self._chief and any(each.executed for each in work):
-            found["flops"] = sum(work, start=Work()).fields()
+        if self._chief and any(update_work.executed for update_work in work):
+            fields["flops"] = sum(work, start=Work()).fields()
             if len(steps) > warmup:
-                found |= self._utilisation(sum(work[warmup:], start=Work()), sum(steps[warmup:]))
-        return found
+                fields |= self._utilisation(sum(work[warmup:], start=Work()), sum(steps[warmup:]))
+        return fields
 
     def _utilisation(self, work: Work, seconds: float) -> dict[str, Any]:
         """A log line's `mfu`: against the datasheet's peak, and beside it the measured one; against what there is of them."""

@@ -43,9 +43,9 @@ def out_of_memory(
     measured = {name: size for name, size in meter.parts.items() if size}
     parts = measured or (estimate.parts() if estimate is not None else {})
     shown = [f"{name.replace('_', ' ')} {size_text(parts[name])}" for name in sorted(parts, key=lambda name: -parts[name])]
-    told = f"the most in use so far was {size_text(meter.peak_bytes())}"
+    usage = f"the most in use so far was {size_text(meter.peak_bytes())}"
     if shown:
-        told += f": {', '.join(shown)}" if measured else f" (by the estimate: {', '.join(shown)})"
+        usage += f": {', '.join(shown)}" if measured else f" (by the estimate: {', '.join(shown)})"
     ways = list(_ways(phase, parts, recipe))
     reserved, outside, in_pieces = meter.read().get("reserved_bytes", 0), meter.outside_bytes(), _IN_PIECES.search(str(error))
     options = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
@@ -54,11 +54,11 @@ def out_of_memory(
         ways.append(f"PYTORCH_ALLOC_CONF=expandable_segments:True in the environment ({said})")
     if outside is not None and outside > max(2**30, 0.1 * reserved):
         ways.append(f"room on the GPU: {size_text(outside)} are held by other processes, or outside of torch's allocator")
-    wanted = _WANTED.search(str(error))
-    more = f", for {_size(*wanted.groups())} more" if wanted is not None else ""
+    request = _WANTED.search(str(error))
+    more = f", for {_size(*request.groups())} more" if request is not None else ""
     helps = ", or ".join(ways)
     return OutOfMemory(
-        f"out of memory in {phase}{more}; {told}; what helps: {helps}; `--dry-run` estimates what a recipe needs"
+        f"out of memory in {phase}{more}; {usage}; what helps: {helps}; `--dry-run` estimates what a recipe needs"
     )
 
 

@@ -112,8 +112,8 @@ def show_plan(
         table.add_row("updates", f"{plan.updates:,} of {cut}")
     table.add_row("student parameters", f"{plan.student.parameters:,}")
     cached = recipe.teacher is not None and recipe.teacher.cache is not None
-    told = "cached" if cached else "none"
-    table.add_row("teacher parameters", f"{plan.teacher.parameters:,}" if plan.teacher is not None else told)
+    placeholder = "cached" if cached else "none"
+    table.add_row("teacher parameters", f"{plan.teacher.parameters:,}" if plan.teacher is not None else placeholder)
     for name, size in vars(plan.memory).items():
         table.add_row(f"memory: {name.replace('_', ' ')}", size_text(size))
     table.add_row("memory: total", size_text(plan.memory.total))

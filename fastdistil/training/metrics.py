@@ -86,8 +86,8 @@ class Meter:
         if self._sums is None or self._peak is None:
             raise ValueError("nothing to read: no update was added since the last read")
         flags = guard.pending() if guard is not None else None
-        own = [self._sums, self._peak.reshape(1)]
-        values = torch.cat(own if flags is None else [*own, flags]).tolist()
+        tensors = [self._sums, self._peak.reshape(1)]
+        values = torch.cat(tensors if flags is None else [*tensors, flags]).tolist()
         *sums, applied, largest = values[: len(self._sums) + 1]
         skipped_in_all = guard.judge(values[len(self._sums) + 1 :]) if guard is not None and flags is not None else None
         fields: dict[str, Any] = {
@@ -176,17 +176,17 @@ class Imbalance:
         """
         exposed = line["phases"].get("exposed") or [0.0] * len(line["step_s"])
         worked_s = [step - waited for step, waited in zip(line["step_s"], exposed, strict=True)]
-        told = self._world.gather([self._tokens, self._data_wait_s, *worked_s], "fastdistil.load")
-        ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in told]
+        rows = self._world.gather([self._tokens, self._data_wait_s, *worked_s], "fastdistil.load")
+        ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in rows]
         self._tokens, self._data_wait_s = 0, 0.0
-        tokens, seconds = [each.tokens for each in ranks], [sum(each.worked_s) for each in ranks]
-        behind_s = [max(update) - update[0] for update in zip(*(each.worked_s for each in ranks), strict=True)]
+        tokens, seconds = [load.tokens for load in ranks], [sum(load.worked_s) for load in ranks]
+        behind_s = [max(update) - update[0] for update in zip(*(load.worked_s for load in ranks), strict=True)]
         return {
             "imbalance_tokens": max(tokens) * len(ranks) / sum(tokens) - 1 if sum(tokens) else 0.0,
             "imbalance_time": max(seconds) * len(ranks) / sum(seconds) - 1 if sum(seconds) > 0 else 0.0,
             "slowest_rank": seconds.index(max(seconds)),
-            "rank_tokens": [int(each) for each in tokens],
-            "rank_data_wait_s": [each.data_wait_s for each in ranks],
+            "rank_tokens": [int(number) for number in tokens],
+            "rank_data_wait_s": [load.data_wait_s for load in ranks],
             "rank_worked_s": seconds,
             # Ranks do not begin an update at once: more than it waited at all was no wait.
             "rank_0_waited_s": sum(map(min, behind_s, exposed)),

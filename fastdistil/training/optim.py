@@ -15,13 +15,13 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     By dimension, not by name: names of norms differ between architectures ("LayerNorm", "sa_layer_norm", "ln_f"), but norm
     weights and biases are the one-dimensional parameters of all of them. A tied parameter counts once.
     """
-    seen: dict[nn.Parameter, None] = {}
+    unique: dict[nn.Parameter, None] = {}
     for module in modules:
         for parameter in module.parameters():
             if parameter.requires_grad:
-                seen.setdefault(parameter)
-    decayed = [parameter for parameter in seen if parameter.dim() >= 2]
-    plain = [parameter for parameter in seen if parameter.dim() < 2]
+                unique.setdefault(parameter)
+    decayed = [parameter for parameter in unique if parameter.dim() >= 2]
+    plain = [parameter for parameter in unique if parameter.dim() < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

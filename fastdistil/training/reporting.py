@@ -87,9 +87,9 @@ def curves(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     each update, the mean."""
     for name, value in fields.items():
         group, inner = (name, value) if isinstance(value, Mapping) else ("train", {name: value})
-        for key, each in inner.items():
-            numbers = isinstance(each, list) and each and all(isinstance(number, float) for number in each)
-            yield f"{group}/{key}", mean(each) if numbers else each
+        for key, entry in inner.items():
+            numbers = isinstance(entry, list) and entry and all(isinstance(number, float) for number in entry)
+            yield f"{group}/{key}", mean(entry) if numbers else entry
 
 
 def histograms(run: Run) -> Iterator[tuple[str, Tensor]]:
@@ -117,13 +117,13 @@ def finish_trace(run: Run) -> None:
     tracer.wait()
     with run.aside("trace"):
         data, kernels = tracer.stop()
-        for rank, each in enumerate(run.team.collect_bytes(data, "trace")):
+        for rank, trace in enumerate(run.team.collect_bytes(data, "trace")):
             path = run.directory / "trace" / f"rank-{rank}.json.gz"
             if not run.team.is_chief:
                 continue
             with translated("writing a trace", path):
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(each)
+                path.write_bytes(trace)
     first, last = run.recipe.profile.trace_steps or (0, 0)
     run.event("trace", update=run.update, first=first, last=min(last, run.update), kernels=kernels)
     most = f"; most of the time in {kernels[0]['name']} ({kernels[0]['share']:.0%})" if kernels else ""

@@ -73,10 +73,10 @@ class Run:
     @property
     def stop_wanted(self) -> str | None:
         """SIGTERM, SIGINT, SIGHUP or PAUSE, here or on another rank."""
-        own = self.signals.requested
-        if own is None and self.team.is_chief and pause_requested(self.directory):
-            own = PAUSE
-        return self.team.stop_wanted(own)
+        reason = self.signals.requested
+        if reason is None and self.team.is_chief and pause_requested(self.directory):
+            reason = PAUSE
+        return self.team.stop_wanted(reason)
 
     def agree_to_stop(self, counts: Counts) -> bool:
         """The same answer on all ranks, which all ask; whoever is fast waits here for whoever is slow."""
@@ -95,11 +95,11 @@ class Run:
             self.events.write(kind, **fields)
 
     @contextmanager
-    def aside(self, what: str) -> Iterator[None]:
+    def aside(self, activity: str) -> Iterator[None]:
         """Around an evaluation, a checkpoint, a trace's beginning and end: what is no part of updates and takes as long as it
         needs. All ranks enter it."""
         begun = time.perf_counter()
-        with self.meter.excluded(), self.team.unhurried(what), self.instruments.aside(what):
+        with self.meter.excluded(), self.team.unhurried(activity), self.instruments.aside(activity):
             yield
         self.exchange.excluded(time.perf_counter() - begun)
 

@@ -89,16 +89,16 @@ def save(run: Run) -> None:
 
 def _write_checkpoint(run: Run, skipped: int) -> None:
     begun = time.perf_counter()
-    own = run.exchange.tensors()
-    owed = run.team.fetch_each(own, "residuals") if own else iter(())
+    residuals = run.exchange.tensors()
+    owed = run.team.fetch_each(residuals, "residuals") if residuals else iter(())
     if not run.team.is_chief:
         run.saved_update = run.update
         for _ in owed:
             pass
         return
     tensors: dict[str, Any] = dict(learnt_tensors(run.modules, run.optimizer))
-    if own:
-        size = sum(tensor.nbytes for tensor in own.values())
+    if residuals:
+        size = sum(tensor.nbytes for tensor in residuals.values())
         for rank in range(run.team.world.size):  # one rank's at a time in memory
             tensors[f"rank-{rank}"] = checkpoint.Deferred(size, lambda: next(owed))
     state = {
@@ -124,7 +124,7 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
 
     teacher: the module that was given from Python, if one was.
     """
-    found: list[checkpoint.Loaded] = []
+    checkpoints: list[checkpoint.Loaded] = []
 
     def read() -> dict[str, Any] | None:
         loaded = _newest(run, path)
@@ -143,15 +143,15 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
         elif run.recipe.teacher is not None:
             run.console.note(f"{loaded.path} does not say which teacher it was trained with: continuing with this one")
             run.teacher = identify_teacher(run.recipe, teacher)
-        found.append(loaded)
+        checkpoints.append(loaded)
         return {"update": loaded.update, **loaded.state}
 
     state = run.team.chief_does("restore", read)
     if state is None:
         return
-    load_learnt(run.team.share(found[0].tensors if found else None, "restore"), run.modules, run.optimizer)
-    for told in run.exchange.restore(state.get("exchange"), lambda rank: found[0].read(f"rank-{rank}"), run.team):
-        run.tell(told)
+    load_learnt(run.team.share(checkpoints[0].tensors if checkpoints else None, "restore"), run.modules, run.optimizer)
+    for message in run.exchange.restore(state.get("exchange"), lambda rank: checkpoints[0].read(f"rank-{rank}"), run.team):
+        run.tell(message)
     if run.loss_scale is not None:
         run.loss_scale.load_state(state["loss_scale"])
     loop = run.recipe.loop

@@ -41,7 +41,7 @@ def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "med
     """Statistic of b over that of a, with its 95% interval; None if that of a is 0 or there are no samples."""
     if not len(a) or not len(b):
         return None
-    first, second = (np.asarray(each, dtype=np.float64)[-MAX_SAMPLES:] for each in (a, b))
+    first, second = (np.asarray(series, dtype=np.float64)[-MAX_SAMPLES:] for series in (a, b))
     estimate = np.median if statistic == "median" else np.mean
     below = float(estimate(first))
     if below == 0:
@@ -50,7 +50,7 @@ def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "med
     if min(len(first), len(second)) < MIN_SAMPLES:
         return Ratio(value, None, None)
     random = np.random.default_rng(seed)
-    below_R, above_R = (_resampled(each, statistic, random) for each in (first, second))
+    below_R, above_R = (_resampled(series, statistic, random) for series in (first, second))
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = np.nanquantile(above_R / below_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return Ratio(value, low, high)
@@ -62,12 +62,12 @@ def _resampled(series: SampleSeries, statistic: Statistic, random: np.random.Gen
     length = block_length(series.argsort().argsort().astype(np.float64) if statistic == "median" else series)
     blocks = -(-n // length)
     estimate = np.median if statistic == "median" else np.mean
-    found = []
+    estimates = []
     for _ in range(RESAMPLES // _CHUNK):
         starts = random.integers(n, size=(_CHUNK, blocks, 1))
         places = (starts + np.arange(length)) % n
-        found.append(estimate(series[places.reshape(_CHUNK, -1)[:, :n]], axis=1))
-    return np.concatenate(found)
+        estimates.append(estimate(series[places.reshape(_CHUNK, -1)[:, :n]], axis=1))
+    return np.concatenate(estimates)
 
 
 def block_length(series: SampleSeries) -> int:

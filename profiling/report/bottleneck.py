@@ -47,8 +47,8 @@ Cause = dict[str, Any]
 
 def causes_of(summary: Summary) -> list[Cause]:
     """{name, share (of the step, or an estimate of it), why, key}, the largest first."""
-    found = [*_data(summary), *_transfer(summary), *_ranks(summary), *_launch(summary), *_teacher(summary), *_memory(summary)]
-    return sorted(found, key=lambda cause: -cause["share"])
+    causes = [*_data(summary), *_transfer(summary), *_ranks(summary), *_launch(summary), *_teacher(summary), *_memory(summary)]
+    return sorted(causes, key=lambda cause: -cause["share"])
 
 
 def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
@@ -123,17 +123,17 @@ def _transfer(summary: Summary) -> Iterator[Cause]:
 
 def _ranks(summary: Summary) -> Iterator[Cause]:
     waited = _waited(summary)
-    if found := summary.get("straggler"):
-        worked, seconds, rank = found["worked_s"], found["seconds"], found["rank"]
+    if straggler := summary.get("straggler"):
+        worked, seconds, rank = straggler["worked_s"], straggler["seconds"], straggler["rank"]
         mean = sum(worked) / len(worked)
         share = (worked[rank] - mean) / seconds if seconds else 0.0
-        if found["slowest_in"] >= PERSISTENT * found["lines"]:
-            where = f" on {found['host']}" if found.get("host") else ""
+        if straggler["slowest_in"] >= PERSISTENT * straggler["lines"]:
+            where = f" on {straggler['host']}" if straggler.get("host") else ""
             why = (
-                f"rank {rank}{where} works {found['share']:.0%} more than the mean rank, the slowest in "
-                f"{found['slowest_in']} of {found['lines']} log lines; the others wait for it {share:.0%} of the step"
+                f"rank {rank}{where} works {straggler['share']:.0%} more than the mean rank, the slowest in "
+                f"{straggler['slowest_in']} of {straggler['lines']} log lines; the others wait for it {share:.0%} of the step"
             )
-            reason, key = _why_slow(found)
+            reason, key = _why_slow(straggler)
             yield {"name": "straggler", "share": share, "why": f"{why}; {reason}", "key": key}
     exposed, compression = _share(summary, "exposed"), _share(summary, "compression")
     share = max(0.0, exposed + compression - waited)
@@ -147,16 +147,16 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
 
 def _waited(summary: Summary) -> float:
     """Share of the step that rank 0 waits for slower ranks: within its exposed time, and no faster network would shorten it."""
-    found = summary.get("straggler")
-    return found["rank_0_waited_s"] / found["seconds"] if found and found["seconds"] else 0.0
+    straggler = summary.get("straggler")
+    return straggler["rank_0_waited_s"] / straggler["seconds"] if straggler and straggler["seconds"] else 0.0
 
 
-def _why_slow(found: Mapping[str, Any]) -> tuple[str, str | None]:
-    rank, worked, waits, tokens = found["rank"], found["worked_s"], found["data_wait_s"], found["tokens"]
+def _why_slow(straggler: Mapping[str, Any]) -> tuple[str, str | None]:
+    rank, worked, waits, tokens = straggler["rank"], straggler["worked_s"], straggler["data_wait_s"], straggler["tokens"]
     mean = sum(worked) / len(worked)
     if waits and waits[rank] - sum(waits) / len(waits) >= (worked[rank] - mean) / 2:
         return "most of it is its wait for data", "data.cache_dir"
-    if tokens and sum(tokens) and tokens[rank] / (sum(tokens) / len(tokens)) - 1 >= found["share"] / 2:
+    if tokens and sum(tokens) and tokens[rank] / (sum(tokens) / len(tokens)) - 1 >= straggler["share"] / 2:
         return "it has that many more tokens", "data.layout"
     return "its tokens and data are as the others': look at that machine's clocks and neighbours", None
 

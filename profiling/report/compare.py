@@ -85,8 +85,8 @@ def compare(a: Path, b: Path, *, fail_above: float | None = None, anyway: bool =
         rows = list(_benchmark_rows(first, second))
         judged, more = rows, {"only_in": _only_in(first.content, second.content)}
     if refused and not anyway:
-        told = "; ".join(f"{each['key']}: {each['a']} against {each['b']}" for each in refused)
-        raise UserError(f"{a} and {b} did not measure the same work: {told}; --anyway compares them all the same")
+        refusals = "; ".join(f"{difference['key']}: {difference['a']} against {difference['b']}" for difference in refused)
+        raise UserError(f"{a} and {b} did not measure the same work: {refusals}; --anyway compares them all the same")
     throttled = [text for name, side in (("A", first), ("B", second)) for text in _throttled(name, side)]
     return {
         "kind": first.kind,
@@ -165,15 +165,15 @@ def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[A
     devices = [(side.get("environment") or {}).get("devices") or () for side in (a, b)]
     for name in ("name", *OF_DEVICES):
         one, other = (_of_ranks(side, name) for side in devices)
-        if one == other or (name == "name" and any(each["key"] == "device" for each in refused)):
+        if one == other or (name == "name" and any(difference["key"] == "device" for difference in refused)):
             continue
         must_agree = name == "name" and one is not None and other is not None
         (refused if must_agree else differences).append(_difference("devices" if name == "name" else name, one, other))
     recipes, versions = ((_flat(a.get(name)), _flat(b.get(name))) for name in ("recipe", "environment"))
-    known = {each["key"] for each in refused}
+    refused_keys = {difference["key"] for difference in refused}
     for key in sorted(recipes[0].keys() | recipes[1].keys()):
         one, other = (side.get(key) for side in recipes)
-        if one != other and not key.startswith(_FREE) and key.rsplit(".", 1)[-1] not in known:
+        if one != other and not key.startswith(_FREE) and key.rsplit(".", 1)[-1] not in refused_keys:
             differences.append(_difference(key, one, other))
     for key in sorted(versions[0].keys() | versions[1].keys()):
         one, other = (side.get(key) for side in versions)
@@ -248,10 +248,10 @@ def _plain(a: float | None, b: float | None) -> dict[str, Any]:
 
 def _scaled(steps: Ratio | None, a: float | None, b: float | None) -> dict[str, Any]:
     """The ratio of rates with the relative width that the steps' means have."""
-    found, interval = _plain(a, b), _interval(steps)
-    if found["ratio"] is not None and steps is not None and steps.value and interval is not None:
-        found["interval"] = [found["ratio"] * bound / steps.value for bound in interval]
-    return found
+    scaled, interval = _plain(a, b), _interval(steps)
+    if scaled["ratio"] is not None and steps is not None and steps.value and interval is not None:
+        scaled["interval"] = [scaled["ratio"] * bound / steps.value for bound in interval]
+    return scaled
 
 
 def _losses(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -264,11 +264,12 @@ def _losses(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any] | None
 def _machine(content: Mapping[str, Any]) -> dict[str, Any]:
     """What of machine_info must agree; without fastdistil's own entry, the processor's name and count."""
     info = content["machine_info"]
-    cpu, own = info.get("cpu") or {}, info.get("fastdistil")
-    if own is None:
+    cpu, machine = info.get("cpu") or {}, info.get("fastdistil")
+    if machine is None:
         return {"processor": cpu.get("brand_raw"), "usable_cores": cpu.get("count")}
     return {
-        name: [gpu.get("name") for gpu in own.get("gpus") or ()] if name == "gpus" else own.get(name) for name in SAME_MACHINE
+        name: [gpu.get("name") for gpu in machine.get("gpus") or ()] if name == "gpus" else machine.get(name)
+        for name in SAME_MACHINE
     }
 
 
@@ -285,7 +286,7 @@ def _machine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[li
 
 
 def _benchmark_rows(a: Measurement, b: Measurement) -> Iterator[dict[str, Any]]:
-    sides = [{each["fullname"]: each["stats"] for each in side.content["benchmarks"]} for side in (a, b)]
+    sides = [{benchmark["fullname"]: benchmark["stats"] for benchmark in side.content["benchmarks"]} for side in (a, b)]
     common = [name for name in sides[0] if name in sides[1]]
     if not common:
         raise UserError(f"{a.path} and {b.path} have no benchmark in common; compare two results of the same files")
@@ -300,7 +301,7 @@ def _benchmark_rows(a: Measurement, b: Measurement) -> Iterator[dict[str, Any]]:
 
 
 def _only_in(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
-    one, other = ([each["fullname"] for each in side["benchmarks"]] for side in (a, b))
+    one, other = ([benchmark["fullname"] for benchmark in side["benchmarks"]] for side in (a, b))
     return {"a": [name for name in one if name not in other], "b": [name for name in other if name not in one]}
 
 
@@ -329,20 +330,22 @@ def _verdict(rows: Sequence[Mapping[str, Any]], limit: float, throttled: Sequenc
     return {"limit": limit, "slower": slower, "unjudged": unjudged, "why": why}
 
 
-def show(found: Mapping[str, Any], console: Console) -> None:
+def show(comparison: Mapping[str, Any], console: Console) -> None:
     for name in ("a", "b"):
-        side = found[name]
+        side = comparison[name]
         facts = ", ".join(f"{key} {value}" for key, value in side.items() if key != "path" and value is not None)
         _say(f"{name.upper()}: {side['path']}: {facts}", console)
-    for text in [f"{each['key']}: {each['a']} against {each['b']}" for each in found["differences"]]:
+    for text in [
+        f"{difference['key']}: {difference['a']} against {difference['b']}" for difference in comparison["differences"]
+    ]:
         _say(f"differs: {text}", console)
-    for text in found["warnings"]:
+    for text in comparison["warnings"]:
         _say(f"warning: {text}", console)
     title = f"B over A; medians with 95% intervals, of the last {MAX_SAMPLES:,} samples at most"
     table = Table(title=title, title_justify="left")
     for column in ("", "A", "B", "B - A", "95% interval", "samples"):
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
-    for row in found["rows"]:
+    for row in comparison["rows"]:
         interval = row["interval"]
         table.add_row(
             rich.markup.escape(without_controls(row["name"])),
@@ -352,11 +355,11 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             " and ".join(str(n) for n in row.get("n", ())),
         )
     console.print(table)
-    if losses := found.get("losses"):
+    if losses := comparison.get("losses"):
         terms = [name for name in losses["a"] if name != "update" and name in losses["b"]]
         text = ", ".join(f"{name} {real(losses['a'][name]):.5g} and {real(losses['b'][name]):.5g}" for name in terms)
         _say(f"losses of A and B at update {losses['update']}: {text}", console)
-    for side, names in (found.get("only_in") or {}).items():
+    for side, names in (comparison.get("only_in") or {}).items():
         if names:
             _say(f"only in {side.upper()}: {', '.join(names)}", console)
 
@@ -371,23 +374,23 @@ def _change(ratio: float) -> str:
 
 def run_compare(a: Path, b: Path, *, fail_above: str | None, anyway: bool, as_json: bool, console: Console) -> None:
     """The command. Raises UserError, and FellShort where B is slower than allowed."""
-    found = compare(a, b, fail_above=None if fail_above is None else parse_limit(fail_above), anyway=anyway)
+    comparison = compare(a, b, fail_above=None if fail_above is None else parse_limit(fail_above), anyway=anyway)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(comparison, indent=1))
     else:
-        show(found, console)
-    verdict = found["verdict"]
+        show(comparison, console)
+    verdict = comparison["verdict"]
     if verdict is None:
         return
     if verdict["slower"]:
-        rows = {row["name"]: row for row in found["rows"]}
-        told = ", ".join(f"{name} by {rows[name]['ratio'] - 1:.1%}" for name in verdict["slower"])
-        raise FellShort(f"B is slower than A by more than {verdict['limit']:.1%}, for certain: {told}")
+        rows = {row["name"]: row for row in comparison["rows"]}
+        slowdowns = ", ".join(f"{name} by {rows[name]['ratio'] - 1:.1%}" for name in verdict["slower"])
+        raise FellShort(f"B is slower than A by more than {verdict['limit']:.1%}, for certain: {slowdowns}")
     if as_json:
         return
     limit = f"{verdict['limit']:.1%}"
     if verdict["unjudged"]:
-        told = f"not judged against {limit}: {', '.join(verdict['unjudged'])} ({verdict['why']})"
+        conclusion = f"not judged against {limit}: {', '.join(verdict['unjudged'])} ({verdict['why']})"
     else:
-        told = f"B is not shown to be slower than A by more than {limit}"
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+        conclusion = f"B is not shown to be slower than A by more than {limit}"
+    console.print(conclusion, markup=False, highlight=False, soft_wrap=True)

@@ -151,14 +151,14 @@ def _of(events: Iterable[Event], *kinds: str) -> list[Event]:
 
 
 def _environments(events: Iterable[Event]) -> list[Event]:
-    found: list[Event] = []
+    environments: list[Event] = []
     for event in events:
         match event.get("event"):
             case "start" | "resume":
-                found.append({})
-            case "environment" if found:
-                found[-1] = event
-    return found
+                environments.append({})
+            case "environment" if environments:
+                environments[-1] = event
+    return environments
 
 
 def _hardware(environment: Event) -> tuple[Any, list[Any]]:

@@ -106,16 +106,18 @@ def groups(history: History, summary: Mapping[str, Any]) -> list[FigureGroup]:
 
 def setting(summary: Mapping[str, Any]) -> str:
     """On what the numbers were measured: device, dtype, ranks, shape."""
-    ranks, known = summary["ranks"], summary
-    parts = [str(known["device"] or "device not recorded"), str(known["dtype"] or "dtype not recorded")]
+    ranks = summary["ranks"]
+    parts = [str(summary["device"] or "device not recorded"), str(summary["dtype"] or "dtype not recorded")]
     if ranks is not None:
         parts.append(f"{ranks} rank{'s' * (ranks != 1)}")
-    if known["micro_batch_tokens"] is not None and known["accumulation"] is not None:
-        parts.append(f"{known['micro_batch_tokens']:,} tokens {TIMES} {known['accumulation']} micro-batches an update and rank")
-    if known["student_parameters"]:
-        parts.append(f"student of {parameters(known['student_parameters'])}")
-    if known["teacher_parameters"]:
-        parts.append(f"teacher of {parameters(known['teacher_parameters'])}")
+    if summary["micro_batch_tokens"] is not None and summary["accumulation"] is not None:
+        parts.append(
+            f"{summary['micro_batch_tokens']:,} tokens {TIMES} {summary['accumulation']} micro-batches an update and rank"
+        )
+    if summary["student_parameters"]:
+        parts.append(f"student of {parameters(summary['student_parameters'])}")
+    if summary["teacher_parameters"]:
+        parts.append(f"teacher of {parameters(summary['teacher_parameters'])}")
     return ", ".join(parts)
 
 
@@ -130,8 +132,8 @@ def duration(seconds: float) -> str:
     """'2 h 03 min', '4 min 05 s', '12.3 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, whole = divmod(round(seconds), 60)
-    return f"{minutes} min {whole:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes} min {remainder:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _text(key: str, label: str, value: object, detail: str = "") -> Figure:
@@ -175,19 +177,19 @@ def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
 
 def _aside(summary: Mapping[str, Any], name: str) -> Figure:
     """Seconds beside the updates, in all."""
-    found = summary[name]
+    durations = summary[name]
     key, label = f"run.{name}_s", f"{name}s, in all"
-    if found is None:
+    if durations is None:
         return Figure(key, label, None, "s")
-    times = f"p50 {quantity(found['p50'], 's')}, p95 {quantity(found['p95'], 's')}"
-    detail = f"{found['n']:,}: {times}; in no step, rate or phase"
-    return Figure(key, label, math.fsum(found["samples"]), "s", n=found["n"], of=f"{name}s", detail=detail)
+    times = f"p50 {quantity(durations['p50'], 's')}, p95 {quantity(durations['p95'], 's')}"
+    detail = f"{durations['n']:,}: {times}; in no step, rate or phase"
+    return Figure(key, label, math.fsum(durations["samples"]), "s", n=durations["n"], of=f"{name}s", detail=detail)
 
 
 def _learning(history: History) -> list[Figure]:
     last = history.lines[-1] if history.lines else {}
     where = f"mean of the last log line, update {last['update']:,}" if last else ""
-    found = [
+    figures = [
         Figure(
             f"learning.{name}",
             f"{label} loss",
@@ -201,12 +203,12 @@ def _learning(history: History) -> list[Figure]:
         if name == "total" or name in last
     ]
     skipped = [real(line["skipped"]) for line in history.lines if "skipped" in line]
-    found.append(Figure("learning.skipped", "skipped updates", sum(skipped) if skipped else None, detail="not finite"))
+    figures.append(Figure("learning.skipped", "skipped updates", sum(skipped) if skipped else None, detail="not finite"))
     final = history.evaluations[-1] if history.evaluations else {}
     best = min(history.evaluations, key=lambda event: real(event.get("loss")), default={})
     for name, event in (("final", final), ("best", best)):
         at_update = f"{name}, update {event['update']:,}" if event else ""
-        found += [
+        figures += [
             Figure(
                 f"learning.{name}_heldout_loss",
                 f"held-out loss, {name}",
@@ -232,7 +234,7 @@ def _learning(history: History) -> list[Figure]:
             ),
         ]
     if "kl" in final:
-        found.append(
+        figures.append(
             Figure(
                 "learning.final_kl",
                 "held-out KL to the teacher, final",
@@ -246,7 +248,7 @@ def _learning(history: History) -> list[Figure]:
                 better="lower",
             )
         )
-    return found
+    return figures
 
 
 def _perplexity_se(event: Event) -> float | None:
@@ -257,8 +259,8 @@ def _perplexity_se(event: Event) -> float | None:
 
 def _value(value: object) -> float | None:
     """An int stays one: it is a count, and shown whole."""
-    found = value if isinstance(value, int) else real(value)
-    return found if value is not None and not math.isnan(found) else None
+    number = value if isinstance(value, int) else real(value)
+    return number if value is not None and not math.isnan(number) else None
 
 
 def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
@@ -334,11 +336,11 @@ def _mfu(summary: Mapping[str, Any], name: str, label: str, better: Better | Non
 
 def _step(summary: Mapping[str, Any]) -> list[Figure]:
     phases = summary["phases"] or {}
-    found = []
+    figures = []
     for name in sorted(phases, key=PHASES.index):
         phase = phases[name]
         percentiles = ", ".join(f"{mark} {quantity(phase[mark], 's')}" for mark in ("p50", "p95", "p99"))
-        found += [
+        figures += [
             Figure(
                 f"step.{name}_s",
                 name,
@@ -352,7 +354,7 @@ def _step(summary: Mapping[str, Any]) -> list[Figure]:
             ),
             Figure(f"step.{name}_share", f"{name}, of the step", phase["share"], "share", n=phase["n"]),
         ]
-    return found or [Figure("step.phases", "phases", None)]
+    return figures or [Figure("step.phases", "phases", None)]
 
 
 def _memory(summary: Mapping[str, Any]) -> list[Figure]:
@@ -365,11 +367,11 @@ def _memory(summary: Mapping[str, Any]) -> list[Figure]:
         "outside_bytes": ("used outside torch's allocator", "last log line"),
         "peak_rss_bytes": ("host, peak resident", "rank 0"),
     }
-    found = []
+    figures = []
     for name, (label, detail) in names.items():
         better: Better | None = "lower" if name.startswith("peak_") else None  # of one instant: no verdict
-        found.append(Figure(f"memory.{name}", label, _value(memory.get(name)), "bytes", detail=detail, better=better))
-    found += [
+        figures.append(Figure(f"memory.{name}", label, _value(memory.get(name)), "bytes", detail=detail, better=better))
+    figures += [
         Figure(f"memory.{name}", label, _value(memory.get(name)), better="lower")
         for name, label in (("retries", "allocations retried"), ("ooms", "out of memory"))
     ]
@@ -378,16 +380,18 @@ def _memory(summary: Mapping[str, Any]) -> list[Figure]:
         value, before = _value(parts[name]), _value(estimate.get(name))
         if name == "activations_and_logits" and estimate:  # measured together
             before = real(estimate.get("activations")) + real(estimate.get("logits"))
-        told = f"estimated before: {quantity(before, 'bytes')}" if before is not None else "no estimate recorded"
-        found.append(Figure(f"memory.parts.{name}", f"part: {name.replace('_', ' ')}", value, "bytes", detail=told))
-    whole = _value(memory.get("peak_bytes"))
-    if parts or whole is not None:
+        estimate_text = f"estimated before: {quantity(before, 'bytes')}" if before is not None else "no estimate recorded"
+        figures.append(Figure(f"memory.parts.{name}", f"part: {name.replace('_', ' ')}", value, "bytes", detail=estimate_text))
+    peak = _value(memory.get("peak_bytes"))
+    if parts or peak is not None:
         predicted = sum(real(value) for value in estimate.values()) if estimate else math.nan
-        told = f"estimated before: {quantity(predicted, 'bytes')}" if math.isfinite(predicted) else "no estimate recorded"
-        if whole and math.isfinite(predicted):
-            told += f" ({predicted / whole - 1:+.1%})"
-        found.append(Figure("memory.peak_bytes", "peak after the first updates", whole, "bytes", detail=told))
-    return found
+        estimate_text = (
+            f"estimated before: {quantity(predicted, 'bytes')}" if math.isfinite(predicted) else "no estimate recorded"
+        )
+        if peak and math.isfinite(predicted):
+            estimate_text += f" ({predicted / peak - 1:+.1%})"
+        figures.append(Figure("memory.peak_bytes", "peak after the first updates", peak, "bytes", detail=estimate_text))
+    return figures
 
 
 def _device(summary: Mapping[str, Any]) -> list[Figure]:
@@ -402,7 +406,7 @@ def _device(summary: Mapping[str, Any]) -> list[Figure]:
         ("power_w", "power", "W", "mean"),
         ("temperature_c", "temperature", "°C", "highest"),
     ]
-    found = [
+    figures = [
         Figure(
             f"device.{name}",
             label,
@@ -417,16 +421,16 @@ def _device(summary: Mapping[str, Any]) -> list[Figure]:
     ]
     why = energy.get("why") or f"rank 0's device, over {quantity(energy['seconds'], 's')}; the sensor's error is some per cent"
     per_token = energy["j_per_million_tokens"]
-    found += [
+    figures += [
         Figure("device.j_per_update", "energy an update", energy["j_per_update"], "J", detail=why, better="lower"),
         Figure("device.j_per_million_tokens", "energy per million tokens", per_token, "J", detail=why, better="lower"),
     ]
     throttled, watched = readings.get("throttled"), readings.get("throttled_samples")
     if throttled is None:  # nobody looked
-        return [*found, Figure("device.throttled", "throttled", None)]
+        return [*figures, Figure("device.throttled", "throttled", None)]
     if not throttled:
-        return [*found, _text("device.throttled", "throttled", "never", f"{watched:,} samples")]
-    return found + [
+        return [*figures, _text("device.throttled", "throttled", "never", f"{watched:,} samples")]
+    return figures + [
         Figure(
             f"device.throttled.{reason}",
             f"throttled: {reason.replace('_', ' ')}",
@@ -527,23 +531,23 @@ def _line_mean(lines: Iterable[Event], key: str, label: str, name: str) -> Figur
 
 def _environment(history: History) -> list[Figure]:
     """Versions and devices, nothing else of what surrounds a run: no variables, no addresses, no names of machines or users."""
-    found, versions = history.environment, dict(history.environment.get("versions") or {})
+    environment, versions = history.environment, dict(history.environment.get("versions") or {})
     if "torch" in history.start:
         versions.setdefault("torch", history.start["torch"])
     devices: dict[str, list[Mapping[str, Any]]] = {}
-    for device in found.get("devices") or []:
+    for device in environment.get("devices") or []:
         devices.setdefault(str(device.get("name")), []).append(device)
     figures = [
-        _text("environment.processor", "processor", found.get("processor")),
-        _text("environment.cores", "cores", found.get("cores")),
-        Figure("environment.memory_bytes", "host memory", _value(found.get("memory_bytes")), "bytes"),
+        _text("environment.processor", "processor", environment.get("processor")),
+        _text("environment.cores", "cores", environment.get("cores")),
+        Figure("environment.memory_bytes", "host memory", _value(environment.get("memory_bytes")), "bytes"),
     ]
     for index, (name, same) in enumerate(devices.items()):
         memory = _value(same[0].get("memory_bytes"))
-        told = quantity(memory, "bytes") if memory is not None else "memory not recorded"
-        figures.append(_text(f"environment.device_{index}", "device", f"{len(same)} {TIMES} {name}", told))
+        detail = quantity(memory, "bytes") if memory is not None else "memory not recorded"
+        figures.append(_text(f"environment.device_{index}", "device", f"{len(same)} {TIMES} {name}", detail))
     for kind, unit in (("flops", "flop/s"), ("bytes", "bytes/s")):
-        for source, value in (at(found, "peaks", kind) or {}).items():
+        for source, value in (at(environment, "peaks", kind) or {}).items():
             label = "peak arithmetic" if kind == "flops" else "peak memory bandwidth"
             figures.append(Figure(f"environment.peak_{kind}.{source}", label, _value(value), unit, detail=str(source)))
     if not versions:

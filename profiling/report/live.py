@@ -119,9 +119,9 @@ class Live:
             status = path.stat()
         except FileNotFoundError:
             return
-        if (seen := (status.st_ino, status.st_mtime_ns, status.st_size)) == self._recipe_seen:
+        if (stamp := (status.st_ino, status.st_mtime_ns, status.st_size)) == self._recipe_seen:
             return
-        self._recipe_seen = seen
+        self._recipe_seen = stamp
         try:
             values = read_yaml(path)
         except ValueError:
@@ -131,9 +131,9 @@ class Live:
     def _read_events(self) -> None:
         path = self.directory / "events.jsonl"
         status = path.stat()
-        if (seen := (status.st_ino, status.st_size, status.st_mtime_ns)) == self._seen and not self.reading:
+        if (stamp := (status.st_ino, status.st_size, status.st_mtime_ns)) == self._seen and not self.reading:
             return
-        self._seen = seen
+        self._seen = stamp
         identity = status.st_dev, status.st_ino
         if identity != self._identity or status.st_size < self._offset:
             self._forget()
@@ -221,14 +221,14 @@ class Live:
             del self._log[:-LOG_ENTRIES]
 
     def _take_back(self, update: int) -> None:
-        kept = bisect_right(self._updates, update)
+        count = bisect_right(self._updates, update)
         evaluations = [event for event in self._evaluations if not _later(event, update)]
         log = [entry for entry in self._log if entry["kind"] in ("start", "resume") or not _later(entry, update)]
-        if (kept, len(evaluations), len(log)) == (len(self._updates), len(self._evaluations), len(self._log)):
+        if (count, len(evaluations), len(log)) == (len(self._updates), len(self._evaluations), len(self._log)):
             return
         columns: list[array[Any]] = [self._updates, self._tokens, *self._columns.values()]
         for column in columns:
-            del column[kept:]
+            del column[count:]
         self._evaluations, self._log = evaluations, log
         self._generation = secrets.token_hex(4)
 
@@ -244,15 +244,15 @@ class Live:
         status = self._status()
         lines, stride = len(self._updates), _stride(len(self._updates))
         recipe = "-".join(map(str, self._recipe_seen))
-        known = (self._generation, stride, lines, len(self._evaluations), self._dropped + len(self._log))
-        now = ".".join(map(str, (*known, self._events, recipe, status["kind"], int(status["locked"]))))
+        position = (self._generation, stride, lines, len(self._evaluations), self._dropped + len(self._log))
+        now = ".".join(map(str, (*position, self._events, recipe, status["kind"], int(status["locked"]))))
         if self.reading:
             return {"cursor": cursor, "now": self._clock(), "poll_s": 0.05, "status": status}
         if cursor == now:
             return None
-        seen = re.fullmatch(r"([0-9a-f]{8})\.(\d+)\.(\d{1,18})\.(\d{1,18})\.(\d{1,18})\..*", cursor, re.ASCII)
-        reset = seen is None or seen.group(1, 2) != (self._generation, str(stride))
-        seen_lines, seen_evaluations, seen_log = map(int, seen.group(3, 4, 5)) if seen and not reset else (0, 0, 0)
+        parsed = re.fullmatch(r"([0-9a-f]{8})\.(\d+)\.(\d{1,18})\.(\d{1,18})\.(\d{1,18})\..*", cursor, re.ASCII)
+        reset = parsed is None or parsed.group(1, 2) != (self._generation, str(stride))
+        seen_lines, seen_evaluations, seen_log = map(int, parsed.group(3, 4, 5)) if parsed and not reset else (0, 0, 0)
         return {
             "cursor": now,
             "reset": reset,
@@ -333,15 +333,15 @@ class Live:
 
     def _progress(self) -> Event:
         updates, begun = self._start.get("updates"), self._start.get("update", 0)
-        known = isinstance(updates, int) and updates > 0
+        has_total = isinstance(updates, int) and updates > 0
         done = self._update - begun if isinstance(begun, int) else 0
         left_s = math.nan
-        if known and done > 0 and self._outcome is None:
+        if has_total and done > 0 and self._outcome is None:
             left_s = (updates - self._update) * (self._seconds_per_update() + self._aside_s / done)
         return {
             "update": self._update,
-            "updates": updates if known else None,
-            "share": self._update / updates if known else None,
+            "updates": updates if has_total else None,
+            "share": self._update / updates if has_total else None,
             "left_s": _or_none(left_s),
             "elapsed_s": _or_none(self._last_time - real(self._start.get("time"))),
             "attempt_from": begun,
@@ -376,10 +376,10 @@ class Live:
         for name in names:
             sums = [line.phases[name] for line in self._recent if name in line.phases]
             means[name] = math.fsum(seconds for seconds, _ in sums) / sum(count for _, count in sums)
-        whole = math.fsum(steps) / len(steps)
+        step_s = math.fsum(steps) / len(steps)
         overlapped = means.pop("communication", None)
-        means["other"] = max(0.0, whole - math.fsum(means.values()))
-        return {"step_s": whole, "updates": len(steps), "seconds": means, "communication_s": overlapped}
+        means["other"] = max(0.0, step_s - math.fsum(means.values()))
+        return {"step_s": step_s, "updates": len(steps), "seconds": means, "communication_s": overlapped}
 
     def _ranks(self) -> list[Event] | None:
         """One entry a rank; None with a single rank, or before the first log line."""
@@ -475,8 +475,8 @@ def _or_none(value: float) -> float | None:
 
 
 def _or_zero(value: object) -> float:
-    found = real(value)
-    return found if math.isfinite(found) else 0.0
+    number = real(value)
+    return number if math.isfinite(number) else 0.0
 
 
 def _later(event: Event, update: int) -> bool:

@@ -97,8 +97,8 @@ def line_of(event: Event) -> Line:
             phases[str(name)] = (math.fsum(measured), len(measured))
     per_rank = {}
     for name in PER_RANK:
-        if isinstance(given := event.get(name), list):
-            values = np.array([real(value) for value in given])
+        if isinstance(column := event.get(name), list):
+            values = np.array([real(value) for value in column])
             if np.isfinite(values).all():
                 per_rank[name] = values
     updates = event.get("updates")

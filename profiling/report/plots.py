@@ -81,10 +81,10 @@ def of_lines(*path: str, per_update: bool = False, get: Get | None = None) -> Ca
     """A field of the log lines, or what `get` takes from one; lines without it are left out, so that curves have no holes."""
 
     def points(history: History) -> Points:
-        found = [(line["update"], get(line) if get else at(line, *path), line.get("updates")) for line in history.lines]
-        found = [(update, value, count) for update, value, count in found if value is not None]
-        y = np.array([real(value) / (real(count) if per_update else 1.0) for _, value, count in found], dtype=np.float64)
-        return Points(x=np.array([update for update, _, _ in found], dtype=np.float64), y=y)
+        rows = [(line["update"], get(line) if get else at(line, *path), line.get("updates")) for line in history.lines]
+        rows = [(update, value, count) for update, value, count in rows if value is not None]
+        y = np.array([real(value) / (real(count) if per_update else 1.0) for _, value, count in rows], dtype=np.float64)
+        return Points(x=np.array([update for update, _, _ in rows], dtype=np.float64), y=y)
 
     return points
 
@@ -98,43 +98,43 @@ def add(
     *, wide: bool = False, tall: bool = False, log: bool = False, caption: str = "",
 ) -> None:  # fmt: skip
     """Draw the measures into panels of `section`, the first as `wide` and `tall` say. `log`: if the values ask for it."""
-    found = [(measure.name, [measure.get(history) for history in histories]) for measure in measures]
-    found = [(name, points) for name, points in found if any(np.isfinite(each.y).any() for each in points)]
-    if not found:
+    by_measure = [(measure.name, [measure.get(history) for history in histories]) for measure in measures]
+    by_measure = [(name, points) for name, points in by_measure if any(np.isfinite(curve.y).any() for curve in points)]
+    if not by_measure:
         section.missing.append(title)
     elif len(histories) == 1:
-        lines = [(name, points[0]) for name, points in found]
+        lines = [(name, points[0]) for name, points in by_measure]
         section.panels.append(_line_panel(title, lines, y, wide, tall, log, [caption]))
     else:
-        for name, points in found:
-            own = title if len(measures) == 1 else f"{title}: {name}"
-            lines = [(history.name, each) for history, each in zip(histories, points, strict=True)]
-            first = name == found[0][0]
-            absent = [run for run, each in lines if not np.isfinite(each.y).any()]
-            told = f"Not recorded in {', '.join(absent)}." if absent else ""
-            section.panels.append(_line_panel(own, lines, y, wide and first, tall and first, log, [caption, told]))
+        for name, points in by_measure:
+            panel_title = title if len(measures) == 1 else f"{title}: {name}"
+            lines = [(history.name, curve) for history, curve in zip(histories, points, strict=True)]
+            first = name == by_measure[0][0]
+            absent = [run for run, curve in lines if not np.isfinite(curve.y).any()]
+            absence = f"Not recorded in {', '.join(absent)}." if absent else ""
+            section.panels.append(_line_panel(panel_title, lines, y, wide and first, tall and first, log, [caption, absence]))
 
 
 def _line_panel(
-    title: str, lines: list[tuple[str, Points]], y: Axis, wide: bool, tall: bool, log: bool, told: list[str]
+    title: str, lines: list[tuple[str, Points]], y: Axis, wide: bool, tall: bool, log: bool, captions: list[str]
 ) -> Panel:
     series = [
-        ChartSeries(name=name, x=each.x, y=each.y, style=style, low=each.low, high=each.high)
-        for style, (name, each) in enumerate(lines)
-        if np.isfinite(each.y).any()
+        ChartSeries(name=name, x=points.x, y=points.y, style=style, low=points.low, high=points.high)
+        for style, (name, points) in enumerate(lines)
+        if np.isfinite(points.y).any()
     ]
     values = np.concatenate([one.y[np.isfinite(one.y)] for one in series])
     if log and values.min() > 0 and values.max() >= LOG_FROM * values.min():
         y = Axis(label=y.label, unit=y.unit, log=True)
-        told.append("Logarithmic axis.")
+        captions.append("Logarithmic axis.")
     most, columns = max(len(one.x) for one in series), int(((WIDE if wide else NARROW) - 60) / charts.COLUMN_WIDTH)
     if most > columns:
-        told.append(
+        captions.append(
             f"{most:,} values in some {columns} columns: the line is a column's mean, the band its smallest to its largest."
         )
     gaps = sum(int((~np.isfinite(one.y)).sum()) for one in series)
     if gaps:
-        told.append(f"Values that are not finite or not recorded: {gaps:,}, left blank.")
+        captions.append(f"Values that are not finite or not recorded: {gaps:,}, left blank.")
 
     def draw(width: float, height: float) -> str:
         return charts.line_chart(series, x=UPDATE, y=y, title=title, width=width, height=height)
@@ -145,7 +145,7 @@ def _line_panel(
         narrow=draw(NARROW, 230) if wide else "",
         tall=tall,
         legend=[(charts.swatch(one.style), one.name) for one in series] if len(lines) > 1 else [],
-        caption=" ".join(part for part in told if part),
+        caption=" ".join(part for part in captions if part),
     )
 
 
@@ -176,21 +176,21 @@ def _learning(histories: Sequence[History]) -> PlotSection:
 
 def _evaluated(name: str) -> Callable[[History], Points]:
     def points(history: History) -> Points:
-        found = [event for event in history.evaluations if event.get(name) is not None]
-        x = np.array([event["update"] for event in found], dtype=np.float64)
-        y = np.array([real(event[name]) for event in found], dtype=np.float64)
-        error = np.array([real(event.get(f"{name}_se")) for event in found], dtype=np.float64)
+        events = [event for event in history.evaluations if event.get(name) is not None]
+        x = np.array([event["update"] for event in events], dtype=np.float64)
+        y = np.array([real(event[name]) for event in events], dtype=np.float64)
+        error = np.array([real(event.get(f"{name}_se")) for event in events], dtype=np.float64)
         return Points(x=x, y=y, low=y - error, high=y + error)
 
     return points
 
 
 def _perplexity(history: History) -> Points:
-    loss, own = _evaluated("loss")(history), _evaluated("perplexity")(history)
-    if loss.low is None or loss.high is None or len(loss.x) != len(own.x):
-        return own
+    loss, perplexity = _evaluated("loss")(history), _evaluated("perplexity")(history)
+    if loss.low is None or loss.high is None or len(loss.x) != len(perplexity.x):
+        return perplexity
     with np.errstate(over="ignore"):
-        return Points(x=own.x, y=own.y, low=np.exp(loss.low), high=np.exp(loss.high))
+        return Points(x=perplexity.x, y=perplexity.y, low=np.exp(loss.low), high=np.exp(loss.high))
 
 
 def _speed(histories: Sequence[History]) -> PlotSection:
@@ -204,14 +204,14 @@ def _speed(histories: Sequence[History]) -> PlotSection:
     caption = "Every update of rank 0 behind the warm-up."
     add(section, "Step time", histories, step, Axis(label="step", unit="s", zero=True), caption=caption)
     steps = [_steps(history).y for history in histories]
-    recorded = [each for each in steps if each.size]
+    recorded = [times for times in steps if times.size]
     if recorded:
         # To the slowest run's 99th percentile and a quarter more: one stall must not squeeze all others into a line.
-        high = max(min(float(each.max()), 1.25 * float(np.percentile(each, 99))) for each in recorded)
-        domain = (min(float(each.min()) for each in recorded), high)
-        for style, (history, each) in enumerate(zip(histories, steps, strict=True)):
-            if each.size:
-                section.panels.append(_distribution(history, each, domain, style, several=len(histories) > 1))
+        high = max(min(float(times.max()), 1.25 * float(np.percentile(times, 99))) for times in recorded)
+        domain = (min(float(times.min()) for times in recorded), high)
+        for style, (history, times) in enumerate(zip(histories, steps, strict=True)):
+            if times.size:
+                section.panels.append(_distribution(history, times, domain, style, several=len(histories) > 1))
     else:
         section.missing.append("Step-time distribution")
     caption = "Share of the peak's FLOP/s that the models' own FLOP take."
@@ -219,7 +219,12 @@ def _speed(histories: Sequence[History]) -> PlotSection:
     if refused:
         caption += f" Refused, as more than 100%: {refused:,} log lines."
     sources = sorted(
-        {str(at(line, "mfu", "peak_source")) for each in histories for line in each.lines if at(line, "mfu", "peak_source")}
+        {
+            str(at(line, "mfu", "peak_source"))
+            for history in histories
+            for line in history.lines
+            if at(line, "mfu", "peak_source")
+        }
     )
     caption += f" Peak: {'; '.join(sources)}." if sources else ""
     utilisation = [_field(label, "mfu", name) for name, label in zip(MFU, _MFU, strict=True)]
@@ -239,8 +244,8 @@ def _steps(history: History) -> Points:
 def _distribution(history: History, steps: Floats, domain: tuple[float, float], style: int, several: bool) -> Panel:
     title = f"Step-time distribution: {history.name}" if several else "Step-time distribution"
     marks = [(f"p{percent}", float(np.percentile(steps, percent))) for percent in (50, 95, 99)]
-    told = ", ".join(f"{name} {quantity(value, 's')}" for name, value in marks)
-    caption = f"{len(steps):,} updates; {told}."
+    marks_text = ", ".join(f"{name} {quantity(value, 's')}" for name, value in marks)
+    caption = f"{len(steps):,} updates; {marks_text}."
     beyond = int((steps > domain[1]).sum())
     if beyond:
         caption += f" In the last bar: {beyond:,} beyond the axis, up to {quantity(float(steps.max()), 's')}."
@@ -255,10 +260,10 @@ def _distribution(history: History, steps: Floats, domain: tuple[float, float], 
 
 def _step(histories: Sequence[History]) -> PlotSection:
     section = PlotSection(key="step", title="Where a step goes")
-    found = [(history, phase_columns(history.lines)) for history in histories]
+    columns = [(history, phase_columns(history.lines)) for history in histories]
     wide = len(histories) == 1
-    tops = [charts.stack_top(x, list(each.values()), WIDE if wide else NARROW) for _, (x, each) in found if x.size]
-    for history, (x, phases) in found:
+    tops = [charts.stack_top(x, list(phases.values()), WIDE if wide else NARROW) for _, (x, phases) in columns if x.size]
+    for history, (x, phases) in columns:
         if not x.size:
             continue
         title = "Phases of a step" if wide else f"Phases of a step: {history.name}"
@@ -307,11 +312,11 @@ def phase_columns(lines: Iterable[Event]) -> tuple[Floats, dict[str, Floats]]:
     """(update [n], {phase: seconds [n]}) of the updates behind the warm-up whose line recorded phases, `other` last."""
     updates = phased_updates(lines)
     steps = np.array(updates.step_s, dtype=np.float64)
-    found: dict[str, Floats] = {
+    phases: dict[str, Floats] = {
         name: np.maximum(updates.phases[name], 0.0) if name in updates.phases else np.zeros_like(steps) for name in NAMES
     }
-    other = np.maximum(steps - np.sum(list(found.values()), axis=0), 0.0)
-    return np.array(updates.numbers, dtype=np.float64), {**found, "other": other}
+    other = np.maximum(steps - np.sum(list(phases.values()), axis=0), 0.0)
+    return np.array(updates.numbers, dtype=np.float64), {**phases, "other": other}
 
 
 _HELD = {
@@ -442,8 +447,8 @@ def _communication(histories: Sequence[History]) -> PlotSection:
         caption="Of one rank, as handed to the engine: after compression.",
     )
     rings = max((len(line.get("ring_bytes") or ()) for history in histories for line in history.lines), default=0)
-    each = [Measure(name=f"ring {ring}", get=_ring(ring)) for ring in range(rings)]
-    add(section, "Gradient bytes per ring", histories, each, axis)
+    measures = [Measure(name=f"ring {ring}", get=_ring(ring)) for ring in range(rings)]
+    add(section, "Gradient bytes per ring", histories, measures, axis)
     wait = [_field("wait", "exchange_wait_s", per_update=True)]
     add(
         section,

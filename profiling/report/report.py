@@ -138,17 +138,17 @@ def run_report(runs: Sequence[Path], out: Path | None, *, markdown: bool, as_jso
     """The command: write to `out`, to its default, or to standard output."""
     if markdown and as_json:
         raise UserError("--markdown and --json are two reports; give one of them")
-    found = read_runs(runs)
+    reported = read_runs(runs)
     if not markdown and not as_json:
         out = out or (Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html"))
-        write_text(as_html(found), out)
+        write_text(as_html(reported), out)
     else:
-        text = as_markdown(found) if markdown else json_text(found)
+        text = as_markdown(reported) if markdown else json_text(reported)
         if out is None:
             print(text, end="")
             return
         write_text(text, out)
-    print(f"{out}: {' against '.join(run.name for run in found)}")
+    print(f"{out}: {' against '.join(run.name for run in reported)}")
 
 
 def write_text(text: str, out: Path) -> None:
@@ -171,14 +171,15 @@ def read_runs(runs: Sequence[Path]) -> list[Reported]:
     same = {name for name, count in Counter(history.name for history in histories).items() if count > 1}
     if same:  # runs/a/student and runs/b/student: as they were given
         histories = [
-            replace(each, name=str(path)) if each.name in same else each for each, path in zip(histories, runs, strict=True)
+            replace(history, name=str(path)) if history.name in same else history
+            for history, path in zip(histories, runs, strict=True)
         ]
-    found = []
+    reported = []
     for history in histories:
         history = replace(history, name=svg.without_controls(history.name), environment=_without_hosts(history.environment))
         summary = summarise(history)
-        found.append(Reported(history=history, summary=summary, groups=groups(history, summary)))
-    return found
+        reported.append(Reported(history=history, summary=summary, groups=groups(history, summary)))
+    return reported
 
 
 def _without_hosts(environment: Event) -> Event:
@@ -187,20 +188,24 @@ def _without_hosts(environment: Event) -> Event:
 
 
 def tables(runs: Sequence[Reported]) -> list[ComparisonTable]:
-    found = []
+    comparisons = []
     for index, first in enumerate(runs[0].groups):
         by_run = [{figure.key: figure for figure in run.groups[index].figures} for run in runs]
-        known = {key: figure for figures in reversed(by_run) for key, figure in figures.items()}
+        by_key = {key: figure for figures in reversed(by_run) for key, figure in figures.items()}
         order = list(dict.fromkeys(key for figures in by_run for key in figures))
         rows = []
         for key in order:
             # What one run's events do not even name: as little recorded as what they name without a value.
-            own = [figures.get(key, replace(known[key], value=None, spread=None, n=None, detail="")) for figures in by_run]
-            if any(figure.value is not None for figure in own):
-                rows.append(ComparisonRow(figures=own, differences=[figure.against(own[0]) for figure in own]))
-        missing = [known[key].label for key in order if all(figures.get(key, known[key]).value is None for figures in by_run)]
-        found.append(ComparisonTable(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
-    return found
+            row_figures = [
+                figures.get(key, replace(by_key[key], value=None, spread=None, n=None, detail="")) for figures in by_run
+            ]
+            if any(figure.value is not None for figure in row_figures):
+                rows.append(
+                    ComparisonRow(figures=row_figures, differences=[figure.against(row_figures[0]) for figure in row_figures])
+                )
+        missing = [by_key[key].label for key in order if all(figures.get(key, by_key[key]).value is None for figures in by_run)]
+        comparisons.append(ComparisonTable(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
+    return comparisons
 
 
 def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
@@ -235,9 +240,9 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
                     if key in runs[0].figures and (difference := figure.against(runs[0].figures[key])) is not None
                 },
                 "judged": {
-                    key: found._asdict()
+                    key: judgement._asdict()
                     for key, figure in run.figures.items()
-                    if key in runs[0].figures and (found := judge(figure, runs[0].figures[key])).verdict
+                    if key in runs[0].figures and (judgement := judge(figure, runs[0].figures[key])).verdict
                 },
             }
             for run in runs[1:]
@@ -272,10 +277,12 @@ def as_markdown(runs: Sequence[Reported]) -> str:
         if table.missing:
             parts += ["", f"Not recorded: {_cell(', '.join(table.missing))}."]
     for run in runs:
-        if found := kernels(run):
+        if kernel_rows := kernels(run):
             parts += ["", f"## {traced(run)}" + f" ({_cell(run.name)})" * (len(runs) > 1), ""]
             parts += ["| kernel or operator | calls | in all | share |", "|---|---:|---:|---:|"]
-            parts += [f"| {_cell(name)} | {calls:,} | {quantity(s, 's')} | {share:.1%} |" for name, calls, s, share in found]
+            parts += [
+                f"| {_cell(name)} | {calls:,} | {quantity(s, 's')} | {share:.1%} |" for name, calls, s, share in kernel_rows
+            ]
     return "\n".join(parts) + "\n"
 
 
@@ -299,43 +306,43 @@ def judged_text(difference: float | None, judgement: Judgement) -> str:
 
 def cautions(run: Reported) -> list[str]:
     """What a reader must know before believing the numbers."""
-    history, summary, found = run.history, run.summary, []
+    history, summary, texts = run.history, run.summary, []
     if history.outcome != "done":
-        found.append(f"The run did not end: {OUTCOMES[history.outcome]}.")
+        texts.append(f"The run did not end: {OUTCOMES[history.outcome]}.")
     if len(history.starts) > 1:
-        found.append(f"{len(history.starts)} attempts: the run was continued {len(history.starts) - 1} times.")
+        texts.append(f"{len(history.starts)} attempts: the run was continued {len(history.starts) - 1} times.")
     left_out = len(history.lines) - len(history.comparable_lines)
     if left_out:
-        found.append(
+        texts.append(
             f"{left_out} of {len(history.lines)} log lines ran otherwise (ranks, device, ...): in the curves, in no figure."
         )
     if summary["warmup"] and not summary["updates"]:
-        found.append("All that was recorded is warm-up: there are curves, but no figures of speed.")
-    found += [f"MFU is refused: {reason}." for reason in (summary["mfu"] or {}).get("refused", [])]
+        texts.append("All that was recorded is warm-up: there are curves, but no figures of speed.")
+    texts += [f"MFU is refused: {reason}." for reason in (summary["mfu"] or {}).get("refused", [])]
     skipped = sum(real(line["skipped"]) for line in history.lines if "skipped" in line)
     if skipped:
-        found.append(f"{skipped:,.0f} updates were skipped: a value was not finite.")
+        texts.append(f"{skipped:,.0f} updates were skipped: a value was not finite.")
     memory = summary["memory"] or {}
     if memory.get("retries"):
-        found.append(f"The allocator freed its cache and tried again {memory['retries']} times: memory was nearly full.")
+        texts.append(f"The allocator freed its cache and tried again {memory['retries']} times: memory was nearly full.")
     slowed = slowed_down(summary)
-    if told := [f"{reason.replace('_', ' ')} in {share:.1%} of the samples" for reason, share in slowed.items()]:
-        found.append(f"The device slowed itself down: {', '.join(told)}.")
-    return [svg.without_controls(text) for text in found]
+    if slowdowns := [f"{reason.replace('_', ' ')} in {share:.1%} of the samples" for reason, share in slowed.items()]:
+        texts.append(f"The device slowed itself down: {', '.join(slowdowns)}.")
+    return [svg.without_controls(text) for text in texts]
 
 
 def uneven(runs: Sequence[Reported]) -> list[str]:
     """What makes a comparison of the runs unfair."""
     names = ("device", "dtype", "ranks", "micro_batch_tokens", "accumulation", "student_parameters", "teacher_parameters")
-    found = []
+    texts = []
     for name in names:
         values = list(dict.fromkeys(run.summary[name] for run in runs))
         if len(values) > 1:
-            told = ", ".join(
+            values_text = ", ".join(
                 NOT_RECORDED if value is None else f"{value:,}" if isinstance(value, int) else str(value) for value in values
             )
-            found.append(f"The runs differ in {name.replace('_', ' ')}: {told}.")
-    return [svg.without_controls(text) for text in found]
+            texts.append(f"The runs differ in {name.replace('_', ' ')}: {values_text}.")
+    return [svg.without_controls(text) for text in texts]
 
 
 def traced(run: Reported) -> str:
@@ -360,8 +367,8 @@ def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def recipe_differences(runs: Sequence[Reported]) -> list[tuple[str, list[str]]]:
     """(key, value in each run) of the recipes' fields that differ."""
     flat = [dict(_leaves(run.history.recipe)) for run in runs]
-    keys = dict.fromkeys(key for each in flat for key in each)
-    rows = [(key, [svg.without_controls(str(each[key])) if key in each else "" for each in flat]) for key in keys]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe)
+    rows = [(key, [svg.without_controls(str(recipe[key])) if key in recipe else "" for recipe in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -370,13 +377,13 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
     by_message: dict[str, list[int | None]] = {}
     for note in history.notes:
         by_message.setdefault(str(note.get("message", "")), []).append(note.get("update"))
-    found = []
+    entries = []
     for message, updates in by_message.items():
-        known = [update for update in updates if update is not None]
-        where = f"update {known[0]:,}" if known else ""
+        numbers = [update for update in updates if update is not None]
+        where = f"update {numbers[0]:,}" if numbers else ""
         where += f", and {len(updates) - 1:,} more" if len(updates) > 1 else ""
-        found.append((where, svg.without_controls(message)))
-    return found[:NOTES_SHOWN], max(0, len(found) - NOTES_SHOWN)
+        entries.append((where, svg.without_controls(message)))
+    return entries[:NOTES_SHOWN], max(0, len(entries) - NOTES_SHOWN)
 
 
 @cache
@@ -429,7 +436,7 @@ def _shown(section: PlotSection, table: ComparisonTable) -> dict[str, Any]:
 def _head(index: int, run: Reported) -> dict[str, Any]:
     history, wall = run.history, run.history.wall_s
     begun = history.starts[0].get("time") if history.starts else None
-    found, more = notes(history)
+    shown_notes, more = notes(history)
     done = history.lines[-1]["update"] if history.lines else history.start.get("update", 0)
     planned = history.start.get("updates")
     recipe = yaml.safe_dump(history.recipe, sort_keys=False, allow_unicode=True)
@@ -448,7 +455,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "measured": run.summary["updates"],
         "warmup": run.summary["warmup"],
         "cautions": cautions(run),
-        "notes": found,
+        "notes": shown_notes,
         "more_notes": more,
         "traced": traced(run),
         "kernels": [(name, f"{calls:,}", quantity(s, "s"), f"{share:.1%}") for name, calls, s, share in kernels(run)],
@@ -457,7 +464,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
 
 
 def _tiles(run: Reported) -> list[dict[str, str]]:
-    found = []
+    tiles = []
     for key, label in TILES.items():
         figure = run.figures[key]
         if key == "memory.peak_allocated_bytes" and figure.value is None:
@@ -470,8 +477,8 @@ def _tiles(run: Reported) -> list[dict[str, str]]:
             if figure.value is None
             else ", ".join(part for part in (figure.spread_text, figure.count_text) if part) or figure.detail
         )
-        found.append({"label": label, "text": text, "unit": unit, "below": below})
-    return found
+        tiles.append({"label": label, "text": text, "unit": unit, "below": below})
+    return tiles
 
 
 def _head_rows(by_key: Mapping[str, ComparisonTable]) -> list[ComparisonRow]:
@@ -506,8 +513,8 @@ def _finite(value: Any) -> Any:
         case float() if not math.isfinite(value):
             return None
         case Mapping():
-            return {key: _finite(each) for key, each in value.items()}
+            return {key: _finite(element) for key, element in value.items()}
         case list() | tuple():
-            return [_finite(each) for each in value]
+            return [_finite(element) for element in value]
         case _:
             return value

@@ -127,9 +127,9 @@ def _phases(updates: Updates) -> dict[str, Any] | None:
         return None
     columns: dict[str, list[float]] = {name: updates.phases[name] for name in NAMES if name in updates.phases}
     columns["other"] = (np.asarray(updates.step_s) - np.sum(list(columns.values()), axis=0)).tolist()
-    whole = sum(updates.step_s)
+    total_s = sum(updates.step_s)
     return {
-        name: {**(statistics_of(column) or {}), "share": sum(column) / whole if whole else 0.0}
+        name: {**(statistics_of(column) or {}), "share": sum(column) / total_s if total_s else 0.0}
         for name, column in columns.items()
     }
 
@@ -161,46 +161,48 @@ def _tokens_per_s(lines: Iterable[Event]) -> float | None:
 
 
 def _over(lines: Iterable[Event], numerator: str, denominator: str) -> float | None:
-    known = [(line[numerator], line[denominator]) for line in lines if numerator in line and line.get(denominator)]
-    return sum(above for above, _ in known) / sum(below for _, below in known) if known else None
+    pairs = [(line[numerator], line[denominator]) for line in lines if numerator in line and line.get(denominator)]
+    return sum(above for above, _ in pairs) / sum(below for _, below in pairs) if pairs else None
 
 
 def _mean(
     lines: Iterable[Event], value: Callable[[Event], Any], weight: Callable[[Event], float | None] = _seconds
 ) -> float | None:
     """Over time, of the lines that have the value."""
-    known = [(float(found), weighs) for line in lines if (found := value(line)) is not None and (weighs := weight(line))]
-    return sum(found * weighs for found, weighs in known) / sum(weighs for _, weighs in known) if known else None
+    weighted = [(float(number), weighs) for line in lines if (number := value(line)) is not None and (weighs := weight(line))]
+    return sum(number * weighs for number, weighs in weighted) / sum(weighs for _, weighs in weighted) if weighted else None
 
 
 def _flops(lines: Iterable[Event]) -> dict[str, float] | None:
     """Of rank 0 in one update."""
-    known = [line for line in lines if line.get("flops") and line.get("updates")]
-    updates = sum(line["updates"] for line in known)
+    recorded = [line for line in lines if line.get("flops") and line.get("updates")]
+    updates = sum(line["updates"] for line in recorded)
     return (
-        {name: sum(line["flops"].get(name) or 0 for line in known) / updates for name in known[0]["flops"]} if known else None
+        {name: sum(line["flops"].get(name) or 0 for line in recorded) / updates for name in recorded[0]["flops"]}
+        if recorded
+        else None
     )
 
 
 def _mfu(lines: Sequence[Event], *path: str) -> dict[str, Any] | None:
     """Means over time: all FLOP over all time and the peak. None of them once a line's was refused: `refused` says why."""
-    known = [line for line in lines if at(line, *path)]
-    if not known:
+    recorded = [line for line in lines if at(line, *path)]
+    if not recorded:
         return None
-    last = at(known[-1], *path)
-    same = [line for line in known if at(line, *path, "peak_flops") == last.get("peak_flops")]
-    refused = [reason for line in known if (reason := at(line, *path, "refused"))]
+    last = at(recorded[-1], *path)
+    same = [line for line in recorded if at(line, *path, "peak_flops") == last.get("peak_flops")]
+    refused = [reason for line in recorded if (reason := at(line, *path, "refused"))]
     return {
         **{name: None if refused else _mean(same, _getter(*path, name)) for name in MFU},
         "peak_flops": last.get("peak_flops"),
         "peak_source": last.get("peak_source"),
-        "refused": [f"in {len(refused)} of {len(known)} log lines: {refused[0]}"] if refused else [],
+        "refused": [f"in {len(refused)} of {len(recorded)} log lines: {refused[0]}"] if refused else [],
     }
 
 
 def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
     """Peaks are the highest of all lines, other bytes those of the last one."""
-    found: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
     for line in lines:
         recorded = line.get("memory") or {
             name: line[old]
@@ -213,15 +215,15 @@ def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
         }
         for name, value in recorded.items():
             if name == "phase_peaks":
-                peaks = found.setdefault(name, {})
+                peaks = memory.setdefault(name, {})
                 peaks.update({phase: max(size, peaks.get(phase, 0)) for phase, size in value.items()})
             elif name.startswith("peak_") and isinstance(value, int | float):
-                found[name] = max(value, found.get(name, 0))
+                memory[name] = max(value, memory.get(name, 0))
             else:
-                found[name] = value
+                memory[name] = value
     if history.memory is not None:
-        found |= {name: history.memory.get(name) for name in ("parts", "estimate", "peak_bytes")}
-    return found or None
+        memory |= {name: history.memory.get(name) for name in ("parts", "estimate", "peak_bytes")}
+    return memory or None
 
 
 def _updates_alone(lines: Iterable[Event], asides: Iterable[Event]) -> list[Event]:
@@ -261,30 +263,30 @@ def _energy(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]:
 def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any] | None:
     """Of rank 0's device, over the lines that held updates alone: means over time, of clocks medians. The highest temperature
     and throttled (share of samples, by reason; None: nobody looked) are of all lines."""
-    known = [line["device"] for line in lines if line.get("device")]
-    if not known:
+    readings = [line["device"] for line in lines if line.get("device")]
+    if not readings:
         return None
     alone = [line["device"] for line in _updates_alone(lines, asides) if line.get("device")]
-    names = list(dict.fromkeys(name for device in known for name in device if name not in NOT_AVERAGED))
-    found: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in alone)}
+    names = list(dict.fromkeys(name for device in readings for name in device if name not in NOT_AVERAGED))
+    averages: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in alone)}
     if not alone:
-        found["why"] = f"all {len(known)} log lines held more than updates"
+        averages["why"] = f"all {len(readings)} log lines held more than updates"
     for name in names:
-        devices = known if name == "temperature_c" else alone
+        devices = readings if name == "temperature_c" else alone
         readable = [device for device in devices if isinstance(device.get(name), int | float)]
         values = [device[name] for device in readable]
         if not values:
-            last = known[-1].get(name)
-            found[name] = last if isinstance(last, str) else None
+            last = readings[-1].get(name)
+            averages[name] = last if isinstance(last, str) else None
         elif name == "temperature_c":
-            found[name] = max(values)
+            averages[name] = max(values)
         elif name.endswith("_min_mhz"):
-            found[name] = min(values)
+            averages[name] = min(values)
         elif name.endswith("_mhz"):
-            found[name] = float(np.median(values))
+            averages[name] = float(np.median(values))
         else:
-            found[name] = _mean(readable, _getter(name), _getter("seconds"))
-    return {**found, **_throttled(known)}
+            averages[name] = _mean(readable, _getter(name), _getter("seconds"))
+    return {**averages, **_throttled(readings)}
 
 
 def _throttled(devices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -312,25 +314,25 @@ def slowed_down(summary: Mapping[str, Any]) -> dict[str, float]:
 def _straggler(lines: Iterable[Event], devices: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The rank with the most work of its own; `share`: by how much it is above the mean rank's; rank_0_waited_s: for whoever
     worked longest on an update (in older runs: on a line's updates)."""
-    known = [line for line in lines if len(line.get("rank_worked_s") or ()) > 1]
-    if not known:
+    recorded = [line for line in lines if len(line.get("rank_worked_s") or ()) > 1]
+    if not recorded:
         return None
-    worked = np.asarray([line["rank_worked_s"] for line in known])
+    worked = np.asarray([line["rank_worked_s"] for line in recorded])
     of_rank = worked.sum(axis=0)
     rank = int(of_rank.argmax())
 
     def summed(name: str) -> list[float] | None:
-        return np.sum([line[name] for line in known], axis=0).tolist() if all(name in line for line in known) else None
+        return np.sum([line[name] for line in recorded], axis=0).tolist() if all(name in line for line in recorded) else None
 
     return {
         "rank": rank,
         "host": next((device.get("host") for device in devices if device.get("rank") == rank), None),
         "share": float(of_rank[rank] / of_rank.mean() - 1) if of_rank.mean() > 0 else 0.0,
         "slowest_in": int((worked.argmax(axis=1) == rank).sum()),
-        "lines": len(known),
+        "lines": len(recorded),
         "worked_s": of_rank.tolist(),
-        "rank_0_waited_s": float(sum(line.get("rank_0_waited_s", _behind(line["rank_worked_s"])) for line in known)),
-        "seconds": sum(_seconds(line) or 0.0 for line in known),
+        "rank_0_waited_s": float(sum(line.get("rank_0_waited_s", _behind(line["rank_worked_s"])) for line in recorded)),
+        "seconds": sum(_seconds(line) or 0.0 for line in recorded),
         "tokens": summed("rank_tokens"),
         "data_wait_s": summed("rank_data_wait_s"),
     }

@@ -120,7 +120,7 @@ def line_chart(series: Sequence[ChartSeries], *, x: Axis, y: Axis, title: str, w
         parts.append(_bars_of_error(one, plot))
         parts.append(_line(one, plot, left, right, y.unit))
     parts.append(_readings(drawn, plot, left, right, x, y))
-    named = ", ".join(_told(one, y.unit) for one in drawn)
+    named = ", ".join(_description(one, y.unit) for one in drawn)
     return _svg(width, height, f"{title}. {x.label} from {_place(left, x)} to {_place(right, x)}. {named}", parts)
 
 
@@ -137,7 +137,7 @@ def _ends(values: Floats) -> list[float]:
     return [float(finite.min()), float(finite.max())] if finite.size else []
 
 
-def _told(one: ChartSeries, unit: str) -> str:
+def _description(one: ChartSeries, unit: str) -> str:
     finite = one.y[np.isfinite(one.y)]
     if finite.size == 1:
         return f"{one.name}: {quantity(finite[0], unit)}"
@@ -148,9 +148,9 @@ def _told(one: ChartSeries, unit: str) -> str:
 
 
 def _frame(
-    x_low: float, x_high: float, y_low: float, y_high: float, x: Axis, y: Axis, width: float, height: float, whole: bool = False
+    x_low: float, x_high: float, y_low: float, y_high: float, x: Axis, y: Axis, width: float, height: float, tight: bool = False
 ) -> Plot:
-    """The area, its hairlines and their labels. `whole`: the x axis ends at the data, and has no room for it beyond."""
+    """The area, its hairlines and their labels. `tight`: the x axis ends at the data, and has no room for it beyond."""
     factor, unit = readable(y.unit, max(abs(y_low), abs(y_high), y.top or 0.0))
     if y.log:
         bounds = y_low / 1.08, y_high * 1.08
@@ -164,9 +164,9 @@ def _frame(
     left = 12 + _CHARACTER * max(len(name) for name in names)
     right, bottom = width - _RIGHT, height - _BOTTOM
     y_of = _scale(*bounds, bottom, _TOP, y.log)
-    if x_low == x_high and not whole:
+    if x_low == x_high and not tight:
         x_low, x_high = x_low - 1, x_high + 1
-    elif 0 < x_low < 0.3 * x_high and not whole:
+    elif 0 < x_low < 0.3 * x_high and not tight:
         x_low = 0.0
     x_of = _scale(x_low, x_high, left, right, log=False)
     x_factor, x_unit = readable(x.unit, x_high)
@@ -212,13 +212,13 @@ def _scale(low: float, high: float, start: float, end: float, log: bool) -> Call
 def _line(one: ChartSeries, plot: Plot, left: float, right: float, unit: str) -> str:
     style = f"s{one.style % STYLES}"
     count = max(1, int((plot.right - plot.left) / COLUMN_WIDTH))
-    told = f"<title>{_text(_told(one, unit))}</title>"
+    tooltip = f"<title>{_text(_description(one, unit))}</title>"
     if len(one.x) <= count:
         x, y = plot.x_of(one.x), plot.y_of(one.y)
         dots = ""
         if len(one.x) <= 40:
             dots = "".join(f'<circle class="dot {style}" cx="{_r(a)}" cy="{_r(b)}" r="2.2"/>' for a, b in _finite(x, y))
-        return f'<path class="line {style}" d="{_path(x, y)}">{told}</path>{dots}'
+        return f'<path class="line {style}" d="{_path(x, y)}">{tooltip}</path>{dots}'
     columns = gather(one.x, one.y, left, right, count)
     x, low, high = plot.x_of(columns.x), plot.y_of(columns.low), plot.y_of(columns.high)
     band = "".join(
@@ -228,7 +228,7 @@ def _line(one: ChartSeries, plot: Plot, left: float, right: float, unit: str) ->
         for xs, tops, ends in _pieces(x, high, low)
     )
     line = _path(x, plot.y_of(columns.mean))
-    return f'<path class="band {style}" d="{band}"/><path class="line {style}" d="{line}">{told}</path>'
+    return f'<path class="band {style}" d="{band}"/><path class="line {style}" d="{line}">{tooltip}</path>'
 
 
 def _pieces(x: Floats, *ys: Floats) -> list[tuple[Floats, ...]]:
@@ -301,10 +301,10 @@ def _hover(start: float, end: float, plot: Plot, lines: Sequence[str]) -> str:
     return _rect("hover", start, _TOP, max(end - start, 0.5), plot.bottom - _TOP, "\n".join(lines))
 
 
-def _rect(classes: str, x: float, y: float, width: float, height: float, told: str) -> str:
+def _rect(classes: str, x: float, y: float, width: float, height: float, tooltip: str) -> str:
     return (
         f'<rect class="{classes}" x="{_r(x)}" y="{_r(y)}" width="{_r(width)}" height="{_r(height)}">'
-        f"<title>{_text(told)}</title></rect>"
+        f"<title>{_text(tooltip)}</title></rect>"
     )
 
 
@@ -325,16 +325,18 @@ def stacked_chart(
     middles = (places[:-1] + places[1:]) / 2
     half = (places[1] - places[0]) / 2 if len(places) > 1 else 0.5
     edges = np.array([places[0] - half, *middles, places[-1] + (places[-1] - middles[-1] if len(middles) else half)])
-    plot = _frame(edges[0], edges[-1], 0.0, float(tops[-1].max()), x_axis, y_axis, width, height, whole=True)
+    plot = _frame(edges[0], edges[-1], 0.0, float(tops[-1].max()), x_axis, y_axis, width, height, tight=True)
     at = np.repeat(plot.x_of(edges), 2)[1:-1]
     parts = [plot.grid]
     bottoms = np.zeros_like(tops[0])
     for layer, top in zip(layers, tops, strict=True):
         upper, lower = plot.y_of(np.repeat(top, 2)), plot.y_of(np.repeat(bottoms, 2))
         outline = [*zip(at, upper, strict=True), *zip(at[::-1], lower[::-1], strict=True)]
-        told = f"<title>{_text(f'{layer.name}: {quantity(float(np.nanmean(layer.values)), y_axis.unit)} in the mean')}</title>"
+        tooltip = (
+            f"<title>{_text(f'{layer.name}: {quantity(float(np.nanmean(layer.values)), y_axis.unit)} in the mean')}</title>"
+        )
         path = "M" + "L".join(f"{_r(a)} {_r(b)}" for a, b in outline) + "Z"
-        parts.append(f'<path class="layer p-{_class(layer.name)}" d="{path}">{told}</path>')
+        parts.append(f'<path class="layer p-{_class(layer.name)}" d="{path}">{tooltip}</path>')
         bottoms = top
     for start in range(0, len(places), max(1, math.ceil(len(places) / 40))):
         end = min(start + max(1, math.ceil(len(places) / 40)), len(places))
@@ -358,8 +360,8 @@ def _stack(x: Floats, values: Sequence[Floats], width: float) -> tuple[Floats, F
     count = max(1, int((width - 60) / COLUMN_WIDTH))
     if len(x) <= count:
         return x, np.nan_to_num(np.stack(list(values)))
-    gathered = [gather(x, each, float(x[0]), float(x[-1]), count) for each in values]
-    return gathered[0].x, np.nan_to_num(np.stack([each.mean for each in gathered]))
+    gathered = [gather(x, column, float(x[0]), float(x[-1]), count) for column in values]
+    return gathered[0].x, np.nan_to_num(np.stack([columns.mean for columns in gathered]))
 
 
 def stack_top(x: Floats, values: Sequence[Floats], width: float) -> float:
@@ -377,7 +379,7 @@ def histogram(
         low, high = low * 0.95, high * 1.05 or 1.0
     bins = max(5, min(40, int(math.sqrt(len(values)) * 2)))
     counts, edges = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))
-    plot = _frame(low, high, 0.0, float(counts.max()), x, Axis(label="updates", zero=True), width, height, whole=True)
+    plot = _frame(low, high, 0.0, float(counts.max()), x, Axis(label="updates", zero=True), width, height, tight=True)
     parts = [plot.grid]
     at, top = plot.x_of(edges), plot.y_of(counts.astype(np.float64))
     for index, count in enumerate(counts):
@@ -385,8 +387,8 @@ def histogram(
             span = f"{quantity(edges[index], x.unit)} to {quantity(edges[index + 1], x.unit)}"
             if index == bins - 1 and values.max() > high:
                 span = f"{quantity(edges[index], x.unit)} and more, up to {quantity(float(values.max()), x.unit)}"
-            told, wide = f"{span}: {count:,} updates", max(at[index + 1] - at[index] - 0.8, 0.6)
-            parts.append(_rect(f"bar s{style % STYLES}", at[index] + 0.4, top[index], wide, plot.bottom - top[index], told))
+            tooltip, wide = f"{span}: {count:,} updates", max(at[index + 1] - at[index] - 0.8, 0.6)
+            parts.append(_rect(f"bar s{style % STYLES}", at[index] + 0.4, top[index], wide, plot.bottom - top[index], tooltip))
     labels = []
     taken = -math.inf
     for row, (name, value) in enumerate(marks):
@@ -400,8 +402,8 @@ def histogram(
             f'<text class="note" x="{_r(place + shift)}" y="{_r(_TOP + 8 + 12 * line)}" text-anchor="{anchor}">{_text(name)}'
             f"<title>{_text(f'{name}: {quantity(value, x.unit)}')}</title></text>"
         )
-    told = ", ".join(f"{name} {quantity(value, x.unit)}" for name, value in marks)
-    return _svg(width, height, f"{title}. {len(values):,} values, {told}", [*parts, *labels])
+    summary = ", ".join(f"{name} {quantity(value, x.unit)}" for name, value in marks)
+    return _svg(width, height, f"{title}. {len(values):,} values, {summary}", [*parts, *labels])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,8 +439,8 @@ def bar_chart(bars: Sequence[Bar], *, x: Axis, title: str, width: float = 360, m
         for name, value in bar.parts:
             begin, end = place(np.array([start, start + value]))
             if value > 0:
-                told = f"{bar.name}, {name}: {quantity(value, x.unit)}, {value / total:.1%}"
-                parts.append(_rect(f"area p-{_class(name)}", begin, top + 8, end - begin, 18, told))
+                tooltip = f"{bar.name}, {name}: {quantity(value, x.unit)}, {value / total:.1%}"
+                parts.append(_rect(f"area p-{_class(name)}", begin, top + 8, end - begin, 18, tooltip))
             start += value
     for name, value in marks:
         at = float(place(np.array([value]))[0])
@@ -446,26 +448,26 @@ def bar_chart(bars: Sequence[Bar], *, x: Axis, title: str, width: float = 360, m
         parts.append(
             f'<text class="note" x="{_r(at - 4)}" y="10" text-anchor="end">{_text(f"{name} {quantity(value, x.unit)}")}</text>'
         )
-    told = "; ".join(
+    summary = "; ".join(
         f"{bar.name}: " + ", ".join(f"{name} {quantity(value, x.unit)}" for name, value in bar.parts) for bar in bars
     )
-    return _svg(width, height, f"{title}. {told}", parts)
+    return _svg(width, height, f"{title}. {summary}", parts)
 
 
 def rank_chart(values: Floats, *, y: Axis, style: int = 0, mark: int | None = None, title: str, width: float = 360) -> str:
     """One upright bar for each rank: values [ranks]; `mark`: the rank to point at."""
     height = 210.0
-    plot = _frame(-0.5, len(values) - 0.5, 0.0, float(values.max()), Axis(label="rank"), y, width, height, whole=True)
+    plot = _frame(-0.5, len(values) - 0.5, 0.0, float(values.max()), Axis(label="rank"), y, width, height, tight=True)
     parts = [plot.grid]
     edges = plot.x_of(np.arange(len(values) + 1, dtype=np.float64) - 0.5)
     pad = min(4.0, (edges[1] - edges[0]) * 0.15)
     for rank, (value, top) in enumerate(zip(values, plot.y_of(values), strict=True)):
-        told = f"rank {rank}: {quantity(float(value), y.unit)}"
+        tooltip = f"rank {rank}: {quantity(float(value), y.unit)}"
         pointed = " slowest" if rank == mark else ""
         width_of = edges[rank + 1] - edges[rank] - 2 * pad
-        parts.append(_rect(f"bar s{style % STYLES}{pointed}", edges[rank] + pad, top, width_of, plot.bottom - top, told))
-    told = ", ".join(f"rank {rank} {quantity(float(value), y.unit)}" for rank, value in enumerate(values[:64]))
-    return _svg(width, height, f"{title}. {told}", parts)
+        parts.append(_rect(f"bar s{style % STYLES}{pointed}", edges[rank] + pad, top, width_of, plot.bottom - top, tooltip))
+    summary = ", ".join(f"rank {rank} {quantity(float(value), y.unit)}" for rank, value in enumerate(values[:64]))
+    return _svg(width, height, f"{title}. {summary}", parts)
 
 
 def swatch(style: int) -> str:
@@ -479,9 +481,9 @@ def patch(name: str) -> str:
     return f'<svg class="patch" viewBox="0 0 10 10" aria-hidden="true">{box}</svg>'
 
 
-def _svg(width: float, height: float, told: str, parts: Sequence[str]) -> str:
+def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {_r(width)} {_r(height)}" role="img" aria-label="{_text(told)}">'
+        f'<svg class="chart" viewBox="0 0 {_r(width)} {_r(height)}" role="img" aria-label="{_text(label)}">'
         + "".join(parts)
         + "</svg>"
     )

@@ -150,11 +150,11 @@ class _Answer(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _only_get
 
     def _host_is_ours(self) -> bool:
-        given = self.headers.get_all("Host", [])
-        if len(given) != 1:
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1:
             return False
         try:
-            name = urlsplit(f"//{given[0]}").hostname or ""  # the port may be another: ssh -L
+            name = urlsplit(f"//{hosts[0]}").hostname or ""  # the port may be another: ssh -L
         except ValueError:
             return False
         if name in self.server.names:
@@ -241,6 +241,6 @@ def _static(name: str, kind: str) -> tuple[bytes, str, str]:
     return body, kind, f'"{hashlib.sha256(body).hexdigest()[:16]}"'
 
 
-def _same(given: str, token: str) -> bool:
+def _same(presented: str, token: str) -> bool:
     """In a time that tells nothing of how much of it was right."""
-    return hmac.compare_digest(given.encode(), token.encode())
+    return hmac.compare_digest(presented.encode(), token.encode())
