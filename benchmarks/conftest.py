@@ -34,7 +34,10 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    add_percentiles(output_json["benchmarks"], {each.fullname: each.stats.data for each in benchmarks if not each.has_error})
+    add_percentiles(
+        output_json["benchmarks"],
+        {benchmark.fullname: benchmark.stats.data for benchmark in benchmarks if not benchmark.has_error},
+    )
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ NOW = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
 
 def processor_clock() -> dict[str, float | None]:
     """MHz, over all cores: now, and at most; None where the kernel does not say (a virtual machine's often does not)."""
-    found: Any = psutil.cpu_freq()
-    told = (None, None) if found is None else (found.current, found.max)
-    return {name: value or None for name, value in zip(("clock_mhz", "clock_max_mhz"), told, strict=True)}
+    frequency: Any = psutil.cpu_freq()
+    readings = (None, None) if frequency is None else (frequency.current, frequency.max)
+    return {name: value or None for name, value in zip(("clock_mhz", "clock_max_mhz"), readings, strict=True)}
 
 
 def gpu(index: int) -> dict[str, Any]:
@@ -30,13 +30,13 @@ def gpu(index: int) -> dict[str, Any]:
 
 def _now(device: torch.device) -> dict[str, float | None] | None:
     try:
-        asked = gpu_of(device)
+        gpu = gpu_of(device)
     except NvmlError:  # device_facts told it
         return None
     try:
-        return {name: asked.read(name) for name in NOW}
+        return {name: gpu.read(name) for name in NOW}
     finally:
-        asked.close()
+        gpu.close()
 
 
 def add_percentiles(results: Iterable[dict[str, Any]], timings: Mapping[str, Any]) -> None:

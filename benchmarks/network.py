@@ -265,7 +265,7 @@ def main() -> None:
             sys.exit(f"ranks ended with {[end.returncode for end in ends]}")
         begun, ended = zip(*(map(float, output.split()) for output in outputs), strict=True)
         result = {
-            "seconds": [each - min(begun) for each in ended],
+            "seconds": [moment - min(begun) for moment in ended],
             "tx_bytes": [network.tx_bytes(rank) for rank in range(options.ranks)],
         }
         if options.flow_mbit is not None:

@@ -30,8 +30,15 @@ def environment(rank: int, size: int, port: int, address: str = "127.0.0.1", **m
     """As a launcher sets it for one rank of several."""
     names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
     names |= {"GROUP_WORLD_SIZE": 1, "MASTER_PORT": port, "OMP_NUM_THREADS": RANK_THREADS}
-    given = {name: str(value) for name, value in names.items()}
-    return {**os.environ, **given, "MASTER_ADDR": address, "FASTDISTIL_LAUNCHER": "fastdistil", "PYTHONPATH": str(ROOT), **more}
+    variables = {name: str(value) for name, value in names.items()}
+    return {
+        **os.environ,
+        **variables,
+        "MASTER_ADDR": address,
+        "FASTDISTIL_LAUNCHER": "fastdistil",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
 
 
 def alone(**more: str) -> dict[str, str]:
@@ -107,7 +114,9 @@ def tokens_per_s(run: Path) -> float:
 def in_lockstep(runs: Sequence[Path]) -> float:
     """Tokens a second of all, had each update of one waited for that of the slowest: what ranks do, and these runs did not."""
     paired = zip(*(updates_of(run) for run in runs), strict=True)
-    return statistics.median([sum(tokens for tokens, _ in each) / max(seconds for _, seconds in each) for each in paired])
+    return statistics.median(
+        [sum(tokens for tokens, _ in samples) / max(seconds for _, seconds in samples) for samples in paired]
+    )
 
 
 def has_horovod() -> bool:

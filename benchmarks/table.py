@@ -14,9 +14,9 @@ def tables(benchmarks: list[dict[str, Any]]) -> str:
     Benchmarks that are whole comparisons have no side: of them, what they found.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for each in benchmarks:
-        if "side" in each["extra_info"]:
-            groups[each["group"]].append(each["extra_info"])
+    for benchmark in benchmarks:
+        if "side" in benchmark["extra_info"]:
+            groups[benchmark["group"]].append(benchmark["extra_info"])
     lines = []
     for group, sides in groups.items():
         eager = next((side for side in sides if side["side"].startswith("eager")), sides[0])
@@ -35,10 +35,10 @@ def tables(benchmarks: list[dict[str, Any]]) -> str:
                 f"| {side['side']} | {side['median_s'] * 1000:.1f} | {backward} | {ratio:.2f}x | {ceiling} | {memory} |"
             )
         lines.append("")
-    for each in benchmarks:
-        if "side" not in each["extra_info"] and (found := dict(facts(each["extra_info"]))):
-            lines += [f"**{each['group']}: {each['name']}**", "", "| | |", "|---|---|"]
-            lines += [f"| {name} | {value} |" for name, value in found.items()]
+    for benchmark in benchmarks:
+        if "side" not in benchmark["extra_info"] and (figures := dict(facts(benchmark["extra_info"]))):
+            lines += [f"**{benchmark['group']}: {benchmark['name']}**", "", "| | |", "|---|---|"]
+            lines += [f"| {name} | {value} |" for name, value in figures.items()]
             lines.append("")
     return "\n".join(lines)
 

@@ -71,7 +71,7 @@ def test_decode(benchmark: Any, op: str, ranks: int, side: str) -> None:
             case _:
                 pairs.append(top_k_select(gradient, None, CHOSEN))
     del gradient
-    coded, values = (torch.stack(each) for each in zip(*pairs, strict=True))
+    coded, values = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
     sides: dict[tuple[str, str], Callable[[], Any]] = {
         ("int8", "fastdistil"): lambda: (
             dequantize_int8(coded[0], values[0], block=BLOCK) if ranks == 1 else dequantize_sum_int8(coded, values, block=BLOCK)

@@ -93,8 +93,8 @@ def trained(corpus: Path, runs: Path) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, *overrides], env=environment, capture_output=True, text=True, check=True
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 @pytest.mark.benchmark(group="corpus size")
@@ -107,16 +107,16 @@ def test_one_megabyte_and_one_gigabyte(benchmark: Any, tmp_path: Path) -> None:
     prepare([str(tmp_path / "text.txt")], tmp_path / "small", PrepareOptions(tokenizer=str(tokenizer), max_length=128))
     repeated(tmp_path / "small", tmp_path / "large")
 
-    found: dict[str, list[dict[str, float]]] = {"small": [], "large": []}
+    results_by_size: dict[str, list[dict[str, float]]] = {"small": [], "large": []}
 
     def round_of_both() -> None:
-        for name, results in found.items():
+        for name, results in results_by_size.items():
             results.append(trained(tmp_path / name, tmp_path / "runs"))
 
     benchmark.pedantic(round_of_both, rounds=ROUNDS, iterations=1)
     medians = {
         name: {key: statistics.median(result[key] for result in results) for key in results[0]}
-        for name, results in found.items()
+        for name, results in results_by_size.items()
     }
     ratios = {
         key: medians["large"][key] / medians["small"][key] for key in ("tokens_per_s", "anonymous_bytes", "peak_rss_bytes")

@@ -62,29 +62,34 @@ def test_delayed_against_every_micro_batch(benchmark: Any, demo_material: Path, 
         lengths = [f"loop.accumulation={ACCUMULATION}", f"loop.updates={UPDATES}"]
         return train_command(demo_material, tmp_path / sync, *lengths, f"world.engine={engine}", f"world.sync={sync}")
 
-    seen: dict[str, list[Seen]] = {sync: [] for sync in sides}
+    measurements: dict[str, list[Seen]] = {sync: [] for sync in sides}
 
     def turn() -> None:
         for sync in sides:
             shutil.rmtree(tmp_path / sync, ignore_errors=True)
-            seen[sync].append(train(command(sync), tmp_path / sync))
+            measurements[sync].append(train(command(sync), tmp_path / sync))
 
     benchmark.pedantic(turn, rounds=ROUNDS)
-    speed = {sync: statistics.median(each.tokens_per_s for each in found) for sync, found in seen.items()}
+    speed = {
+        sync: statistics.median(measurement.tokens_per_s for measurement in repeats) for sync, repeats in measurements.items()
+    }
     ratio = statistics.median(
-        delayed.tokens_per_s / every.tokens_per_s for delayed, every in zip(*(seen[sync] for sync in sides), strict=True)
+        delayed.tokens_per_s / every.tokens_per_s
+        for delayed, every in zip(*(measurements[sync] for sync in sides), strict=True)
     )
-    once, often = (seen[sync][-1].gradient_bytes for sync in sides)
+    once, often = (measurements[sync][-1].gradient_bytes for sync in sides)
     assert often == ACCUMULATION * once
-    waited = {sync: statistics.median(each.wait_share for each in found) for sync, found in seen.items()}
+    waited = {
+        sync: statistics.median(measurement.wait_share for measurement in repeats) for sync, repeats in measurements.items()
+    }
     # What the ratio would be if both computed equally fast: other work on the machine disturbs it less.
     by_waiting = (1 - waited["delayed"]) / (1 - waited["every-micro-batch"])
-    runs = {sync: [each._asdict() for each in found] for sync, found in seen.items()}
+    runs = {sync: [measurement._asdict() for measurement in repeats] for sync, repeats in measurements.items()}
     benchmark.extra_info.update(engine=engine, link_mbit=LINK_MBIT, times_faster=ratio, by_waiting=by_waiting, runs=runs)
     print(f"\n{engine}, {LINK_MBIT:.0f} Mbit/s, {ROUNDS} rounds turn about")
     print(f"  delayed is {ratio:.2f} times as fast; by the time spent waiting {by_waiting:.2f}")
     for sync in sides:
-        last = seen[sync][-1]
+        last = measurements[sync][-1]
         print(
             f"  {sync}: {speed[sync]:,.0f} tokens/s, {waited[sync]:.1%} of the time waiting for gradients, "
             f"{last.gradient_bytes:,} bytes a rank and update, on the wire {last.tx_share:.3f} of what was counted"

@@ -89,8 +89,8 @@ def test_buckets_beside_raw_allreduce_and_ddp(benchmark: Any, engine: str) -> No
     if engine == "horovod" and not has_horovod():
         pytest.skip("Horovod is not installed; build it with `make horovod`")
     benchmark.group = "66M float32 gradients, 2 ranks, loopback"
-    found = benchmark.pedantic(lambda: run_program(SIDES, 2, engine, 15), rounds=1)
-    slower = max(found, key=lambda each: each["buckets"])  # both ranks take part in each: they differ by little
+    reports = benchmark.pedantic(lambda: run_program(SIDES, 2, engine, 15), rounds=1)
+    slower = max(reports, key=lambda report: report["buckets"])  # both ranks take part in each: they differ by little
     slower["buckets_against_raw"] = slower["raw"] / slower["buckets"]
     slower["buckets_against_ddp"] = slower["ddp"] / slower["buckets"]
     benchmark.extra_info.update(engine=engine, ranks=2, unit="s, median of 15", **slower)
@@ -170,10 +170,10 @@ print(json.dumps({**{name: statistics.median(each) for name, each in times.items
 def test_the_layer_without_a_wire(benchmark: Any) -> None:
     """Flat buffers, hooks, bookkeeping: everything but the wire, against autograd's own gradients on one rank."""
     benchmark.group = "an update of 50 micro-batches, demo sizes"
-    (found,) = benchmark.pedantic(lambda: run_program(LAYER, 1, 3), rounds=1)
-    found["overhead"] = found["buckets"] / found["one rank"] - 1
-    benchmark.extra_info.update(unit="s, median of 3", **found)
+    (figures,) = benchmark.pedantic(lambda: run_program(LAYER, 1, 3), rounds=1)
+    figures["overhead"] = figures["buckets"] / figures["one rank"] - 1
+    benchmark.extra_info.update(unit="s, median of 3", **figures)
     print(
-        f"\nan update: {found['one rank']:.2f} s on one rank, {found['buckets']:.2f} s through buckets: "
-        f"{found['overhead']:+.2%}"
+        f"\nan update: {figures['one rank']:.2f} s on one rank, {figures['buckets']:.2f} s through buckets: "
+        f"{figures['overhead']:+.2%}"
     )

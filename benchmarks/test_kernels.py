@@ -133,7 +133,7 @@ def test_linear(benchmark: Any, shape: str, dtype: str, side: str, what: str) ->
 
     student, teacher, labels = head(d), head(e), labels_of(rows, columns)
     if what == "forward+backward":
-        student = [each.requires_grad_() for each in student]
+        student = [tensor.requires_grad_() for tensor in student]
     sides: dict[str, Callable[[], Tensor]] = {
         "fastdistil": lambda: linear_distill_loss(*student, *teacher, labels, options=OPTIONS).total,  # type: ignore[arg-type]
         "eager": lambda: eager_linear(student, teacher, labels),
@@ -179,7 +179,7 @@ def test_cosine(benchmark: Any, dtype: str, side: str) -> None:
     rows, layers, width = (16384, 12, 768) if GPU else (2048, 6, 768)
     torch.manual_seed(0)
     student, teacher = ([torch.randn(rows, width, device=DEVICE).to(DTYPES[dtype]) for _ in range(layers)] for _ in range(2))
-    student = [each.requires_grad_() for each in student]
+    student = [tensor.requires_grad_() for tensor in student]
     one = torch.ones(rows, device=DEVICE)
 
     def eager() -> Tensor:

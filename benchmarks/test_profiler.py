@@ -129,13 +129,13 @@ def test_the_profilers_cost(benchmark: Any, demo_material: Path, tmp_path: Path)
     benchmark.group = "a demo step with the profiler and without"
     command = train_command(demo_material, tmp_path / "run", "loop.updates=1000")
     settings = command[command.index("train") + 1 :]
-    (found,) = benchmark.pedantic(lambda: run_program(SIDES, 1, PAIRS, UPDATES, tmp_path / "run", *settings), rounds=1)
+    (figures,) = benchmark.pedantic(lambda: run_program(SIDES, 1, PAIRS, UPDATES, tmp_path / "run", *settings), rounds=1)
     benchmark.extra_info.update(
         unit=f"shares of an update of a micro-batch; times in s, of {PAIRS} pairs with a log line each; calls of {UPDATES}",
-        **found,
+        **figures,
     )
     print(
-        f"\nthe profiler's calls take {found['calls']:.3%} of an update (95%: {found['calls_low']:.3%} to "
-        f"{found['calls_high']:.3%}), its thread {found['thread']:.3%} of a core; updates with it take "
-        f"{found['overhead']:+.2%} longer (median of {PAIRS} pairs; 95%: {found['low']:+.2%} to {found['high']:+.2%})"
+        f"\nthe profiler's calls take {figures['calls']:.3%} of an update (95%: {figures['calls_low']:.3%} to "
+        f"{figures['calls_high']:.3%}), its thread {figures['thread']:.3%} of a core; updates with it take "
+        f"{figures['overhead']:+.2%} longer (median of {PAIRS} pairs; 95%: {figures['low']:+.2%} to {figures['high']:+.2%})"
     )

@@ -89,9 +89,9 @@ def exchange(network: Network, engine: str, rings: int, device: str, *, loopback
     ended = [rank.communicate(timeout=120) for rank in ranks]
     for rank, (_, error) in zip(ranks, ended, strict=True):
         assert rank.returncode == 0, error[-2000:]
-    told = json.loads(ended[0][0].splitlines()[-1])
+    measurement = json.loads(ended[0][0].splitlines()[-1])
     flows = network.flow_bytes(0) if network.flow_mbit is not None else []
-    return Seen(told["seconds"], told["ring_bytes"], network.tx_bytes(0), flows)
+    return Seen(measurement["seconds"], measurement["ring_bytes"], network.tx_bytes(0), flows)
 
 
 def rank_environment(rank: int, device: str, address: str, interface: str) -> dict[str, str]:
@@ -107,8 +107,8 @@ def rank_environment(rank: int, device: str, address: str, interface: str) -> di
 def flow_cap(engine: str, device: str) -> tuple[float, float]:
     """Mbit/s: a flow's cap, and what one ring gets on the loopback, of which it is a tenth or less."""
     with Network(RANKS) as network:
-        seen = exchange(network, engine, 1, device, loopback=True)
-    loopback = 4 * NUMEL * BUCKETS * 8 / min(seen.seconds) / 1e6
+        one_ring = exchange(network, engine, 1, device, loopback=True)
+    loopback = 4 * NUMEL * BUCKETS * 8 / min(one_ring.seconds) / 1e6
     return min(FLOW_MBIT, loopback / 10), loopback
 
 
@@ -128,21 +128,24 @@ def test_rings(benchmark: Any, engine: str, device: str, cap: str) -> None:
     if cap == "flow":
         flow_mbit, loopback_mbit = flow_cap(engine, device)
         caps = {"flow_mbit": flow_mbit}
-    seen: dict[int, list[Seen]] = {rings: [] for rings in RINGS}
+    measurements: dict[int, list[Seen]] = {rings: [] for rings in RINGS}
 
     def turn() -> None:
         for rings in RINGS:
             with Network(RANKS, **caps) as network:
-                seen[rings].append(exchange(network, engine, rings, device))
+                measurements[rings].append(exchange(network, engine, rings, device))
 
     benchmark.pedantic(turn, rounds=TURNS)
-    ms = {rings: 1000 * statistics.median(second for each in turns for second in each.seconds) for rings, turns in seen.items()}
-    last = {rings: turns[-1] for rings, turns in seen.items()}
-    for rings, each in last.items():
-        assert sum(each.ring_bytes) == (1 + ROUNDS) * 4 * NUMEL * BUCKETS  # 2 (N - 1) / N = 1
+    ms = {
+        rings: 1000 * statistics.median(second for measurement in turns for second in measurement.seconds)
+        for rings, turns in measurements.items()
+    }
+    last = {rings: turns[-1] for rings, turns in measurements.items()}
+    for rings, measurement in last.items():
+        assert sum(measurement.ring_bytes) == (1 + ROUNDS) * 4 * NUMEL * BUCKETS  # 2 (N - 1) / N = 1
         if cap == "flow" and device == "cpu":
-            large = [count for count in each.flow_bytes if count > min(each.ring_bytes) / 2]
-            assert len(large) == rings, (rings, each.flow_bytes)
+            large = [count for count in measurement.flow_bytes if count > min(measurement.ring_bytes) / 2]
+            assert len(large) == rings, (rings, measurement.flow_bytes)
     facts = {
         "engine": engine,
         "device": device,
@@ -150,9 +153,9 @@ def test_rings(benchmark: Any, engine: str, device: str, cap: str) -> None:
         "loopback_mbit": loopback_mbit,
         "ms": ms,
         "times_faster": {rings: ms[1] / ms[rings] for rings in RINGS},
-        "ring_bytes": {rings: each.ring_bytes for rings, each in last.items()},
-        "tx_bytes": {rings: each.tx_bytes for rings, each in last.items()},
-        "flow_bytes": {rings: each.flow_bytes[: max(RINGS)] for rings, each in last.items()},
+        "ring_bytes": {rings: measurement.ring_bytes for rings, measurement in last.items()},
+        "tx_bytes": {rings: measurement.tx_bytes for rings, measurement in last.items()},
+        "flow_bytes": {rings: measurement.flow_bytes[: max(RINGS)] for rings, measurement in last.items()},
     }
     benchmark.extra_info.update(facts)
     print(report(facts))

@@ -86,8 +86,8 @@ def measured(mbit: float, corpus: Path, folder: Path) -> dict[str, Any]:
             FASTDISTIL_SSH=str(ssh),
             GLOO_SOCKET_IFNAME=INTERFACE,
         )
-    found: dict[str, Any] = json.loads((out / "scale.json").read_text())
-    return found
+    study: dict[str, Any] = json.loads((out / "scale.json").read_text())
+    return study
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_a_held_out_network_lies_in_the_predicted_band(corpus: Path, tmp_path: P
     if reason := missing():
         pytest.skip(reason)
     studies = {mbit: measured(mbit, corpus, tmp_path) for mbit in (*FITTED_MBIT, HELD_OUT_MBIT)}
-    print({mbit: [point["step_s"] for point in found["points"]] for mbit, found in studies.items()})
+    print({mbit: [point["step_s"] for point in study["points"]] for mbit, study in studies.items()})
     # The planted slow link is what the time goes to: 1.9 MB of gradients at 2.5 MB/s.
     slowest = studies[FITTED_MBIT[0]]["points"][1]
     assert slowest["ranks"] == 2
@@ -109,7 +109,7 @@ def test_a_held_out_network_lies_in_the_predicted_band(corpus: Path, tmp_path: P
     values = json.loads((tmp_path / "predicted" / "scale.json").read_text())
     there, elsewhere = values["predictions"]
     (true,) = (point for point in studies[HELD_OUT_MBIT]["points"] if point["ranks"] == 2)
-    step_s = statistics.median(statistics.median(each) for each in true["step_s"])
+    step_s = statistics.median(statistics.median(seconds) for seconds in true["step_s"])
     band = f"{there['step_s']:.3f} ({there['low_s']:.3f} to {there['high_s']:.3f})"
     print(f"\n{HELD_OUT_MBIT:g} Mbit/s: {step_s:.3f} s measured, {band} predicted")
     assert there["predicted"] is True

@@ -58,22 +58,22 @@ def test_weak_scaling(benchmark: Any, engine: str, demo_material: Path, tmp_path
                 together([(command("a", f"world.engine={engine}"), environment(rank, 2, port)) for rank in range(2)])
         return sum(tokens_per_s(run) for run in (tmp_path / "a", tmp_path / "b") if run.exists())
 
-    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    speeds_by_side: dict[str, list[float]] = {side: [] for side in SIDES}
     ratios: list[float] = []
     lockstep: list[float] = []
 
     def measure() -> None:
         for number in range(ROUNDS):
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
-                found[side].append(speed(side))
+                speeds_by_side[side].append(speed(side))
                 if side == "side_by_side":
-                    lockstep.append(in_lockstep([tmp_path / name for name in ("a", "b")]) / found[side][-1])
-            ratios.append(found["two_ranks"][-1] / found["side_by_side"][-1])
-            speeds = ", ".join(f"{side} {each[-1]:,.0f} tokens/s" for side, each in found.items())
+                    lockstep.append(in_lockstep([tmp_path / name for name in ("a", "b")]) / speeds_by_side[side][-1])
+            ratios.append(speeds_by_side["two_ranks"][-1] / speeds_by_side["side_by_side"][-1])
+            speeds = ", ".join(f"{side} {series[-1]:,.0f} tokens/s" for side, series in speeds_by_side.items())
             print(f"\nround {number}: {speeds}, two ranks at {ratios[-1]:.3f} of side by side, lockstep {lockstep[-1]:.3f}")
 
     benchmark.pedantic(measure, rounds=1)
-    one, ceiling, two = (statistics.median(found[side]) for side in SIDES)
+    one, ceiling, two = (statistics.median(speeds_by_side[side]) for side in SIDES)
     first, median, third = quartiles(ratios)
     facts = {
         "rounds": ROUNDS,
@@ -85,7 +85,7 @@ def test_weak_scaling(benchmark: Any, engine: str, demo_material: Path, tmp_path
         "lockstep_of_ceiling": statistics.median(lockstep),
         "lockstep_of_ceiling_by_round": lockstep,
     }
-    benchmark.extra_info.update(engine=engine, ranks=2, unit="tokens/s, by round", **found, **facts)
+    benchmark.extra_info.update(engine=engine, ranks=2, unit="tokens/s, by round", **speeds_by_side, **facts)
     print(
         f"{engine}: {facts['efficiency']:.3f} of linear, the ceiling is {facts['ceiling']:.3f}; of it {median:.3f} in the "
         f"median of {ROUNDS} rounds, quartiles {first:.3f} and {third:.3f}; side by side in lockstep would reach "

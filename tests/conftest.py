@@ -90,9 +90,9 @@ def need() -> Callable[[str, str], Never]:
     """
     required = {name.strip() for name in os.environ.get("FASTDISTIL_REQUIRE", "").split(",")}
 
-    def skip_or_fail(what: str, reason: str) -> Never:
-        if what in required:
-            pytest.fail(f"FASTDISTIL_REQUIRE lists {what}: {reason}")
+    def skip_or_fail(name: str, reason: str) -> Never:
+        if name in required:
+            pytest.fail(f"FASTDISTIL_REQUIRE lists {name}: {reason}")
         pytest.skip(reason)
 
     return skip_or_fail

@@ -59,8 +59,8 @@ class Stream:
 def write_run(directory: Path, stream: Stream | None = None, recipe: Mapping[str, Any] | None = None) -> Path:
     """Write the directory; `recipe`: sections or values that replace those of RECIPE. Returns the directory."""
     stream = stream or Stream()
-    own = {"name": directory.name, "world": {**RECIPE["world"], "ranks": stream.ranks}, "logging": {"every": stream.every}}
-    return write_events(directory, _events(stream), {**RECIPE, **own, **(recipe or {})})
+    sections = {"name": directory.name, "world": {**RECIPE["world"], "ranks": stream.ranks}, "logging": {"every": stream.every}}
+    return write_events(directory, _events(stream), {**RECIPE, **sections, **(recipe or {})})
 
 
 def write_events(directory: Path, events: Iterable[Mapping[str, Any]], recipe: Mapping[str, Any] = RECIPE) -> Path:

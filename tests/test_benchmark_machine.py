@@ -24,8 +24,8 @@ def test_a_result_file_knows_its_machine(tmp_path: Path) -> None:
     content = json.loads(out.read_text(encoding="utf-8"))
     machine = content["machine_info"]["fastdistil"]
     assert {"processor", "flags", "usable_cores", "torch_threads", "versions", "gpus"} <= machine.keys()
-    known = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    assert set(machine["flags"]) == known & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve"}
+    words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    assert set(machine["flags"]) == words & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve"}
     clock = psutil.cpu_freq()
     assert machine["clock_max_mhz"] == ((clock.max or None) if clock is not None else None)
     assert "clock_mhz" in machine

@@ -29,14 +29,14 @@ def test_the_table_of_a_result(tmp_path: Path) -> None:
 
 def test_a_comparison_without_sides(tmp_path: Path) -> None:
     """Of its figures, those that are not series."""
-    found = {
+    figures = {
         "engine": "torch",
         "of_ceiling": 0.98765,
         "quartiles": [0.97, 0.99],
         "by_round": [1, 2, 3],
         "ms": {"1": 12.5, "2": 7},
     }
-    benchmarks = [{"group": "weak scaling", "name": "test_weak_scaling[torch]", "extra_info": found}]
+    benchmarks = [{"group": "weak scaling", "name": "test_weak_scaling[torch]", "extra_info": figures}]
     (tmp_path / "x.json").write_text(json.dumps({"benchmarks": benchmarks}))
     command = [sys.executable, "benchmarks/table.py", str(tmp_path / "x.json")]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -64,11 +64,11 @@ def overrides(material: Path) -> list[str]:
 
 
 def assert_refused(result: tuple[int, str, str], code: int, *says: str) -> None:
-    found, out, err = result
-    assert found == code, (found, out, err)
+    exit_code, out, err = result
+    assert exit_code == code, (exit_code, out, err)
     assert err.startswith("fastdistil: ") and err.count("\n") == 1 and "Traceback" not in out + err, err
-    for each in says:
-        assert each in err, err
+    for text in says:
+        assert text in err, err
 
 
 def test_version_help_and_doctor(run: Run) -> None:
@@ -93,8 +93,8 @@ def test_from_text_to_a_measured_student(run: Run, material: Path, tmp_path: Pat
     assert "update 3/3" in out and "runs/distilbert-1/student" in out
     code, out, err = run("evaluate", "runs/distilbert-1/student", material / "text.txt", "--positions", 50, "--json")
     assert code == 0, err
-    (found,) = json.loads(out)["corpora"]
-    assert found["heldout"]["labels"] > 0 and found["pseudo"]["positions"] == 50
+    (corpus_report,) = json.loads(out)["corpora"]
+    assert corpus_report["heldout"]["labels"] > 0 and corpus_report["pseudo"]["positions"] == 50
     code, out, err = run("evaluate", "runs/distilbert-1/student", "corpus", "--positions", 0)
     assert code == 0 and "masked tokens" in out and "pseudo" not in out, err
     assert run("train", "distilbert", *overrides(material))[0] == 0  # the next free number
@@ -230,14 +230,14 @@ def flip_last_byte(path: Path) -> None:
 def test_a_damaged_corpus_is_corrupt_data(run: Run, material: Path, tmp_path: Path) -> None:
     assert prepared(run, material)[0] == 0
     shard = tmp_path / "corpus" / "tokens-00000.bin"
-    whole = shard.read_bytes()
+    content = shard.read_bytes()
     flip_last_byte(shard)
     assert_refused(run("train", "distilbert", *overrides(material)), 14, "tokens-00000.bin")
-    shard.write_bytes(whole[:-10])
+    shard.write_bytes(content[:-10])
     assert_refused(run("train", "distilbert", *overrides(material)), 14, "tokens-00000.bin")
     assert_refused(run("evaluate", material / "teacher", "corpus"), 14, "tokens-00000.bin")
     assert not (tmp_path / "runs").exists()
-    shard.write_bytes(whole)
+    shard.write_bytes(content)
     assert run("train", "distilbert", *overrides(material))[0] == 0
 
 
@@ -315,16 +315,16 @@ def test_a_bug_shows_its_traceback_and_exit_code_1(tmp_path: Path) -> None:
         "recipe.load_recipe = broken\nsys.argv = ['fastdistil', 'train', 'demo']\ncli.main()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    found = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 1 and "Traceback" in found.stderr and "planted" in found.stderr
+    process = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1 and "Traceback" in process.stderr and "planted" in process.stderr
 
 
 def test_a_real_process_ends_with_the_code(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "fastdistil.cli", "train", "nothing-like-it"]
-    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert found.stderr.count("\n") == 1 and found.stdout == ""
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and process.stdout == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

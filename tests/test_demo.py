@@ -91,8 +91,8 @@ def test_a_stopped_demo_goes_on_and_unnamed_ones_count(
 
 def test_the_verdict() -> None:
     def row(kl: float) -> demo.DemoRow:
-        found = demo.HeldOut(5.0, 0.1, 148.4, 100, 10, kl, 0.001, 1000)
-        return demo.DemoRow("m", 1, found, None)
+        heldout = demo.HeldOut(5.0, 0.1, 148.4, 100, 10, kl, 0.001, 1000)
+        return demo.DemoRow("m", 1, heldout, None)
 
     demo.check_ratio([row(0.0), row(0.075), row(0.1), row(0.5)])
     with pytest.raises(FellShort, match=r"0\.76 of the control") as caught:
@@ -102,8 +102,8 @@ def test_the_verdict() -> None:
 
 def test_held_out_documents_are_no_training_documents() -> None:
     documents = [f"document {number} " * 30 for number in range(2000)]
-    kept, held = demo.split(documents)
-    assert set(kept).isdisjoint(held) and sorted(kept + held) == sorted(documents)
+    training, held = demo.split(documents)
+    assert set(training).isdisjoint(held) and sorted(training + held) == sorted(documents)
     assert 60 < len(held) < 180  # a twentieth, by the documents' own hashes
     assert demo.split(documents[:1000])[1] == held[: len(demo.split(documents[:1000])[1])]
 

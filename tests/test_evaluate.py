@@ -89,7 +89,7 @@ def corpus(tokenizer: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def whole(tokenizer: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def document_corpus(tokenizer: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Whole documents without special tokens."""
     out = tmp_path_factory.mktemp("whole")
     options = PrepareOptions(tokenizer=str(tokenizer), max_length=2**31 - 1, documents="line", special_tokens=False, workers=1)
@@ -119,20 +119,20 @@ def pair(kind: str, facts: TokenFacts, seed: int = 0) -> tuple[Any, LanguageMode
     return reference, LanguageModel(copy.deepcopy(reference))
 
 
-def each(corpus: Corpus) -> Iterator[np.ndarray]:
+def each_sequence(corpus: Corpus) -> Iterator[np.ndarray]:
     return (corpus.gather(np.array([i])) for i in range(len(corpus)))
 
 
 def masked_as_held_out(corpus: Corpus, facts: TokenFacts, seed: int, probability: float = 0.15) -> list[tuple[Tensor, Tensor]]:
     """(what the model sees, labels with -100 elsewhere) of each sequence by itself."""
     table = mask_table(Mask(probability=probability, smoothing=0.0), facts, corpus.counts)
-    found = []
-    for number, ids in enumerate(each(corpus)):
-        seen, targets = mask_tokens(table, ids, np.array([len(ids)]), np.array([number]), seed=seed, epoch=0)
+    sequences = []
+    for number, ids in enumerate(each_sequence(corpus)):
+        masked_ids, targets = mask_tokens(table, ids, np.array([len(ids)]), np.array([number]), seed=seed, epoch=0)
         labels = np.full(len(ids), -100)
         labels[targets] = ids[targets]
-        found.append((torch.from_numpy(seen), torch.from_numpy(labels)))
-    return found
+        sequences.append((torch.from_numpy(masked_ids), torch.from_numpy(labels)))
+    return sequences
 
 
 def padded(sequences: list[Tensor], value: int) -> Tensor:
@@ -155,20 +155,23 @@ def error_of_ratio(sums: list[float], counts: list[int]) -> float:
 def test_held_out_loss_is_that_of_transformers_on_padded_batches(kind: str, corpus: Corpus, facts: TokenFacts) -> None:
     reference, model = pair(kind, facts)
     sequences = masked_as_held_out(corpus, facts, seed=3)
-    ids, labels = padded([seen for seen, _ in sequences], facts.pad_id), padded([label for _, label in sequences], -100)
+    ids, labels = (
+        padded([masked_ids for masked_ids, _ in sequences], facts.pad_id),
+        padded([label for _, label in sequences], -100),
+    )
     out = reference(input_ids=ids, attention_mask=(ids != facts.pad_id).long(), labels=labels)
     losses = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     sums, counts = losses.sum(1).tolist(), (labels >= 0).sum(1).tolist()
     assert len(set(counts)) > 2
     truth = sum(sums) / sum(counts)
 
-    found = held_out(model, corpus, facts, seed=3, batch_tokens=100)
-    assert found.loss == pytest.approx(truth, rel=1e-10)
-    assert found.loss == pytest.approx(float(out.loss), rel=1e-5)
-    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
-    assert found.perplexity == pytest.approx(math.exp(truth), rel=1e-9)
-    assert (found.labels, found.sequences) == (sum(counts), len(corpus))
-    assert (found.kl, found.kl_se, found.kl_tokens) == (None, None, 0)
+    heldout = held_out(model, corpus, facts, seed=3, batch_tokens=100)
+    assert heldout.loss == pytest.approx(truth, rel=1e-10)
+    assert heldout.loss == pytest.approx(float(out.loss), rel=1e-5)
+    assert heldout.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
+    assert heldout.perplexity == pytest.approx(math.exp(truth), rel=1e-9)
+    assert (heldout.labels, heldout.sequences) == (sum(counts), len(corpus))
+    assert (heldout.kl, heldout.kl_se, heldout.kl_tokens) == (None, None, 0)
 
 
 @causal_families
@@ -176,14 +179,14 @@ def test_held_out_loss_is_that_of_transformers_on_padded_batches(kind: str, corp
 def test_held_out_loss_of_causal_models_is_that_of_every_next_token(kind: str, corpus: Corpus, facts: TokenFacts) -> None:
     reference, model = pair(kind, facts)
     sums, counts = [], []
-    for ids in each(corpus):
+    for ids in each_sequence(corpus):
         tokens = torch.from_numpy(ids)
         sums.append(float(F.cross_entropy(reference(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="sum")))
         counts.append(len(ids) - 1)
-    found = held_out(model, corpus, facts, batch_tokens=64)
-    assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
-    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
-    assert found.labels == sum(counts)
+    heldout = held_out(model, corpus, facts, batch_tokens=64)
+    assert heldout.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
+    assert heldout.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
+    assert heldout.labels == sum(counts)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "gpt2"])
@@ -191,28 +194,28 @@ def test_held_out_loss_of_causal_models_is_that_of_every_next_token(kind: str, c
 def test_kl_is_that_of_the_two_distributions_at_every_token(kind: str, corpus: Corpus, facts: TokenFacts) -> None:
     (reference, model), (reference_t, teacher) = pair(kind, facts), pair(kind, facts, seed=1)
     if model.causal:
-        sequences = [(torch.from_numpy(ids), torch.tensor([])) for ids in each(corpus)]
+        sequences = [(torch.from_numpy(ids), torch.tensor([])) for ids in each_sequence(corpus)]
     else:
         sequences = masked_as_held_out(corpus, facts, seed=2)
     sums, counts = [], []
-    for seen, _ in sequences:
-        log_q, log_p = (m(input_ids=seen[None]).logits[0].log_softmax(-1) for m in (reference, reference_t))
+    for masked_ids, _ in sequences:
+        log_q, log_p = (m(input_ids=masked_ids[None]).logits[0].log_softmax(-1) for m in (reference, reference_t))
         sums.append(float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)))
-        counts.append(len(seen))
-    found = held_out(model, corpus, facts, teacher=teacher, seed=2)
-    assert found.kl == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
-    assert found.kl > 0.1
-    assert found.kl_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
-    assert found.kl_tokens == sum(counts) == int(corpus.lengths.sum())
+        counts.append(len(masked_ids))
+    heldout = held_out(model, corpus, facts, teacher=teacher, seed=2)
+    assert heldout.kl == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
+    assert heldout.kl > 0.1
+    assert heldout.kl_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
+    assert heldout.kl_tokens == sum(counts) == int(corpus.lengths.sum())
     alone = held_out(model, corpus, facts, seed=2)
-    assert found.loss == pytest.approx(alone.loss, rel=1e-12)
-    assert (found.labels, found.loss_se) == (alone.labels, pytest.approx(alone.loss_se, rel=1e-12))
+    assert heldout.loss == pytest.approx(alone.loss, rel=1e-12)
+    assert (heldout.labels, heldout.loss_se) == (alone.labels, pytest.approx(alone.loss_se, rel=1e-12))
 
 
 def test_kl_of_a_model_to_itself_is_nothing(corpus: Corpus, facts: TokenFacts) -> None:
     model = pair("bert", facts)[1]
-    found = held_out(model, corpus, facts, teacher=model)
-    assert found.kl == pytest.approx(0, abs=1e-14)
+    heldout = held_out(model, corpus, facts, teacher=model)
+    assert heldout.kl == pytest.approx(0, abs=1e-14)
 
 
 def test_the_same_numbers_whatever_the_batches(corpus: Corpus, facts: TokenFacts) -> None:
@@ -227,12 +230,12 @@ def test_the_same_numbers_whatever_the_batches(corpus: Corpus, facts: TokenFacts
 
 def test_rows_are_scored_in_chunks(corpus: Corpus, facts: TokenFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     model, teacher = pair("bert", facts)[1], pair("bert", facts, seed=1)[1]
-    whole = asdict(held_out(model, corpus, facts, teacher=teacher))
+    unchunked = asdict(held_out(model, corpus, facts, teacher=teacher))
     rows: list[int] = []
     transform = model.transform
     monkeypatch.setattr(model, "transform", lambda hidden: (rows.append(len(hidden)), transform(hidden))[1])
     monkeypatch.setattr("fastdistil.models.scoring.ROWS", 7)
-    assert asdict(held_out(model, corpus, facts, teacher=teacher)) == pytest.approx(whole, rel=1e-12)
+    assert asdict(held_out(model, corpus, facts, teacher=teacher)) == pytest.approx(unchunked, rel=1e-12)
     assert set(rows[:-1]) == {7}
     assert sum(rows) == int(corpus.lengths.sum())
 
@@ -250,16 +253,16 @@ def test_drawn_sequences_are_a_function_of_the_seed() -> None:
 
 def test_some_sequences_have_the_masks_that_they_have_among_all(corpus: Corpus, facts: TokenFacts) -> None:
     reference, model = pair("bert", facts)
-    found = held_out(model, corpus, facts, seed=3, max_sequences=4)
+    heldout = held_out(model, corpus, facts, seed=3, max_sequences=4)
     drawn = drawn_sequences(len(corpus), 4, 3)
     sums, labels = 0.0, 0
-    for number, (seen, wanted) in enumerate(masked_as_held_out(corpus, facts, seed=3)):
+    for number, (masked_ids, label_ids) in enumerate(masked_as_held_out(corpus, facts, seed=3)):
         if number in drawn:
             with torch.no_grad():
-                sums += float(F.cross_entropy(reference(input_ids=seen[None]).logits[0], wanted, reduction="sum"))
-            labels += int((wanted >= 0).sum())
-    assert (found.sequences, found.labels) == (4, labels)
-    assert found.loss == pytest.approx(sums / labels, rel=1e-10)
+                sums += float(F.cross_entropy(reference(input_ids=masked_ids[None]).logits[0], label_ids, reduction="sum"))
+            labels += int((label_ids >= 0).sum())
+    assert (heldout.sequences, heldout.labels) == (4, labels)
+    assert heldout.loss == pytest.approx(sums / labels, rel=1e-10)
 
 
 class Unigram(nn.Module):
@@ -286,10 +289,10 @@ class Unigram(nn.Module):
 def test_a_module_of_your_own(corpus: Corpus, facts: TokenFacts) -> None:
     log_probabilities = torch.randn(facts.vocab_size, dtype=torch.float64).log_softmax(0)
     model = Unigram(log_probabilities)
-    labels = torch.cat([wanted[wanted >= 0] for _, wanted in masked_as_held_out(corpus, facts, seed=0, probability=0.4)])
-    found = held_out(model, corpus, facts, probability=0.4)
-    assert found.labels == len(labels) > 0.3 * corpus.lengths.sum()
-    assert found.loss == pytest.approx(-float(log_probabilities[labels].mean()), rel=1e-12)
+    labels = torch.cat([targets[targets >= 0] for _, targets in masked_as_held_out(corpus, facts, seed=0, probability=0.4)])
+    heldout = held_out(model, corpus, facts, probability=0.4)
+    assert heldout.labels == len(labels) > 0.3 * corpus.lengths.sum()
+    assert heldout.loss == pytest.approx(-float(log_probabilities[labels].mean()), rel=1e-12)
     ordinary = ~torch.isin(torch.from_numpy(corpus.gather(np.arange(len(corpus)))), torch.from_numpy(facts.special_ids))
     tokens = torch.from_numpy(corpus.gather(np.arange(len(corpus))))[ordinary]
     pseudo = pseudo_perplexity(model, corpus, facts, positions="all")
@@ -355,16 +358,16 @@ def test_what_cannot_be_held_out_is_refused(corpus: Corpus, facts: TokenFacts) -
 
 def literal_pseudo_losses(reference: Any, corpus: Corpus, facts: TokenFacts) -> list[list[float]]:
     """-log P(token | all others) of every token that is not special, one forward each."""
-    found = []
-    for ids in each(corpus):
+    losses_by_sequence = []
+    for ids in each_sequence(corpus):
         losses = []
         for place, token in enumerate(ids.tolist()):
             if token not in facts.special_ids:
-                seen = torch.from_numpy(ids.copy())[None]
-                seen[0, place] = facts.mask_id
-                losses.append(-float(reference(input_ids=seen).logits[0, place].log_softmax(0)[token]))
-        found.append(losses)
-    return found
+                masked_ids = torch.from_numpy(ids.copy())[None]
+                masked_ids[0, place] = facts.mask_id
+                losses.append(-float(reference(input_ids=masked_ids).logits[0, place].log_softmax(0)[token]))
+        losses_by_sequence.append(losses)
+    return losses_by_sequence
 
 
 @masked_families
@@ -373,13 +376,13 @@ def test_pseudo_perplexity_masks_one_token_at_a_time(kind: str, corpus: Corpus, 
     reference, model = pair(kind, facts)
     losses = literal_pseudo_losses(reference, corpus, facts)
     every = [loss for inner in losses for loss in inner]
-    found = pseudo_perplexity(model, corpus, facts, positions="all", batch_tokens=150)
-    assert found.positions == len(every) == int(corpus.lengths.sum()) - 2 * len(corpus)
-    assert found.loss == pytest.approx(sum(every) / len(every), rel=1e-10)
-    assert found.pppl == pytest.approx(math.exp(sum(every) / len(every)), rel=1e-9)
-    assert found.loss_se == pytest.approx(error_of_ratio([sum(x) for x in losses], [len(x) for x in losses]), rel=1e-8)
-    assert found.sequences == len(corpus)
-    assert asdict(pseudo_perplexity(model, corpus, facts, positions=10**9)) == pytest.approx(asdict(found), rel=1e-10)
+    pseudo = pseudo_perplexity(model, corpus, facts, positions="all", batch_tokens=150)
+    assert pseudo.positions == len(every) == int(corpus.lengths.sum()) - 2 * len(corpus)
+    assert pseudo.loss == pytest.approx(sum(every) / len(every), rel=1e-10)
+    assert pseudo.pppl == pytest.approx(math.exp(sum(every) / len(every)), rel=1e-9)
+    assert pseudo.loss_se == pytest.approx(error_of_ratio([sum(x) for x in losses], [len(x) for x in losses]), rel=1e-8)
+    assert pseudo.sequences == len(corpus)
+    assert asdict(pseudo_perplexity(model, corpus, facts, positions=10**9)) == pytest.approx(asdict(pseudo), rel=1e-10)
 
 
 @torch.no_grad()
@@ -389,26 +392,26 @@ def test_sampled_pseudo_perplexity_is_the_mean_over_the_sample(corpus: Corpus, f
     losses = np.full(int(corpus.lengths.sum()), np.nan)
     tokens = corpus.gather(np.arange(len(corpus)))
     losses[~np.isin(tokens, facts.special_ids)] = np.concatenate(literal_pseudo_losses(reference, corpus, facts))
-    found = pseudo_perplexity(model, corpus, facts, positions=40, seed=9)
+    pseudo = pseudo_perplexity(model, corpus, facts, positions=40, seed=9)
     sample = drawn_positions(corpus, facts, 40, 9)
-    assert found.positions == 40
-    assert found.loss == pytest.approx(losses[sample].mean(), rel=1e-10)
+    assert pseudo.positions == 40
+    assert pseudo.loss == pytest.approx(losses[sample].mean(), rel=1e-10)
     means = [losses[drawn_positions(corpus, facts, 40, seed)].mean() for seed in range(200)]
     assert np.mean(means) == pytest.approx(np.nanmean(losses), abs=5 * np.std(means) / math.sqrt(200))
-    assert asdict(pseudo_perplexity(model, corpus, facts, positions=40, seed=9)) == asdict(found)
+    assert asdict(pseudo_perplexity(model, corpus, facts, positions=40, seed=9)) == asdict(pseudo)
 
 
 def test_positions_are_drawn_uniformly_from_the_ordinary_tokens(corpus: Corpus, facts: TokenFacts) -> None:
     special = np.isin(corpus.gather(np.arange(len(corpus))), facts.special_ids)
-    ordinary, wanted, draws = int((~special).sum()), 12, 3000
+    ordinary, sample_size, draws = int((~special).sum()), 12, 3000
     times = np.zeros(len(special))
     for seed in range(draws):
-        drawn = drawn_positions(corpus, facts, wanted, seed)
-        assert len(np.unique(drawn)) == len(drawn) == wanted
+        drawn = drawn_positions(corpus, facts, sample_size, seed)
+        assert len(np.unique(drawn)) == len(drawn) == sample_size
         times[drawn] += 1
     assert not times[special].any()
-    expected = draws * wanted / ordinary
-    deviations = (times[~special] - expected) / math.sqrt(expected * (1 - wanted / ordinary))
+    expected = draws * sample_size / ordinary
+    deviations = (times[~special] - expected) / math.sqrt(expected * (1 - sample_size / ordinary))
     assert abs(deviations.std() - 1) < 0.25
     assert np.abs(deviations).max() < 5
     assert np.array_equal(drawn_positions(corpus, facts, "all", 0), np.flatnonzero(~special))
@@ -435,9 +438,9 @@ class Mostly:
 def test_positions_are_found_among_many_special_tokens(facts: TokenFacts) -> None:
     rare = Mostly(int(facts.special_ids[0]))
     rare.counts = rare.counts[: facts.vocab_size]
-    for wanted in (1, 9, 10):
-        drawn = drawn_positions(rare, facts, wanted, 0)
-        assert len(drawn) == wanted
+    for sample_size in (1, 9, 10):
+        drawn = drawn_positions(rare, facts, sample_size, 0)
+        assert len(drawn) == sample_size
         assert set(drawn) <= set(range(360, 370))
     rare.counts[-1] += 5
     with pytest.raises(CorruptData, match="counts 15 tokens that are not special and holds 10"):
@@ -468,12 +471,12 @@ def test_pseudo_perplexity_refuses_what_it_cannot_do(corpus: Corpus, facts: Toke
 @pytest.mark.parametrize(("size", "stride"), [(32, None), (16, None), (8, 3), (8, 7), (5, 1), (2, 1)])
 @torch.no_grad()
 def test_causal_perplexity_scores_each_token_once_with_what_its_window_shows(
-    kind: str, size: int, stride: int | None, whole: Corpus, facts: TokenFacts
+    kind: str, size: int, stride: int | None, document_corpus: Corpus, facts: TokenFacts
 ) -> None:
     reference, model = pair(kind, facts)
     step = stride or size // 2
     sums, counts = [], []
-    for ids in each(whole):
+    for ids in each_sequence(document_corpus):
         losses = []
         for token in range(1, len(ids)):
             # The first window that reaches this token.
@@ -483,19 +486,19 @@ def test_causal_perplexity_scores_each_token_once_with_what_its_window_shows(
             losses.append(-float(reference(input_ids=context).logits[0, -1].log_softmax(0)[int(ids[token])]))
         sums.append(sum(losses))
         counts.append(len(losses))
-    found = causal_perplexity(model, whole, facts, max_length=size, stride=stride, batch_tokens=70)
-    assert found.tokens == sum(counts)
-    assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-9)
-    assert found.perplexity == pytest.approx(math.exp(sum(sums) / sum(counts)), rel=1e-8)
-    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-7)
-    assert 1 in whole.lengths
-    assert (found.sequences, found.max_length, found.stride) == (sum(map(bool, counts)), size, step)
+    causal = causal_perplexity(model, document_corpus, facts, max_length=size, stride=stride, batch_tokens=70)
+    assert causal.tokens == sum(counts)
+    assert causal.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-9)
+    assert causal.perplexity == pytest.approx(math.exp(sum(sums) / sum(counts)), rel=1e-8)
+    assert causal.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-7)
+    assert 1 in document_corpus.lengths
+    assert (causal.sequences, causal.max_length, causal.stride) == (sum(map(bool, counts)), size, step)
 
 
-def test_the_model_decides_the_window_unless_told(whole: Corpus, facts: TokenFacts) -> None:
-    found = causal_perplexity(pair("gpt2", facts)[1], whole, facts)
-    assert (found.max_length, found.stride) == (32, 16)
-    assert whole.lengths.max() > 64
+def test_the_model_decides_the_window_unless_told(document_corpus: Corpus, facts: TokenFacts) -> None:
+    causal = causal_perplexity(pair("gpt2", facts)[1], document_corpus, facts)
+    assert (causal.max_length, causal.stride) == (32, 16)
+    assert document_corpus.lengths.max() > 64
 
 
 def test_windows_tile_what_they_score() -> None:
@@ -510,18 +513,18 @@ def test_windows_tile_what_they_score() -> None:
             assert all(windows.end[mine] - windows.begin[mine] <= size)
 
 
-def test_causal_perplexity_refuses_what_it_cannot_do(whole: Corpus, corpus: Corpus, facts: TokenFacts) -> None:
+def test_causal_perplexity_refuses_what_it_cannot_do(document_corpus: Corpus, corpus: Corpus, facts: TokenFacts) -> None:
     model = pair("gpt2", facts)[1]
     with pytest.raises(UserError, match="for causal models"):
         causal_perplexity(pair("bert", facts)[1], corpus, facts)
     for size in (0, 1, 33):
         with pytest.raises(UserError, match=f"max_length must be from 2 to 32 for this model, got {size}"):
-            causal_perplexity(model, whole, facts, max_length=size)
+            causal_perplexity(model, document_corpus, facts, max_length=size)
     for stride in (0, 8, 9):
         with pytest.raises(UserError, match=f"stride must be from 1 to 7 .*, got {stride}"):
-            causal_perplexity(model, whole, facts, max_length=8, stride=stride)
+            causal_perplexity(model, document_corpus, facts, max_length=8, stride=stride)
     with pytest.raises(UserError, match="of 32 tokens does not fit into batch_tokens 31"):
-        causal_perplexity(model, whole, facts, batch_tokens=31)
+        causal_perplexity(model, document_corpus, facts, batch_tokens=31)
     short = Mostly(0)
     short.lengths, short.tokens = np.ones(40, np.int32), short.tokens[:, :1]
     with pytest.raises(UserError, match="every text has a single token"):
@@ -575,8 +578,8 @@ FP32 = EvaluateOptions(precision="fp32", device="cpu", documents="line", max_len
 def test_evaluate_measures_prepared_corpora_and_raw_text_alike(
     saved: dict[str, str], corpus: Corpus, text: Path, facts: TokenFacts, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[tuple[float, str]] = []
-    report = evaluate(saved["bert"], [str(corpus.path), str(text)], FP32, lambda *what: told.append(what))
+    progress: list[tuple[float, str]] = []
+    report = evaluate(saved["bert"], [str(corpus.path), str(text)], FP32, lambda *event: progress.append(event))
     assert capfd.readouterr() == ("", "")
     prepared, raw = report.corpora
     model = loading.load_model(saved["bert"])
@@ -587,10 +590,10 @@ def test_evaluate_measures_prepared_corpora_and_raw_text_alike(
     assert (prepared.causal, prepared.corpus, raw.corpus) == (None, str(corpus.path), str(text))
     assert (report.architecture, report.device, report.precision) == ("bert", "cpu", "fp32")
     assert report.parameters == sum(p.numel() for p in model.parameters())
-    fractions = [fraction for fraction, _ in told]
+    fractions = [fraction for fraction, _ in progress]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, pytest.approx(1.0))
-    assert any("pseudo-perplexity" in what for _, what in told)
+    assert any("pseudo-perplexity" in phase for _, phase in progress)
 
     loaded = json.loads(report.to_json())
     assert loaded["corpora"][0]["heldout"] == pytest.approx(asdict(prepared.heldout))
@@ -599,15 +602,15 @@ def test_evaluate_measures_prepared_corpora_and_raw_text_alike(
 
 
 def test_evaluate_slides_over_whole_documents_for_causal_models(
-    saved: dict[str, str], whole: Corpus, text: Path, facts: TokenFacts
+    saved: dict[str, str], document_corpus: Corpus, text: Path, facts: TokenFacts
 ) -> None:
     options = EvaluateOptions(precision="fp32", device="cpu", documents="line", stride=5, bos="no")
-    report = evaluate(saved["gpt2"], [str(text), str(whole.path)], options)
-    expected = causal_perplexity(loading.load_model(saved["gpt2"]), whole, facts, stride=5)
-    for found in report.corpora:
-        assert found.causal == expected
-        assert (found.heldout, found.pseudo) == (None, None)
-        assert found.tokens == int(whole.lengths.sum())
+    report = evaluate(saved["gpt2"], [str(text), str(document_corpus.path)], options)
+    expected = causal_perplexity(loading.load_model(saved["gpt2"]), document_corpus, facts, stride=5)
+    for measured in report.corpora:
+        assert measured.causal == expected
+        assert (measured.heldout, measured.pseudo) == (None, None)
+        assert measured.tokens == int(document_corpus.lengths.sum())
 
 
 def test_positions_zero_leaves_pseudo_perplexity_out_and_one_sequence_has_no_error(
@@ -638,11 +641,11 @@ def test_auto_is_what_the_machine_has(saved: dict[str, str], text: Path) -> None
 
 def refused(model: str, corpora: list[str], complaint: str, options: EvaluateOptions = FP32) -> None:
     """Refused on one line, before the model is loaded or anything measured."""
-    told: list[float] = []
+    fractions: list[float] = []
     with pytest.raises(UserError, match=complaint) as caught:
-        evaluate(model, corpora, options, lambda fraction, what: told.append(fraction))
+        evaluate(model, corpora, options, lambda fraction, phase: fractions.append(fraction))
     assert "\n" not in str(caught.value)
-    assert told in ([], [0.0])
+    assert fractions in ([], [0.0])
 
 
 def test_evaluate_checks_everything_before_it_measures(
@@ -685,8 +688,8 @@ def test_any_masked_model_is_measured_as_transformers_computes_it(
 ) -> None:
     reference = build(kind, facts.vocab_size)
     sums, counts = [], []
-    for seen, labels in masked_as_held_out(corpus, facts, seed=3):
-        logits = reference(input_ids=seen[None]).logits[0]
+    for masked_ids, labels in masked_as_held_out(corpus, facts, seed=3):
+        logits = reference(input_ids=masked_ids[None]).logits[0]
         sums.append(float(F.cross_entropy(logits, labels, reduction="sum")))
         counts.append(int((labels >= 0).sum()))
     pseudo = literal_pseudo_losses(reference, corpus, facts)
@@ -699,9 +702,9 @@ def test_any_masked_model_is_measured_as_transformers_computes_it(
     assert isinstance(model, language_model.AnyModel)
     assert language_model.max_length(model) == limit
     model.module.load_state_dict(reference.state_dict())  # of float64, before it was rounded
-    found = held_out(model, corpus, facts, seed=3, batch_tokens=100)
-    assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
-    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
+    heldout = held_out(model, corpus, facts, seed=3, batch_tokens=100)
+    assert heldout.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
+    assert heldout.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-8)
     one_by_one = pseudo_perplexity(model, corpus, facts, positions="all", batch_tokens=150)
     assert one_by_one.positions == len(every)
     assert one_by_one.loss == pytest.approx(sum(every) / len(every), rel=1e-10)
@@ -717,7 +720,7 @@ def test_any_masked_model_is_measured_as_transformers_computes_it(
         assert measured.heldout is not None
         assert measured.pseudo is not None
         assert measured.causal is None
-        assert measured.heldout.loss == pytest.approx(found.loss, rel=1e-5)
+        assert measured.heldout.loss == pytest.approx(heldout.loss, rel=1e-5)
         assert measured.pseudo.loss == pytest.approx(one_by_one.loss, rel=1e-5)
     assert (report.architecture, report.vocabulary) == (kind, facts.vocab_size)
     refused(
@@ -731,11 +734,11 @@ def test_any_masked_model_is_measured_as_transformers_computes_it(
 @other_causal
 @torch.no_grad()
 def test_any_causal_model_is_measured_as_transformers_computes_it(
-    kind: str, whole: Corpus, text: Path, tokenizer: Path, facts: TokenFacts, tmp_path: Path
+    kind: str, document_corpus: Corpus, text: Path, tokenizer: Path, facts: TokenFacts, tmp_path: Path
 ) -> None:
     reference, size, step = build(kind, facts.vocab_size), 16, 8
     sums, counts = [], []
-    for ids in each(whole):
+    for ids in each_sequence(document_corpus):
         losses = []
         for token in range(1, len(ids)):
             begin = 0 if token < size else step * math.ceil((token - size + 1) / step)
@@ -748,16 +751,16 @@ def test_any_causal_model_is_measured_as_transformers_computes_it(
     model = loading.load_for_evaluation(path, torch.float64)
     model.module.load_state_dict(reference.state_dict())
     assert (type(model), language_model.max_length(model)) == (language_model.AnyModel, 32)
-    found = causal_perplexity(model, whole, facts, max_length=size, batch_tokens=70)
-    assert found.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-9)
-    assert found.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-7)
+    causal = causal_perplexity(model, document_corpus, facts, max_length=size, batch_tokens=70)
+    assert causal.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-9)
+    assert causal.loss_se == pytest.approx(error_of_ratio(sums, counts), rel=1e-7)
 
     sizes = {"max_length": size, "batch_tokens": 100}
     options = EvaluateOptions(precision="fp32", device="cpu", documents="line", bos="no", **sizes)
-    for measured in evaluate(path, [str(whole.path), str(text)], options).corpora:
+    for measured in evaluate(path, [str(document_corpus.path), str(text)], options).corpora:
         assert measured.causal is not None
         assert (measured.heldout, measured.pseudo) == (None, None)
-        assert measured.causal.loss == pytest.approx(found.loss, rel=1e-5)
+        assert measured.causal.loss == pytest.approx(causal.loss, rel=1e-5)
         assert measured.causal.tokens == sum(counts)
 
 
@@ -802,8 +805,8 @@ def test_masked_or_causal_is_what_transformers_and_the_configuration_say(
                 parameter.add_(0.2 * torch.randn_like(parameter))
         path = save(model, tokenizer, tmp_path / f"electra-{decoder}")
         if decoder:
-            found = evaluate(path, [str(corpus.path)], FP32).corpora[0]
-            assert found.causal is not None
+            measured = evaluate(path, [str(corpus.path)], FP32).corpora[0]
+            assert measured.causal is not None
         else:
             refused(path, [str(corpus.path)], "its predictions change with later tokens")
 

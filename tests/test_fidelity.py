@@ -100,10 +100,10 @@ def published_terms(student: Any, teacher: Any, text: dict[str, Tensor], tempera
         nn.functional.log_softmax(s_selected / temperature, dim=-1), nn.functional.softmax(t_selected / temperature, dim=-1)
     )
     if student.config.model_type == "gpt2":
-        logits, wanted = s.logits[:, :-1, :].reshape(-1, s.logits.size(-1)), labels[:, 1:].reshape(-1)
+        logits, targets = s.logits[:, :-1, :].reshape(-1, s.logits.size(-1)), labels[:, 1:].reshape(-1)
     else:
-        logits, wanted = s.logits.view(-1, s.logits.size(-1)), labels.view(-1)
-    hard = nn.CrossEntropyLoss(ignore_index=-100)(logits, wanted)
+        logits, targets = s.logits.view(-1, s.logits.size(-1)), labels.view(-1)
+    hard = nn.CrossEntropyLoss(ignore_index=-100)(logits, targets)
     s_hidden, t_hidden = s.hidden_states[-1], t.hidden_states[-1]
     chosen = mask.bool().unsqueeze(-1).expand_as(s_hidden)
     s_rows = torch.masked_select(s_hidden, chosen).view(-1, s_hidden.size(-1))
@@ -149,9 +149,9 @@ def test_terms_and_gradients_are_the_published_ones(kind: str, layout: str) -> N
     terms = loss_terms(objective, student, LanguageModel(teacher), batch, per)
     terms.total.backward()
 
-    found = {"soft": terms.soft, "hard": terms.hard, "cosine": terms.cosine, "total": terms.total}
+    values = {"soft": terms.soft, "hard": terms.hard, "cosine": terms.cosine, "total": terms.total}
     for name, expected in {**truth, "total": total}.items():
-        assert abs(float(found[name]) / float(expected) - 1) < 1e-9, name
+        assert abs(float(values[name]) / float(expected) - 1) < 1e-9, name
     for (name, ours), (_, theirs) in zip(student.module.named_parameters(), literal.named_parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None and theirs.grad is not None:
@@ -171,10 +171,10 @@ def test_divergences_against_torch_distributions() -> None:
         q = torch.distributions.Categorical(logits=s / temperature)
         m = torch.distributions.Categorical(probs=0.3 * p.probs + 0.7 * q.probs)
         kl = torch.distributions.kl_divergence
-        wanted = {"forward-kl": kl(p, q), "reverse-kl": kl(q, p), "jsd": 0.3 * kl(p, m) + 0.7 * kl(q, m)}
-        for name, rows in wanted.items():
-            found = divergence_reference(s, t, temperature=temperature, divergence=name, beta=0.3)  # type: ignore[arg-type]
-            torch.testing.assert_close(found, temperature**2 * rows, rtol=1e-10, atol=1e-12)
+        expected = {"forward-kl": kl(p, q), "reverse-kl": kl(q, p), "jsd": 0.3 * kl(p, m) + 0.7 * kl(q, m)}
+        for name, rows in expected.items():
+            divergence = divergence_reference(s, t, temperature=temperature, divergence=name, beta=0.3)  # type: ignore[arg-type]
+            torch.testing.assert_close(divergence, temperature**2 * rows, rtol=1e-10, atol=1e-12)
 
 
 def test_normalisation_makes_the_cut_of_an_update_irrelevant() -> None:
@@ -193,14 +193,14 @@ def test_normalisation_makes_the_cut_of_an_update_irrelevant() -> None:
             loss_terms(objective, student, wrapped, batch, per).total.backward()
         return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
-    whole = gradient([text], objective)
+    one_batch = gradient([text], objective)
     parts = [
         {name: tensor[rows] for name, tensor in text.items()} for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5))
     ]
     cut = gradient(parts, objective)
-    assert float((whole - cut).norm() / whole.norm()) < 1e-12
+    assert float((one_batch - cut).norm() / one_batch.norm()) < 1e-12
     means = gradient(parts, objective.model_copy(update={"normalisation": "micro-batch"}))
-    assert float((whole - means).norm() / whole.norm()) > 1e-2
+    assert float((one_batch - means).norm() / one_batch.norm()) > 1e-2
 
 
 def test_weights_and_masked_rows_of_the_soft_loss() -> None:
@@ -250,17 +250,17 @@ def literal_training(
             epoch, number = epoch + 1, 0
         window, _ = batches.window(epoch, number)
         number += 1
-        seen = 0.0
+        update_loss = 0.0
         for batch in window:
             terms = published_terms(student, teacher, unpacked(batch), 2.0)
             loss = 5.0 * terms["soft"] + 2.0 * terms["hard"] + 1.0 * terms["cosine"]
-            seen += loss.item() / len(window)
+            update_loss += loss.item() / len(window)
             (loss / len(window)).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(seen)
+        losses.append(update_loss)
     return losses
 
 

@@ -140,11 +140,11 @@ def allowed(name: str, target: str) -> bool:
     )
 
 
-def violations(known: Mapping[str, str]) -> list[str]:
+def violations(sources: Mapping[str, str]) -> list[str]:
     """One line for each import that breaks a rule, and one for a cycle."""
     lines = []
     graph: dict[str, set[str]] = {}
-    for name, source in known.items():
+    for name, source in sources.items():
         product = within(name, ("fastdistil",))
         inner = name.removeprefix("fastdistil.")
         for target, line in imports(name, source):
@@ -165,7 +165,7 @@ def violations(known: Mapping[str, str]) -> list[str]:
                 lines.append(
                     f"{where}{room_of(name) or 'the root'} may import {ROOMS.get(room_of(name)) or 'nothing of fastdistil'}"
                 )
-            module = target if target in known else target.rpartition(".")[0]
+            module = target if target in sources else target.rpartition(".")[0]
             if "fastdistil" not in (module, name):
                 graph.setdefault(name, set()).add(module)
         if product and room_of(name) in NO_TORCH:
@@ -208,14 +208,14 @@ def test_every_folder_is_seen() -> None:
 
 def os_walk() -> list["os.DirEntry[str]"]:
     """Every .py file of the five folders, counted in another way: without following links."""
-    found, folders = [], [str(ROOT / folder) for folder in ("fastdistil", *NO_PACKAGE)]
+    entries, folders = [], [str(ROOT / folder) for folder in ("fastdistil", *NO_PACKAGE)]
     while folders:
         for entry in os.scandir(folders.pop()):
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
             elif entry.name.endswith(".py"):
-                found.append(entry)
-    return found
+                entries.append(entry)
+    return entries
 
 
 @pytest.mark.parametrize(
@@ -265,9 +265,9 @@ def os_walk() -> list["os.DirEntry[str]"]:
 def test_planted_violations_are_found(name: str, source: str, complaint: str) -> None:
     base = {"fastdistil": "", "fastdistil.train": "", "fastdistil.recipe": "import fastdistil.errors", "fastdistil.errors": ""}
     assert violations(base) == []
-    found = violations({**base, name: source})
-    assert len(found) == 1, found
-    assert complaint in found[0]
+    lines = violations({**base, name: source})
+    assert len(lines) == 1, lines
+    assert complaint in lines[0]
 
 
 @pytest.mark.parametrize(

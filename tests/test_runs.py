@@ -208,18 +208,18 @@ def shortened(path: Path, by: int) -> None:
 
 
 @pytest.mark.parametrize("by", [2, 10_000])
-@pytest.mark.parametrize("what", ["corpus", "cache"])
+@pytest.mark.parametrize("target", ["corpus", "cache"])
 def test_a_shard_that_is_shortened_in_use_is_told(
-    what: str, by: int, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, by: int, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a token, or by pages: in a memory map the one would read as zeros, and the other end this process."""
     place = tmp_path / "train"
     shutil.copytree(material / "train", place)
     overrides = [*SHORT, f"data.train={place}", "objective.a_cos=0"]
-    if what == "cache":
+    if target == "cache":
         cache_teacher(small(material, tmp_path, *overrides), tmp_path / "cache")
         overrides.append(f"teacher.cache={tmp_path / 'cache'}")
-    shard = place / "tokens-00000.bin" if what == "corpus" else tmp_path / "cache" / "0-00000.npy"
+    shard = place / "tokens-00000.bin" if target == "corpus" else tmp_path / "cache" / "0-00000.npy"
     undamaged = shard.read_bytes()
     real = CorpusSource.windows
 

@@ -51,11 +51,11 @@ def test_a_run_leaves_what_it_promises(material: Path, tmp_path: Path) -> None:
     } <= fields.keys()
     weighted = 5 * fields["soft"] + 2 * fields["hard"] + fields["cosine"]
     assert fields["total"] == pytest.approx(weighted, rel=1e-5)
-    found = events(run, "evaluation")
-    assert [e["update"] for e in found] == [3, 6, 8]
-    best = min(found, key=lambda e: e["loss"])["update"]
-    kept = list_updates(run / "checkpoints")
-    assert best in kept and 8 in kept and len(kept) <= 3
+    evaluations = events(run, "evaluation")
+    assert [e["update"] for e in evaluations] == [3, 6, 8]
+    best = min(evaluations, key=lambda e: e["loss"])["update"]
+    checkpoints = list_updates(run / "checkpoints")
+    assert best in checkpoints and 8 in checkpoints and len(checkpoints) <= 3
     # The student is transformers' alone, with tokenizer and card.
     student = transformers.AutoModelForMaskedLM.from_pretrained(run / "student")
     assert student.config.num_hidden_layers == 1
@@ -415,7 +415,7 @@ def test_deterministic_algorithms_run_every_step(material: Path, tmp_path: Path)
 
 def test_layouts_give_the_same_losses(material: Path, tmp_path: Path) -> None:
     """One update over the whole corpus: packed or padded, the tokens, masks and losses are the same."""
-    found = []
+    lines = []
     for layout in ("packed", "length-grouped"):
         recipe = small(
             material,
@@ -427,10 +427,10 @@ def test_layouts_give_the_same_losses(material: Path, tmp_path: Path) -> None:
             "evaluation.every=null",
         )
         quiet(recipe)
-        found.append(events(tmp_path / layout / "run", "train")[0])
+        lines.append(events(tmp_path / layout / "run", "train")[0])
     for name in ("soft", "hard", "cosine", "total", "grad_norm"):
-        assert found[0][name] == pytest.approx(found[1][name], rel=2e-5)
-    assert found[0]["tokens"] == found[1]["tokens"]
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=2e-5)
+    assert lines[0]["tokens"] == lines[1]["tokens"]
 
 
 def test_pretraining_learns_without_a_teacher(material: Path, tmp_path: Path) -> None:

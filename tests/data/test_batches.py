@@ -122,9 +122,9 @@ def test_every_sequence_is_used_once_an_epoch(lengths, layout, budget, bin_width
     assert len({batches.updates_per_epoch(epoch) for batches in everyone}) == 1
     used, total, numbers = Counter(), Counts(), []
     for update in range(everyone[0].updates_per_epoch(epoch)):
-        found = [batches.window(epoch, update) for batches in everyone]
-        for rank, (window, denominators) in enumerate(found):
-            assert denominators == sum((batch.counts for others, _ in found for batch in others), Counts())
+        windows = [batches.window(epoch, update) for batches in everyone]
+        for rank, (window, denominators) in enumerate(windows):
+            assert denominators == sum((batch.counts for others, _ in windows for batch in others), Counts())
             for micro, batch in enumerate(window):
                 assert batch.index == (epoch, (update * accumulation + micro) * ranks + rank)
                 assert batch.ids_BS.numel() <= budget
@@ -134,8 +134,8 @@ def test_every_sequence_is_used_once_an_epoch(lengths, layout, budget, bin_width
                     (token,) = set(ids[place].tolist())
                     assert len(place) == lengths[token - 10]
                     used[token - 10] += 1
-        total += found[0][1]
-        sizes = [len(window) for window, _ in found]
+        total += windows[0][1]
+        sizes = [len(window) for window, _ in windows]
         assert max(sizes) - min(sizes) <= 1
         if update + 1 < everyone[0].updates_per_epoch(epoch):
             assert set(sizes) == {accumulation}
@@ -166,9 +166,9 @@ def test_denominators_count_what_all_ranks_hold(layout, mask):
     kind = {"causal": True} if mask is None else {"mask": mask}
     everyone = [make(corpus, layout=layout, accumulation=2, rank=rank, ranks=3, **kind) for rank in range(3)]
     capped = 0
-    for found in zip(*(epoch_of(batches, 1) for batches in everyone), strict=True):
-        held = [batch for window, _ in found for batch in window]
-        for _, counts in found:
+    for windows in zip(*(epoch_of(batches, 1) for batches in everyone), strict=True):
+        held = [batch for window, _ in windows for batch in window]
+        for _, counts in windows:
             assert counts.tokens == sum(int(batch.attention_mask_BS.sum()) if batch.packing is None else batch.ids_BS.numel()
                                         for batch in held)  # fmt: skip
             assert counts.labels == sum(int((batch.labels_N != -100).sum()) for batch in held)
@@ -216,28 +216,28 @@ def test_padded_batch_in_full():
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_a_masked_batch_differs_from_its_text_only_where_it_has_labels(layout, whole_word):
     corpus = texts(200)
-    found = 0
+    matches = 0
     originals = {tuple(sequence.tolist()) for sequence in corpus.sequences}
     for window, _ in epoch_of(make(corpus, layout=layout, mask=Mask(whole_word=whole_word)), 0):
         for batch in window:
             ids, labels = batch.ids_BS.flatten().numpy(), batch.labels_N.numpy()
             assert batch.label_rows.tolist() == np.flatnonzero(labels != -100).tolist()
             restored = np.where(labels != -100, labels, ids)
-            found += sum(tuple(restored[place].tolist()) in originals for place in rows(batch))
-    assert found == 200
+            matches += sum(tuple(restored[place].tolist()) in originals for place in rows(batch))
+    assert matches == 200
     assert len(originals) > 190
 
 
 def masks_by_text(batches, epoch):
     """The masked ids and labels of every sequence of an epoch, under the sequence's own text."""
-    found = {}
+    masked_of_text = {}
     for window, _ in epoch_of(batches, epoch):
         for batch in window:
             ids, labels = batch.ids_BS.flatten().numpy(), batch.labels_N.numpy()
             restored = np.where(labels != -100, labels, ids)
             for place in rows(batch):
-                found[tuple(restored[place].tolist())] = (tuple(ids[place].tolist()), tuple(labels[place].tolist()))
-    return found
+                masked_of_text[tuple(restored[place].tolist())] = (tuple(ids[place].tolist()), tuple(labels[place].tolist()))
+    return masked_of_text
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
@@ -259,7 +259,7 @@ def test_masks_do_not_depend_on_layout_batch_or_ranks(whole_word):
 def test_any_window_is_the_same_without_the_ones_before(layout):
     corpus = texts(100)
     walked = make(corpus, layout=layout, accumulation=2)
-    history = {(epoch, update): found for epoch in (0, 1) for update, found in enumerate(epoch_of(walked, epoch))}
+    history = {(epoch, update): pair for epoch in (0, 1) for update, pair in enumerate(epoch_of(walked, epoch))}
     for epoch, update in ((1, 3), (0, 2), (1, 0)):
         window, counts = make(corpus, layout=layout, accumulation=2).window(epoch, update)
         assert counts == history[epoch, update][1]
@@ -342,9 +342,9 @@ def test_to_moves_every_tensor(layout):
     corpus = texts(4)
     (batch,) = evaluation_batches(corpus, corpus.facts, batch_tokens=200, layout=layout)
     moved = batch.to("meta")
-    kept = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert {"ids_BS", "positions_BS", "labels_N", "label_rows", "sequence_of_label"} <= kept
-    assert all(getattr(moved, name).device.type == "meta" for name in kept)
+    tensor_names = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert {"ids_BS", "positions_BS", "labels_N", "label_rows", "sequence_of_label"} <= tensor_names
+    assert all(getattr(moved, name).device.type == "meta" for name in tensor_names)
     if layout == "packed":
         assert moved.packing.cu_seqlens.device.type == "meta"
         assert moved.packing.groups == batch.packing.groups
@@ -368,15 +368,15 @@ def test_evaluation_masks_depend_on_the_seed_alone(layout):
     corpus.counts = corpus.counts * np.arange(100)  # frequencies do not matter in evaluation
 
     def masks(**options):
-        found = set()
+        places = set()
         for batch in evaluation_batches(corpus, corpus.facts, **{"batch_tokens": 100, "layout": layout} | options):
             assert batch.ids_BS.numel() <= options.get("batch_tokens", 100)
             labels = batch.labels_N[batch.label_rows].tolist()
             positions = batch.positions_BS.flatten()[batch.label_rows].tolist()
             for sequence, position, label in zip(batch.sequence_of_label.tolist(), positions, labels, strict=True):
                 assert corpus.sequences[sequence][position] == label
-                found.add((sequence, position))
-        return found
+                places.add((sequence, position))
+        return places
 
     one = masks()
     assert len(one) > 150
@@ -418,12 +418,12 @@ def test_prefetched_windows_are_the_ones_asked_for():
     direct = make(corpus, accumulation=2)
     expected = [(epoch, update) for epoch in (1, 2) for update in range(direct.updates_per_epoch(epoch))][2:]
     with prefetched(make(corpus, accumulation=2), 1, 2, epochs=3) as windows:
-        found = list(windows)
-    assert [(made.epoch, made.update) for made in found] == expected
-    for made in found:
-        window, counts = direct.window(made.epoch, made.update)
-        assert made.denominators == counts
-        for one, other in zip(made.window, window, strict=True):
+        items = list(windows)
+    assert [(item.epoch, item.update) for item in items] == expected
+    for item in items:
+        window, counts = direct.window(item.epoch, item.update)
+        assert item.denominators == counts
+        for one, other in zip(item.window, window, strict=True):
             same(one, other)
 
 
@@ -461,8 +461,8 @@ def test_prefetched_batches_are_page_locked_for_a_gpu():
     corpus = texts(60)
     direct = make(corpus)
     with prefetched(make(corpus), epochs=1, pin_for=torch.device("cuda", 0)) as windows:
-        for made in windows:
-            for batch, plain in zip(made.window, direct.window(made.epoch, made.update)[0], strict=True):
+        for item in windows:
+            for batch, plain in zip(item.window, direct.window(item.epoch, item.update)[0], strict=True):
                 assert batch.ids_BS.is_pinned()
                 assert batch.packing.cu_seqlens.is_pinned()
                 moved = batch.to("cuda", non_blocking=True)
@@ -472,14 +472,14 @@ def test_prefetched_batches_are_page_locked_for_a_gpu():
 
 
 def test_own_masked_batches():
-    given = {
+    mapping = {
         "input_ids": torch.tensor([[5, 3, 7], [3, 9, 0]], dtype=torch.int32),
         "attention_mask": torch.tensor([[True, True, True], [True, True, False]]),
         "labels": [[-100, 6, -100], [8, -100, -100]],
         "weights": np.array([[1, 0.5, 0], [2, 1, 9]]),
         "token_type_ids": None,
     }
-    (batch,) = from_mappings([given], causal=False, vocab_size=10)
+    (batch,) = from_mappings([mapping], causal=False, vocab_size=10)
     assert batch.ids_BS.tolist() == [[5, 3, 7], [3, 9, 0]]
     assert batch.ids_BS.dtype == batch.labels_N.dtype == batch.attention_mask_BS.dtype == torch.int64
     assert batch.labels_N.tolist() == [-100, 6, -100, 8, -100, -100]
@@ -496,16 +496,16 @@ def test_own_masked_batches():
 
 
 def test_own_causal_batches_are_shifted_and_know_both_paddings():
-    given = {
+    mapping = {
         "input_ids": torch.tensor([[5, 6, 7, 0], [0, 0, 8, 9]]),
         "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]),
     }
-    (batch,) = from_mappings([given], causal=True)
+    (batch,) = from_mappings([mapping], causal=True)
     assert batch.labels_N.tolist() == [6, 7, -100, -100, -100, -100, 9, -100]
     assert batch.positions_BS.tolist() == [[0, 1, 2, 0], [0, 0, 0, 1]]
     assert batch.counts == Counts(5.0, 5, 3, 2, 1)
     labels = torch.tensor([[-100, -100, 7, -100], [-100, -100, 8, 9]])
-    (batch,) = from_mappings([given | {"labels": labels}], causal=True)
+    (batch,) = from_mappings([mapping | {"labels": labels}], causal=True)
     assert batch.labels_N.tolist() == [-100, 7, -100, -100, -100, -100, 9, -100]
     assert batch.label_rows.tolist() == [1, 6]
 

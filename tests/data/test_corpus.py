@@ -149,10 +149,10 @@ def test_the_examples_dropping_rules_when_asked(wordpiece: Path, tmp_path: Path)
 
 def test_the_share_of_unknown_tokens_counts_special_ones_and_its_limit_drops() -> None:
     tokens = np.array([9, 9, 5, 5, 9, 9, 9, 5], np.uint16)  # 9 is unknown: 2 of 6 and 3 of 6 with the frame
-    for limit, kept in ((1.0, 2), (0.51, 2), (0.5, 1), (2 / 6, 0)):
+    for limit, sequences in ((1.0, 2), (0.51, 2), (0.5, 1), (2 / 6, 0)):
         encoded = pieces(tokens, np.array([4, 4]), PieceRules(16, 1, 2, 9, 0, limit, "uint16"))
-        assert (len(encoded.lengths), encoded.dropped) == (kept, 2 - kept)
-        assert encoded.tokens.tolist() == [1, 9, 9, 5, 5, 2, 1, 9, 9, 9, 5, 2][: 6 * kept]
+        assert (len(encoded.lengths), encoded.dropped) == (sequences, 2 - sequences)
+        assert encoded.tokens.tolist() == [1, 9, 9, 5, 5, 2, 1, 9, 9, 9, 5, 2][: 6 * sequences]
 
 
 def test_without_special_tokens_and_with_only_one_of_them(byte_level: Path, lines: Path, tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ def test_gather_across_shards_in_any_order(wordpiece: Path, lines: Path, tmp_pat
     prepare([str(lines)], tmp_path / "many", options(wordpiece, shard_tokens=300))
     one, many = Corpus.open(tmp_path / "one"), Corpus.open(tmp_path / "many", verify="size")
     assert len(many.manifest.shards) > 3
-    whole = np.fromfile(tmp_path / "one" / "tokens-00000.bin", np.uint16)
-    parts = np.split(whole, np.cumsum(one.lengths)[:-1])
+    tokens = np.fromfile(tmp_path / "one" / "tokens-00000.bin", np.uint16)
+    parts = np.split(tokens, np.cumsum(one.lengths)[:-1])
     chosen = np.random.default_rng(0).integers(0, len(one), 50)
     assert len(set(chosen.tolist())) < 50  # some twice
     for order in (chosen, np.arange(len(one)), chosen[:0], chosen[:1]):
@@ -409,14 +409,14 @@ def test_tokenizers_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{}")
     (tmp_path / "empty").mkdir()
-    for name, wanted in (
+    for name, complaint in (
         ("nobody/nothing-of-this-name", "cannot load the tokenizer"),
         (str(tmp_path / "nowhere"), "no tokenizer directory"),
         ("./nowhere", "no tokenizer directory"),
         (str(tmp_path / "empty"), "holds no tokenizer; wanted one of"),
         (str(tmp_path / "broken"), "cannot load the tokenizer"),
     ):
-        with pytest.raises(UserError, match=wanted) as caught:
+        with pytest.raises(UserError, match=complaint) as caught:
             load_tokenizer(name)
         assert "\n" not in str(caught.value)
 

@@ -84,12 +84,12 @@ def test_order_of_counters_matters():
 def test_rate_is_exact_on_average_and_within_one_of_it_in_every_sequence():
     ids, lengths, sequences = random_sequences(np.random.default_rng(1).integers(5, 90, 4000))
     targets = choose_targets(table(), ids, lengths, sequences, seed=7, epoch=2)
-    found = np.diff(np.searchsorted(targets, offsets(lengths)))
+    targets_per_seq = np.diff(np.searchsorted(targets, offsets(lengths)))
     aim = 0.15 * lengths
-    assert np.all((found == np.floor(aim)) | (found == np.ceil(aim)))
+    assert np.all((targets_per_seq == np.floor(aim)) | (targets_per_seq == np.ceil(aim)))
     fraction = aim - np.floor(aim)
     deviation = sqrt((fraction * (1 - fraction)).sum())
-    assert abs(found.sum() - aim.sum()) < 4 * deviation
+    assert abs(targets_per_seq.sum() - aim.sum()) < 4 * deviation
     assert deviation < 0.005 * aim.sum()  # the bound is a tight one
     assert len(np.unique(targets)) == len(targets)
     assert np.all(np.diff(targets) > 0)
@@ -112,11 +112,11 @@ def test_sets_of_targets_are_drawn_as_by_weighted_draws_without_replacement(smoo
     def probabilities(weights):
         exact = Counter()
         for first, second, third in permutations(range(10), 3):
-            left = 1.0
+            remaining_weight = 1.0
             chance = 1.0
             for token in (first, second, third):
-                chance *= weights[token] / left
-                left -= weights[token]
+                chance *= weights[token] / remaining_weight
+                remaining_weight -= weights[token]
             exact[tuple(sorted((first, second, third)))] += chance
         return exact
 
@@ -147,40 +147,40 @@ def test_no_smoothing_underflows():
 def test_shares_and_random_ids():
     ids, lengths, sequences = random_sequences(np.full(3000, 60))
     shares = table(mask=0.7, keep=0.1, random=0.2)
-    seen, targets = mask_tokens(shares, ids, lengths, sequences, seed=1, epoch=0)
-    rest = np.setdiff1d(np.arange(len(ids)), targets)
-    assert np.array_equal(seen[rest], ids[rest])
+    masked_ids, targets = mask_tokens(shares, ids, lengths, sequences, seed=1, epoch=0)
+    untargeted = np.setdiff1d(np.arange(len(ids)), targets)
+    assert np.array_equal(masked_ids[untargeted], ids[untargeted])
     total = len(targets)
-    masked = (seen[targets] == MASK_ID).sum()
-    changed = seen[targets][(seen[targets] != MASK_ID) & (seen[targets] != ids[targets])]
+    masked = (masked_ids[targets] == MASK_ID).sum()
+    changed = masked_ids[targets][(masked_ids[targets] != MASK_ID) & (masked_ids[targets] != ids[targets])]
     same = total - masked - len(changed)
     ordinary = V - len(SPECIAL)
-    for found, share in ((masked, 0.7), (len(changed), 0.2 * (1 - 1 / ordinary)), (same, 0.1 + 0.2 / ordinary)):
-        assert abs(found - share * total) < 4 * sqrt(total * share * (1 - share))
+    for count, share in ((masked, 0.7), (len(changed), 0.2 * (1 - 1 / ordinary)), (same, 0.1 + 0.2 / ordinary)):
+        assert abs(count - share * total) < 4 * sqrt(total * share * (1 - share))
     assert not np.isin(changed, SPECIAL).any()
     # Of the random ids those that hit the token itself cannot be seen; given the others, each token is as likely as it is
     # absent from the targets that drew.
-    drew = targets[(seen[targets] != MASK_ID) & (seen[targets] != ids[targets])]
-    own = np.bincount(ids[drew], minlength=V)
-    expected = (len(drew) - own) / (ordinary - 1)
+    drew = targets[(masked_ids[targets] != MASK_ID) & (masked_ids[targets] != ids[targets])]
+    draws_per_token = np.bincount(ids[drew], minlength=V)
+    expected = (len(drew) - draws_per_token) / (ordinary - 1)
     expected[SPECIAL] = 0
     assert chi_square_is_plausible(np.bincount(changed, minlength=V), expected)
 
 
-@pytest.mark.parametrize(("shares", "wanted"), [((1, 0, 0), "mask"), ((0, 1, 0), "keep"), ((0, 0, 1), "random")])
-def test_a_share_of_one_leaves_nothing_to_the_others(shares, wanted):
+@pytest.mark.parametrize(("shares", "action"), [((1, 0, 0), "mask"), ((0, 1, 0), "keep"), ((0, 0, 1), "random")])
+def test_a_share_of_one_leaves_nothing_to_the_others(shares, action):
     ids, lengths, sequences = random_sequences(np.full(200, 40))
     only = table(mask=shares[0], keep=shares[1], random=shares[2])
-    seen, targets = mask_tokens(only, ids, lengths, sequences, seed=1, epoch=0)
+    masked_ids, targets = mask_tokens(only, ids, lengths, sequences, seed=1, epoch=0)
     assert len(targets) > 1000
-    match wanted:
+    match action:
         case "mask":
-            assert np.all(seen[targets] == MASK_ID)
+            assert np.all(masked_ids[targets] == MASK_ID)
         case "keep":
-            assert np.array_equal(seen, ids)
+            assert np.array_equal(masked_ids, ids)
         case "random":
-            assert not np.isin(seen[targets], SPECIAL).any()
-            assert (seen[targets] != ids[targets]).mean() > 0.9
+            assert not np.isin(masked_ids[targets], SPECIAL).any()
+            assert (masked_ids[targets] != ids[targets]).mean() > 0.9
 
 
 def split(values, lengths):

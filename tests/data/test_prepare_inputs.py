@@ -205,10 +205,10 @@ def test_real_books(data_folder: Path, tmp_path: Path) -> None:
     if not (data_folder / "gutenberg").is_dir():
         pytest.skip("the data folder has no gutenberg")
     documents, reader = read([data_folder / "gutenberg"], tmp_path, strip_gutenberg=True, documents="file")
-    whole, _ = read([data_folder / "gutenberg"], tmp_path, documents="file")
+    unstripped, _ = read([data_folder / "gutenberg"], tmp_path, documents="file")
     assert reader.unmarked == []
     assert reader.bad.total() == 0
-    lost = sum(map(len, whole)) - sum(map(len, documents))
+    lost = sum(map(len, unstripped)) - sum(map(len, documents))
     assert 15_000 * 40 < lost < 25_000 * 40  # header and licence are about 20,000 characters
     assert abs(reader.gutenberg_removed - lost) < 20 * 40  # besides, white space around them
     assert reader.half_marked == reader.shortened == []
@@ -262,7 +262,7 @@ def test_bad_records_of_jsonl_are_set_aside_with_their_reason(tmp_path: Path) ->
     entries = quarantine(tmp_path)
     assert [entry["bytes"] for entry in entries] == bad
     assert [entry["line"] for entry in entries] == list(range(32, 32 + len(bad)))
-    wanted = [
+    reasons = [
         "not JSON",
         "a list, wanted",
         "no field 'text'",
@@ -272,7 +272,7 @@ def test_bad_records_of_jsonl_are_set_aside_with_their_reason(tmp_path: Path) ->
         "not UTF-8: byte 0xe9",
         "",
     ]
-    for entry, reason in zip(entries, wanted, strict=True):
+    for entry, reason in zip(entries, reasons, strict=True):
         assert reason in entry["reason"]
 
 
@@ -358,11 +358,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_read_is_one_line_with_a_way_out(tokenizer: str, tmp_path: Path, case: str) -> None:
-    name, make, wanted = REFUSED[case]
+    name, make, complaint = REFUSED[case]
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / name
     make(path)
-    with pytest.raises(UserError, match=wanted) as caught:
+    with pytest.raises(UserError, match=complaint) as caught:
         prepare([str(path)], tmp_path / "out", PrepareOptions(tokenizer=tokenizer, workers=1))
     message = str(caught.value)
     assert "\n" not in message
@@ -421,15 +421,15 @@ def test_manifest_counts_quarantine_and_notes(tokenizer: str, tmp_path: Path) ->
     data.mkdir()
     (data / "a.txt").write_bytes(b"\n".join([*(text.encode() for text in TEXTS), b"\xe9"]))
     (data / "notes.pdf").write_text("x")
-    told: list[PrepareProgress] = []
+    events: list[PrepareProgress] = []
     options = PrepareOptions(tokenizer=tokenizer, strip_gutenberg=True, max_bad_fraction=0.1, workers=1)
-    manifest = prepare([str(data)], tmp_path / "out", options, told.append)
+    manifest = prepare([str(data)], tmp_path / "out", options, events.append)
     assert (manifest.records, manifest.bad_records, manifest.unmarked_files, manifest.documents) == (31, 1, 1, 1)
     assert "quarantine.jsonl" in manifest.files
-    notes = [progress.note for progress in told if progress.note]
+    notes = [progress.note for progress in events if progress.note]
     assert notes[0] == "ignored 1 files of other kinds: notes.pdf"
     assert "no Project Gutenberg lines" in notes[1]
-    last = [progress for progress in told if not progress.note][-1]
+    last = [progress for progress in events if not progress.note][-1]
     assert last.bytes_read == last.bytes_total == (data / "a.txt").stat().st_size
     assert last.tokens == manifest.tokens
     corpus = Corpus.open(tmp_path / "out")

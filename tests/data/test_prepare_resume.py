@@ -87,8 +87,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_repeated_gives_the_same_bytes(job: Job, tmp_path: Path, workers: int) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    job.prepare(whole)
+    reference, out = tmp_path / "whole", tmp_path / "out"
+    job.prepare(reference)
     pids = job.killed(out, workers=workers)
     assert len(pids) == (workers if workers > 1 else 0)
     for pid in pids:  # those whose parent was killed leave by themselves
@@ -98,17 +98,17 @@ def test_killed_and_repeated_gives_the_same_bytes(job: Job, tmp_path: Path, work
             continue
         assert select.select([handle], [], [], 60)[0], "a worker outlived its parent"
         os.close(handle)
-    left = json.loads((out / "progress.json").read_text())["written"]
-    assert 1 < len(left["shards"]) < len(Corpus.open(whole).manifest.shards)
+    written = json.loads((out / "progress.json").read_text())["written"]
+    assert 1 < len(written["shards"]) < len(Corpus.open(reference).manifest.shards)
     with pytest.raises(UserError, match="was interrupted"):
         Corpus.open(out)
-    kept = {name: (out / name).stat().st_mtime_ns for name in left["files"]}
+    mtimes = {name: (out / name).stat().st_mtime_ns for name in written["files"]}
     notes: list[PrepareProgress] = []
     job.prepare(out, notes.append)
-    assert f"going on after {len(left['shards'])} finished shards" in [progress.note for progress in notes]
-    assert len([progress for progress in notes if not progress.note]) < 40 - left["blocks"]  # the others were skipped
-    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
-    assert contents(out) == contents(whole)
+    assert f"going on after {len(written['shards'])} finished shards" in [progress.note for progress in notes]
+    assert len([progress for progress in notes if not progress.note]) < 40 - written["blocks"]  # the others were skipped
+    assert mtimes == {name: (out / name).stat().st_mtime_ns for name in mtimes}
+    assert contents(out) == contents(reference)
     Corpus.open(out)
 
 
@@ -268,12 +268,12 @@ def test_a_manifest_is_whole_or_absent(job: Job, tmp_path: Path, monkeypatch: py
 
 
 def test_workers_default_to_what_the_input_is_worth(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    worker_counts = []
 
     original = prepare_module.encoded_blocks
 
     def counted(*arguments: Any) -> Any:
-        asked.append(arguments[-1])
+        worker_counts.append(arguments[-1])
         return original(*arguments[:-1], 1)
 
     monkeypatch.setattr(prepare_module, "encoded_blocks", counted)
@@ -283,6 +283,6 @@ def test_workers_default_to_what_the_input_is_worth(job: Job, tmp_path: Path, mo
     job.prepare(tmp_path / "medium", workers=None)
     monkeypatch.setattr(prepare_module, "BYTES_PER_WORKER", 10)
     job.prepare(tmp_path / "large", workers=None)
-    assert asked[0] == 1
-    assert 1 < asked[1] < 8
-    assert asked[2] == 8
+    assert worker_counts[0] == 1
+    assert 1 < worker_counts[1] < 8
+    assert worker_counts[2] == 8

@@ -72,7 +72,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe_of(material: Path, tmp_path: Path, *overrides: str, teacher: str = "bert") -> Recipe:
     causal = teacher == "gpt2"
-    given = [
+    settings = [
         f"teacher.path={material / teacher}",
         f"data.train={material / 'corpus'}",
         "data.micro_batch_tokens=1000",
@@ -88,7 +88,7 @@ def recipe_of(material: Path, tmp_path: Path, *overrides: str, teacher: str = "b
         "device=cpu",
         f"runs_dir={tmp_path / 'runs'}",
     ]
-    return load_recipe("distilbert", [*given, *overrides])
+    return load_recipe("distilbert", [*settings, *overrides])
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -123,9 +123,9 @@ def test_holds_the_teachers_distribution_under_the_runs_masks(layout: str, mater
         shard = int(np.searchsorted(starts, sequence, side="right")) - 1
         values = np.load(tmp_path / "cache" / teacher_cache.shard_name(0, shard))
         here = values[bounds[sequence] - bounds[starts[shard]] : bounds[sequence + 1] - bounds[starts[shard]]]
-        found = torch.from_numpy(here["log_probability"].astype(np.float32)).exp()
-        torch.testing.assert_close(found, p.gather(1, torch.from_numpy(here["index"].astype(np.int64))), rtol=5e-3, atol=0)
-        torch.testing.assert_close(found, p.topk(5).values, rtol=5e-3, atol=0)
+        cached_p = torch.from_numpy(here["log_probability"].astype(np.float32)).exp()
+        torch.testing.assert_close(cached_p, p.gather(1, torch.from_numpy(here["index"].astype(np.int64))), rtol=5e-3, atol=0)
+        torch.testing.assert_close(cached_p, p.topk(5).values, rtol=5e-3, atol=0)
         torch.testing.assert_close(torch.from_numpy(here["tail"].copy()), 1 - p.topk(5).values.sum(-1), rtol=1e-3, atol=1e-5)
         assert float(p.max()) > 3 / facts.vocab_size
 
@@ -142,11 +142,11 @@ def test_a_cache_of_all_tokens_trains_as_the_teacher_does(teacher: str, layout: 
     cached = losses(plain.with_(teacher=keys))
     assert len(live) == len(cached) == UPDATES
     np.testing.assert_allclose(cached, live, rtol=2e-3)
-    fewer = losses(plain.with_(teacher={**keys, "top_k": 4, "cache": str(_made(plain, tmp_path, top_k=4))}))
+    fewer = losses(plain.with_(teacher={**keys, "top_k": 4, "cache": str(cache_of(plain, tmp_path, top_k=4))}))
     assert all(few < all_ for few, all_ in zip(fewer[:1], live[:1], strict=True))
 
 
-def _made(recipe: Recipe, tmp_path: Path, **keys: Any) -> Path:
+def cache_of(recipe: Recipe, tmp_path: Path, **keys: Any) -> Path:
     out = tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"
     cache_teacher(recipe.with_(teacher=keys), out)
     return out
@@ -154,15 +154,15 @@ def _made(recipe: Recipe, tmp_path: Path, **keys: Any) -> Path:
 
 def test_a_cut_off_teaches_what_is_above_it(material: Path, tmp_path: Path) -> None:
     plain = recipe_of(material, tmp_path)
-    out = _made(plain, tmp_path, top_k=20, min_probability=0.01)
+    out = cache_of(plain, tmp_path, top_k=20, min_probability=0.01)
     values = np.load(out / teacher_cache.shard_name(0, 0))
-    kept = np.isfinite(values["log_probability"])
-    assert 0 < kept[:, 1:].mean() < 1
-    assert np.exp(values["log_probability"][:, 1:].astype(np.float64)[kept[:, 1:]]).min() > 0.0099
+    finite = np.isfinite(values["log_probability"])
+    assert 0 < finite[:, 1:].mean() < 1
+    assert np.exp(values["log_probability"][:, 1:].astype(np.float64)[finite[:, 1:]]).min() > 0.0099
     assert (values["tail"] == 0).all()
-    found = losses(plain.with_(teacher={"cache": str(out), "top_k": 20, "min_probability": 0.01}))
-    assert len(found) == UPDATES
-    assert all(np.isfinite(found))
+    loss_series = losses(plain.with_(teacher={"cache": str(out), "top_k": 20, "min_probability": 0.01}))
+    assert len(loss_series) == UPDATES
+    assert all(np.isfinite(loss_series))
 
 
 def test_training_from_a_cache_does_not_run_the_teacher(
@@ -171,7 +171,7 @@ def test_training_from_a_cache_does_not_run_the_teacher(
     from fastdistil.training import inputs
 
     plain = recipe_of(material, tmp_path, f"student.path={material / 'other'}")
-    out = _made(plain, tmp_path, top_k=4)
+    out = cache_of(plain, tmp_path, top_k=4)
     real, loaded = loading.load_model, []
     monkeypatch.setattr(inputs.loading, "load_model", lambda path, *arguments: (loaded.append(path), real(path, *arguments))[1])
     losses(plain.with_(teacher={"cache": str(out), "top_k": 4}))
@@ -180,7 +180,7 @@ def test_training_from_a_cache_does_not_run_the_teacher(
 
 def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Path) -> None:
     recipe = recipe_of(material, tmp_path, "teacher.top_k=8")
-    whole = cache_teacher(recipe, tmp_path / "whole")
+    reference = cache_teacher(recipe, tmp_path / "whole")
     code = (
         "import sys, yaml\nfrom pathlib import Path\n"
         "from fastdistil.data import teacher_cache\nfrom fastdistil.recipe import validated\n"
@@ -197,7 +197,7 @@ def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Pat
     child.wait()
     before = len(list(out.glob("*-*.json")))
     again = cache_teacher(recipe, out)
-    assert again.made <= whole.shards - min(before, whole.shards - 1)
+    assert again.made <= reference.shards - min(before, reference.shards - 1)
     assert contents(out) == contents(tmp_path / "whole")
     assert cache_teacher(recipe, out).made == 0
 
@@ -222,7 +222,7 @@ def test_killed_and_continued_gives_the_same_bytes(material: Path, tmp_path: Pat
 )
 def test_a_cache_of_something_else_is_refused(override: str, message: str, material: Path, tmp_path: Path) -> None:
     plain = recipe_of(material, tmp_path, "student.path=" + str(material / "other"))
-    out = _made(plain, tmp_path, top_k=4)
+    out = cache_of(plain, tmp_path, top_k=4)
     overrides = [f"teacher.cache={out}", "teacher.top_k=4", override.replace("OTHER", str(material / "other"))]
     recipe = recipe_of(material, tmp_path, f"student.path={material / 'other'}", *overrides)
     with pytest.raises(UserError, match=message):
@@ -233,7 +233,7 @@ def test_a_cache_of_something_else_is_refused(override: str, message: str, mater
 
 def test_damage_is_seen(material: Path, tmp_path: Path) -> None:
     plain = recipe_of(material, tmp_path)
-    out = _made(plain, tmp_path, top_k=4)
+    out = cache_of(plain, tmp_path, top_k=4)
     recipe = plain.with_(teacher={"cache": str(out), "top_k": 4})
     shard = out / teacher_cache.shard_name(0, 1)
     good = shard.read_bytes()

@@ -82,7 +82,7 @@ def recipe(material: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def truth(recipe: Recipe) -> dict[torch.dtype, dict[str, torch.Tensor]]:
     """One process, eight micro-batches, autograd's own accumulation."""
-    found = {}
+    gradients = {}
     inputs = load_inputs(recipe)
     for dtype, path in ((torch.float32, "torch"), (torch.float64, "reference")):
         student, teacher = inputs.student.to(dtype), inputs.teacher.to(dtype)  # type: ignore[union-attr]
@@ -93,8 +93,8 @@ def truth(recipe: Recipe) -> dict[torch.dtype, dict[str, torch.Tensor]]:
         for batch in window:
             per = denominators(recipe.objective, counts, batch.counts)
             loss_terms(recipe.objective, student, teacher, batch, per, backend=path).total.backward()  # type: ignore[arg-type]
-        found[dtype] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
-    return found
+        gradients[dtype] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    return gradients
 
 
 @pytest.mark.parametrize(("ranks", "rings"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
@@ -111,13 +111,13 @@ def test_ranks_and_micro_batches_are_interchangeable(
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     run_ranks(GRADIENTS, ranks, tmp_path / "recipe.yaml", engine, rings, tmp_path)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-        found = torch.load(tmp_path / f"{str(dtype)[6:]}.pt")
-        wanted = truth[dtype]
-        assert found.keys() == wanted.keys()
-        whole = torch.cat([gradient.flatten().double() for gradient in wanted.values()])
-        assert whole.norm() > 1e-3 and whole.count_nonzero() > len(whole) / 4  # otherwise this would pass on zeros
-        difference = torch.cat([(found[name] - wanted[name]).flatten().double() for name in wanted])
-        assert difference.norm() <= tolerance * whole.norm(), dtype
+        gradients = torch.load(tmp_path / f"{str(dtype)[6:]}.pt")
+        expected = truth[dtype]
+        assert gradients.keys() == expected.keys()
+        flat = torch.cat([gradient.flatten().double() for gradient in expected.values()])
+        assert flat.norm() > 1e-3 and flat.count_nonzero() > len(flat) / 4  # otherwise this would pass on zeros
+        difference = torch.cat([(gradients[name] - expected[name]).flatten().double() for name in expected])
+        assert difference.norm() <= tolerance * flat.norm(), dtype
 
 
 EDGES = """
@@ -207,16 +207,16 @@ def test_ranks_with_fewer_batches_and_parameters_without_gradient(
 ) -> None:
     """An incomplete window, a rank without any batch, tied, frozen and unused parameters, one used by a single rank."""
     everyone = [json.loads(out) for out in run_ranks(EDGES, 3, engine, sync)]
-    for found in everyone:
-        n = found["buckets"]
+    for report in everyone:
+        n = report["buckets"]
         assert n > 5
         if sync == "delayed":
             # Nothing in the first two micro-batches; one collective a bucket in the last.
-            assert [found["collectives"][i : i + 2] for i in (0, 4, 8)] == [[0, 0]] * 3
-            assert found["collectives"][3::4] == [n] * 3
+            assert [report["collectives"][i : i + 2] for i in (0, 4, 8)] == [[0, 0]] * 3
+            assert report["collectives"][3::4] == [n] * 3
         else:
-            assert found["collectives"][3::4] == [3 * n] * 3
-        assert found["order"] == everyone[0]["order"]
+            assert report["collectives"][3::4] == [3 * n] * 3
+        assert report["order"] == everyone[0]["order"]
     assert everyone[0]["early"] > 0
     # Backward reaches the inner layer before the embedding; what is used nowhere comes last.
     order = [everyone[0]["names"][number] for number in everyone[0]["order"]]
@@ -260,10 +260,10 @@ world.close()
 
 def test_nothing_travels_in_49_of_50_micro_batches(engine: str, run_ranks: Callable[..., list[str]]) -> None:
     for out in run_ranks(FIFTY, 2, engine):
-        for found in map(json.loads, out.splitlines()):
-            collectives = [each["gradient_collectives"] for each in found["each"]]
-            assert collectives == [0] * 49 + [found["buckets"]]
-            assert [each["gradient_bytes"] + each["control_messages"] for each in found["each"][:49]] == [0] * 49
-            assert found["update"]["gradient_bytes"] == sum(found["update"]["ring_bytes"]) == found["declared"]
-            assert min(found["update"]["ring_bytes"]) > found["declared"] / 4  # both rings carry
-            assert 0 < found["update"]["control_bytes"] < 1024
+        for report in map(json.loads, out.splitlines()):
+            collectives = [counters["gradient_collectives"] for counters in report["each"]]
+            assert collectives == [0] * 49 + [report["buckets"]]
+            assert [counters["gradient_bytes"] + counters["control_messages"] for counters in report["each"][:49]] == [0] * 49
+            assert report["update"]["gradient_bytes"] == sum(report["update"]["ring_bytes"]) == report["declared"]
+            assert min(report["update"]["ring_bytes"]) > report["declared"] / 4  # both rings carry
+            assert 0 < report["update"]["control_bytes"] < 1024

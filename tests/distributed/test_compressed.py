@@ -76,7 +76,7 @@ world.close()
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_compressor_over_real_ranks(engine: str, ranks: int, run_ranks: Callable[..., list[str]]) -> None:
     everyone = [json.loads(out.splitlines()[-1]) for out in run_ranks(PROGRAM, ranks, engine)]
-    assert all(found == everyone[0] for found in everyone)
+    assert all(report == everyone[0] for report in everyone)
     owed = {kind: error for kind, error, _, _ in everyone[0]}
     bytes_sent = {kind: declared for kind, _, declared, _ in everyone[0]}
     norms = {kind: norm for kind, _, _, norm in everyone[0]}
@@ -181,11 +181,11 @@ def test_what_is_owed_is_rolled_back_with_the_weights(
         (tmp_path / f"{name}.yaml").write_text(recipe.to_yaml())
     run_ranks(POISONED, 2, tmp_path / "whole.yaml", "well", "")
     run_ranks(POISONED, 2, tmp_path / "cut.yaml", "bad", "")
-    whole, cut = (tmp_path / name / "run" for name in ("whole", "cut"))
+    reference, cut = (tmp_path / name / "run" for name in ("whole", "cut"))
     assert list_updates(cut / "checkpoints") == [4]
     state = saved_state(cut, 4)
     assert sum(name.startswith("rank-1.") and name.endswith(".residual") for name in state) > 0
-    assert_same_bits(state, saved_state(whole, 4))
+    assert_same_bits(state, saved_state(reference, 4))
     run_ranks(POISONED, 2, tmp_path / "cut.yaml", "well", "auto")
-    assert_same_bits(saved_state(cut), saved_state(whole))
+    assert_same_bits(saved_state(cut), saved_state(reference))
     assert [line[0] for line in learnt(cut)] == [8]

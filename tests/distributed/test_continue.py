@@ -81,16 +81,16 @@ def test_each_compression_continues_bit_for_bit(engine: str, material: Path, tmp
     run_recipes(recipes("cut"), 2, stop_in=6)
     run_recipes(recipes("cut"), 2, resume="auto")
     for kind in kinds:
-        whole, cut = (tmp_path / name / kind / "run" for name in ("whole", "cut"))
+        reference, cut = (tmp_path / name / kind / "run" for name in ("whole", "cut"))
         (resumed,) = events(cut, "resume")
         assert resumed["update"] == 5
-        sent = [line["gradient_bytes"] for line in events(whole)]
+        sent = [line["gradient_bytes"] for line in events(reference)]
         assert sent[0] == sent[1] and max(sent[2:]) < 0.6 * sent[0], (kind, sent)
         for rank in range(2):  # otherwise there was nothing to forget
             owed = [tensor for name, tensor in saved_state(cut, 5).items() if name.startswith(f"rank-{rank}.")]
             assert any(tensor.count_nonzero() for tensor in owed), (kind, rank)
-        assert learnt(whole) == learnt(cut), kind
-        assert_same_bits(saved_state(whole), saved_state(cut))
+        assert learnt(reference) == learnt(cut), kind
+        assert_same_bits(saved_state(reference), saved_state(cut))
 
 
 def test_two_ranks_continue_what_one_began(material: Path, tmp_path: Path, run_recipes: Continue) -> None:
@@ -111,12 +111,14 @@ def test_two_ranks_continue_what_one_began(material: Path, tmp_path: Path, run_r
         sent = [line.get("gradient_bytes") for line in events(run)]
         assert sent[:3] == [None] * 3
         # Two ranks' first update goes uncompressed: it shows in which order gradients get ready.
-        share = {each / sent[3] for each in sent[4:]}
+        share = {size / sent[3] for size in sent[4:]}
         assert share == {1.0} if kind == "none" else 0.25 < min(share) <= max(share) < 0.3
-    whole, found, begun = (saved_state(tmp_path / name / "run", at) for name, at in (("whole", 8), ("none", 8), ("none", 3)))
+    one_rank, two_ranks, begun = (
+        saved_state(tmp_path / name / "run", at) for name, at in (("whole", 8), ("none", 8), ("none", 3))
+    )
     moved = 0.0
-    for name, tensor in whole.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    for name, tensor in one_rank.items():
+        torch.testing.assert_close(two_ranks[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
         moved = max(moved, (tensor - begun[name]).abs().max().item() if name.startswith("model.") else 0.0)
     assert moved > 1e-4
 

@@ -21,7 +21,7 @@ class Two(World):
         return [a + b for a, b in zip(values, self.other, strict=True)]
 
 
-def told(counts: Counts, signal: int = 0) -> list[int]:
+def message_of(counts: Counts, signal: int = 0) -> list[int]:
     """What a rank says in `decide`."""
 
     class Listening(Two):
@@ -44,13 +44,13 @@ OWN = Counts(valid=96.5, tokens=100, labels=15, sequences=2, batches=2)
 
 def test_nobody_asks_to_stop() -> None:
     world = two()
-    world.other = told(OWN)
+    world.other = message_of(OWN)
     assert not Coordinator(world, None).decide(None, False, OWN).stop
 
 
 def test_the_other_ranks_signal_stops_both() -> None:
     world = two()
-    world.other = told(OWN, signal=15)
+    world.other = message_of(OWN, signal=15)
     assert Coordinator(world, None).decide(None, False, OWN) == Decision(True, False, "SIGTERM on rank 1")
 
 
@@ -64,6 +64,6 @@ def test_the_other_ranks_signal_stops_both() -> None:
 )
 def test_other_batches_are_refused(other: Counts) -> None:
     world = two()
-    world.other = told(other)
+    world.other = message_of(other)
     with pytest.raises(UserError, match="an iterable of batches must give the same on every rank"):
         Coordinator(world, None).decide(None, False, OWN)

@@ -13,7 +13,7 @@ WELL = Beat(5, "running", "forward", 7, "", 0.1, "in train.py:142 train_step", N
 
 def ranks(*changes: dict[str, Any] | None, seen: float = 99.9) -> dict[int, View]:
     """Each rank is WELL but for its changes; None: it was never heard of."""
-    return {rank: View(seen) if each is None else View(seen, replace(WELL, **each)) for rank, each in enumerate(changes)}
+    return {rank: View(seen) if change is None else View(seen, replace(WELL, **change)) for rank, change in enumerate(changes)}
 
 
 def verdict(views: dict[int, View], now: float = 100.0) -> Verdict | None:
@@ -41,9 +41,9 @@ def test_a_rank_that_was_never_heard_of_has_the_timeout_from_the_start() -> None
     assert verdict(ranks({}, None), 109.8) is None
     views = ranks({}, None)
     views[0] = replace(views[0], seen=110.0)
-    found = verdict(views, 110.0)
-    assert found is not None
-    assert found == Verdict(1, "rank 1 is silent for 10 s (not started, killed, stopped or cut off)")
+    fault = verdict(views, 110.0)
+    assert fault is not None
+    assert fault == Verdict(1, "rank 1 is silent for 10 s (not started, killed, stopped or cut off)")
 
 
 def test_ranks_that_ended_may_be_silent() -> None:
@@ -53,18 +53,18 @@ def test_ranks_that_ended_may_be_silent() -> None:
 
 
 def test_who_does_not_get_on_is_to_blame_and_who_waits_for_it_is_not() -> None:
-    found = verdict(ranks({"kind": "waiting", "idle_s": 30.0}, {"idle_s": 10.0, "update": None}, {"idle_s": 11.0}))
-    assert found is not None
-    assert found.rank == 2
-    assert found.text.startswith("rank 2 does not get on for 11 s; its last phase: forward, update 7; its stack: ")
+    fault = verdict(ranks({"kind": "waiting", "idle_s": 30.0}, {"idle_s": 10.0, "update": None}, {"idle_s": 11.0}))
+    assert fault is not None
+    assert fault.rank == 2
+    assert fault.text.startswith("rank 2 does not get on for 11 s; its last phase: forward, update 7; its stack: ")
 
 
 def test_all_waiting_is_a_mismatch_that_names_what_each_waits_for() -> None:
     late = {"kind": "waiting", "idle_s": 12.0}
     views = ranks({**late, "waits_for": "bucket 3"}, {**late, "waits_for": "stop"}, {**late, "waits_for": "bucket 3"})
-    found = verdict(views)
+    fault = verdict(views)
     where = "(its last phase: forward, update 7; its stack: in train.py:142 train_step)"
-    assert found == Verdict(
+    assert fault == Verdict(
         None, f"the ranks wait for each other for 12 s: ranks 0, 2 for bucket 3 {where}; rank 1 for stop {where}"
     )
     assert verdict({**views, 1: View(99.9, replace(WELL, kind="waiting", idle_s=9.0))}) is None
@@ -76,9 +76,9 @@ def test_waiting_for_a_rank_that_finished_is_a_mismatch_too() -> None:
     # It waited for one that was busy for long, and is being let go: its next sign of life will say so.
     assert verdict(views) is None
     views[1] = replace(views[1], seen=89.0)  # its last one
-    found = verdict(views)
-    assert found is not None
-    assert found.text.endswith("; rank 1 finished")
+    fault = verdict(views)
+    assert fault is not None
+    assert fault.text.endswith("; rank 1 finished")
     assert verdict(ranks({"kind": "finished"}, {"kind": "finished"})) is None
 
 
@@ -86,9 +86,9 @@ def test_once_a_collective_failed_silence_is_judged_sooner_and_idleness_not_at_a
     views = ranks({"broken": "Connection closed by peer"}, {"kind": "waiting", "idle_s": 50.0}, {"idle_s": 50.0})
     assert verdict(views) is None
     views[1] = replace(views[1], seen=97.9)
-    found = verdict(views)
-    assert found is not None
-    assert found.rank == 1
+    fault = verdict(views)
+    assert fault is not None
+    assert fault.rank == 1
 
 
 def test_rank_list() -> None:

@@ -245,8 +245,8 @@ def run_rank(scenario: str, rank: int, size: int, pipe: tuple[int, int], here: P
 
 
 def reap(groups: Mapping[str, Group], folder: Path) -> None:
-    while (found := os.waitpid(-1, os.WUNTRACED | os.WNOHANG) if any(g.live for g in groups.values()) else (0, 0))[0]:
-        pid, status = found
+    while (pid_and_status := os.waitpid(-1, os.WUNTRACED | os.WNOHANG) if any(g.live for g in groups.values()) else (0, 0))[0]:
+        pid, status = pid_and_status
         name, group = next((name, group) for name, group in groups.items() if pid in group.ranks)
         if os.WIFSTOPPED(status):
             group.stopped.add(pid)
@@ -290,15 +290,15 @@ class Results:
         self.folder = folder
 
     def __getitem__(self, scenario: str) -> list[Ended]:
-        here, found = self.folder / scenario, []
+        here, endings = self.folder / scenario, []
         for rank in range(SCENARIOS[scenario] - (scenario == "never started")):
             words = (here / f"{rank}.stderr").read_text()
             assert (here / f"{rank}.end").exists(), f"rank {rank} never ended: {words}"
             end = json.loads((here / f"{rank}.end").read_text())
             events = here / f"{rank}.events"
             lines = events.read_text().splitlines() if events.exists() else []
-            found.append(Ended(end["code"], end["time"], words, dict(map(json.loads, lines))))
-        return found
+            endings.append(Ended(end["code"], end["time"], words, dict(map(json.loads, lines))))
+        return endings
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +398,8 @@ def test_collectives_that_do_not_match(results: Results) -> None:
 def test_a_request_to_stop_reaches_all_ranks_with_the_same_words(results: Results) -> None:
     ranks = results["stop"]
     assert [ended.code for ended in ranks] == [0, 0, 0], [ended.words for ended in ranks]
-    asked = ranks[2].events["fault"]
-    assert all(ended.events["stop: SIGTERM on rank 2"] - asked < 1.5 + SLACK_S / 2 for ended in ranks)
+    requested_at = ranks[2].events["fault"]
+    assert all(ended.events["stop: SIGTERM on rank 2"] - requested_at < 1.5 + SLACK_S / 2 for ended in ranks)
 
 
 def test_ranks_that_end_early_in_good_order_are_not_lost_and_rank_0_stays_for_the_others(results: Results) -> None:

@@ -69,18 +69,18 @@ def test_three_ranks_meet_at_a_bridge() -> None:
     assert max(result["seconds"][1:]) > EARLY * 2e6 * 8 / 40e6
     sent = result["tx_bytes"]
     assert 2e6 < sent[0] < HEADERS * 2e6
-    assert all(1e6 < each < HEADERS * 1e6 for each in sent[1:])
+    assert all(1e6 < size < HEADERS * 1e6 for size in sent[1:])
 
 
 def namespaces() -> dict[int, str]:
     """pid -> network namespace, of every process."""
-    found = {}
+    namespace_of = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            found[int(process.name)] = str((process / "ns" / "net").readlink())
+            namespace_of[int(process.name)] = str((process / "ns" / "net").readlink())
         except OSError:  # it ended, or is a zombie
             continue
-    return found
+    return namespace_of
 
 
 def devices() -> list[str]:
@@ -140,12 +140,12 @@ def test_leaving_kills_what_ranks_left_behind() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    left = int(done.stdout)
+    orphan = int(done.stdout)
     try:
-        assert left not in namespaces()
+        assert orphan not in namespaces()
     finally:
-        if left in namespaces():
-            os.kill(left, signal.SIGKILL)
+        if orphan in namespaces():
+            os.kill(orphan, signal.SIGKILL)
 
 
 # This host's name leads to no address of the namespaces, only HOROVOD_GLOO_IFACE does.

@@ -58,7 +58,7 @@ ALL = {
 }
 
 
-def found(environ: dict[str, str]) -> RankInfo:
+def rank_info_of(environ: dict[str, str]) -> RankInfo:
     place = find_rank_info(environ)
     assert place is not None
     return place
@@ -66,7 +66,7 @@ def found(environ: dict[str, str]) -> RankInfo:
 
 @pytest.mark.parametrize("launcher", ALL)
 def test_every_launcher_is_recognised(launcher: str) -> None:
-    place = found(ALL[launcher])
+    place = rank_info_of(ALL[launcher])
     assert place.launcher == launcher
     assert (place.rank, place.size, place.local_rank, place.local_size) == (3, 4, 1, 2)
     assert (place.cross_rank, place.cross_size) == (1, 2)
@@ -75,40 +75,40 @@ def test_every_launcher_is_recognised(launcher: str) -> None:
 
 
 def test_where_rank_0_is() -> None:
-    assert (found(TORCH).address, found(TORCH).port) == ("a", 29500)
+    assert (rank_info_of(TORCH).address, rank_info_of(TORCH).port) == ("a", 29500)
     for launcher in ("horovodrun", "mpirun"):
-        assert (found(ALL[launcher]).address, found(ALL[launcher]).port) == (None, None)
-    slurm = found(SLURM)
+        assert (rank_info_of(ALL[launcher]).address, rank_info_of(ALL[launcher]).port) == (None, None)
+    slurm = rank_info_of(SLURM)
     assert slurm.address == "node08"
     assert slurm.port is not None and 20000 <= slurm.port < 30000
-    assert found({**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}).port == slurm.port
-    assert found({**SLURM, "SLURM_JOB_ID": "4712"}).port != slurm.port
+    assert rank_info_of({**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}).port == slurm.port
+    assert rank_info_of({**SLURM, "SLURM_JOB_ID": "4712"}).port != slurm.port
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun", "slurm"])
 def test_the_user_may_say_where_rank_0_is(launcher: str) -> None:
-    place = found({**ALL[launcher], "MASTER_ADDR": "there", "MASTER_PORT": "7"})
+    place = rank_info_of({**ALL[launcher], "MASTER_ADDR": "there", "MASTER_PORT": "7"})
     assert (place.address, place.port) == ("there", 7)
 
 
 def test_mpich_and_intel() -> None:
-    place = found(MPICH)
+    place = rank_info_of(MPICH)
     assert (place.launcher, place.rank, place.size, place.local_rank, place.cross_rank) == ("mpirun", 3, 4, 1, 1)
 
 
 def test_one_node_needs_no_address() -> None:
     mpi = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3", "PMIX_NAMESPACE": "12"}
-    assert found(mpi).address == "127.0.0.1"
-    assert found(mpi).port == found({**mpi, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}).port
+    assert rank_info_of(mpi).address == "127.0.0.1"
+    assert rank_info_of(mpi).port == rank_info_of({**mpi, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}).port
     slurm = {**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "4", "SLURM_LOCALID": "3"}
-    assert found(slurm).address == "127.0.0.1"
+    assert rank_info_of(slurm).address == "127.0.0.1"
 
 
 @pytest.mark.parametrize("launcher", ALL)
 def test_the_stores_secret_comes_from_the_environment_and_goes_no_further(launcher: str) -> None:
     environ = {**ALL[launcher], "FASTDISTIL_STORE_SECRET": "s3cr3t"}
-    assert found(environ).secret == "s3cr3t" and found(ALL[launcher]).secret == ""
-    assert "s3cr3t" not in repr(found(environ))
+    assert rank_info_of(environ).secret == "s3cr3t" and rank_info_of(ALL[launcher]).secret == ""
+    assert "s3cr3t" not in repr(rank_info_of(environ))
     assert "FASTDISTIL_STORE_SECRET" not in environment_of_no_rank(environ)
 
 
@@ -125,11 +125,11 @@ def test_nobody_started_this_process_as_a_rank() -> None:
 
 
 def test_launchers_inside_launchers() -> None:
-    assert found({**SLURM, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "8"}).launcher == "mpirun"
-    assert found({**SLURM, **ALL["torchrun"]}).launcher == "torchrun"
-    assert found({**SLURM, **ALL["fastdistil"]}).launcher == "fastdistil"
+    assert rank_info_of({**SLURM, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "8"}).launcher == "mpirun"
+    assert rank_info_of({**SLURM, **ALL["torchrun"]}).launcher == "torchrun"
+    assert rank_info_of({**SLURM, **ALL["fastdistil"]}).launcher == "fastdistil"
     # srun with its PMI plugin sets these, but not mpirun's others.
-    assert found({**SLURM, "PMI_RANK": "3", "PMI_SIZE": "4"}).launcher == "slurm"
+    assert rank_info_of({**SLURM, "PMI_RANK": "3", "PMI_SIZE": "4"}).launcher == "slurm"
 
 
 def test_slurm_steps_smaller_than_their_job() -> None:
@@ -142,20 +142,20 @@ def test_slurm_steps_smaller_than_their_job() -> None:
         "SLURM_STEP_TASKS_PER_NODE": "3,2",
         "SLURM_STEP_NODELIST": "gpu5,node[1-3]",
     }
-    place = found({**step, "SLURM_PROCID": "4"})
+    place = rank_info_of({**step, "SLURM_PROCID": "4"})
     assert (place.rank, place.size, place.local_size, place.cross_size, place.address) == (4, 5, 2, 2, "gpu5")
     per_node = {**SLURM, "SLURM_NTASKS_PER_NODE": "2"}
     del per_node["SLURM_TASKS_PER_NODE"]
-    assert found(per_node).local_size == 2
+    assert rank_info_of(per_node).local_size == 2
 
 
 def test_a_pod_of_its_own_for_every_rank() -> None:
-    place = found({"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"})
+    place = rank_info_of({"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"})
     assert (place.local_rank, place.local_size, place.cross_rank, place.cross_size) == (0, 1, 2, 3)
 
 
 def test_one_rank_is_one_rank() -> None:
-    place = found({"RANK": "0", "WORLD_SIZE": "1"})
+    place = rank_info_of({"RANK": "0", "WORLD_SIZE": "1"})
     assert (place.size, place.address) == (1, None)
 
 

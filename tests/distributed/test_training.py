@@ -200,9 +200,9 @@ def test_a_killed_run_continues_bit_for_bit(
     assert codes == [-signal.SIGKILL] * 2
     assert list_updates(tmp_path / "cut" / "run" / "checkpoints")[-1] == 4
     all_well(train_ranks(recipe, 2, resume="auto"))
-    whole, cut = (saved_state(tmp_path / name / "run") for name in ("whole", "cut"))
-    assert any(name.startswith("rank-1.") for name in whole) == (compression == "int8")
-    assert_same_bits(whole, cut)
+    reference, cut = (saved_state(tmp_path / name / "run") for name in ("whole", "cut"))
+    assert any(name.startswith("rank-1.") for name in reference) == (compression == "int8")
+    assert_same_bits(reference, cut)
     assert learnt(tmp_path / "whole" / "run") == learnt(tmp_path / "cut" / "run")
 
 
@@ -311,8 +311,8 @@ def test_a_lost_rank_is_named_and_the_others_end(
     all_well(train_ranks(recipe, 2, resume="auto"))
 
 
-@pytest.mark.parametrize("what", ["recipe", "corpus"])
-def test_ranks_that_differ_are_named(what: str, material: Path, tmp_path: Path, start_ranks: Start) -> None:
+@pytest.mark.parametrize("difference", ["recipe", "corpus"])
+def test_ranks_that_differ_are_named(difference: str, material: Path, tmp_path: Path, start_ranks: Start) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
@@ -328,13 +328,13 @@ def test_ranks_that_differ_are_named(what: str, material: Path, tmp_path: Path, 
         "    os._exit(error.exit_code)\n"
     )
     one = small(material, tmp_path, "world.engine=torch", f"data.train={tmp_path / 'corpus'}")
-    other = one.with_(optim={"lr": 1e-3}) if what == "recipe" else one
+    other = one.with_(optim={"lr": 1e-3}) if difference == "recipe" else one
     paths = []
     for rank, recipe in enumerate((one, other)):
         paths.append(str(tmp_path / f"{rank}.yaml"))
         Path(paths[-1]).write_text(recipe.to_yaml())
     # The same path, and other text behind it, as on two nodes.
-    if what == "corpus":
+    if difference == "corpus":
         text = program.read_text().replace("try:\n", "os.chdir(sys.argv[3 + place.rank])\ntry:\n")
         program.write_text(text)
         for path in paths:
@@ -348,7 +348,7 @@ def test_ranks_that_differ_are_named(what: str, material: Path, tmp_path: Path, 
     for process in start_ranks(command, 2):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2, err
-        assert f"another {what} on rank 1 than on rank 0" in err
+        assert f"another {difference} on rank 1 than on rank 0" in err
 
 
 def cli(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

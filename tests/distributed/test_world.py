@@ -87,21 +87,21 @@ world.close()
 @pytest.mark.parametrize(("rings", "ranks"), [(1, 2), (3, 2), (2, 3)])
 def test_collectives(engine: str, rings: int, ranks: int, run_ranks: Callable[..., list[str]]) -> None:
     everyone = [json.loads(out.splitlines()[-1]) for out in run_ranks(PROGRAM, ranks, engine, rings)]
-    for rank, found in enumerate(everyone):
-        assert (found["engine"], found["rank"], found["size"]) == (engine, rank, ranks)
-        assert found["all_to_all"] == [100 * other + 3 * rank + i for other in range(ranks) for i in range(3)]
-        assert found["all_gather"] == [value for other in range(ranks) for value in (other, 7)]
-        assert found["fp16"] == found["bf16"] == [sum(other + 0.5 for other in range(ranks))] * 3
-        for dtype, values in found["broadcasts"].items():
+    for rank, report in enumerate(everyone):
+        assert (report["engine"], report["rank"], report["size"]) == (engine, rank, ranks)
+        assert report["all_to_all"] == [100 * other + 3 * rank + i for other in range(ranks) for i in range(3)]
+        assert report["all_gather"] == [value for other in range(ranks) for value in (other, 7)]
+        assert report["fp16"] == report["bf16"] == [sum(other + 0.5 for other in range(ranks))] * 3
+        for dtype, values in report["broadcasts"].items():
             assert values == [1.0 if dtype == "torch.bool" else float(ranks)] * 5, dtype
-        assert found["sum"] == [sum(range(ranks)), ranks * 2**40, -ranks]
-        assert found["gather"] == [[other / 3, 5.0] for other in range(ranks)]
-        assert found["text"] == "größer" and found["empty"] == ""
-        collectives, ring_bytes, control = found["counters"]
+        assert report["sum"] == [sum(range(ranks)), ranks * 2**40, -ranks]
+        assert report["gather"] == [[other / 3, 5.0] for other in range(ranks)]
+        assert report["text"] == "größer" and report["empty"] == ""
+        collectives, ring_bytes, control = report["counters"]
         # 2 x 2 rings buffers, and 5 single ones; every ring carried some.
         assert collectives == 4 * rings + 5 and len(ring_bytes) == rings and min(ring_bytes) > 0
-        assert control == 0 and found["control"][0] == 3
-    assert len({str(found["counters"]) for found in everyone}) == 1
+        assert control == 0 and report["control"][0] == 3
+    assert len({str(report["counters"]) for report in everyone}) == 1
 
 
 TWICE = """
@@ -122,7 +122,7 @@ for port in sys.argv[2:]:
 def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]]) -> None:
     """As a notebook does that trains twice."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [each.getsockname()[1] for each in (one, other)]
+        ports = [server.getsockname()[1] for server in (one, other)]
     assert run_ranks(TWICE, 2, engine, *ports) == ["[3]\n[3]\n"] * 2
 
 
@@ -152,7 +152,7 @@ def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str |
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "says"),
+    ("rank_info", "options", "says"),
     [
         (None, {"engine": "torch"}, "one rank; start several with --np"),
         (None, {"rings": 4}, "world.rings is 4 and there is one rank"),
@@ -161,9 +161,9 @@ def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str |
         (place(address=None, port=None), {"engine": "torch"}, "set MASTER_ADDR and MASTER_PORT"),
     ],
 )
-def test_what_cannot_be_had_is_refused(given: RankInfo | None, options: dict[str, object], says: str) -> None:
+def test_what_cannot_be_had_is_refused(rank_info: RankInfo | None, options: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        join(given, Options(**options), CPU)  # type: ignore[arg-type]
+        join(rank_info, Options(**options), CPU)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("horovod")

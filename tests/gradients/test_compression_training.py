@@ -117,15 +117,15 @@ def distilled(compression: Compression, seed: int) -> float:
         counts = sum((batch.counts for batch in batches), Counts())
         flats = []
         for batch in batches:
-            found = torch.autograd.grad(loss(student, batch, counts), parameters, allow_unused=True)
-            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-            flats.append(torch.cat([each.flatten() for each in filled]))
+            grads = torch.autograd.grad(loss(student, batch, counts), parameters, allow_unused=True)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+            flats.append(torch.cat([grad.flatten() for grad in filled]))
         if update < starts_at(compression):
             summed = flats[0] + flats[1]
             states = [m.observe(summed, s, layout) for m, s in zip(members, states, strict=True)]
         else:
-            asked = [m.exchange(g, s, layout) for m, g, s in zip(members, flats, states, strict=True)]
-            results = together(asked)
+            exchanges = [m.exchange(g, s, layout) for m, g, s in zip(members, flats, states, strict=True)]
+            results = together(exchanges)
             assert torch.equal(results[0][0], results[1][0])
             summed, states = results[0][0], [state for _, state in results]
         for parameter, (first, shape) in zip(parameters, layout.pieces, strict=True):

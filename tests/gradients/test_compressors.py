@@ -62,7 +62,7 @@ def simulate(exchanges: Sequence[CompressionSteps]) -> tuple[list[Tensor], list[
                 sent += math.ceil(2 * (ranks - 1) * nbytes / ranks)
             case "all_to_all":
                 parts = [tensor.view(ranks, -1) for tensor in tensors]
-                answers = [torch.cat([each[rank] for each in parts]) for rank in range(ranks)]
+                answers = [torch.cat([part[rank] for part in parts]) for rank in range(ranks)]
                 sent += (ranks - 1) * (nbytes // ranks)
             case "all_gather":
                 answers = [torch.cat(tensors) for _ in range(ranks)]
@@ -73,15 +73,15 @@ def gradients(ranks: int, layout: BucketLayout, update: int, dtype: torch.dtype 
     """Of a typical size for this trainer, with something in common, and some exact zeros."""
     draws = torch.Generator().manual_seed(1000 * update + layout.index)
     common = torch.randn(layout.numel, generator=draws, dtype=torch.float64)
-    found = []
+    flats = []
     for _ in range(ranks):
-        own = common + torch.randn(layout.numel, generator=draws, dtype=torch.float64)
-        own[layout.numel // 2 :: 5] = 0.0
+        gradient = common + torch.randn(layout.numel, generator=draws, dtype=torch.float64)
+        gradient[layout.numel // 2 :: 5] = 0.0
         covered = torch.zeros(layout.numel, dtype=torch.bool)
         for first, shape in layout.pieces:
             covered[first : first + math.prod(shape)] = True
-        found.append((1e-4 * own * covered).to(dtype))
-    return found
+        flats.append((1e-4 * gradient * covered).to(dtype))
+    return flats
 
 
 def run(
@@ -92,9 +92,9 @@ def run(
     states = [member.start(layout, torch.zeros(0, dtype=dtype)) for member in members]
     received = truth = torch.zeros(layout.numel, dtype=dtype)
     for update in range(updates):
-        given = gradients(ranks, layout, update, dtype)
-        truth = truth + torch.stack(given).sum(0)
-        exchanges = [m.exchange(g.clone(), s, layout) for m, g, s in zip(members, given, states, strict=True)]
+        grads = gradients(ranks, layout, update, dtype)
+        truth = truth + torch.stack(grads).sum(0)
+        exchanges = [m.exchange(g.clone(), s, layout) for m, g, s in zip(members, grads, states, strict=True)]
         results, states, sent, collectives = simulate(exchanges)
         for result in results[1:]:
             assert torch.equal(result, results[0])
@@ -107,7 +107,7 @@ def run(
     return received, states, truth
 
 
-def left(members: Sequence[Compressor], states: Sequence[CompressionState], layout: BucketLayout) -> Tensor:
+def still_owed(members: Sequence[Compressor], states: Sequence[CompressionState], layout: BucketLayout) -> Tensor:
     """What is still owed, over all ranks."""
     total = torch.zeros(layout.numel, dtype=torch.float64)
     for name, kind in members[0].state_kinds.items():
@@ -124,7 +124,7 @@ def left(members: Sequence[Compressor], states: Sequence[CompressionState], layo
 def test_nothing_is_lost(kind: str, ranks: int, layout: BucketLayout) -> None:
     """Received + residuals = the true sum. Only sums in 16 bits on the way are rounded where nobody keeps the rest."""
     received, states, truth = run(kind, ranks, layout, 6)
-    owed = left(compressors(kind, ranks), states, layout)
+    owed = still_owed(compressors(kind, ranks), states, layout)
     rounding = {"fp16": 2**-11, "bf16": 2**-8}.get(kind, 0.0) if ranks > 1 else 0.0
     bound = 1e-12 + 6 * ranks * rounding
     assert float((received + owed - truth).abs().max()) <= bound * float(truth.abs().max() + owed.abs().max())
@@ -152,8 +152,8 @@ def test_a_state_is_all_that_continues(kind: str) -> None:
     def updates(states: list[CompressionState], numbers: range) -> tuple[list[CompressionState], Tensor]:
         results = [torch.zeros(0)]
         for update in numbers:
-            given = gradients(3, ODD, update, torch.float32)
-            exchanges = [m.exchange(g, s, ODD) for m, g, s in zip(members, given, states, strict=True)]
+            grads = gradients(3, ODD, update, torch.float32)
+            exchanges = [m.exchange(g, s, ODD) for m, g, s in zip(members, grads, states, strict=True)]
             results, states, _, _ = simulate(exchanges)
         return states, results[0]
 
@@ -181,20 +181,20 @@ def test_another_number_of_ranks_owes_the_same(kind: str, new: int) -> None:
     shared = redistribute(old[0].state_kinds, states, ODD, new)
     assert len(shared) == new
     shared = [{name: value.clone() for name, value in state.items()} for state in shared]  # processes share no memory
-    before, after = left(old, states, ODD), left(members, shared, ODD)
+    before, after = still_owed(old, states, ODD), still_owed(members, shared, ODD)
     torch.testing.assert_close(before, after, rtol=0, atol=1e-15)
     for state, member in zip(shared, members, strict=True):
         begun = member.start(ODD, torch.zeros(0, dtype=torch.float64))
         assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in begun.items()}
-        for name, what in member.state_kinds.items():
-            if what == "shared":
+        for name, state_kind in member.state_kinds.items():
+            if state_kind == "shared":
                 assert torch.equal(state[name], states[0][name])
     # And they go on with it.
-    given = gradients(new, ODD, 9)
-    truth = torch.stack(given).sum(0) + before
-    results, last, _, _ = simulate([m.exchange(g, s, ODD) for m, g, s in zip(members, given, shared, strict=True)])
+    grads = gradients(new, ODD, 9)
+    truth = torch.stack(grads).sum(0) + before
+    results, last, _, _ = simulate([m.exchange(g, s, ODD) for m, g, s in zip(members, grads, shared, strict=True)])
     rounding = {"fp16": 2**-11, "bf16": 2**-8}.get(kind, 0.0) * new
-    error = (results[0] + left(members, last, ODD) - truth).abs().max()
+    error = (results[0] + still_owed(members, last, ODD) - truth).abs().max()
     assert float(error) <= (1e-12 + rounding) * float(truth.abs().max())
 
 
@@ -207,19 +207,19 @@ def test_what_is_not_finite_is_seen_and_forgotten(kind: str, value: float, feedb
         members = compressors(kind, 3, error_feedback=feedback)
         states = [member.start(ODD, torch.zeros(0)) for member in members]
         for update in range(4):
-            given = gradients(3, ODD, update, torch.float32)
+            grads = gradients(3, ODD, update, torch.float32)
             if update == 0:
-                assert all(gradient[373] == 0 for gradient in given)
-                states = [m.observe(sum(given, torch.zeros(())), s, ODD) for m, s in zip(members, states, strict=True)]
+                assert all(gradient[373] == 0 for gradient in grads)
+                states = [m.observe(sum(grads, torch.zeros(())), s, ODD) for m, s in zip(members, states, strict=True)]
                 continue
             if update == 2:
-                given[1][bad_elements] = value
-            exchanges = [m.exchange(g, s, ODD) for m, g, s in zip(members, given, states, strict=True)]
+                grads[1][bad_elements] = value
+            exchanges = [m.exchange(g, s, ODD) for m, g, s in zip(members, grads, states, strict=True)]
             results, states, _, _ = simulate(exchanges)
             for result in results:
                 assert bool(result.isfinite().all()) == (update != 2)
-            seen = [m.observe(torch.full((747,), value), s, ODD) for m, s in zip(members, states, strict=True)]
-            for state in (*states, *seen):
+            observed = [m.observe(torch.full((747,), value), s, ODD) for m, s in zip(members, states, strict=True)]
+            for state in (*states, *observed):
                 assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
@@ -256,12 +256,12 @@ def test_float16_never_overflows_by_growth() -> None:
     received = truth = torch.zeros(64, dtype=torch.float64)
     largest = []
     for update, size in enumerate([1e-5, 1e-5, 10.0, *[1e-5] * 30]):
-        given = [size * each for each in gradients(4, layout, update)]
-        truth = truth + torch.stack(given).sum(0)
-        results, states, _, _ = simulate([m.exchange(g, s, layout) for m, g, s in zip(members, given, states, strict=True)])
+        grads = [size * grad for grad in gradients(4, layout, update)]
+        truth = truth + torch.stack(grads).sum(0)
+        results, states, _, _ = simulate([m.exchange(g, s, layout) for m, g, s in zip(members, grads, states, strict=True)])
         assert bool(results[0].isfinite().all())
         received = received + results[0]
-        largest.append(float(left(members, states, layout).abs().max()))
+        largest.append(float(still_owed(members, states, layout).abs().max()))
     assert largest[2] > 0.1 * float(truth.abs().max())
     assert largest[-1] < 1e-3 * float(truth.abs().max())
     torch.testing.assert_close(received, truth, rtol=0, atol=2e-3 * float(truth.abs().max()))
@@ -272,15 +272,15 @@ def test_float16_never_overflows_by_growth() -> None:
 
 def low_rank(rank: int, rows: int, columns: int, seed: int) -> Tensor:
     draws = torch.Generator().manual_seed(seed)
-    left = torch.randn(rows, rank, generator=draws, dtype=torch.float64)
-    return left @ torch.randn(rank, columns, generator=draws, dtype=torch.float64)
+    factor = torch.randn(rows, rank, generator=draws, dtype=torch.float64)
+    return factor @ torch.randn(rank, columns, generator=draws, dtype=torch.float64)
 
 
-def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...], numel: int, given: list[Tensor]) -> Tensor:
+def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...], numel: int, grads: list[Tensor]) -> Tensor:
     layout = BucketLayout(numel, pieces, 0)
     members = compressors("powersgd", ranks, rank=rank, min_compression_rate=1.0)
     states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
-    results, _, _, _ = simulate([m.exchange(g.clone(), s, layout) for m, g, s in zip(members, given, states, strict=True)])
+    results, _, _, _ = simulate([m.exchange(g.clone(), s, layout) for m, g, s in zip(members, grads, states, strict=True)])
     return results[0]
 
 
@@ -289,13 +289,13 @@ def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...]
 def test_powersgd_is_exact_up_to_its_rank(of_rank: int, scale: float) -> None:
     """At once, for several matrices of one shape, also where the matrices have a lower rank than the factors."""
     shapes = ((0, (20, 30)), (600, (30, 20)), (1200, (20, 30)), (1800, (7,)))
-    given = []
+    grads = []
     for number in range(2):
         parts = [low_rank(of_rank if number == 0 else 0, rows, columns, rows) for rows, columns in ((20, 30), (30, 20))]
         # The second of the shape is another matrix, a million times smaller.
         other = 1e-6 * low_rank(of_rank if number == 0 else 0, 20, 30, 99)
-        given.append(scale * torch.cat([*(part.flatten() for part in (*parts, other)), torch.arange(7.0).double()]))
-    result, truth = power(2, 3, shapes, 1807, given), given[0] + given[1]
+        grads.append(scale * torch.cat([*(part.flatten() for part in (*parts, other)), torch.arange(7.0).double()]))
+    result, truth = power(2, 3, shapes, 1807, grads), grads[0] + grads[1]
     for first, end in ((0, 600), (600, 1200), (1200, 1800), (1800, 1807)):
         error = (result[first:end] - truth[first:end]).abs().max()
         assert float(error) < 1e-11 * float(truth[first:end].abs().max())
@@ -303,9 +303,9 @@ def test_powersgd_is_exact_up_to_its_rank(of_rank: int, scale: float) -> None:
 
 def test_powersgd_of_rank_1_takes_each_matrix_by_itself() -> None:
     """Divided by the norm of the whole batch, two matrices of one shape would come out too small."""
-    given = torch.cat([low_rank(1, 8, 12, 1).flatten(), 100 * low_rank(1, 8, 12, 2).flatten()])
-    result = power(1, 1, ((0, (8, 12)), (96, (8, 12))), 192, [given])
-    torch.testing.assert_close(result, given, rtol=1e-10, atol=1e-12)
+    grad = torch.cat([low_rank(1, 8, 12, 1).flatten(), 100 * low_rank(1, 8, 12, 2).flatten()])
+    result = power(1, 1, ((0, (8, 12)), (96, (8, 12))), 192, [grad])
+    torch.testing.assert_close(result, grad, rtol=1e-10, atol=1e-12)
 
 
 def test_powersgd_of_nothing_is_nothing_and_goes_on() -> None:
@@ -342,20 +342,20 @@ def test_powersgd_gets_nearer_with_every_update() -> None:
 
 def test_orthonormal_columns() -> None:
     draws = torch.Generator().manual_seed(4)
-    made = torch.randn(5, 30, 4, generator=draws)
-    made[1, :, 2] = made[1, :, 0] + 1e-4 * made[1, :, 3]  # nearly dependent
-    made[2, :, 1] = -2 * made[2, :, 0]  # dependent
-    made[3] *= 1e-15
-    made[4] = 0.0
-    found = orthonormal(made)
-    product = found.mT @ found
+    matrices = torch.randn(5, 30, 4, generator=draws)
+    matrices[1, :, 2] = matrices[1, :, 0] + 1e-4 * matrices[1, :, 3]  # nearly dependent
+    matrices[2, :, 1] = -2 * matrices[2, :, 0]  # dependent
+    matrices[3] *= 1e-15
+    matrices[4] = 0.0
+    basis = orthonormal(matrices)
+    product = basis.mT @ basis
     for number in (0, 1, 3):
         torch.testing.assert_close(product[number], torch.eye(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(product[2], torch.diag(torch.tensor([1.0, 0.0, 1.0, 1.0])), rtol=0, atol=1e-5)
-    assert torch.equal(found[4], torch.zeros(30, 4))
-    made[0, 0, 0] = math.nan
-    assert not bool(orthonormal(made)[0].isfinite().any())
-    assert bool(orthonormal(made)[1:].isfinite().all())
+    assert torch.equal(basis[4], torch.zeros(30, 4))
+    matrices[0, 0, 0] = math.nan
+    assert not bool(orthonormal(matrices)[0].isfinite().any())
+    assert bool(orthonormal(matrices)[1:].isfinite().all())
 
 
 def test_what_powersgd_leaves_whole() -> None:
@@ -404,11 +404,11 @@ def test_when_compression_starts() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_travels_by_allreduce_alone_is_what_is_declared_linear(kind: str) -> None:
-    made = compressors(kind, 2, density=0.01, block=64, rank=2)[0]
+    compressor = compressors(kind, 2, density=0.01, block=64, rank=2)[0]
     layout = LAYOUTS[0]
     gradient = torch.randn(layout.numel)
-    exchange = made.exchange(gradient, made.start(layout, gradient), layout)
-    assert (next(exchange).kind == "allreduce") is made.linear
+    exchange = compressor.exchange(gradient, compressor.start(layout, gradient), layout)
+    assert (next(exchange).kind == "allreduce") is compressor.linear
 
 
 def test_what_compressors_declare() -> None:
@@ -418,8 +418,8 @@ def test_what_compressors_declare() -> None:
         kind: compressors(kind, 64, density=0.01, block=1024, rank=4)[0].wire_bytes(layout) / (4 * layout.numel)
         for kind in KINDS
     }
-    wanted = {"none": 1.97, "fp16": 0.98, "bf16": 0.98, "int8": 0.494, "top-k": 1.26}
-    for kind, share in wanted.items():
+    expected_shares = {"none": 1.97, "fp16": 0.98, "bf16": 0.98, "int8": 0.494, "top-k": 1.26}
+    for kind, share in expected_shares.items():
         assert volume[kind] == pytest.approx(share, rel=0.01)
     assert volume["powersgd"] == pytest.approx(1.97 * 4 * 2 / 2**13, rel=0.01)
 
@@ -447,8 +447,8 @@ def fitted(kind: str, optimizer: str, **more: Any) -> float:
     states = [member.start(REGRESSION, weights.detach()) for member in members]
     begun = float(sum(loss(x, y) for x, y in zip(inputs, targets, strict=True)).detach())  # type: ignore[union-attr]
     for update in range(150):
-        given = [torch.autograd.grad(loss(x, y), weights)[0] for x, y in zip(inputs, targets, strict=True)]
-        exchanges = [m.exchange(g, s, REGRESSION) for m, g, s in zip(members, given, states, strict=True)]
+        grads = [torch.autograd.grad(loss(x, y), weights)[0] for x, y in zip(inputs, targets, strict=True)]
+        exchanges = [m.exchange(g, s, REGRESSION) for m, g, s in zip(members, grads, states, strict=True)]
         results, states, _, _ = simulate(exchanges)
         weights.grad = results[0]
         for group in steps.param_groups:

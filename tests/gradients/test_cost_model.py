@@ -50,7 +50,7 @@ def test_rings_share_a_link() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bus_gb_per_s", "micro_batches", "ranks", "whole", "halved"),
+    ("bus_gb_per_s", "micro_batches", "ranks", "full", "halved"),
     [
         (0.5, 50, 64, 70.5, 82.7),
         (1.15, 50, 64, 84.6, 91.6),
@@ -60,14 +60,14 @@ def test_rings_share_a_link() -> None:
     ],
 )
 def test_efficiency_of_distilbert_at_50_ms(
-    bus_gb_per_s: float, micro_batches: int, ranks: int, whole: float, halved: float
+    bus_gb_per_s: float, micro_batches: int, ranks: int, full: float, halved: float
 ) -> None:
     """Worked out separately, without overlap and latency: percent of the updates without communication."""
-    for nbytes, wanted in ((DISTILBERT_BYTES, whole), (DISTILBERT_BYTES / 2, halved)):
+    for nbytes, expected in ((DISTILBERT_BYTES, full), (DISTILBERT_BYTES / 2, halved)):
         exchange = allreduce_s(ranks, ranks, nbytes, bus_gb_per_s * 1e9, 0.0)
         alone = update_s(0.05, micro_batches, 0.0)
         efficiency = 100 * alone / update_s(0.05, micro_batches, exposed_s(exchange, 0.0))
-        assert efficiency == pytest.approx(wanted, abs=0.5 if wanted == int(wanted) else 0.1)
+        assert efficiency == pytest.approx(expected, abs=0.5 if expected == int(expected) else 0.1)
 
 
 def test_bert_large_on_256_v100() -> None:
@@ -87,8 +87,8 @@ def test_what_backward_hides() -> None:
 @pytest.mark.parametrize(("accumulation", "bandwidth"), [(50, 2.8e9), (1, 2.8e9), (1, 1e12), (8, 1e8)])
 def test_the_uncompressed_prediction_is_the_measurement(accumulation: int, bandwidth: float) -> None:
     """Whether its exchange was hidden, partly, or not."""
-    found = measured(accumulation=accumulation, bandwidth_bytes_per_s=bandwidth, update_s=10.0)
-    assert predict(found, "none").update_s == pytest.approx(10.0, rel=1e-12)
+    run = measured(accumulation=accumulation, bandwidth_bytes_per_s=bandwidth, update_s=10.0)
+    assert predict(run, "none").update_s == pytest.approx(10.0, rel=1e-12)
 
 
 def test_many_micro_batches_and_a_fair_network_need_nothing() -> None:
@@ -116,10 +116,10 @@ def test_a_slow_network_pays_for_int8() -> None:
 
 
 def test_latency_counts_for_every_collective() -> None:
-    found = measured(latency_s=1e-2, buckets=10)
-    quick = dataclasses.replace(found, latency_s=0.0)
+    slow = measured(latency_s=1e-2, buckets=10)
+    quick = dataclasses.replace(slow, latency_s=0.0)
     for kind, collectives in (("none", 10), ("fp16", 10), ("int8", 20)):
-        slower = predict(found, kind).exchange_s - predict(quick, kind).exchange_s  # type: ignore[arg-type]
+        slower = predict(slow, kind).exchange_s - predict(quick, kind).exchange_s  # type: ignore[arg-type]
         assert slower == pytest.approx(collectives * 1e-2)
 
 

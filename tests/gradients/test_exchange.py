@@ -22,24 +22,24 @@ from fastdistil.training.metrics import Imbalance
 class TwoRanks:
     """The other one worked for 10 s in all."""
 
-    def gather(self, own: list[float], name: str) -> list[list[float]]:
-        return [own, [300.0, 0.5, *([10.0] if len(own) == 3 else [8.0, 2.0])]]
+    def gather(self, values: list[float], name: str) -> list[list[float]]:
+        return [values, [300.0, 0.5, *([10.0] if len(values) == 3 else [8.0, 2.0])]]
 
 
 def test_waiting_for_others_is_not_work() -> None:
     """This rank is the fast one: it waited for 3 of 10 s. On a GPU, whose host waits for nothing, spans know that as well."""
     load = Imbalance(TwoRanks())  # type: ignore[arg-type]
     load.add(100, 0.25)
-    found = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [2.0, 1.0]}})
-    assert found["slowest_rank"] == 1
-    assert abs(found["imbalance_time"] - (10 / 8.5 - 1)) < 1e-12  # 7 and 10 s of work
-    assert found["imbalance_tokens"] == 300 / 200 - 1
-    assert found["rank_tokens"] == [100, 300] and found["rank_data_wait_s"] == [0.25, 0.5]
-    assert found["rank_worked_s"] == [7.0, 10.0]
-    assert found["rank_0_waited_s"] == 2.0, "2 and 5 s of its own work beside 8 and 2 s; it waited for 2 s and 1 s in all"
-    found = load.read({"step_s": [2.0], "phases": {}})
-    assert found["rank_worked_s"] == [2.0, 10.0] and found["rank_tokens"] == [0, 300], "afresh"
-    assert found["rank_0_waited_s"] == 0.0
+    record = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [2.0, 1.0]}})
+    assert record["slowest_rank"] == 1
+    assert abs(record["imbalance_time"] - (10 / 8.5 - 1)) < 1e-12  # 7 and 10 s of work
+    assert record["imbalance_tokens"] == 300 / 200 - 1
+    assert record["rank_tokens"] == [100, 300] and record["rank_data_wait_s"] == [0.25, 0.5]
+    assert record["rank_worked_s"] == [7.0, 10.0]
+    assert record["rank_0_waited_s"] == 2.0, "2 and 5 s of its own work beside 8 and 2 s; it waited for 2 s and 1 s in all"
+    record = load.read({"step_s": [2.0], "phases": {}})
+    assert record["rank_worked_s"] == [2.0, 10.0] and record["rank_tokens"] == [0, 300], "afresh"
+    assert record["rank_0_waited_s"] == 0.0
 
 
 def test_compression_of_gradients_in_a_changing_scale_is_refused() -> None:
@@ -105,7 +105,7 @@ def make_buckets(
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     config = Compression(kind=kind, warmup_updates=1, **COMPRESSIONS.get(kind, {}))  # type: ignore[arg-type]
-    of = [make_compressor(each, ranks=2, rank=0, engine="torch", seed=0) for each in (config, Compression())]
+    of = [make_compressor(settings, ranks=2, rank=0, engine="torch", seed=0) for settings in (config, Compression())]
     buckets = Buckets(
         parameters, world, compressor=of[0], uncompressed=of[1], starts_at=starts_at(config), options=options, spans=spans
     )
@@ -117,7 +117,7 @@ def send(buckets: Buckets, gradients: dict[int, Tensor], update: int, left_out: 
     buckets.zero()
     buckets.arm(update)
     if gradients:
-        sum((buckets.parameters[number] * each).sum() for number, each in gradients.items()).backward()  # type: ignore[union-attr]
+        sum((buckets.parameters[number] * gradient).sum() for number, gradient in gradients.items()).backward()  # type: ignore[union-attr]
     buckets.finish()
     buckets.settle(torch.tensor(left_out))
     buckets.reorder()
@@ -138,7 +138,7 @@ class Within:
 
 def test_all_that_compression_costs_is_in_its_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of states before they change, and putting them back, too; and the end of an exchange is no failure of it."""
-    within, seen = Within(), []
+    within, calls = Within(), []
     spans = Spans(torch.device("cpu"), ranges=within)
     _, buckets = make_buckets(BesideSilence(), "int8", spans=spans)
 
@@ -146,7 +146,7 @@ def test_all_that_compression_costs_is_in_its_span(monkeypatch: pytest.MonkeyPat
         original = getattr(of, name)
 
         def call(*arguments: Any, **keywords: Any) -> Any:
-            seen.append((name, tuple(within.open)))
+            calls.append((name, tuple(within.open)))
             return original(*arguments, **keywords)
 
         monkeypatch.setattr(of, name, call)
@@ -159,8 +159,8 @@ def test_all_that_compression_costs_is_in_its_span(monkeypatch: pytest.MonkeyPat
         send(buckets, noise(update), update)
         spans.end()
         assert spans.failed is None
-    assert {name for name, _ in seen} == {"where", "clone"}, "both were asked for"
-    assert all(open_[-1:] == ("compression",) for _, open_ in seen), seen
+    assert {name for name, _ in calls} == {"where", "clone"}, "both were asked for"
+    assert all(open_[-1:] == ("compression",) for _, open_ in calls), calls
     steps = spans.read()["phases"]["compression"]
     assert steps[0] == 0.0 and steps[2] > 0.0, "nothing of it before it begins"
 
@@ -185,13 +185,13 @@ def test_gradients_stay_in_the_memory_that_they_had() -> None:
     ):
         another()
         assert not any(buffer.count_nonzero() for buffer in world.buffers)
-        given = noise(1)
-        send(buckets, given, 1)
+        grads = noise(1)
+        send(buckets, grads, 1)
         assert all(
-            torch.equal(parameter.grad, given[n]) for n, parameter in enumerate(parameters) if parameter.grad is not None
+            torch.equal(parameter.grad, grads[n]) for n, parameter in enumerate(parameters) if parameter.grad is not None
         )
         assert sum(float(buffer.abs().sum()) for buffer in world.buffers) == pytest.approx(
-            sum(float(each.abs().sum()) for each in given.values()), rel=1e-5
+            sum(float(gradient.abs().sum()) for gradient in grads.values()), rel=1e-5
         )  # and the padding is 0
     assert len(world.buffers) == 1
 
@@ -200,7 +200,7 @@ def test_gradients_stay_in_the_memory_that_they_had() -> None:
 @pytest.mark.parametrize("kind", list(COMPRESSIONS))
 def test_an_update_that_is_left_out_leaves_no_trace(kind: str, value: float) -> None:
     """Neither uncompressed nor compressed: later updates, bit for bit, are those of a run without it."""
-    found = []
+    outcomes = []
     for left_out in ((), (1, 4)):
         parameters, buckets = make_buckets(BesideSilence(), kind)
         buckets.starts_at = 3
@@ -210,12 +210,12 @@ def test_an_update_that_is_left_out_leaves_no_trace(kind: str, value: float) -> 
             sums += [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
             before = copied(buckets.states())
             if update in left_out:
-                send(buckets, {n: value * each for n, each in noise(50 + update).items()}, update, left_out=1.0)
+                send(buckets, {n: value * gradient for n, gradient in noise(50 + update).items()}, update, left_out=1.0)
                 after = buckets.states()
                 assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-        found.append((sums, buckets.states()))
-    assert len(found[0][0]) == 24 and all(map(torch.equal, found[0][0], found[1][0]))
-    assert any(float(each.float().abs().sum()) > 0 for each in found[0][1].values())
+        outcomes.append((sums, buckets.states()))
+    assert len(outcomes[0][0]) == 24 and all(map(torch.equal, outcomes[0][0], outcomes[1][0]))
+    assert any(float(tensor.float().abs().sum()) > 0 for tensor in outcomes[0][1].values())
 
 
 def test_a_dropped_update_leaves_no_trace() -> None:
@@ -227,7 +227,7 @@ def test_a_dropped_update_leaves_no_trace() -> None:
     before = copied(buckets.states())
     for _ in range(2):
         buckets.arm(3)
-        sum((buckets.parameters[number] * each).sum() for number, each in noise(3).items()).backward()  # type: ignore[union-attr]
+        sum((buckets.parameters[number] * gradient).sum() for number, gradient in noise(3).items()).backward()  # type: ignore[union-attr]
         buckets.finish(last=False)
     assert any(not torch.equal(before[name], value) for name, value in buckets.states().items())
     buckets.drop()
@@ -243,7 +243,7 @@ def test_what_is_owed_to_an_unused_parameter_arrives(resumed: bool) -> None:
     received = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     truth = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     for update in range(30):
-        given = noise(update, range(3) if update < 10 else range(1))
+        grads = noise(update, range(3) if update < 10 else range(1))
         if update == 10:
             assert sum(float(state.abs().sum()) for state in buckets.states().values()) > 100
             if resumed:
@@ -254,11 +254,11 @@ def test_what_is_owed_to_an_unused_parameter_arrives(resumed: bool) -> None:
                 assert buckets.set_layout(layout)
                 buckets.load_states(states)
                 buckets.remember_used(parameters[:3])
-        send(buckets, given, update)
+        send(buckets, grads, update)
         if update == 0:
             continue  # laid out anew after it
         for number, parameter in enumerate(parameters):
-            truth[number] += given[number].double() if number in given else 0.0
+            truth[number] += grads[number].double() if number in grads else 0.0
             if parameter.grad is not None:
                 received[number] += parameter.grad.double()
         assert parameters[3].grad is None
@@ -279,14 +279,14 @@ def test_other_buckets_are_taken_where_nothing_lies_in_them() -> None:
         assert same.set_layout(layout) and same.layout() == layout
         _, larger = make_buckets(BesideSilence(rings=2), kind, BucketOptions(2**20, 2**20))
         assert not larger.set_layout(layout)
-        kept = [bucket.layout for bucket in larger.buckets] == [bucket.layout for bucket in small.buckets]
-        assert kept == (kind == "int8")
+        same_layouts = [bucket.layout for bucket in larger.buckets] == [bucket.layout for bucket in small.buckets]
+        assert same_layouts == (kind == "int8")
         assert {bucket.ring for bucket in larger.buckets} == {0, 1}
-        told = larger.layout()
-        assert told is not None and told["order"] == layout["order"]
+        new_layout = larger.layout()
+        assert new_layout is not None and new_layout["order"] == layout["order"]
         # The next one to continue with the same options is told again, or has nothing to be told of.
         _, again = make_buckets(BesideSilence(rings=2), kind, BucketOptions(2**20, 2**20))
-        assert again.set_layout(told) == (kind == "none")
+        assert again.set_layout(new_layout) == (kind == "none")
 
 
 RECIPE = ["data.train=x", "teacher.path=x", "loop.epochs=1", "loop.precision=fp32", "device=cpu"]
@@ -294,7 +294,7 @@ RECIPE = ["data.train=x", "teacher.path=x", "loop.epochs=1", "loop.precision=fp3
 
 def test_buckets_that_stay_are_told_of() -> None:
     """world.bucket_mib of a run that is continued: nothing is ignored without a word."""
-    told, sizes = {}, {}
+    notes, sizes = {}, {}
     for kind in ("none", "{kind: int8, block: 16}"):
         states: list[Any] = []
         for mib in (0.001, 0.002):
@@ -304,15 +304,15 @@ def test_buckets_that_stay_are_told_of() -> None:
             exchange = make_exchange(recipe, world, optimizer)
             if states:
                 tensors = states[1]
-                told[kind] = exchange.restore(states[0], lambda _: tensors, Coordinator(world, None))  # noqa: B023
+                notes[kind] = exchange.restore(states[0], lambda _: tensors, Coordinator(world, None))  # noqa: B023
             exchange.begin(0)
             exchange.arm()
             exchange.finish({})
             exchange.done(1, torch.zeros(()))
             states = [exchange.state(), exchange.tensors()]
             sizes[kind, mib] = exchange.fields()["buckets"]
-    assert told["none"] == [] and sizes["none", 0.002] < sizes["none", 0.001]
-    (note,) = told["{kind: int8, block: 16}"]
+    assert notes["none"] == [] and sizes["none", 0.002] < sizes["none", 0.001]
+    (note,) = notes["{kind: int8, block: 16}"]
     assert "world.bucket_mib" in note
     assert sizes["{kind: int8, block: 16}", 0.002] == sizes["{kind: int8, block: 16}", 0.001]
 
@@ -322,7 +322,7 @@ def test_one_rank_owes_what_two_had_not_sent() -> None:
     recipe = load_recipe("distilbert", [*RECIPE, "compression={kind: top-k, density: 0.1, warmup_updates: 0}"])
     weight = nn.Parameter(torch.zeros(40, 16))
     two = make_exchange(recipe, BesideSilence(), torch.optim.AdamW([weight]))
-    given, received = torch.zeros(40, 16), torch.zeros(40, 16)
+    true_sum, received = torch.zeros(40, 16), torch.zeros(40, 16)
     for update in range(3):
         two.begin(update)
         two.arm()
@@ -330,19 +330,19 @@ def test_one_rank_owes_what_two_had_not_sent() -> None:
         (weight * gradient).sum().backward()
         two.finish({})
         assert weight.grad is not None
-        given, received = given + gradient, received + weight.grad
+        true_sum, received = true_sum + gradient, received + weight.grad
         two.done(update + 1, torch.zeros(()))
     of_ranks = [copied(two.tensors()), {name: torch.zeros_like(value) for name, value in two.tensors().items()}]
 
     world, alone = World(None, torch.device("cpu")), nn.Parameter(torch.zeros(40, 16))
     one = make_exchange(recipe, world, torch.optim.AdamW([alone]))
     assert not one.owes
-    (told,) = one.restore(two.state(), of_ranks.__getitem__, Coordinator(world, None))
-    assert one.owes and "2 ranks" in told
-    for own, owed in ((3.0, given - received), (5.0, torch.zeros(40, 16))):
+    (note,) = one.restore(two.state(), of_ranks.__getitem__, Coordinator(world, None))
+    assert one.owes and "2 ranks" in note
+    for scale, owed in ((3.0, true_sum - received), (5.0, torch.zeros(40, 16))):
         one.begin(3)
-        (own * alone).sum().backward()
+        (scale * alone).sum().backward()
         one.finish({})
         assert alone.grad is not None and not one.owes
-        torch.testing.assert_close(alone.grad, own + owed, rtol=1e-5, atol=1e-5)
-    assert float((given - received).abs().sum()) > 100
+        torch.testing.assert_close(alone.grad, scale + owed, rtol=1e-5, atol=1e-5)
+    assert float((true_sum - received).abs().sum()) > 100

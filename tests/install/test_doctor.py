@@ -64,10 +64,10 @@ def test_output_on_a_narrow_terminal_and_as_json(tmp_path: Path) -> None:
     ],
 )
 def test_versions_are_judged_by_the_tested_range(version: str, status: str, advice: str) -> None:
-    found = doctor.release("transformers", version, ((5, 17), (5, 23)), "upgrade it")
-    assert (found.value, found.status) == (version, status)
-    assert found.advice.startswith(advice)
-    assert bool(found.advice) == bool(advice)
+    finding = doctor.release("transformers", version, ((5, 17), (5, 23)), "upgrade it")
+    assert (finding.value, finding.status) == (version, status)
+    assert finding.advice.startswith(advice)
+    assert bool(finding.advice) == bool(advice)
 
 
 def plant(folder: Path, name: str, version: str) -> None:
@@ -89,8 +89,8 @@ def test_library_whose_files_are_gone(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_nvml_is_judged_as_its_readers_judge_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.nvml_gpus()[0] == Finding("nvidia-ml-py", importlib.metadata.version("nvidia-ml-py"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    missing, seen, driver = doctor.nvml_gpus()
-    assert (missing.status, seen, driver) == ("absent", [], None)
+    missing, gpus, driver = doctor.nvml_gpus()
+    assert (missing.status, gpus, driver) == ("absent", [], None)
     assert missing.advice.endswith("pip install nvidia-ml-py")
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=lambda: None))
     hidden = doctor.nvml_gpus()[0]
@@ -103,9 +103,9 @@ def test_broken_torch_is_reported_not_raised(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch")
     findings = doctor.examine(tmp_path)
-    found = by_name(findings)["torch"]
-    assert found.status == "problem"
-    assert "cannot open shared object file" in found.value
+    finding = by_name(findings)["torch"]
+    assert finding.status == "problem"
+    assert "cannot open shared object file" in finding.value
     assert doctor.exit_code(findings) == 2
 
 
@@ -126,9 +126,9 @@ def test_missing_links_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_directory_that_cannot_be_written() -> None:
-    (found,) = doctor.disk(Path("/proc"))  # not even root can make a file there
-    assert found.status == "problem"
-    assert "runs_dir" in found.advice
+    (finding,) = doctor.disk(Path("/proc"))  # not even root can make a file there
+    assert finding.status == "problem"
+    assert "runs_dir" in finding.advice
 
 
 def test_nothing_optional_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +168,8 @@ def test_horovod_and_its_operations(
 ) -> None:
     monkeypatch.setattr(doctor, "state", lambda: state)
     monkeypatch.setattr(doctor, "probe", lambda: probe)
-    found = doctor.horovod()
-    assert (found.value, found.status, found.advice) == expected
+    finding = doctor.horovod()
+    assert (finding.value, finding.status, finding.advice) == expected
 
 
 def test_gpus_that_torch_cannot_use() -> None:
@@ -177,10 +177,10 @@ def test_gpus_that_torch_cannot_use() -> None:
     cuda_build = SimpleNamespace(version=SimpleNamespace(cuda="13.0"))
     assert doctor.unused_gpus(cpu_build, [], None).value == "none found"
     assert "without CUDA" in doctor.unused_gpus(cpu_build, ["NVIDIA H200"], "580.1").advice
-    found = doctor.unused_gpus(cuda_build, ["NVIDIA H200", "NVIDIA H200"], "470.1")
-    assert found.value == "NVIDIA H200, NVIDIA H200 (driver 470.1), but torch cannot use them"
-    assert "CUDA 13.0" in found.advice
-    assert found.status == "absent"
+    finding = doctor.unused_gpus(cuda_build, ["NVIDIA H200", "NVIDIA H200"], "470.1")
+    assert finding.value == "NVIDIA H200, NVIDIA H200 (driver 470.1), but torch cannot use them"
+    assert "CUDA 13.0" in finding.advice
+    assert finding.status == "absent"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -178,10 +178,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What pip is asked to install."""
-    asked: list[str] = []
+    requirements: list[str] = []
     monkeypatch.setattr(horovod_build, "is_installed", lambda _: True)
-    monkeypatch.setattr(horovod_build, "pip_install", lambda _log, _environ, *arguments: asked.append(arguments[-1]))
-    return asked
+    monkeypatch.setattr(horovod_build, "pip_install", lambda _log, _environ, *arguments: requirements.append(arguments[-1]))
+    return requirements
 
 
 def fake_wheel(path: Path) -> Path:
@@ -341,8 +341,8 @@ def test_libraries_get_the_names_that_linkers_look_for(tmp_path: Path) -> None:
     for name in ("libcudart.so.13", "libcudart_static.a", "libnvperf_host.so"):
         (tmp_path / "lib" / name).write_text(name)
     link_libraries(tmp_path / "lib", tmp_path / "lib64")
-    found = {path.name: path.read_text() for path in (tmp_path / "lib64").iterdir()}
-    assert found == {
+    content_of = {path.name: path.read_text() for path in (tmp_path / "lib64").iterdir()}
+    assert content_of == {
         "libcudart.so.13": "libcudart.so.13",
         "libcudart.so": "libcudart.so.13",
         "libcudart_static.a": "libcudart_static.a",
@@ -480,9 +480,9 @@ def test_two_ranks_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_two_ranks_of_the_installed_one_add_up(need: Callable[[str, str], None]) -> None:
-    found = horovod_installed.state()
-    if found.status != "ok":
-        need("horovod", f"Horovod: {found.text}; {horovod_build.HOW_TO_BUILD}")
+    state = horovod_installed.state()
+    if state.status != "ok":
+        need("horovod", f"Horovod: {state.text}; {horovod_build.HOW_TO_BUILD}")
     assert two_ranks(os.environ) == ""
     built = probe()
     assert isinstance(built, dict)

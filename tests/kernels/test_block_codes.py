@@ -52,11 +52,11 @@ def assert_sent_and_left_make_v(v: Tensor, sent: Tensor, residual: Tensor, backe
 @pytest.mark.parametrize("numel", SIZES)
 def test_what_is_sent_and_what_is_left_make_the_original(numel: int, block: int, dtype: torch.dtype, backend: str) -> None:
     g, residual = gradient(numel, dtype), gradient(numel, dtype, seed=1)
-    v, kept = g + residual, g.clone()
+    v, original = g + residual, g.clone()
     coded, scales = quantize_int8(g, residual, block=block, backend=backend)
     sent = decoded(coded, scales, v, block, backend)
     assert_sent_and_left_make_v(v, sent, residual, backend)
-    assert torch.equal(g, kept), "the gradient was written to"
+    assert torch.equal(g, original), "the gradient was written to"
     if numel > 50:
         assert 1e-4 < float(residual.norm() / v.norm()) < 0.99
 
@@ -68,13 +68,13 @@ def test_what_is_sent_and_what_is_left_make_the_original(numel: int, block: int,
 def test_int8_is_the_specification(numel: int, block: int, with_residual: bool, dtype: torch.dtype, backend: Any) -> None:
     g = gradient(numel, dtype)
     results = []
-    for each in ("reference", backend):
+    for engine in ("reference", backend):
         residual = gradient(numel, dtype, seed=1) if with_residual else None
-        codes, scales = quantize_int8(g, residual, block=block, backend=each)
+        codes, scales = quantize_int8(g, residual, block=block, backend=engine)
         results.append((codes, scales, *([residual] if residual is not None else [])))
     assert all(same(a, b) for a, b in zip(*results, strict=True))
     assert int(results[0][0].abs().max()) == 127
-    decoded = [dequantize_int8(codes, scales, block=block, backend=each) for each in ("reference", backend)]
+    decoded = [dequantize_int8(codes, scales, block=block, backend=engine) for engine in ("reference", backend)]
     assert torch.equal(*decoded)
 
 
@@ -128,8 +128,8 @@ def test_what_is_not_finite_is_not_hidden_and_does_not_stay(dtype: torch.dtype, 
     assert bad_N.nonzero().flatten().tolist() == [*range(16, 32), *range(2080, 2096)]
     assert torch.equal(residual[bad_N], before[bad_N])
     assert torch.equal((g + before - sent)[~bad_N], residual[~bad_N])
-    wanted = quantize_int8(g, before, block=16, backend="reference")
-    assert torch.equal(coded, wanted[0])
+    expected = quantize_int8(g, before, block=16, backend="reference")
+    assert torch.equal(coded, expected[0])
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -144,9 +144,9 @@ def test_very_large_and_very_small(size: float, backend: Any) -> None:
     sent = decoded(coded, scales, v, 512, backend)
     assert_sent_and_left_make_v(v, sent, residual, backend)
     assert bool(scales.isfinite().all())
-    left = torch.zeros(1024)
-    wanted, wanted_scales = quantize_int8(v, left, block=512, backend="reference")
-    assert torch.equal(coded, wanted)
+    reference_residual = torch.zeros(1024)
+    expected, wanted_scales = quantize_int8(v, reference_residual, block=512, backend="reference")
+    assert torch.equal(coded, expected)
     assert torch.equal(scales, wanted_scales)
     if size > 1e-40:
         assert float(residual.abs().max()) <= 0.51 * float(scales.max())
@@ -161,9 +161,9 @@ def test_sums_over_ranks_go_in_their_order(backend: Any, dtype: torch.dtype) -> 
     def add(codes: Tensor, scales: Tensor) -> Tensor:
         return dequantize_sum_int8(codes, scales, block=block, backend=backend, dtype=dtype)
 
-    pairs: Any = [quantize_int8(each, None, block=block, backend=backend) for each in several]
+    pairs: Any = [quantize_int8(tensor, None, block=block, backend=backend) for tensor in several]
     sent = [decoded(*pair, several[0], block, "reference") for pair in pairs]
-    codes, scales = (torch.stack(each) for each in zip(*pairs, strict=True))
+    codes, scales = (torch.stack(column) for column in zip(*pairs, strict=True))
     total = add(codes, scales)
     assert total.dtype == dtype
     assert torch.equal(total, sum(sent[1:], sent[0]))
@@ -171,7 +171,7 @@ def test_sums_over_ranks_go_in_their_order(backend: Any, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         assert not torch.equal(total, sum(sent[-2::-1], sent[-1]))
     # Rows within a larger buffer, as they arrive with other things beside them.
-    apart_codes, apart_scales = (torch.cat([each, each], 1)[:, : each.shape[1]] for each in (codes, scales))
+    apart_codes, apart_scales = (torch.cat([stacked, stacked], 1)[:, : stacked.shape[1]] for stacked in (codes, scales))
     assert torch.equal(total, add(apart_codes, apart_scales))
 
 
@@ -185,16 +185,16 @@ def top_k_in_python(v: Tensor, k: int) -> list[int]:
 
 def assert_top_k(g: Tensor, residual: Tensor | None, k: int, backend: Any) -> None:
     v = g.clone() if residual is None else g + residual
-    rest, kept = None if residual is None else residual.clone(), g.clone()
-    indices, values = top_k_select(g, rest, k, backend=backend)
+    owed, original = None if residual is None else residual.clone(), g.clone()
+    indices, values = top_k_select(g, owed, k, backend=backend)
     assert indices.dtype == torch.int32
     assert indices.tolist() == top_k_in_python(v, k)
     assert same(values, v[indices.long()])
-    assert same(g, kept), "the gradient was written to"
-    if rest is not None:
-        left = v.clone()
-        left[indices.long()] = 0
-        assert same(rest, left)
+    assert same(g, original), "the gradient was written to"
+    if owed is not None:
+        expected_owed = v.clone()
+        expected_owed[indices.long()] = 0
+        assert same(owed, expected_owed)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ALL_TYPED)
@@ -246,7 +246,9 @@ def test_whatever_the_sample_says(case: str, backend: Any, monkeypatch: pytest.M
     g, residual = gradient(numel), gradient(numel, seed=1)
     match case:
         case "guess too high":  # the first 20 places of the sample
-            stride = next(each for each in range(int(numel * 0.6180339887498949), numel) if math.gcd(each, numel) == 1)
+            stride = next(
+                candidate for candidate in range(int(numel * 0.6180339887498949), numel) if math.gcd(candidate, numel) == 1
+            )
             g[torch.arange(20) * stride % numel] += 1e6
         case "almost all zero":
             g = torch.where(torch.arange(numel) % 150 == 7, g, 0)
@@ -261,13 +263,13 @@ def test_whatever_the_sample_says(case: str, backend: Any, monkeypatch: pytest.M
     assert (reached < k) == (case in {"guess too high", "almost all zero"})
     if case == "usual":
         assert reached < numel // 4, "the guess is of no use"
-    for rest in (residual, None):
-        wanted_rest, got_rest = (None if rest is None else rest.clone() for _ in range(2))
-        wanted = top_k_select(g, wanted_rest, k, backend="reference")
+    for initial in (residual, None):
+        wanted_rest, got_rest = (None if initial is None else initial.clone() for _ in range(2))
+        expected = top_k_select(g, wanted_rest, k, backend="reference")
         got = top_k_select(g, got_rest, k, backend=backend)
-        assert torch.equal(got[0], wanted[0])
-        assert torch.equal(got[1], wanted[1])
-        assert rest is None or torch.equal(got_rest, wanted_rest)  # type: ignore[arg-type]
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+        assert initial is None or torch.equal(got_rest, wanted_rest)  # type: ignore[arg-type]
 
 
 def test_the_sample_is_good_enough() -> None:
@@ -288,13 +290,13 @@ def test_the_sample_is_good_enough() -> None:
 def test_sparse_sums(backend: Any) -> None:
     """In the ranks' order, at their places; the same bits every time."""
     numel, several = 5003, [gradient(5003, seed=rank) for rank in range(4)]
-    pairs = [top_k_select(each, None, 900, backend="torch") for each in several]
-    indices, values = (torch.stack(each) for each in zip(*pairs, strict=True))
+    pairs = [top_k_select(tensor, None, 900, backend="torch") for tensor in several]
+    indices, values = (torch.stack(column) for column in zip(*pairs, strict=True))
     total = scatter_sum(indices, values, numel, backend=backend)
-    wanted = np.zeros(numel, np.float32)
+    expected = np.zeros(numel, np.float32)
     for i, x in pairs:
-        wanted[i.numpy()] += x.numpy()
-    assert total.tolist() == wanted.tolist()
+        expected[i.numpy()] += x.numpy()
+    assert total.tolist() == expected.tolist()
     assert torch.equal(total, scatter_sum(indices, values, numel, backend=backend))
     backwards = scatter_sum(indices.flip(0), values.flip(0), numel, backend=backend)
     assert not torch.equal(total, backwards)
@@ -333,10 +335,10 @@ def test_any_values(values: list[float], block: int, data: Any) -> None:
     residual = torch.tensor(data.draw(st.lists(floats, min_size=len(values), max_size=len(values))))
     v = g + residual
     rests = [residual.clone(), residual.clone()]
-    wanted, wanted_scales = quantize_int8(g, rests[0], block=block, backend="reference")
+    expected, wanted_scales = quantize_int8(g, rests[0], block=block, backend="reference")
     got, scales = quantize_int8(g, rests[1], block=block, backend="torch")
     assert same(scales, wanted_scales)
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
     sent = decoded(got, scales, v, block, "torch")
     at = sent.isfinite()
     assert bool(v[at].isfinite().all())
@@ -351,25 +353,26 @@ def test_any_values(values: list[float], block: int, data: Any) -> None:
 def test_any_values_in_triton(values: list[float], data: Any) -> None:
     g = torch.tensor(values)
     rests = [torch.zeros(len(values)), torch.zeros(len(values))]
-    wanted, got = (
-        quantize_int8(g, rest, block=16, backend=backend) for rest, backend in zip(rests, ("reference", "triton"), strict=True)
+    expected, got = (
+        quantize_int8(g, residual, block=16, backend=backend)
+        for residual, backend in zip(rests, ("reference", "triton"), strict=True)
     )
-    assert torch.equal(got[0], wanted[0])
-    assert same(got[1], wanted[1])
+    assert torch.equal(got[0], expected[0])
+    assert same(got[1], expected[1])
     assert same(*rests)
     assert_top_k(g, torch.zeros(len(values)), data.draw(st.integers(1, len(values))), "triton")
 
 
 def test_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU path where a gradient is larger than what stays in the cache, and where a block is."""
-    whole = quantize_int8(gradient(10_003), gradient(10_003, seed=1), block=64, backend="torch")
+    unchunked = quantize_int8(gradient(10_003), gradient(10_003, seed=1), block=64, backend="torch")
     monkeypatch.setattr(block_codes_torch, "CHUNK", 1000)
     for block in (64, 2048):
         residual = gradient(10_003, seed=1)
         v = gradient(10_003) + residual
         coded = quantize_int8(gradient(10_003), residual, block=block, backend="torch")
         assert torch.equal(v - decoded(*coded, v, block, "torch"), residual)
-        assert block == 2048 or all(same(a, b) for a, b in zip(coded, whole, strict=True))
+        assert block == 2048 or all(same(a, b) for a, b in zip(coded, unchunked, strict=True))
     assert_top_k(gradient(10_003), gradient(10_003, seed=1), 100, "torch")
 
 
@@ -380,7 +383,7 @@ def test_error_feedback_sends_everything_in_the_end(backend: Any) -> None:
     steps = 12
     for send in (
         lambda r: decoded(*quantize_int8(g, r, block=16, backend=backend), g, 16, backend),
-        lambda r: scatter_sum(*(each[None] for each in top_k_select(g, r, 16, backend=backend)), 64),
+        lambda r: scatter_sum(*(tensor[None] for tensor in top_k_select(g, r, 16, backend=backend)), 64),
     ):
         residual, total = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
         for _ in range(steps):
@@ -428,7 +431,7 @@ def test_bytes_moved_are_those_of_the_tensors() -> None:
     g, residual = gradient(5003), gradient(5003)
 
     def size(*tensors: Tensor) -> int:
-        return sum(each.nbytes for each in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     sources = size(g, residual, residual)
     int8, top = quantize_int8(g, residual), top_k_select(g, residual, 40)

@@ -22,15 +22,15 @@ def states(rows: int, *widths: int, dtype: torch.dtype = torch.float64, seed: in
     return tuple([torch.randn(rows, width, dtype=dtype) for width in widths] for _ in range(2))  # type: ignore[return-value]
 
 
-def run(student: list[Tensor], *rest: Any, **keywords: Any) -> tuple[HiddenTerms, tuple[Tensor, ...]]:
-    leaves = [each.detach().clone().requires_grad_() for each in student]
-    terms = cosine_loss(leaves, *rest, **keywords)
+def run(student: list[Tensor], *arguments: Any, **keywords: Any) -> tuple[HiddenTerms, tuple[Tensor, ...]]:
+    leaves = [state.detach().clone().requires_grad_() for state in student]
+    terms = cosine_loss(leaves, *arguments, **keywords)
     return terms, torch.autograd.grad(3 * terms.total, leaves)
 
 
 def torch_terms(student: list[Tensor], teacher: list[Tensor], rows: Any, weights: Any, options: HiddenOptions) -> Any:
     """The same from torch's own losses."""
-    leaves = [each.detach().double().requires_grad_() for each in student]
+    leaves = [state.detach().double().requires_grad_() for state in student]
     cosine = mse = torch.zeros((), dtype=torch.float64)
     for s, t in zip(leaves, teacher, strict=True):
         at = slice(None) if rows is None else rows
@@ -43,16 +43,16 @@ def torch_terms(student: list[Tensor], teacher: list[Tensor], rows: Any, weights
 
 
 def assert_as_torch(student: list[Tensor], teacher: list[Tensor], rows: Any, weights: Any, options: Any, backend: str) -> None:
-    truth, wanted = torch_terms(student, teacher, rows, weights, options)
-    before = [each.clone() for each in (*student, *teacher)]
+    truth, expected_grads = torch_terms(student, teacher, rows, weights, options)
+    before = [tensor.clone() for tensor in (*student, *teacher)]
     terms, grads = run(student, teacher, rows, weights, options=options, backend=backend)
     tolerance = 1e-6 if student[0].dtype == torch.float64 else 1e-5
     for a, b in zip(terms, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=1e-6)
-    for a, b in zip(grads, wanted, strict=True):
+    for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * float(b.abs().max()) + 1e-9)
-    for each, copy in zip((*student, *teacher), before, strict=True):
-        assert torch.equal(each, copy), "an input was written to"
+    for tensor, copy in zip((*student, *teacher), before, strict=True):
+        assert torch.equal(tensor, copy), "an input was written to"
 
 
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
@@ -86,12 +86,12 @@ def test_many_rows_in_blocks(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_no_worse_than_the_naive_way(backend: str, dtype: torch.dtype) -> None:
     student, teacher = states(40, 256, dtype=dtype)
-    truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
+    truth, expected_grads = torch_terms(student, teacher, None, None, HiddenOptions())
     terms, grads = run(student, teacher, options=HiddenOptions(), backend=backend)
     leaf = student[0].clone().requires_grad_()
     loss = F.cosine_embedding_loss(leaf, teacher[0], torch.ones(40), reduction="sum")
     (naive,) = torch.autograd.grad(3 * loss, leaf)
-    error, limit = (float((each.double() - wanted[0]).norm()) for each in (grads[0], naive))
+    error, limit = (float((grad.double() - expected_grads[0]).norm()) for grad in (grads[0], naive))
     assert error <= 1.5 * limit
     assert abs(float(terms.total.detach()) / float(truth.total.detach()) - 1) < 1e-5
 
@@ -102,9 +102,9 @@ def test_float16_gradients_survive_the_mean_over_many_tokens(backend: str) -> No
     options = HiddenOptions(cosine=1 / 2**22)
     leaf = student[0].clone().requires_grad_()
     (cosine_loss(leaf, teacher[0], options=options, backend=backend).total * 2**20).backward()  # type: ignore[arg-type]
-    _, wanted = torch_terms(student, teacher, None, None, HiddenOptions(cosine=0.25 / 3))
+    _, expected_grads = torch_terms(student, teacher, None, None, HiddenOptions(cosine=0.25 / 3))
     assert leaf.grad is not None
-    assert float((leaf.grad.double() - wanted[0]).norm() / wanted[0].norm()) < 2e-3
+    assert float((leaf.grad.double() - expected_grads[0]).norm() / expected_grads[0].norm()) < 2e-3
 
 
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
@@ -113,11 +113,11 @@ def test_zero_huge_and_absent_rows(backend: Any) -> None:
     student[0][0], teacher[0][1] = 0, 0
     student[0][2] *= 1e9
     student[0][3] = teacher[0][3]
-    truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
+    truth, expected_grads = torch_terms(student, teacher, None, None, HiddenOptions())
     terms, grads = run(student, teacher, options=HiddenOptions(), backend=backend)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=0)
     for row in range(5):  # their sizes differ by 1e15
-        torch.testing.assert_close(grads[0][row], wanted[0][row], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(grads[0][row], expected_grads[0][row], rtol=1e-5, atol=1e-9)
     student[0][4] = math.nan
     weights = torch.tensor([1.0, 1, 1, 1, 0])
     terms, grads = run(student, teacher, None, weights, options=BOTH, backend=backend)
@@ -133,10 +133,10 @@ def test_norms_whose_product_overflows(backend: Any) -> None:
     """float32: |s| |t| is 1e22, whose square there is infinite; cosine and direction of the gradient are those of float64."""
     student, teacher = states(4, 30, dtype=torch.float32)
     student, teacher = [1e10 * student[0]], [1e10 * teacher[0]]
-    truth, wanted = torch_terms(student, teacher, None, None, HiddenOptions())
+    truth, expected_grads = torch_terms(student, teacher, None, None, HiddenOptions())
     terms, grads = run(student, teacher, options=HiddenOptions(), backend=backend)
     torch.testing.assert_close(terms.total.double(), truth.total, rtol=1e-5, atol=0)
-    torch.testing.assert_close(grads[0].double(), wanted[0], rtol=0, atol=1e-5 * float(wanted[0].abs().max()))
+    torch.testing.assert_close(grads[0].double(), expected_grads[0], rtol=0, atol=1e-5 * float(expected_grads[0].abs().max()))
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -153,11 +153,11 @@ def test_projections(backend: Any) -> None:
     leaf = student[0].clone().requires_grad_()
     inputs = ([leaf, student[1]], teacher)
     total = cosine_loss(*inputs, options=BOTH, projections=[projection, None], backend=backend).total
-    found = torch.autograd.grad(total, (leaf, projection))
+    grads = torch.autograd.grad(total, (leaf, projection))
     mapped = leaf @ projection.T
-    (wanted,) = torch_terms([mapped], teacher[:1], None, None, BOTH)[1]
-    truth = torch.autograd.grad(mapped, (leaf, projection), wanted / 3)
-    for a, b in zip(found, truth, strict=True):
+    (mapped_grad,) = torch_terms([mapped], teacher[:1], None, None, BOTH)[1]
+    truth = torch.autograd.grad(mapped, (leaf, projection), mapped_grad / 3)
+    for a, b in zip(grads, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_gradcheck_of_the_specification() -> None:
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])], ids=["all", "some"])
 def test_the_op_is_registered_as_torch_wants_it(backend: str, rows: Any) -> None:
     student, teacher = states(4, 6, 9, dtype=torch.float32)
-    leaves = [each.requires_grad_() for each in student]
+    leaves = [state.requires_grad_() for state in student]
     torch.library.opcheck(module._cosine, (leaves, teacher, rows, torch.ones(4), 0.7, 0.3, True, backend))
 
 
@@ -187,8 +187,8 @@ def test_compiled_without_a_graph_break() -> None:
         return cosine_loss(2 * leaf, teacher[0], options=BOTH).total * 5
 
     (eager,) = torch.autograd.grad(loss(leaf), leaf)
-    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf), leaf)
-    torch.testing.assert_close(found, eager)
+    (compiled_grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    torch.testing.assert_close(compiled_grad, eager)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -227,7 +227,7 @@ def test_mistakes_are_told() -> None:
         ((student, teacher, torch.zeros(2)), {}, "rows must be int64"),
         ((student, teacher, None, torch.ones(3)), {}, r"weights must be float \[4\]"),
         ((student, teacher), {"projections": [None]}, "1 projections for 2 layers"),
-        ((student, [each.clone().requires_grad_() for each in teacher]), {}, "only the student's states get a gradient"),
+        ((student, [state.clone().requires_grad_() for state in teacher]), {}, "only the student's states get a gradient"),
         (([torch.ones(4, 6).t().contiguous().t()], [torch.ones(4, 6)]), {}, "adjacent columns are needed"),
     ]
     for arguments, keywords, message in cases:

@@ -10,23 +10,23 @@ PATHS = ["mm", "onednn"] if torch.backends.mkldnn.is_available() else ["mm"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("what", ["new", "bias", "keep"])
+@pytest.mark.parametrize("case", ["new", "bias", "keep"])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 1), (5, 16, 37), (37, 16, 5), (33, 1, 33), (0, 4, 9), (20, 64, 20)])
-def test_against_float64(m: int, k: int, n: int, what: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_float64(m: int, k: int, n: int, case: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_PIECE", 8)
     torch.manual_seed(0)
-    bias = torch.randn(2 * n)[::2] if what == "bias" else None
+    bias = torch.randn(2 * n)[::2] if case == "bias" else None
     # As the losses call it: plain and transposed operands, and an out that is a slice of something larger.
     for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(m, k + 3)[:, :k]):
         for b in (torch.randn(k, n), torch.randn(n, k).t()):
-            whole = torch.randn(m + 2, n) if what == "keep" else torch.full((m + 2, n), torch.nan)
-            before, out = whole.clone(), whole[1:-1]
+            buffer = torch.randn(m + 2, n) if case == "keep" else torch.full((m + 2, n), torch.nan)
+            before, out = buffer.clone(), buffer[1:-1]
             expected = a.double() @ b.double() + (0 if bias is None else bias.double())
-            if what == "keep":
+            if case == "keep":
                 expected += out.double()
-            assert product(a, b, out, bias_N=bias, keep=what == "keep", path=path) is out
+            assert product(a, b, out, bias_N=bias, keep=case == "keep", path=path) is out
             torch.testing.assert_close(out.double(), expected, atol=1e-5 * k**0.5, rtol=1e-5)
-            torch.testing.assert_close(whole[[0, -1]], before[[0, -1]], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(buffer[[0, -1]], before[[0, -1]], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

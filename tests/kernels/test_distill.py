@@ -39,9 +39,9 @@ def some_weights(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return weights
 
 
-def gradient(student: Tensor, *rest: Any, **keywords: Any) -> tuple[DistillTerms, Tensor]:
+def gradient(student: Tensor, *arguments: Any, **keywords: Any) -> tuple[DistillTerms, Tensor]:
     leaf = student.detach().clone().requires_grad_()
-    terms = distill_loss(leaf, *rest, **keywords)
+    terms = distill_loss(leaf, *arguments, **keywords)
     (grad,) = torch.autograd.grad(3.0 * terms.total, leaf)
     return terms, grad
 
@@ -50,18 +50,24 @@ def double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double() if tensor.is_floating_point() else tensor
 
 
-def assert_as_specified(student: Tensor, teacher: Tensor, *rest: Tensor | None, backend: Any, options: DistillOptions) -> None:
+def assert_as_specified(
+    student: Tensor, teacher: Tensor, *targets: Tensor | None, backend: Any, options: DistillOptions
+) -> None:
     """Values and gradient, in the inputs' dtype, against float64."""
-    truth, wanted = gradient(student.double(), teacher.double(), *map(double, rest), options=options, backend="reference")
-    before = [each.clone() for each in (student, teacher)]
-    terms, grad = gradient(student, teacher, *rest, options=options, backend=backend)
+    truth, expected_grad = gradient(
+        student.double(), teacher.double(), *map(double, targets), options=options, backend="reference"
+    )
+    before = [tensor.clone() for tensor in (student, teacher)]
+    terms, grad = gradient(student, teacher, *targets, options=options, backend=backend)
     # The kernel's coefficients are float32.
     tolerance = 1e-6 if student.dtype == torch.float64 else 2e-5
-    for name, found, term in zip(DistillTerms._fields, terms, truth, strict=True):
-        torch.testing.assert_close(found.double(), term, rtol=tolerance, atol=1e-6 * len(student), msg=lambda m: f"{name}: {m}")  # noqa: B023
-    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
-    for each, copy in zip((student, teacher), before, strict=True):
-        assert torch.equal(each, copy), "an input was written to"
+    for name, value, term in zip(DistillTerms._fields, terms, truth, strict=True):
+        torch.testing.assert_close(value.double(), term, rtol=tolerance, atol=1e-6 * len(student), msg=lambda m: f"{name}: {m}")  # noqa: B023
+    torch.testing.assert_close(
+        grad.double(), expected_grad, rtol=0, atol=tolerance * max(1.0, float(expected_grad.abs().max()))
+    )
+    for tensor, copy in zip((student, teacher), before, strict=True):
+        assert torch.equal(tensor, copy), "an input was written to"
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -71,8 +77,8 @@ def assert_as_specified(student: Tensor, teacher: Tensor, *rest: Tensor | None, 
 def test_every_divergence(backend: str, divergence: Any, columns: int, dtype: torch.dtype) -> None:
     student, teacher = logits(7, columns, dtype)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    rest = (some_labels(7, columns), some_weights(7, dtype))
-    assert_as_specified(student, teacher, *rest, backend=backend, options=options)
+    targets = (some_labels(7, columns), some_weights(7, dtype))
+    assert_as_specified(student, teacher, *targets, backend=backend, options=options)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -85,13 +91,13 @@ def test_offsets_of_the_logits_take_no_digits(backend: str, divergence: Any, off
     student, teacher = teacher + 0.05 * torch.randn(16, 1000) + offsets[0], teacher + offsets[1]
     labels = teacher.argmax(-1)
     options = DistillOptions(temperature=2.0, divergence=divergence, soft=1.0, hard=1.0, beta=0.4)
-    (found, grad), (truth, wanted) = (
-        gradient(each[0], each[1], labels, backend=how, options=options)
-        for each, how in (((student, teacher), backend), ((student.double(), teacher.double()), "reference"))
+    (terms, grad), (truth, expected_grad) = (
+        gradient(pair[0], pair[1], labels, backend=how, options=options)
+        for pair, how in (((student, teacher), backend), ((student.double(), teacher.double()), "reference"))
     )
-    torch.testing.assert_close(found.soft.double(), truth.soft, rtol=2e-3, atol=0)
-    torch.testing.assert_close(found.hard.double(), truth.hard, rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(terms.soft.double(), truth.soft, rtol=2e-3, atol=0)
+    torch.testing.assert_close(terms.hard.double(), truth.hard, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -145,21 +151,21 @@ def test_a_real_vocabulary(backend: str) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("given", ["labels weights", "labels", "weights", ""])
-def test_options(backend: str, changes: dict[str, Any], given: str) -> None:
+@pytest.mark.parametrize("inputs", ["labels weights", "labels", "weights", ""])
+def test_options(backend: str, changes: dict[str, Any], inputs: str) -> None:
     student, teacher = logits(5, 97)
     options = DistillOptions(**{**EVERYTHING, **changes})
     labels = some_labels(5, 60)
-    if options.soft == 0 and "labels" not in given:
+    if options.soft == 0 and "labels" not in inputs:
         assert float(distill_loss(student, teacher, options=options, backend=backend).total) == 0  # type: ignore[arg-type]
         return
     if options.ignore_index != -100:
         labels = labels.where(labels >= 0, 0)
         labels[2] = options.ignore_index
-    rest = (labels if "labels" in given else None, some_weights(5) if "weights" in given else None)
+    targets = (labels if "labels" in inputs else None, some_weights(5) if "weights" in inputs else None)
     if options.columns:
         teacher = teacher[:, :93]
-    assert_as_specified(student, teacher, *rest, backend=backend, options=options)
+    assert_as_specified(student, teacher, *targets, backend=backend, options=options)
 
 
 def naive(student: Tensor, teacher: Tensor, labels: Tensor, options: DistillOptions) -> Tensor:
@@ -175,13 +181,13 @@ def naive(student: Tensor, teacher: Tensor, labels: Tensor, options: DistillOpti
 @pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_is_no_worse_than_the_naive_way(backend: str, dtype: torch.dtype) -> None:
-    student, teacher = (each.to(dtype) for each in logits(6, 1000))
+    student, teacher = (tensor.to(dtype) for tensor in logits(6, 1000))
     labels, options = some_labels(6, 1000), DistillOptions(temperature=2.0, soft=0.7, hard=0.4)
-    truth, wanted = gradient(student.double(), teacher.double(), labels, options=options, backend="reference")
-    assert float(wanted.abs().max()) > 10 * float(wanted.abs().mean()) > 0
+    truth, expected_grad = gradient(student.double(), teacher.double(), labels, options=options, backend="reference")
+    assert float(expected_grad.abs().max()) > 10 * float(expected_grad.abs().mean()) > 0
     terms, grad = gradient(student, teacher, labels, options=options, backend=backend)
-    error = float((grad.double() - wanted).norm())
-    limit = float((3 * naive(student, teacher, labels, options).double() - wanted).norm())
+    error = float((grad.double() - expected_grad).norm())
+    limit = float((3 * naive(student, teacher, labels, options).double() - expected_grad).norm())
     assert error <= 1.5 * limit + 1e-9
     assert abs(float(terms.total.detach()) / float(truth.total.detach()) - 1) < 1e-5  # sums are float32
 
@@ -189,7 +195,7 @@ def test_low_precision_is_no_worse_than_the_naive_way(backend: str, dtype: torch
 @pytest.mark.parametrize("backend", PATHS)
 def test_float16_gradients_survive_the_mean_over_many_tokens(backend: str) -> None:
     """Coefficients of 1 / 16384 tokens; the loss scale arrives in backward only."""
-    student, teacher = (each.half() for each in logits(4, 1000))
+    student, teacher = (tensor.half() for tensor in logits(4, 1000))
     student.requires_grad_()
     options = DistillOptions(temperature=2.0, soft=1 / 16384)
     (distill_loss(student, teacher, options=options, backend=backend).total * 65536).backward()  # type: ignore[arg-type]
@@ -211,11 +217,11 @@ def test_minus_infinity_on_both_sides_is_a_missing_column(backend: Any, divergen
     student, teacher = logits(4, 40)
     labels = torch.tensor([3, -100, 0, 17])
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    truth, wanted = gradient(student[:, :30], teacher[:, :30], labels, options=options, backend="reference")
+    truth, expected_grad = gradient(student[:, :30], teacher[:, :30], labels, options=options, backend="reference")
     student[:, 30:] = teacher[:, 30:] = -INF
     terms, grad = gradient(student, teacher, labels, options=options, backend=backend)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(grad[:, :30], wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grad[:, :30], expected_grad, rtol=0, atol=1e-6)
     assert (grad[:, 30:] == 0).all()
 
 
@@ -285,9 +291,9 @@ def test_rows_that_are_out_contribute_exactly_nothing(backend: Any, divergence: 
     labels, weights = torch.tensor([-100, -100, 7, -100]), torch.tensor([1.5, 0, 0, 0])
     alone = gradient(student, teacher, labels, weights, options=options, backend="reference")
     student[1], student[3], teacher[3] = math.nan, -INF, math.nan
-    found = gradient(student, teacher, labels, weights, options=options, backend=backend)
-    torch.testing.assert_close(found[0].total, alone[0].total, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
+    terms_and_grad = gradient(student, teacher, labels, weights, options=options, backend=backend)
+    torch.testing.assert_close(terms_and_grad[0].total, alone[0].total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms_and_grad[1], alone[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
@@ -314,7 +320,7 @@ def test_offsets_are_64_bit() -> None:
     stride, columns = 2**31 + 64, 50
     storage = torch.empty(stride + columns, dtype=torch.bfloat16)  # 4 GiB of addresses, two pages of memory
     student = storage.as_strided((2, columns), (stride, 1))
-    small, teacher = (each.bfloat16() for each in logits(2, columns))
+    small, teacher = (tensor.bfloat16() for tensor in logits(2, columns))
     student.copy_(small)
     for backend in PATHS:
         options = DistillOptions(**EVERYTHING)
@@ -334,11 +340,11 @@ def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offse
         teacher[2, 100:200] = student[2, 100:200] = teacher[3, :130] = -INF
     labels, weights = some_labels(5, columns), some_weights(5)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    truth, wanted = gradient(student, teacher, labels, weights, options=options, backend="reference")
+    truth, expected_grad = gradient(student, teacher, labels, weights, options=options, backend="reference")
     terms_N2, grad = torch.empty(5, 2, dtype=torch.float64), student.clone()
     distill_rows_triton(grad, teacher, labels, weights, options, terms_N2, grad, block=64)
     if not (divergence == "reverse-kl" and columns == 300):  # infinite where the teacher alone is -inf
-        torch.testing.assert_close(3 * grad, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(3 * grad, expected_grad, rtol=0, atol=1e-6)
         torch.testing.assert_close(terms_N2.sum(0), torch.stack(truth[1:]), rtol=1e-6, atol=1e-9)
 
 
@@ -390,8 +396,8 @@ def test_compiled_without_a_graph_break() -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     (eager,) = torch.autograd.grad(loss(student.requires_grad_()), student)
-    (found,) = torch.autograd.grad(compiled(student), student)
-    torch.testing.assert_close(found, eager)
+    (compiled_grad,) = torch.autograd.grad(compiled(student), student)
+    torch.testing.assert_close(compiled_grad, eager)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -434,9 +440,9 @@ def test_any_shape_and_option(
     backend: str,
 ) -> None:
     student, teacher = logits(rows, columns, seed=rows * 100 + columns)
-    rest = (some_labels(rows, columns) if labelled else None, some_weights(rows) if weighed else None)
+    targets = (some_labels(rows, columns) if labelled else None, some_weights(rows) if weighed else None)
     options = DistillOptions(temperature=temperature, divergence=divergence, beta=beta, student_softcap=cap)
-    assert_as_specified(student, teacher, *rest, backend=backend, options=options)
+    assert_as_specified(student, teacher, *targets, backend=backend, options=options)
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,13 @@ class Case:
         return tensor.clone()
 
     def to(self, dtype: torch.dtype) -> "Case":
-        self.student, self.teacher = ([each.to(dtype) for each in side] for side in (self.student, self.teacher))
+        self.student, self.teacher = ([tensor.to(dtype) for tensor in side] for side in (self.student, self.teacher))
         return self
 
     def run(
         self, kind: str = "dense", grads: tuple[bool, ...] = (True,) * 3, **keywords: Any
     ) -> tuple[DistillTerms, list[Any]]:
-        leaves = [self.clone(each).requires_grad_(want) for each, want in zip(self.student, grads, strict=False)]
+        leaves = [self.clone(tensor).requires_grad_(want) for tensor, want in zip(self.student, grads, strict=False)]
         head = [*leaves, None][:3]
         teacher = [*self.teacher, None][:3]
         options = keywords.pop("options", OPTIONS)
@@ -73,15 +73,15 @@ class Case:
             terms = linear_sparse_distill_loss(*head, sparse, self.labels, self.weights, options=options, **keywords)  # type: ignore[arg-type]
         else:
             terms = linear_cross_entropy_loss(*head, self.labels, options=options, **keywords)  # type: ignore[arg-type]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(3 * terms.total, wanted))
-        return terms, [next(found) if leaf.requires_grad else None for leaf in leaves]
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        computed = iter(torch.autograd.grad(3 * terms.total, trained))
+        return terms, [next(computed) if leaf.requires_grad else None for leaf in leaves]
 
 
-def assert_close(found: Found, truth: Found, rtol: float) -> None:
-    for name, a, b in zip(DistillTerms._fields, found[0], truth[0], strict=True):
+def assert_close(terms_and_grads: Found, truth: Found, rtol: float) -> None:
+    for name, a, b in zip(DistillTerms._fields, terms_and_grads[0], truth[0], strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
-    for a, b in zip(found[1], truth[1], strict=True):
+    for a, b in zip(terms_and_grads[1], truth[1], strict=True):
         if b is not None:
             assert float((a.double() - b.double()).norm()) <= rtol * float(b.double().norm())
 
@@ -92,7 +92,7 @@ def assert_close(found: Found, truth: Found, rtol: float) -> None:
 def test_chunks_make_no_difference(kind: str, bias: bool, chunk_rows: int | None) -> None:
     case = Case(bias=bias)
     truth = case.run(kind, backend="reference")
-    assert all(float(each.abs().max()) > 1e-3 for each in truth[1])
+    assert all(float(grad.abs().max()) > 1e-3 for grad in truth[1])
     assert_close(case.run(kind, chunk_rows=chunk_rows), truth, 1e-12)
 
 
@@ -161,14 +161,14 @@ def test_only_gradients_that_are_asked_for(grads: tuple[bool, ...], monkeypatch:
     products = []
     real = linear_distill._Head._add_weight
     monkeypatch.setattr(linear_distill._Head, "_add_weight", lambda *a: (products.append(1), real(*a)))
-    found = case.run(grads=grads, chunk_rows=8)
-    assert_close(found, truth, 1e-12)
+    terms_and_grads = case.run(grads=grads, chunk_rows=8)
+    assert_close(terms_and_grads, truth, 1e-12)
     assert len(products) == (3 if grads[1] else 0)
 
 
 def naive(case: Case) -> list[Tensor]:
     """A user's few lines, in the tensors' own dtype."""
-    leaves = [each.clone().requires_grad_() for each in case.student]
+    leaves = [tensor.clone().requires_grad_() for tensor in case.student]
     student, teacher = torch.nn.functional.linear(*leaves), torch.nn.functional.linear(*case.teacher)
     rows = torch.nn.functional.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="none").sum(-1)
     hard = torch.nn.functional.cross_entropy(student, case.labels, reduction="sum")
@@ -180,10 +180,10 @@ def naive(case: Case) -> list[Tensor]:
 def test_low_precision_is_no_worse_than_the_naive_way(dtype: torch.dtype) -> None:
     case = Case(rows=64, columns=300, d=32, e=48).to(dtype)
     truth = Case(rows=64, columns=300, d=32, e=48).to(dtype).to(torch.float64).run(backend="reference")
-    terms, found = case.run(chunk_rows=16)
-    for ours, theirs, exact in zip(found, naive(case), truth[1], strict=True):
+    terms, grads = case.run(chunk_rows=16)
+    for ours, theirs, exact in zip(grads, naive(case), truth[1], strict=True):
         assert ours.dtype == dtype
-        error, limit = (float((each.double() - exact).norm()) for each in (ours, theirs))
+        error, limit = (float((grad.double() - exact).norm()) for grad in (ours, theirs))
         assert error <= 1.5 * limit + 1e-7 * float(exact.norm())
     # Terms are float32 sums; only the logits were rounded.
     assert abs(float(terms.total.detach()) / float(truth[0].total.detach()) - 1) < 0.02
@@ -196,7 +196,7 @@ def test_weights_wider_than_the_products_get_their_gradient_in_their_own_dtype()
     with torch.autocast("cpu", torch.bfloat16):
         terms, grads = case.run(chunk_rows=16)
         eager = case.run(backend="reference")
-    assert [each.dtype for each in grads] == [torch.float32] * 3
+    assert [grad.dtype for grad in grads] == [torch.float32] * 3
     assert terms.total.dtype == torch.float32
     for ours, theirs, exact in zip(grads, eager[1], truth[1], strict=True):
         assert 0 < float((ours - exact).norm()) <= 1.5 * float((theirs - exact).norm())
@@ -226,22 +226,22 @@ def test_logits_never_exist_whole() -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     case = Case(rows=6, dtype=torch.float32)
-    student = [each.requires_grad_() for each in case.student]
-    rest = (None, None, None, case.labels, case.weights, True, True, True, backend, 4, *pack(OPTIONS))
-    torch.library.opcheck(linear_distill._linear_distill, (*student, *case.teacher, *rest))
+    student = [tensor.requires_grad_() for tensor in case.student]
+    arguments = (None, None, None, case.labels, case.weights, True, True, True, backend, 4, *pack(OPTIONS))
+    torch.library.opcheck(linear_distill._linear_distill, (*student, *case.teacher, *arguments))
 
 
 def test_compiled_without_a_graph_break() -> None:
     case = Case(rows=6, dtype=torch.float32)
-    hidden, weight, bias = (each.requires_grad_() for each in case.student)
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in case.student)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_distill_loss(2 * hidden, weight, bias, *case.teacher, case.labels, options=OPTIONS).total  # type: ignore[arg-type]
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-    found = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
-    for a, b in zip(found, eager, strict=True):
+    grads = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    for a, b in zip(grads, eager, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -279,14 +279,14 @@ def test_float16_gradients_of_many_rows_do_not_overflow() -> None:
     torch.manual_seed(0)
     hidden = 4 + torch.randn(1024, 16)
     weight, labels = 0.1 * torch.randn(40, 16), torch.full((1024,), 3)
-    found = []
+    grads = []
     for dtype, backend in ((torch.float16, "torch"), (torch.float64, "reference")):
         leaf = weight.to(dtype).requires_grad_()
         options = DistillOptions(soft=0.0, hard=1 / 1024)
         linear_cross_entropy_loss(hidden.to(dtype), leaf, None, labels, options=options, backend=backend).total.backward()  # type: ignore[arg-type]
         assert leaf.grad is not None
-        found.append(leaf.grad.double())
-    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-3)
+        grads.append(leaf.grad.double())
+    torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=2e-3)
 
 
 def test_mistakes_are_told() -> None:

@@ -27,9 +27,9 @@ def some_labels(rows: int, columns: int) -> Tensor:
     return labels
 
 
-def gradient(student: Tensor, *rest: Any, loss: Any = sparse_distill_loss, **keywords: Any) -> tuple[DistillTerms, Tensor]:
+def gradient(student: Tensor, *arguments: Any, loss: Any = sparse_distill_loss, **keywords: Any) -> tuple[DistillTerms, Tensor]:
     leaf = student.detach().clone().requires_grad_()
-    terms = loss(leaf, *rest, **keywords)
+    terms = loss(leaf, *arguments, **keywords)
     (grad,) = torch.autograd.grad(3.0 * terms.total, leaf)
     return terms, grad
 
@@ -50,11 +50,11 @@ def test_is_the_divergence_of_the_merged_distributions(backend: Any, k: int, tem
     student, teacher = logits(6, 50)
     truth = student.clone().requires_grad_()
     rows = by_hand(truth, teacher, k, temperature)
-    (wanted,) = torch.autograd.grad(3 * rows.sum(), truth)
+    (expected_grad,) = torch.autograd.grad(3 * rows.sum(), truth)
     options = DistillOptions(temperature=temperature)
     terms, grad = gradient(student, top_k(teacher, k, temperature=temperature), options=options, backend=backend)
     torch.testing.assert_close(terms.soft, rows.sum().detach(), rtol=1e-7, atol=0)
-    torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-6)
     dense = distill_loss(student, teacher, options=options, backend="reference").soft
     assert 0 < float(terms.soft) < float(dense)
 
@@ -76,10 +76,10 @@ def test_all_tokens_listed_is_the_dense_loss(backend: Any) -> None:
     student, teacher = logits(6, 50)
     labels, weights = some_labels(6, 50), torch.linspace(0, 1.5, 6, dtype=torch.float64)
     options = DistillOptions(**EVERYTHING, student_softcap=8.0, student_scale=0.7)
-    wanted = gradient(student, teacher, labels, weights, loss=distill_loss, options=options, backend="reference")
-    found = gradient(student, top_k(teacher, 50, temperature=2.0), labels, weights, options=options, backend=backend)
-    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-6)
+    dense = gradient(student, teacher, labels, weights, loss=distill_loss, options=options, backend="reference")
+    sparse = gradient(student, top_k(teacher, 50, temperature=2.0), labels, weights, options=options, backend=backend)
+    torch.testing.assert_close(sparse[0], dense[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(sparse[1], dense[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -94,14 +94,16 @@ def test_fast_paths_are_as_specified(backend: str, shape: tuple[int, int, int], 
     labels, weights = some_labels(rows, columns), torch.linspace(0.4, 1.5, rows, dtype=torch.float64)
     weights[2:3] = 0
     options = DistillOptions(**EVERYTHING)
-    truth, wanted = gradient(student.to(dtype).double(), teacher, labels, weights, options=options, backend="reference")
-    narrow = SparseTeacher(teacher[0].int(), *(None if each is None else each.to(dtype) for each in teacher[1:]))  # type: ignore[arg-type]
+    truth, expected_grad = gradient(student.to(dtype).double(), teacher, labels, weights, options=options, backend="reference")
+    narrow = SparseTeacher(teacher[0].int(), *(None if tensor is None else tensor.to(dtype) for tensor in teacher[1:]))  # type: ignore[arg-type]
     leaf = student.to(dtype)
     terms, grad = gradient(leaf, narrow, labels, weights.to(dtype), options=options, backend=backend)
     tolerance = 1e-6 if dtype == torch.float64 else 2e-5
     for a, b in zip(terms, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
+    torch.testing.assert_close(
+        grad.double(), expected_grad, rtol=0, atol=tolerance * max(1.0, float(expected_grad.abs().max()))
+    )
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -111,12 +113,12 @@ def test_low_precision(backend: str, dtype: torch.dtype) -> None:
     student, teacher_NV = logits(6, 500)
     student, teacher = student.to(dtype), top_k(teacher_NV, 20, temperature=2.0)
     options = DistillOptions(temperature=2.0)
-    truth, wanted = gradient(student.double(), teacher, options=options, backend="reference")
+    truth, expected_grad = gradient(student.double(), teacher, options=options, backend="reference")
     terms, grad = gradient(student, teacher, options=options, backend=backend)
-    rounding = (wanted.to(dtype).double() - wanted).norm()
+    rounding = (expected_grad.to(dtype).double() - expected_grad).norm()
     # Triton's interpreter cuts bfloat16 off instead of rounding it.
     factor = 2.5 if backend == "triton" and dtype == torch.bfloat16 else 1.5
-    assert float((grad.double() - wanted).norm()) <= factor * float(rounding) + 1e-6
+    assert float((grad.double() - expected_grad).norm()) <= factor * float(rounding) + 1e-6
     assert abs(float(terms.soft) / float(truth.soft) - 1) < 1e-5
 
 
@@ -126,10 +128,10 @@ def test_columns_and_unused_slots(backend: Any) -> None:
     options = DistillOptions(**EVERYTHING, columns=30)
     teacher = top_k(teacher_NV, 5, temperature=2.0, columns=30)
     truth = gradient(student[:, :30], teacher, options=DistillOptions(**EVERYTHING), backend="reference")
-    found = gradient(student, teacher, options=options, backend=backend)
-    torch.testing.assert_close(found[0].total, truth[0].total, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1][:, :30], truth[1], rtol=0, atol=1e-6)
-    assert bool((found[1][:, 30:] == 0).all())
+    terms_and_grad = gradient(student, teacher, options=options, backend=backend)
+    torch.testing.assert_close(terms_and_grad[0].total, truth[0].total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms_and_grad[1][:, :30], truth[1], rtol=0, atol=1e-6)
+    assert bool((terms_and_grad[1][:, 30:] == 0).all())
     # Slots of -inf change nothing, even where they name a listed token.
     more = SparseTeacher(
         torch.cat([teacher.indices_NK, teacher.indices_NK[:, :2]], 1),
@@ -137,7 +139,7 @@ def test_columns_and_unused_slots(backend: Any) -> None:
         teacher.tail_N,
     )
     again = gradient(student, more, options=options, backend=backend)
-    torch.testing.assert_close(again[1], found[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(again[1], terms_and_grad[1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
@@ -152,10 +154,10 @@ def test_rows_that_are_out_contribute_exactly_nothing(backend: Any, cap: float |
     assert float(alone[1][[0, 2]].abs().max()) > 0
     student[1], student[3] = math.nan, -math.inf
     teacher.log_probabilities_NK[1] = math.nan
-    found = gradient(student, teacher, labels, weights, options=options, backend=backend)
-    torch.testing.assert_close(found[0].total, alone[0].total, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
-    assert bool((found[1][[1, 3]] == 0).all())
+    terms_and_grad = gradient(student, teacher, labels, weights, options=options, backend=backend)
+    torch.testing.assert_close(terms_and_grad[0].total, alone[0].total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms_and_grad[1], alone[1], rtol=0, atol=1e-6)
+    assert bool((terms_and_grad[1][[1, 3]] == 0).all())
 
 
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
@@ -183,7 +185,7 @@ def test_limits(backend: Any) -> None:
     student[1] = math.nan
     weights = torch.tensor([0.0, 0, 1])
     terms, grad = gradient(student, teacher, None, weights, options=DistillOptions(), backend=backend)
-    alone = gradient(student[2:], SparseTeacher(*(each[2:] for each in teacher)), options=DistillOptions(), backend="reference")  # type: ignore[misc, index]
+    alone = gradient(student[2:], SparseTeacher(*(part[2:] for part in teacher)), options=DistillOptions(), backend="reference")  # type: ignore[misc, index]
     torch.testing.assert_close(terms.total, alone[0].total, rtol=1e-6, atol=0)
     assert bool((grad[:2] == 0).all())
 
@@ -206,20 +208,20 @@ def test_a_token_outside_of_the_vocabulary_does_no_harm_on_a_gpu() -> None:
 
 def test_top_k_is_the_softmax() -> None:
     _, teacher_NV = logits(5, 60)
-    found = top_k(teacher_NV, 7, temperature=1.5)
+    teacher = top_k(teacher_NV, 7, temperature=1.5)
     p = (teacher_NV / 1.5).softmax(-1)
     values, indices = p.topk(7)
-    assert torch.equal(found.indices_NK, indices)
-    torch.testing.assert_close(found.log_probabilities_NK.exp(), values)
-    assert found.tail_N is not None
-    torch.testing.assert_close(found.tail_N, 1 - values.sum(-1))
+    assert torch.equal(teacher.indices_NK, indices)
+    torch.testing.assert_close(teacher.log_probabilities_NK.exp(), values)
+    assert teacher.tail_N is not None
+    torch.testing.assert_close(teacher.tail_N, 1 - values.sum(-1))
     cut = top_k(teacher_NV, 7, temperature=1.5, min_probability=0.05)
     assert cut.tail_N is None
-    kept = cut.log_probabilities_NK.isfinite()
+    finite = cut.log_probabilities_NK.isfinite()
     expected = values >= 0.05
     expected[:, 0] = True
-    assert torch.equal(kept, expected)
-    assert 0 < int(kept.sum()) < kept.numel()
+    assert torch.equal(finite, expected)
+    assert 0 < int(finite.sum()) < finite.numel()
 
 
 def test_gradcheck_of_the_specification() -> None:
@@ -238,8 +240,8 @@ def test_gradcheck_of_the_specification() -> None:
 def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     student, teacher_NV = logits(4, 30, torch.float32)
     teacher = top_k(teacher_NV, 5, temperature=2.0)
-    rest = (some_labels(4, 30), None, True, backend, *pack(DistillOptions(**EVERYTHING)))
-    torch.library.opcheck(module._sparse_distill, (student.requires_grad_(), *teacher, *rest))
+    arguments = (some_labels(4, 30), None, True, backend, *pack(DistillOptions(**EVERYTHING)))
+    torch.library.opcheck(module._sparse_distill, (student.requires_grad_(), *teacher, *arguments))
 
 
 @pytest.mark.parametrize("backend", PATHS)

@@ -36,9 +36,9 @@ def check(value: Any, schema: Any, where: str = "") -> None:
             assert isinstance(value, dict), f"{where}: {value!r} is not a mapping"
             for key, inner in value.items():
                 assert key in schema or str in schema, f"{where}: unknown key {key}"
-                wanted = schema.get(key, schema.get(str))
-                check(inner, wanted.schema if isinstance(wanted, Required) else wanted, f"{where}.{key}")
-            missing = [key for key, wanted in schema.items() if isinstance(wanted, Required) and key not in value]
+                entry = schema.get(key, schema.get(str))
+                check(inner, entry.schema if isinstance(entry, Required) else entry, f"{where}.{key}")
+            missing = [key for key, entry in schema.items() if isinstance(entry, Required) and key not in value]
             assert not missing, f"{where}: {missing} missing"
         case list():
             assert isinstance(value, list) and value, f"{where}: {value!r} is not a list"
@@ -151,7 +151,7 @@ GIVEN: dict[ClusterKind, dict[str, Any]] = {
 }
 
 
-def made(kind: ClusterKind, **more: Any) -> str:
+def text_of(kind: ClusterKind, **more: Any) -> str:
     defaults: dict[str, Any] = {
         "command": "train",
         "recipe": "distilbert",
@@ -163,7 +163,7 @@ def made(kind: ClusterKind, **more: Any) -> str:
 
 
 def documents(kind: ClusterKind, **more: Any) -> list[Any]:
-    return list(yaml.safe_load_all(made(kind, **more)))
+    return list(yaml.safe_load_all(text_of(kind, **more)))
 
 
 def shell_of(kind: ClusterKind, document: Any) -> str:
@@ -309,7 +309,7 @@ def test_values_reach_the_ranks_as_they_are(kind: ClusterKind, recipe_text: str,
         recipe = str(path)
     more = {"image": None} if kind in ("skypilot", "dstack") else {}
     overrides = NASTY if recipe_text else NASTY[:3]  # the others show nowhere, and quote the whole script
-    text = made(kind, recipe=recipe, overrides=overrides, gpus="0", **more)
+    text = text_of(kind, recipe=recipe, overrides=overrides, gpus="0", **more)
     if kind == "slurm":
         script = text
     else:
@@ -317,7 +317,7 @@ def test_values_reach_the_ranks_as_they_are(kind: ClusterKind, recipe_text: str,
         check(document, SCHEMAS[kind], kind)
         script = shell_of(kind, document)
         if kind == "mpijob":
-            assert [each["data"] for each in first] == ([{"Mine.yaml": recipe_text}] if recipe_text else [])
+            assert [manifest["data"] for manifest in first] == ([{"Mine.yaml": recipe_text}] if recipe_text else [])
             script = kubernetes_expands(script)
     there = tmp_path / "there"
     there.mkdir()
@@ -327,7 +327,7 @@ def test_values_reach_the_ranks_as_they_are(kind: ClusterKind, recipe_text: str,
         script, there, CLUSTER[kind], python3=hears, mpirun=hears, srun=hears, pip="true", python="true", scontrol="true"
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(each.name for each in there.iterdir()) == ["Mine.yaml"] * bool(recipe_text and more) + ["tools"]
+    assert sorted(entry.name for entry in there.iterdir()) == ["Mine.yaml"] * bool(recipe_text and more) + ["tools"]
     if recipe_text and more:
         assert (there / "Mine.yaml").read_text() == recipe_text
     secret, *arguments = heard.read_text().removesuffix("\0").split("\0")
@@ -393,7 +393,7 @@ def run_script(script: str, folder: Path, environ: dict[str, str], **programs: s
 )
 def test_what_cannot_be_had_is_refused(kind: ClusterKind, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
-        made(kind, **wrong)
+        text_of(kind, **wrong)
 
 
 def directives(script: str) -> dict[str, str]:
@@ -402,8 +402,8 @@ def directives(script: str) -> dict[str, str]:
 
 
 def test_slurm_is_asked_for_nodes_gpus_and_time() -> None:
-    asked = directives(made("slurm"))
-    assert asked == {
+    options = directives(text_of("slurm"))
+    assert options == {
         "job-name": "distil-bert-7",
         "nodes": "2",
         "ntasks-per-node": "8",
@@ -415,8 +415,8 @@ def test_slurm_is_asked_for_nodes_gpus_and_time() -> None:
         "requeue": "",
         "signal": "TERM@120",
     }
-    assert "gpus-per-node" not in directives(made("slurm", gpus="0"))
-    assert "--container-image=registry/fastdistil:1" in made("slurm", image="registry/fastdistil:1")
+    assert "gpus-per-node" not in directives(text_of("slurm", gpus="0"))
+    assert "--container-image=registry/fastdistil:1" in text_of("slurm", image="registry/fastdistil:1")
 
 
 # One node of a Slurm cluster: starts the tasks of the job as processes here and gives the highest exit code of theirs.
@@ -463,7 +463,7 @@ def test_a_job_whose_time_is_up_is_queued_again(
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    script = made("slurm", gpus="2", nodes=1)
+    script = text_of("slurm", gpus="2", nodes=1)
     script = script.replace('"$(date +%s)"', "1000000")
     environ = {**JOB, "SLURM_JOB_END_TIME": str(1_000_000 + left_s)}
     done = run_script(script, tmp_path, environ, srun=SRUN, scontrol='echo "scontrol $@"')
@@ -498,7 +498,7 @@ def test_the_slurm_script_trains_with_two_ranks(tmp_path: Path) -> None:
         "world.engine=torch",
         "logging.every=1",
     ]
-    script = made("slurm", gpus="2", nodes=1, overrides=overrides, run_name="together")
+    script = text_of("slurm", gpus="2", nodes=1, overrides=overrides, run_name="together")
     root = str(Path(__file__).resolve().parents[2])
     done = run_script(script, tmp_path, {**JOB, "PYTHONPATH": root}, srun=SRUN, scontrol="false")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -114,10 +114,10 @@ class Ranks:
         """Ranks of each start of the run."""
         return [int(start["environ"]["WORLD_SIZE"]) for start in self.starts if start["environ"]["RANK"] == "0"]
 
-    def wait_for(self, found: Callable[[], object], what: str = "the ranks") -> None:
+    def wait_for(self, condition: Callable[[], object], event: str = "the ranks") -> None:
         deadline = time.monotonic() + 30
-        while not found():
-            assert time.monotonic() < deadline, f"waited in vain for {what}"
+        while not condition():
+            assert time.monotonic() < deadline, f"waited in vain for {event}"
             time.sleep(0.01)
 
     def ready(self, count: int) -> None:
@@ -170,8 +170,8 @@ def test_every_rank_is_told_its_place(ranks: Ranks, monkeypatch: pytest.MonkeyPa
     first, second = sorted((start["environ"] for start in ranks.starts), key=lambda environ: environ["RANK"])
     cores = len(os.sched_getaffinity(0))
     for rank, environ in enumerate((first, second)):
-        told = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
-        assert told == {
+        variables = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+        assert variables == {
             "RANK": str(rank),
             "WORLD_SIZE": "2",
             "LOCAL_RANK": str(rank),
@@ -685,12 +685,12 @@ def test_ranks_start_no_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_gpus_of_the_slots_in_use() -> None:
-    own = {"LOCAL_WORLD_SIZE": "2"}
-    assert rank_environment({"CUDA_VISIBLE_DEVICES": "4,5,6"}, own, [0, 2])["CUDA_VISIBLE_DEVICES"] == "4,6"
-    assert rank_environment({}, own, [1, 3])["CUDA_VISIBLE_DEVICES"] == "1,3"
-    assert "CUDA_VISIBLE_DEVICES" not in rank_environment({}, own, None)
+    rank_variables = {"LOCAL_WORLD_SIZE": "2"}
+    assert rank_environment({"CUDA_VISIBLE_DEVICES": "4,5,6"}, rank_variables, [0, 2])["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert rank_environment({}, rank_variables, [1, 3])["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert "CUDA_VISIBLE_DEVICES" not in rank_environment({}, rank_variables, None)
     # Two ranks share the one GPU that is visible: there is nothing to choose.
-    assert rank_environment({"CUDA_VISIBLE_DEVICES": "4"}, own, [1, 3])["CUDA_VISIBLE_DEVICES"] == "4"
+    assert rank_environment({"CUDA_VISIBLE_DEVICES": "4"}, rank_variables, [1, 3])["CUDA_VISIBLE_DEVICES"] == "4"
 
 
 def test_a_free_port_is_free() -> None:
@@ -805,16 +805,16 @@ except KeyboardInterrupt:
         out, _ = caller.communicate(timeout=30)
     finally:
         caller.kill()
-        left = [pid for pid in pids if running(pid)]
-        for pid in left:
+        survivors = [pid for pid in pids if running(pid)]
+        for pid in survivors:
             os.kill(pid, signal.SIGKILL)
     assert out == "interrupted\n"
-    assert left == []
+    assert survivors == []
 
 
-def wait_until(found: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
-    while not found():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

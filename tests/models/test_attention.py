@@ -44,21 +44,21 @@ def literal(query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int
     shared = HEADS // key.shape[1]
     for start, end in itertools.pairwise(starts):
         for token in range(start, end):
-            seen = [
+            visible = [
                 other
                 for other in range(start, end)
                 if (not causal or other <= token) and (window is None or abs(token - other) < window)
             ]
             for head in range(HEADS):
-                scores = key[0, head // shared, seen] @ query[0, head, token] * scaling
-                out[0, token, head] = scores.softmax(0) @ value[0, head // shared, seen]
+                scores = key[0, head // shared, visible] @ query[0, head, token] * scaling
+                out[0, token, head] = scores.softmax(0) @ value[0, head // shared, visible]
     return out
 
 
 def test_the_packing_of_batches_is_the_one_written_by_hand() -> None:
-    made = Packing.of(np.array(LENGTHS))
-    assert torch.equal(made.cu_seqlens, PACKING.cu_seqlens)
-    assert (made.max_seqlen, made.groups) == (PACKING.max_seqlen, PACKING.groups)
+    packing = Packing.of(np.array(LENGTHS))
+    assert torch.equal(packing.cu_seqlens, PACKING.cu_seqlens)
+    assert (packing.max_seqlen, packing.groups) == (PACKING.max_seqlen, PACKING.groups)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -87,9 +87,9 @@ def test_the_module_says_whether_it_is_causal_unless_told(attribute: bool) -> No
     module = nn.Module()
     module.is_causal = attribute
     by_attribute = packed_attention(module, query, key, value, PACKING)
-    told = packed_attention(module, query, key, value, PACKING, is_causal=not attribute)
+    by_argument = packed_attention(module, query, key, value, PACKING, is_causal=not attribute)
     torch.testing.assert_close(by_attribute, literal(query, key, value, attribute, None, WIDTH**-0.5), rtol=0, atol=1e-12)
-    torch.testing.assert_close(told, literal(query, key, value, not attribute, None, WIDTH**-0.5), rtol=0, atol=1e-12)
+    torch.testing.assert_close(by_argument, literal(query, key, value, not attribute, None, WIDTH**-0.5), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -124,11 +124,11 @@ def test_dropout_drops_and_scales_probabilities() -> None:
     one_hot = torch.eye(length, dtype=torch.float64).repeat(2, 1)[None, None]
     torch.manual_seed(0)
     out = packed_attention(nn.Module(), zeros, zeros, one_hot, packing, dropout=p)
-    kept = out != 0
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (length * (1 - p))), rtol=1e-12, atol=0)
-    assert 0.7 < kept.double().mean() < 0.8
+    nonzero = out != 0
+    torch.testing.assert_close(out[nonzero], torch.full_like(out[nonzero], 1 / (length * (1 - p))), rtol=1e-12, atol=0)
+    assert 0.7 < nonzero.double().mean() < 0.8
     again = packed_attention(nn.Module(), zeros, zeros, one_hot, packing, dropout=p)
-    assert not torch.equal(kept, again != 0)
+    assert not torch.equal(nonzero, again != 0)
     torch.testing.assert_close(
         packed_attention(nn.Module(), zeros, zeros, one_hot, packing), torch.full_like(out, 1 / length), rtol=1e-12, atol=0
     )

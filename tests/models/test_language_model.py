@@ -97,8 +97,8 @@ def batch_of(texts: list[np.ndarray], layout: Any = "packed") -> Batch:
 def logits(model: LanguageModel, batch: Batch) -> Tensor:
     """[tokens, V], padding left out."""
     features = model.transform(model.hidden(batch))
-    found = features @ model.weight.T + (model.bias if model.bias is not None else 0)
-    return found if batch.valid_rows is None else found[batch.valid_rows]
+    scores = features @ model.weight.T + (model.bias if model.bias is not None else 0)
+    return scores if batch.valid_rows is None else scores[batch.valid_rows]
 
 
 def own_logits(model: PreTrainedModel, texts: list[np.ndarray]) -> Tensor:
@@ -178,18 +178,18 @@ def test_no_token_sees_another_sequence(kind: str) -> None:
 def test_no_gradient_reaches_another_sequence(kind: str) -> None:
     """The gradient of one sequence's hidden states with respect to every token's embedding."""
     model = LanguageModel(build(kind).double())
-    found: list[Tensor] = []
+    embeddings: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        found.append(output.detach().requires_grad_())
-        return found[0]
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0]
 
     hook = model.module.get_input_embeddings().register_forward_hook(keep)
     hidden = model.hidden(batch_of(sequences()))
     hook.remove()
     start, length = sum(LENGTHS[:4]), LENGTHS[4]
     hidden[start : start + length].square().sum().backward()
-    per_token = found[0].grad[0].abs().amax(1)
+    per_token = embeddings[0].grad[0].abs().amax(1)
     inside = torch.zeros(sum(LENGTHS), dtype=torch.bool)
     inside[start : start + length] = True
     assert (per_token[inside] > 0).all()
@@ -258,8 +258,8 @@ def test_a_module_of_your_own_is_taken_or_told_what_is_missing() -> None:
         def hidden(self, batch: Batch) -> Tensor: ...
         def transform(self, hidden: Tensor) -> Tensor: ...
 
-    own = Own()
-    assert language_model.as_language_model(own) is own
+    module = Own()
+    assert language_model.as_language_model(module) is module
     assert isinstance(language_model.as_language_model(build("bert")), LanguageModel)
     with pytest.raises(UserError, match="missing: hidden, transform, weight, bias, causal"):
         language_model.as_language_model(nn.Identity())
@@ -292,8 +292,8 @@ def test_a_student_of_all_layers_is_the_teacher(kind: str) -> None:
     teacher = build(kind)
     student = students.fewer_layers(teacher, list(range(DEPTH)))
     texts = sequences()
-    own = own_logits(copy.deepcopy(teacher).double(), texts)
-    torch.testing.assert_close(logits(student.eval().double(), batch_of(texts)), own, rtol=0, atol=1e-10)
+    expected = own_logits(copy.deepcopy(teacher).double(), texts)
+    torch.testing.assert_close(logits(student.eval().double(), batch_of(texts)), expected, rtol=0, atol=1e-10)
     assert teacher.config.to_dict() == {**student.module.config.to_dict(), **_dtypes(teacher.config)}
 
 
@@ -362,25 +362,25 @@ HEADS = {
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_that_is_not_copied_is_new_but_the_vocabulary_stays(kind: str, tied: bool) -> None:
     teacher = build(kind, tie_word_embeddings=tied)
-    kept = students.fewer_layers(teacher, [0, 2], copy_head=True)
-    left = students.fewer_layers(teacher, [0, 2], copy_head=False)
+    with_head = students.fewer_layers(teacher, [0, 2], copy_head=True)
+    without_head = students.fewer_layers(teacher, [0, 2], copy_head=False)
     source = teacher.state_dict()
-    assert torch.equal(kept.module.state_dict()[HEADS[kind]], source[HEADS[kind]])
-    assert not torch.equal(left.module.state_dict()[HEADS[kind]], source[HEADS[kind]])
-    assert left.bias is not None
-    assert float(left.bias.detach().abs().max()) == 0
-    for student in (kept, left):
+    assert torch.equal(with_head.module.state_dict()[HEADS[kind]], source[HEADS[kind]])
+    assert not torch.equal(without_head.module.state_dict()[HEADS[kind]], source[HEADS[kind]])
+    assert without_head.bias is not None
+    assert float(without_head.bias.detach().abs().max()) == 0
+    for student in (with_head, without_head):
         assert torch.equal(student.weight, LanguageModel(copy.deepcopy(teacher)).weight)
         assert (student.module.get_input_embeddings().weight is student.weight) == tied
 
 
 def test_distilbert_head_that_is_not_copied_is_new_but_tied() -> None:
     teacher = build("bert")
-    left = students.distilbert_from_bert(teacher, [0, 2], copy_head=False)
-    assert left.module.distilbert.embeddings.word_embeddings.weight is left.weight
-    assert torch.equal(left.weight, teacher.cls.predictions.decoder.weight)
-    assert not torch.equal(left.module.vocab_transform.weight, teacher.cls.predictions.transform.dense.weight)
-    assert float(left.bias.detach().abs().max()) == 0
+    student = students.distilbert_from_bert(teacher, [0, 2], copy_head=False)
+    assert student.module.distilbert.embeddings.word_embeddings.weight is student.weight
+    assert torch.equal(student.weight, teacher.cls.predictions.decoder.weight)
+    assert not torch.equal(student.module.vocab_transform.weight, teacher.cls.predictions.transform.dense.weight)
+    assert float(student.bias.detach().abs().max()) == 0
 
 
 def test_make_student_follows_the_recipe(tmp_path: Path) -> None:
@@ -547,11 +547,11 @@ def test_loading_is_quiet_and_in_evaluation_mode(tmp_path: Path, said: list[str]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def damaged(folder: Path, saved: Path, what: str) -> Path:
+def damaged(folder: Path, saved: Path, damage: str) -> Path:
     shutil.copytree(saved, folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
     values = json.loads(config.read_text())
-    match what:
+    match damage:
         case "truncated":
             weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
         case "empty":
@@ -580,7 +580,7 @@ def damaged(folder: Path, saved: Path, what: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("what", "complaint"),
+    ("damage", "complaint"),
     [
         ("truncated", "weights at .* are damaged: .*; copy them again"),
         ("empty", "damaged"),
@@ -596,9 +596,9 @@ def damaged(folder: Path, saved: Path, what: str) -> Path:
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(
-    what: str, complaint: str, saved: Path, tmp_path: Path, said: list[str], capfd: pytest.CaptureFixture[str]
+    damage: str, complaint: str, saved: Path, tmp_path: Path, said: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = damaged(tmp_path / "model", saved, what)
+    folder = damaged(tmp_path / "model", saved, damage)
     said.clear()
     capfd.readouterr()
     with pytest.raises(UserError, match=complaint) as caught:

@@ -400,7 +400,7 @@ def test_a_damaged_index_is_one_line(text: str, material: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted"),
+    ("error", "expected"),
     [
         (MemoryError(), OutOfMemory),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
@@ -413,13 +413,13 @@ def test_a_damaged_index_is_one_line(text: str, material: Path, tmp_path: Path) 
     ids=repr,
 )
 def test_what_is_no_fault_of_the_checkpoint_stays_what_it_is(
-    error: BaseException, wanted: type[BaseException], saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, expected: type[BaseException], saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("transformers.AutoModelForMaskedLM.from_pretrained", fail)
-    with pytest.raises(wanted):
+    with pytest.raises(expected):
         loading.load_model(str(saved["bert"]))
 
 

@@ -40,8 +40,8 @@ def noisy(n: int, seed: int, median: float = 0.1, noise: float = 0.02, correlati
     walk = np.zeros(n + 100)
     for i in range(1, n + 100):
         walk[i] = correlation * walk[i - 1] + kicks[i]
-    found: Samples = median * np.exp(noise * walk[100:] * np.sqrt(1 - correlation**2))
-    return found
+    samples: Samples = median * np.exp(noise * walk[100:] * np.sqrt(1 - correlation**2))
+    return samples
 
 
 def run(directory: Path, steps: Samples | list[float], recipe: Any = RECIPE, readings: Any = None, **start: Any) -> Path:
@@ -58,8 +58,8 @@ def run(directory: Path, steps: Samples | list[float], recipe: Any = RECIPE, rea
     return directory
 
 
-def row(found: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(each for each in found["rows"] if each["name"] == name)
+def row(comparison: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(entry for entry in comparison["rows"] if entry["name"] == name)
 
 
 # The interval.
@@ -74,9 +74,9 @@ def test_interval_holds_the_truth_as_often_as_it_says(
     held = 0
     for seed in range(100):
         a, b = (noisy(n, 2 * seed + side, median, correlation=correlation) for side, median in ((0, 0.1), (1, 0.11)))
-        found = ratio_of(a, b)
-        assert found is not None and found.low is not None and found.high is not None
-        held += found.low <= 1.1 <= found.high
+        ratio = ratio_of(a, b)
+        assert ratio is not None and ratio.low is not None and ratio.high is not None
+        held += ratio.low <= 1.1 <= ratio.high
     assert least <= held / 100 <= 0.995
 
 
@@ -96,9 +96,9 @@ def test_blocks_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
     for length in (1, 10):
         monkeypatch.setattr("fastdistil.profiling.report.bootstrap.block_length", lambda _, length=length: length)
-        found = ratio_of(a, b)
-        assert found is not None and found.low is not None and found.high is not None
-        widths.append(found.high - found.low)
+        ratio = ratio_of(a, b)
+        assert ratio is not None and ratio.low is not None and ratio.high is not None
+        widths.append(ratio.high - ratio.low)
     assert 0.7 < widths[1] / widths[0] < 1.5
 
 
@@ -108,16 +108,16 @@ def test_block_length() -> None:
     lags = np.arange(1, 200)
     spectrum, slope = 1 + 2 * (rho**lags).sum(), 2 * (lags * rho**lags).sum()
     ideal = (2 * slope**2 / (4 / 3 * spectrum**2) * n) ** (1 / 3)
-    found = np.median([block_length(noisy(n, seed, noise=1e-3, correlation=rho)) for seed in range(20)])
-    assert 0.7 * ideal < found < 1.4 * ideal
+    median_length = np.median([block_length(noisy(n, seed, noise=1e-3, correlation=rho)) for seed in range(20)])
+    assert 0.7 * ideal < median_length < 1.4 * ideal
     assert np.median([block_length(noisy(n, seed)) for seed in range(20)]) == 1
     assert block_length(np.ones(50)) == 1
     assert block_length(np.tile([1.0, 2.0], 50)) >= 1
 
 
 def test_ratio_of_few_samples_has_no_interval() -> None:
-    found = ratio_of([1.0] * 5, [2.0] * 50)
-    assert found is not None and (found.value, found.low, found.high) == (2.0, None, None)
+    ratio = ratio_of([1.0] * 5, [2.0] * 50)
+    assert ratio is not None and (ratio.value, ratio.low, ratio.high) == (2.0, None, None)
     assert ratio_of([], [1.0]) is None and ratio_of([0.0] * 9, [1.0] * 9) is None
 
 
@@ -129,21 +129,21 @@ def test_the_same_samples_give_the_same_answer() -> None:
 
 
 def test_a_run_against_itself(tmp_path: Path) -> None:
-    found = compare(run(tmp_path / "a", noisy(40, 0)), tmp_path / "a", fail_above=0.0)
-    step = row(found, "step")
+    comparison = compare(run(tmp_path / "a", noisy(40, 0)), tmp_path / "a", fail_above=0.0)
+    step = row(comparison, "step")
     assert step["ratio"] == 1 and step["interval"][0] < 1 < step["interval"][1] and step["n"] == [40, 40]
     assert step["a"] == pytest.approx(float(np.median(noisy(40, 0))))
-    assert row(found, "tokens/s")["ratio"] == 1
-    assert found["verdict"]["slower"] == [] and found["differences"] == found["warnings"] == []
+    assert row(comparison, "tokens/s")["ratio"] == 1
+    assert comparison["verdict"]["slower"] == [] and comparison["differences"] == comparison["warnings"] == []
 
 
 def test_a_shift_is_detected(tmp_path: Path) -> None:
     a, b = run(tmp_path / "a", noisy(40, 0)), run(tmp_path / "b", noisy(40, 1, 0.11))
-    found = compare(a, b, fail_above=0.05)
-    assert found["verdict"]["slower"] == ["step"]
-    assert row(found, "step")["interval"][0] > 1.05
-    assert row(found, "student")["ratio"] == pytest.approx(row(found, "step")["ratio"])
-    low, high = row(found, "tokens/s")["interval"]
+    comparison = compare(a, b, fail_above=0.05)
+    assert comparison["verdict"]["slower"] == ["step"]
+    assert row(comparison, "step")["interval"][0] > 1.05
+    assert row(comparison, "student")["ratio"] == pytest.approx(row(comparison, "step")["ratio"])
+    low, high = row(comparison, "tokens/s")["interval"]
     assert low < 1 / 1.1 < high < 1
     assert compare(a, b, fail_above=0.2)["verdict"]["slower"] == []
     assert compare(b, a, fail_above=0.05)["verdict"]["slower"] == []  # faster
@@ -152,15 +152,15 @@ def test_a_shift_is_detected(tmp_path: Path) -> None:
 def test_a_shift_within_the_noise_is_no_verdict(tmp_path: Path) -> None:
     """The one number says 8%, the interval from less than 5%: not certain."""
     a, b = run(tmp_path / "a", noisy(12, 0, noise=0.1)), run(tmp_path / "b", noisy(12, 1, 0.11, noise=0.1))
-    found = compare(a, b, fail_above=0.05)
-    assert row(found, "step")["ratio"] > 1.05 > row(found, "step")["interval"][0]
-    assert found["verdict"]["slower"] == []
+    comparison = compare(a, b, fail_above=0.05)
+    assert row(comparison, "step")["ratio"] > 1.05 > row(comparison, "step")["interval"][0]
+    assert comparison["verdict"]["slower"] == []
 
 
 def test_losses_at_the_last_update_of_both(tmp_path: Path) -> None:
-    found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(8, 1)))
-    assert found["losses"] == {"update": 8, "a": {"update": 8, "total": 1.25}, "b": {"update": 8, "total": 1.25}}
-    assert found["verdict"] is None
+    comparison = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(8, 1)))
+    assert comparison["losses"] == {"update": 8, "a": {"update": 8, "total": 1.25}, "b": {"update": 8, "total": 1.25}}
+    assert comparison["verdict"] is None
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_other_work_is_refused(tmp_path: Path, start: Any, recipe: Any, complain
     a, b = run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), recipe, **start)
     with pytest.raises(UserError, match=complaint):
         compare(a, b)
-    found = compare(a, b, anyway=True)
-    assert complaint.partition(":")[0] in [each["key"] for each in found["differences"]]
+    comparison = compare(a, b, anyway=True)
+    assert complaint.partition(":")[0] in [difference["key"] for difference in comparison["differences"]]
 
 
 def test_other_differences_are_listed(tmp_path: Path) -> None:
     other = {**RECIPE, "teacher": {"path": "b"}, "name": "x", "loop": {"accumulation": 2, "updates": 7}, "optim": {"lr": 1.0}}
-    found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), other, engine="torch"))
-    assert found["differences"] == [
+    comparison = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), other, engine="torch"))
+    assert comparison["differences"] == [
         {"key": "engine", "a": "alone", "b": "torch"},
         {"key": "optim.lr", "a": "not recorded", "b": 1.0},
         {"key": "teacher.path", "a": "a", "b": "b"},
@@ -194,10 +194,10 @@ def test_other_differences_are_listed(tmp_path: Path) -> None:
 
 def on_devices(directory: Path, steps: Samples, *devices: dict[str, Any]) -> Path:
     """A run of two ranks, each on one of these."""
-    told = [{"rank": rank, "uuid": str(directory), **facts} for rank, facts in enumerate(devices)]
+    device_rows = [{"rank": rank, "uuid": str(directory), **facts} for rank, facts in enumerate(devices)]
     run(directory, steps, device="cuda:0", ranks=2)
     with (directory / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": "environment", "devices": told}) + "\n")
+        file.write(json.dumps({"event": "environment", "devices": device_rows}) + "\n")
     return directory
 
 
@@ -227,8 +227,8 @@ def test_what_a_device_may_do_is_listed(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_told_apart_is_a_warning(tmp_path: Path) -> None:
-    found = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), precision=None))
-    assert found["warnings"] == ["whether both did the same work cannot be told by dtype: not recorded"]
+    comparison = compare(run(tmp_path / "a", noisy(10, 0)), run(tmp_path / "b", noisy(10, 1), precision=None))
+    assert comparison["warnings"] == ["whether both did the same work cannot be told by dtype: not recorded"]
 
 
 def test_too_few_steps_are_no_gate(tmp_path: Path) -> None:
@@ -257,8 +257,8 @@ def test_a_gpu_that_slowed_itself_down_opens_no_gate(tmp_path: Path, reason: str
 )
 def test_a_gpu_at_work_is_judged(tmp_path: Path, reasons: dict[str, float]) -> None:
     b = run(tmp_path / "b", noisy(40, 1, 0.2), readings=held_down(**reasons))
-    found = compare(run(tmp_path / "a", noisy(40, 0)), b, fail_above=0.05)
-    assert found["verdict"]["slower"] == ["step"] and not found["warnings"]
+    comparison = compare(run(tmp_path / "a", noisy(40, 0)), b, fail_above=0.05)
+    assert comparison["verdict"]["slower"] == ["step"] and not comparison["warnings"]
 
 
 def test_medians_are_of_what_the_ratio_is_of(tmp_path: Path) -> None:
@@ -331,21 +331,21 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def slowed(path: Path, out: Path, factor: float, name: str = "test_work[2]") -> Path:
     content = json.loads(path.read_text(encoding="utf-8"))
-    for each in content["benchmarks"]:
-        if each["name"] == name:
-            each["stats"]["data"] = [factor * seconds for seconds in each["stats"]["data"]]
+    for benchmark in content["benchmarks"]:
+        if benchmark["name"] == name:
+            benchmark["stats"]["data"] = [factor * seconds for seconds in benchmark["stats"]["data"]]
     out.write_text(json.dumps(content), encoding="utf-8")
     return out
 
 
 def test_benchmarks_by_full_name(measured: tuple[Path, Path], tmp_path: Path) -> None:
     old, new = measured
-    found = compare(old, new)
-    assert [each["name"] for each in found["rows"]] == ["test_bench.py::test_work[1]", "test_bench.py::test_work[2]"]
-    assert found["rows"][0]["n"] == [15, 15]
-    assert found["only_in"] == {"a": ["test_bench.py::test_old"], "b": ["test_bench.py::test_new"]}
+    comparison = compare(old, new)
+    assert [entry["name"] for entry in comparison["rows"]] == ["test_bench.py::test_work[1]", "test_bench.py::test_work[2]"]
+    assert comparison["rows"][0]["n"] == [15, 15]
+    assert comparison["only_in"] == {"a": ["test_bench.py::test_old"], "b": ["test_bench.py::test_new"]}
     twice = compare(old, slowed(old, tmp_path / "slow.json", 2.0), fail_above=0.05)
-    ratios = {each["name"]: each["ratio"] for each in twice["rows"]}
+    ratios = {entry["name"]: entry["ratio"] for entry in twice["rows"]}
     assert ratios["test_bench.py::test_work[1]"] == 1 and ratios["test_bench.py::test_work[2]"] == pytest.approx(2)
     assert twice["verdict"]["slower"] == ["test_bench.py::test_work[2]"]
     assert twice["verdict"]["unjudged"] == ["test_bench.py::test_old"]  # 5 rounds
@@ -366,19 +366,19 @@ def test_our_own_machine_info_is_what_must_agree(measured: tuple[Path, Path], tm
     for threads in (1, 2):
         content = json.loads(measured[0].read_text(encoding="utf-8"))
         gpus = [{"name": "A GPU", "sm_clock_mhz": 1000 + threads}]
-        own = {
+        facts = {
             "processor": "P",
             "usable_cores": 2,
             "torch_threads": threads,
             "gpus": gpus,
             "versions": {"torch": f"2.{threads}"},
         }
-        content["machine_info"]["fastdistil"] = own
+        content["machine_info"]["fastdistil"] = facts
         files.append(tmp_path / f"{threads}.json")
         files[-1].write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="same work: torch_threads: 1 against 2; --anyway"):
         compare(*files)
-    keys = [each["key"] for each in compare(*files, anyway=True)["differences"]]
+    keys = [difference["key"] for difference in compare(*files, anyway=True)["differences"]]
     assert keys == ["torch_threads", "versions.torch"]  # clocks differ from moment to moment
 
 
@@ -386,8 +386,8 @@ def test_benchmarks_that_cannot_be_compared(measured: tuple[Path, Path], tmp_pat
     content = json.loads(measured[0].read_text(encoding="utf-8"))
     bare, none = tmp_path / "bare.json", tmp_path / "none.json"
     none.write_text(json.dumps({**content, "benchmarks": content["benchmarks"][2:]}), encoding="utf-8")
-    for each in content["benchmarks"]:
-        del each["stats"]["data"]
+    for benchmark in content["benchmarks"]:
+        del benchmark["stats"]["data"]
     bare.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"bare\.json has no single timings; make it with --benchmark-json"):
         compare(measured[0], bare)

@@ -71,12 +71,12 @@ class FakeNvml:
         if not name.startswith("nvmlDevice") or self.answers.get(name, 0) is None:
             raise AttributeError(name)
 
-        def function(handle: str, *rest: Any) -> Any:
+        def function(handle: str, *arguments: Any) -> Any:
             self.handles.add((name, handle))
             if name not in self.answers:
                 raise NotSupported
             answer = self.answers[name]
-            return answer(*rest) if callable(answer) else answer
+            return answer(*arguments) if callable(answer) else answer
 
         return function
 
@@ -172,8 +172,8 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
             nvmlDeviceGetFieldValues=nvlink(1_000 + 512, 2_000 + 1024),
         ),
     ]
-    found = looks.source.summary(before, samples)
-    assert found == {
+    summary = looks.source.summary(before, samples)
+    assert summary == {
         "utilisation": pytest.approx(0.45),
         "sm_clock_mhz": 1477.5,
         "sm_clock_min_mhz": 1200,
@@ -197,9 +197,9 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slice_is_not_billed_for_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = Looks(mig(), monkeypatch)
-    found = looks.source.summary(looks.look(), [looks.look()])
-    known = {name for name, value in found.items() if value is not None}
-    assert known == {
+    summary = looks.source.summary(looks.look(), [looks.look()])
+    measured_names = {name for name, value in summary.items() if value is not None}
+    assert measured_names == {
         "memory_used_bytes", "sm_clock_mhz", "sm_clock_min_mhz", "memory_clock_mhz", "temperature_c", "throttled",
     }  # fmt: skip
     assert ("nvmlDeviceGetMemoryInfo", f"MIG-{UUID}") in looks.fake.handles
@@ -212,13 +212,13 @@ def test_a_card_without_energy_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = Looks(pascal(), monkeypatch)
     before = looks.look(nvmlDeviceGetPowerUsage=100_000)
     samples = [looks.look(2.0, nvmlDeviceGetPowerUsage=200_000), looks.look(1.0, nvmlDeviceGetPowerUsage=300_000)]
-    found = looks.source.summary(before, samples)
-    assert found["energy_j"] == pytest.approx(2 * 150 + 1 * 250)
-    assert found["energy_source"] == "power"
-    assert found["power_w"] == pytest.approx(250)
-    assert found["throttled"] == {}, "idle is no reason"
-    assert found["memory_used_bytes"] == 3 << 30
-    assert found["nvlink_tx_bytes_per_s"] is None
+    summary = looks.source.summary(before, samples)
+    assert summary["energy_j"] == pytest.approx(2 * 150 + 1 * 250)
+    assert summary["energy_source"] == "power"
+    assert summary["power_w"] == pytest.approx(250)
+    assert summary["throttled"] == {}, "idle is no reason"
+    assert summary["memory_used_bytes"] == 3 << 30
+    assert summary["nvlink_tx_bytes_per_s"] is None
     assert looks.gpu.news == [], "what a card never had is no news"
     looks.fake.answers["nvmlDeviceGetCurrentClocksThrottleReasons"] = None  # a binding without either name
     looks.fake.answers["nvmlDeviceGetCurrentClocksEventReasons"] = None
@@ -234,12 +234,12 @@ def test_what_fails_on_the_way_is_told_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     broken = looks.look(nvmlDeviceGetPowerUsage=lost)
     whole_again = looks.look(nvmlDeviceGetPowerUsage=300_000)
-    found = looks.source.summary(first, [broken, whole_again])
-    assert found["power_w"] is None
+    summary = looks.source.summary(first, [broken, whole_again])
+    assert summary["power_w"] is None
     assert looks.source.summary(None, [first, broken])["power_w"] is None, "no mean of a part"
     assert looks.source.summary(whole_again, [looks.look()])["power_w"] is None, "not taken up again"
-    assert found["sm_clock_mhz"] == 1755
-    assert found["energy_j"] == 0.0, "the counter goes on"
+    assert summary["sm_clock_mhz"] == 1755
+    assert summary["energy_j"] == 0.0, "the counter goes on"
     assert len(looks.gpu.news) == 1
     assert "power_w" in looks.gpu.news[0]
     assert "GPU is lost" in looks.gpu.news[0]
@@ -249,17 +249,17 @@ def test_a_counter_that_starts_anew_is_no_energy(monkeypatch: pytest.MonkeyPatch
     looks = Looks(hopper(nvmlDeviceGetPowerUsage=lambda: 1 / 0), monkeypatch)
     del looks.fake.answers["nvmlDeviceGetPowerUsage"]
     before = looks.look()
-    found = looks.source.summary(before, [looks.look(nvmlDeviceGetTotalEnergyConsumption=1)])
-    assert found["energy_j"] is None
-    assert found["energy_source"] is None
+    summary = looks.source.summary(before, [looks.look(nvmlDeviceGetTotalEnergyConsumption=1)])
+    assert summary["energy_j"] is None
+    assert summary["energy_source"] is None
 
 
 def test_one_look_is_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = Looks(hopper(), monkeypatch)
-    found = looks.source.summary(None, [looks.look()])
-    assert found["energy_j"] is None
-    assert found["nvlink_tx_bytes_per_s"] is None
-    assert found["power_w"] == pytest.approx(698.431)
+    summary = looks.source.summary(None, [looks.look()])
+    assert summary["energy_j"] is None
+    assert summary["nvlink_tx_bytes_per_s"] is None
+    assert summary["power_w"] == pytest.approx(698.431)
     assert set(looks.source.summary(None, []).values()) == {None}
 
 
@@ -273,14 +273,14 @@ def test_reasons_by_name() -> None:
     assert set(nvml.REASONS) == named
     for bit, name in nvml.REASONS.items():
         theirs = "nvmlClocksThrottleReason" + name.replace("_", "")
-        assert {bit} == {getattr(pynvml, each) for each in dir(pynvml) if each.lower() == theirs.lower()}
+        assert {bit} == {getattr(pynvml, constant) for constant in dir(pynvml) if constant.lower() == theirs.lower()}
 
 
 def test_constants_and_functions_exist_in_nvidia_ml_py() -> None:
     """The fake would accept any name."""
     pynvml = nvml.library()
     fake = hopper()
-    for name in [*fake.answers, *(each for each in vars(FakeNvml) if each.startswith(("NVML_", "nvml")))]:
+    for name in [*fake.answers, *(attribute for attribute in vars(FakeNvml) if attribute.startswith(("NVML_", "nvml")))]:
         assert hasattr(pynvml, name), name
     for name in (
         "NVML_CLOCK_SM",
@@ -333,22 +333,22 @@ def test_the_thread_samples_and_stops() -> None:
         return SimpleNamespace(gpu=50)
 
     fake.answers["nvmlDeviceGetUtilizationRates"] = rates
-    told: list[str] = []
-    sampler = Sampler(GPU, hz=10, tell=told.append, gpu=Gpu(UUID, fake))
+    messages: list[str] = []
+    sampler = Sampler(GPU, hz=10, tell=messages.append, gpu=Gpu(UUID, fake))
     wait_for(third)
-    found = sampler.read()
-    assert found["samples"] >= 2  # the third may not be noted down yet
-    assert found["utilisation"] == 0.5
-    assert 0 < found["seconds"] < 60
+    reading = sampler.read()
+    assert reading["samples"] >= 2  # the third may not be noted down yet
+    assert reading["utilisation"] == 0.5
+    assert 0 < reading["seconds"] < 60
     sampler.close()
     assert fake.opened == 0
-    asked = next(counted)
+    look_count = next(counted)
     sampler.read()
     empty = sampler.read()
     assert empty["samples"] == 0
     assert empty["utilisation"] is None
-    assert next(counted) == asked + 1, "nobody asks any more"
-    assert told == []
+    assert next(counted) == look_count + 1, "nobody asks any more"
+    assert messages == []
 
 
 def test_windows_join_without_gaps() -> None:
@@ -378,12 +378,12 @@ def test_news_reach_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NvmlError("no NVML here; install it")
 
     monkeypatch.setattr(device_module, "gpu_of", nobody)
-    told: list[str] = []
-    sampler = Sampler(GPU, tell=told.append)
-    found = [sampler.read(), sampler.read()]
+    messages: list[str] = []
+    sampler = Sampler(GPU, tell=messages.append)
+    readings = [sampler.read(), sampler.read()]
     sampler.close()
-    assert told == ["no NVML here; install it"]
-    assert all(value is None for one in found for name, value in one.items() if name not in ("samples", "seconds"))
+    assert messages == ["no NVML here; install it"]
+    assert all(value is None for one in readings for name, value in one.items() if name not in ("samples", "seconds"))
 
 
 @pytest.fixture
@@ -402,8 +402,8 @@ def test_a_processor(cpu_sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(device_module.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(device_module, "usable_cores", lambda: 2.0)
     samples = [source.sample() for _ in range(3)]
-    found = source.summary(None, samples)
-    assert found == {"utilisation": pytest.approx(6 / 4 / 2), "clock_mhz": 2300.0}
+    summary = source.summary(None, samples)
+    assert summary == {"utilisation": pytest.approx(6 / 4 / 2), "clock_mhz": 2300.0}
     monkeypatch.setattr(psutil, "cpu_freq", lambda: None)
     assert source.summary(None, [source.sample(), source.sample()])["clock_mhz"] is None
     monkeypatch.setattr(psutil, "cpu_freq", lambda: SimpleNamespace(current=0.0))
@@ -417,17 +417,17 @@ def test_a_busy_processor_is_seen() -> None:
     while time.process_time() - spent < 0.6:
         sum(range(1000))
     elapsed = time.perf_counter() - begun
-    found = sampler.read()
+    reading = sampler.read()
     sampler.close()
-    assert found["samples"] >= 2
+    assert reading["samples"] >= 2
     share = 0.6 / elapsed / usable_cores()
-    assert found["utilisation"] == pytest.approx(share, rel=0.5)
+    assert reading["utilisation"] == pytest.approx(share, rel=0.5)
 
 
 def test_facts_of_a_processor() -> None:
-    found = device_facts(torch.device("cpu"))
-    assert found["cores"] == usable_cores() <= (os.cpu_count() or 1)
-    assert 0 < found["memory_bytes"] <= psutil.virtual_memory().total
+    facts = device_facts(torch.device("cpu"))
+    assert facts["cores"] == usable_cores() <= (os.cpu_count() or 1)
+    assert 0 < facts["memory_bytes"] <= psutil.virtual_memory().total
 
 
 def test_rates_out_of_bounds() -> None:

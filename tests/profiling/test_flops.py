@@ -96,9 +96,9 @@ def test_what_is_executed_is_what_torch_counts(kind: str, layout: str) -> None:
     batch = batch_of(layout, student.causal)
     counter = counter_of(aims, student, teacher, projection)
     counter._teacher_attention = "plain"
-    found = counter(batch)
-    assert found.executed == counted_by_torch(aims, student, teacher, batch, projection)
-    assert found.executed > found.teacher + found.teacher_head + found.student_head > 0
+    work = counter(batch)
+    assert work.executed == counted_by_torch(aims, student, teacher, batch, projection)
+    assert work.executed > work.teacher + work.teacher_head + work.student_head > 0
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_every_objective(others: dict[str, Any], with_teacher: bool) -> None:
 def test_useful_work_of_encoders_is_what_torch_counts_without_padding() -> None:
     student, teacher = model_of("bert", attention_dropout=0.1).train(), model_of("bert", width=48).eval()
     aims, batch = weights_of("bert"), batch_of("packed", causal=False)
-    found = counter_of(aims, student, teacher)(batch)
+    work = counter_of(aims, student, teacher)(batch)
     total = counted_by_torch(aims, student, teacher, batch)
-    assert found.student + found.teacher + found.student_head + found.teacher_head == total == found.executed
-    assert found.fields() == {
-        "student": found.student, "teacher": found.teacher, "heads": found.student_head + found.teacher_head,
+    assert work.student + work.teacher + work.student_head + work.teacher_head == total == work.executed
+    assert work.fields() == {
+        "student": work.student, "teacher": work.teacher, "heads": work.student_head + work.teacher_head,
     }  # fmt: skip
 
 
@@ -157,8 +157,8 @@ def test_what_each_attention_computes(kind: str) -> None:
     """Pairs of all layers, counted one by one for a student without dropout on each kind of device."""
     student, aims = model_of(kind), weights_of(kind, a_ce=0.0)
     batch = batch_of("packed", student.causal)
-    own = Coefficients.of(student)
-    seen = DEPTH * sum(length * length for length in LENGTHS)
+    coefficients = Coefficients.of(student)
+    all_pairs = DEPTH * sum(length * length for length in LENGTHS)
     if kind == "gpt2":
         visible = DEPTH * sum(length * (length + 1) // 2 for length in LENGTHS)
         grouped = visible
@@ -170,15 +170,15 @@ def test_what_each_attention_computes(kind: str) -> None:
     else:
         near = sum(1 for length in LENGTHS for i in range(length) for j in range(length) if abs(i - j) < 5)
         visible = sum(length * length for length in LENGTHS) + 2 * near
-        grouped = seen
+        grouped = all_pairs
     for device, dtype, computed in (
         ("cpu", torch.float32, grouped),
         ("cuda", torch.float32, grouped),
         ("cuda", torch.bfloat16, visible),
     ):
-        found = WorkCounter(aims, student, None, device_type=device, dtype=dtype)(batch)
-        assert found.executed - found.student - found.student_head == own.pair * (3.5 * computed - 3 * visible)
-    assert own.pair == 4 * 32
+        work = WorkCounter(aims, student, None, device_type=device, dtype=dtype)(batch)
+        assert work.executed - work.student - work.student_head == coefficients.pair * (3.5 * computed - 3 * visible)
+    assert coefficients.pair == 4 * 32
 
 
 def test_fused_attention_computes_scores_again() -> None:
@@ -194,11 +194,11 @@ def test_heads_compute_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(rows, width), torch.randn(VOCABULARY, width)
     teacher, teacher_weight = torch.randn(rows, teacher_width), torch.randn(VOCABULARY, teacher_width)
     op: Any = linear_distill._linear_distill
-    rest = (None, None, None, torch.zeros(rows, dtype=torch.int64), None, True, True, False, "torch", 64)
+    arguments = (None, None, None, torch.zeros(rows, dtype=torch.int64), None, True, True, False, "torch", 64)
     with FlopCounterMode(display=False) as counter:
-        op._init_fn(hidden, weight, None, teacher, teacher_weight, None, *rest, *pack(DistillOptions(hard=1.0)))
-    found = linear_distill.flops(rows, VOCABULARY, width, teacher_width)
-    assert counter.get_total_flops() == found
+        op._init_fn(hidden, weight, None, teacher, teacher_weight, None, *arguments, *pack(DistillOptions(hard=1.0)))
+    flops = linear_distill.flops(rows, VOCABULARY, width, teacher_width)
+    assert counter.get_total_flops() == flops
     student, teacher_model = model_of("bert"), model_of("bert", width=teacher_width)
     work = counter_of(weights_of("bert"), student, teacher_model)(batch_of("packed", causal=False))
     assert work.student_head + work.teacher_head == linear_distill.flops(TOKENS, VOCABULARY, width, teacher_width)
@@ -206,12 +206,12 @@ def test_heads_compute_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_trained_is_not_differentiated() -> None:
     student, aims, batch = model_of("bert"), weights_of("bert", a_ce=0.0), batch_of("packed", causal=False)
-    whole = counter_of(aims, student, None)(batch)
+    trained = counter_of(aims, student, None)(batch)
     student.weight.requires_grad_(False)
     part = counter_of(aims, student, None)(batch)
     labels = len(batch.label_rows)
-    assert whole.student_head - part.student_head == 2 * labels * VOCABULARY * 32
-    assert whole.student == part.student
+    assert trained.student_head - part.student_head == 2 * labels * VOCABULARY * 32
+    assert trained.student == part.student
     student.module.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
     assert part.student - counter_of(aims, student, None)(batch).student == 2 * TOKENS * 32 * 40
 
@@ -219,9 +219,9 @@ def test_what_is_not_trained_is_not_differentiated() -> None:
 def test_a_cached_teacher_costs_nothing() -> None:
     student, aims = model_of("bert"), weights_of("bert")
     batch = dataclasses.replace(batch_of("packed", causal=False), cached_indices_NK=torch.zeros(TOKENS, 2, dtype=torch.int64))
-    found = counter_of(aims, student, None)(batch)
-    assert found.teacher == found.teacher_head == 0
-    assert found.student_head == linear_distill.flops(TOKENS, VOCABULARY, 32, 0)
+    work = counter_of(aims, student, None)(batch)
+    assert work.teacher == work.teacher_head == 0
+    assert work.student_head == linear_distill.flops(TOKENS, VOCABULARY, 32, 0)
 
 
 def test_the_arithmetic_of_a_module_of_your_own_is_not_guessed() -> None:
@@ -257,8 +257,8 @@ def test_work_adds_up() -> None:
     ],
 )
 def test_names_are_matched_whole(name: str, kind: str, teraflops: float | None) -> None:
-    found = datasheet(name)
-    assert (None if found is None else found.flops[kind]) == (None if teraflops is None else teraflops * 1e12)
+    sheet = datasheet(name)
+    assert (None if sheet is None else sheet.flops[kind]) == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_a_part_of_a_device_is_another_device() -> None:
@@ -282,20 +282,20 @@ def test_the_table_is_plausible() -> None:
 def test_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against times of our own: sizes are multiplied and copied as they are said to be."""
     monkeypatch.setitem(device_peaks._COPY_BYTES, "cpu", 2**20)
-    found = measure_peaks(CPU, torch.float32)
-    assert found.flops_range[0] <= found.flops <= found.flops_range[1]
-    assert found.bytes_range[0] <= found.bytes <= found.bytes_range[1]
-    assert found.size in device_peaks._SIZES
+    measured = measure_peaks(CPU, torch.float32)
+    assert measured.flops_range[0] <= measured.flops <= measured.flops_range[1]
+    assert measured.bytes_range[0] <= measured.bytes <= measured.bytes_range[1]
+    assert measured.size in device_peaks._SIZES
 
     def timed(work: Any, device: torch.device, warmup: int) -> list[float]:
         work()
         return [3.0, 1.0, 2.0, 5.0, 4.0]
 
     monkeypatch.setattr(device_peaks, "_timed", timed)
-    found = measure_peaks(CPU, torch.float32)
-    assert found.flops == pytest.approx(2 * 512**3 / 3)
-    assert found.flops_range == (pytest.approx(2 * 512**3 / 5), pytest.approx(2 * 512**3))
-    assert found.bytes == pytest.approx(2 * 2**20 / 3)
+    measured = measure_peaks(CPU, torch.float32)
+    assert measured.flops == pytest.approx(2 * 512**3 / 3)
+    assert measured.flops_range == (pytest.approx(2 * 512**3 / 5), pytest.approx(2 * 512**3))
+    assert measured.bytes == pytest.approx(2 * 2**20 / 3)
 
 
 def test_a_slow_processor_is_not_kept_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,17 +325,17 @@ def test_an_unknown_device_has_its_measured_peak_only(monkeypatch: pytest.Monkey
             return name
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
-    found = peaks(torch.device("cuda"), "bf16")
-    assert list(found["flops"].values()) == [1e14]
-    assert "measured here" in next(iter(found["flops"]))
-    (source,) = found["flops"]
+    peak_rates = peaks(torch.device("cuda"), "bf16")
+    assert list(peak_rates["flops"].values()) == [1e14]
+    assert "measured here" in next(iter(peak_rates["flops"]))
+    (source,) = peak_rates["flops"]
     assert "100 to 100 TFLOP/s" in source, "with its range"
     name = "NVIDIA H100 PCIe"
     assert list(peaks(torch.device("cuda"), "bf16", measure=False)["flops"].values()) == [756.5e12]
-    found = peaks(torch.device("cuda"), "bf16")
-    assert list(found["flops"].values()) == [756.5e12, 1e14]
-    assert list(found["bytes"].values()) == [2039e9, 1e12]
-    assert "dense bf16" in next(iter(found["flops"]))
+    peak_rates = peaks(torch.device("cuda"), "bf16")
+    assert list(peak_rates["flops"].values()) == [756.5e12, 1e14]
+    assert list(peak_rates["bytes"].values()) == [2039e9, 1e12]
+    assert "dense bf16" in next(iter(peak_rates["flops"]))
 
 
 def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,9 +354,9 @@ def test_the_faster_of_two_dtypes_is_the_peak(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(device_peaks, "measure_peaks", measured)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100())
     for both in (("fp32", "bf16"), ("bf16", "fp32"), ("bf16",)):
-        found = peaks(torch.device("cuda"), *both)["flops"]
-        assert list(found.values()) == [989.4e12, 6e14]
-        assert all("bf16" in source for source in found)
+        rates = peaks(torch.device("cuda"), *both)["flops"]
+        assert list(rates.values()) == [989.4e12, 6e14]
+        assert all("bf16" in source for source in rates)
     assert list(peaks(torch.device("cuda"), "fp32", "fp32")["flops"].values()) == pytest.approx([66.9e12, 5e13])
 
 
@@ -384,16 +384,16 @@ def test_fp32_on_a_gpu_may_be_tf32() -> None:
 
 def test_shares() -> None:
     work = Work(student=30, teacher=20, student_head=10, teacher_head=10, executed=80)
-    found = utilisation(work, 2.0, 100.0, "a sheet")
-    assert found == {"student": 0.2, "with_teacher": 0.35, "hfu": 0.4, "peak_flops": 100.0, "peak_source": "a sheet"}
+    shares = utilisation(work, 2.0, 100.0, "a sheet")
+    assert shares == {"student": 0.2, "with_teacher": 0.35, "hfu": 0.4, "peak_flops": 100.0, "peak_source": "a sheet"}
 
 
 def test_more_than_there_is_is_refused() -> None:
     work = Work(student=30, executed=110)
-    found = utilisation(work, 1.0, 100.0, "a sheet")
-    assert found["student"] is found["with_teacher"] is found["hfu"] is None
-    assert "110% of" in found["refused"]
-    assert "a sheet" in found["refused"]
+    shares = utilisation(work, 1.0, 100.0, "a sheet")
+    assert shares["student"] is shares["with_teacher"] is shares["hfu"] is None
+    assert "110% of" in shares["refused"]
+    assert "a sheet" in shares["refused"]
     assert utilisation(work, 1.1, 100.0, "a sheet")["hfu"] == pytest.approx(1.0)
     for seconds, peak in ((0.0, 1.0), (1.0, 0.0), (1.0, math.inf), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="wanted seconds and a peak"):

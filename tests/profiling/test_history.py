@@ -30,41 +30,45 @@ def line(update: int, **fields: Any) -> dict[str, Any]:
 
 def test_a_real_run(material: Path, tmp_path: Path) -> None:
     train(small(material, tmp_path), console=Console(quiet=True))
-    found = load_history(tmp_path / "run")
-    assert found.name == "run" and found.directory == tmp_path / "run"
-    assert found.recipe["loop"]["updates"] == 8
-    assert (found.start["update"], found.start["engine"]) == (0, "alone")
-    assert [each["update"] for each in found.lines] == list(range(1, 9)) == [each["update"] for each in found.comparable_lines]
-    assert [each["update"] for each in found.evaluations] == [3, 6, 8]
-    assert found.checkpoints and found.outcome == "done"
+    history = load_history(tmp_path / "run")
+    assert history.name == "run" and history.directory == tmp_path / "run"
+    assert history.recipe["loop"]["updates"] == 8
+    assert (history.start["update"], history.start["engine"]) == (0, "alone")
+    assert (
+        [event["update"] for event in history.lines]
+        == list(range(1, 9))
+        == [event["update"] for event in history.comparable_lines]
+    )
+    assert [event["update"] for event in history.evaluations] == [3, 6, 8]
+    assert history.checkpoints and history.outcome == "done"
 
 
 def test_lines_that_a_resume_went_back_behind_are_left_out(tmp_path: Path) -> None:
     events = start(0), line(1), line(2, total=1.0), line(3), start(1, "resume"), line(2, total=2.0)
-    found = load_history(written(tmp_path / "a", *events))
-    assert [(each["update"], each.get("total")) for each in found.lines] == [(1, None), (2, 2.0)]
-    assert found.start["event"] == "resume" and len(found.starts) == 2
+    history = load_history(written(tmp_path / "a", *events))
+    assert [(event["update"], event.get("total")) for event in history.lines] == [(1, None), (2, 2.0)]
+    assert history.start["event"] == "resume" and len(history.starts) == 2
 
 
 def test_wall_time_counts_what_was_superseded_and_no_interruption(tmp_path: Path) -> None:
     """190 s up to a death at update 19, and 15 s from update 10 on, begun at 1000 s."""
     events = start(0), line(10, time=100.0), line(19, time=190.0), start(10, "resume"), line(11, time=1015.0)
-    found = load_history(written(tmp_path / "a", *events[:3], {**events[3], "time": 1000.0}, events[4]))
-    assert [each["update"] for each in found.lines] == [10, 11]
-    assert found.wall_s == 190.0 + 15.0
+    history = load_history(written(tmp_path / "a", *events[:3], {**events[3], "time": 1000.0}, events[4]))
+    assert [event["update"] for event in history.lines] == [10, 11]
+    assert history.wall_s == 190.0 + 15.0
     assert load_history(written(tmp_path / "b")).wall_s is None
 
 
 def test_comparable_lines_ran_as_the_last_start_says(tmp_path: Path) -> None:
     """One rank, two ranks, one rank again."""
     events = start(0), line(1), line(2), start(2, "resume", ranks=2), line(3), start(3, "resume"), line(4)
-    found = load_history(written(tmp_path / "a", *events))
-    assert [each["update"] for each in found.lines] == [1, 2, 3, 4]
-    assert [each["update"] for each in found.comparable_lines] == [1, 2, 4]
+    history = load_history(written(tmp_path / "a", *events))
+    assert [event["update"] for event in history.lines] == [1, 2, 3, 4]
+    assert [event["update"] for event in history.comparable_lines] == [1, 2, 4]
     again = start(0), line(1), start(1, "resume"), line(2), start(0, "resume", ranks=2), line(1), start(1, "resume"), line(2)
-    found = load_history(written(tmp_path / "b", *again))
-    assert [each["update"] for each in found.lines] == [1, 2]
-    assert [each["update"] for each in found.comparable_lines] == [2]
+    history = load_history(written(tmp_path / "b", *again))
+    assert [event["update"] for event in history.lines] == [1, 2]
+    assert [event["update"] for event in history.comparable_lines] == [2]
 
 
 @pytest.mark.parametrize("other", [{"devices": [{"name": "NVIDIA A100"}] * 2}, {"processor": "another"}])
@@ -74,12 +78,12 @@ def test_lines_of_other_hardware_are_not_comparable(tmp_path: Path, other: dict[
     named, again = ({"event": "environment", "host": host, **names} for host in ("a", "b"))
     parts = [start(0), named, line(1)], [start(1, "resume"), {**named, **other}, line(2)], [start(2, "resume"), again, line(3)]
     events = [event for part in parts for event in part]
-    for found in (written(tmp_path / "a", *events), written(tmp_path / "b", *events, start(3, "resume"))):
-        history = load_history(found)
-        assert [each["update"] for each in history.comparable_lines] == [1, 3]
+    for directory in (written(tmp_path / "a", *events), written(tmp_path / "b", *events, start(3, "resume"))):
+        history = load_history(directory)
+        assert [entry["update"] for entry in history.comparable_lines] == [1, 3]
         assert history.environments[:3] == [events[1], events[4], events[7]]
     history = load_history(written(tmp_path / "c", *events[:6]))
-    assert [each["update"] for each in history.comparable_lines] == [2]
+    assert [entry["update"] for entry in history.comparable_lines] == [2]
 
 
 @pytest.mark.parametrize(
@@ -97,10 +101,10 @@ def test_outcome(tmp_path: Path, ending: list[dict[str, Any]], outcome: str) -> 
 
 
 def test_the_last_environment_and_memory_count(tmp_path: Path) -> None:
-    told = [{"event": kind, "cores": n} for n in (1, 2) for kind in ("environment", "memory")]
-    found = load_history(written(tmp_path / "a", start(0), *told))
-    assert found.environment["cores"] == 2
-    assert found.memory is not None and found.memory["cores"] == 2
+    events = [{"event": kind, "cores": n} for n in (1, 2) for kind in ("environment", "memory")]
+    history = load_history(written(tmp_path / "a", start(0), *events))
+    assert history.environment["cores"] == 2
+    assert history.memory is not None and history.memory["cores"] == 2
     bare = load_history(written(tmp_path / "b"))
     assert (bare.start, bare.environment, bare.memory, bare.comparable_lines) == ({}, {}, None, [])
 

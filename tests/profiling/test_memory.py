@@ -88,11 +88,11 @@ def gpt2_hidden(model: GPT2LMHeadModel, ids_BS: Tensor) -> Tensor:
 
 def kept_bytes(model: nn.Module, hidden: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> int:
     """Distinct storages that autograd keeps for a backward, without the parameters and their low-precision copies."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    model_pointers = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in model_pointers:
             held[tensor.untyped_storage().data_ptr()] = tensor  # held, so that its address is not given out again
         return tensor
 
@@ -103,13 +103,13 @@ def kept_bytes(model: nn.Module, hidden: Callable[[Any, Tensor], Tensor], dtype:
         output = hidden(model, ids_BS) @ torch.ones(D, 1, requires_grad=True)
     matrices = {parameter.shape for parameter in model.parameters() if parameter.ndim == 2}
     casts = {(*shape[::-1],) for shape in matrices} | {(*shape,) for shape in matrices}
-    kept = sum(
+    total = sum(
         tensor.untyped_storage().nbytes()
         for tensor in held.values()
         if dtype == torch.float32 or tensor.dtype != dtype or tuple(tensor.shape) not in casts
     )
     assert output.requires_grad
-    return kept
+    return total
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -163,15 +163,15 @@ def test_weights_gradients_and_moments_are_counted_exactly() -> None:
         if parameter.grad is None:  # the pooler-like parts that this loss does not reach still get a gradient buffer
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    found = estimate(model, teacher=shape_of(model), teacher_dtype=torch.bfloat16)
-    assert found.student_weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert found.gradients == sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+    estimated = estimate(model, teacher=shape_of(model), teacher_dtype=torch.bfloat16)
+    assert estimated.student_weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert estimated.gradients == sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    assert found.optimizer == sum(value.nbytes for value in moments)
-    assert found.teacher_weights == sum(parameter.nbytes for parameter in tiny_bert().bfloat16().parameters())
-    assert found.total == sum(getattr(found, name) for name in found.__dataclass_fields__)
-    assert estimate(model, compute_dtype=torch.bfloat16).student_casts == found.student_weights // 2
-    assert found.student_casts == 0
+    assert estimated.optimizer == sum(value.nbytes for value in moments)
+    assert estimated.teacher_weights == sum(parameter.nbytes for parameter in tiny_bert().bfloat16().parameters())
+    assert estimated.total == sum(getattr(estimated, name) for name in estimated.__dataclass_fields__)
+    assert estimate(model, compute_dtype=torch.bfloat16).student_casts == estimated.student_weights // 2
+    assert estimated.student_casts == 0
     assert estimate(model).teacher_activations == 0
 
 
@@ -231,13 +231,13 @@ def test_what_fused_losses_hold(rows: int, dtype: torch.dtype, monkeypatch: pyte
     weight, teacher_weight = torch.randn(vocabulary, width), torch.randn(vocabulary, width).to(dtype)
     chunk = linear_distill.rows_per_chunk(rows, vocabulary, 2 * dtype.itemsize, hidden.device)
     op: Any = linear_distill._linear_distill
-    rest = (None, None, None, torch.arange(rows), None, True, True, False, "torch", chunk, *pack(DistillOptions(hard=1.0)))
+    arguments = (None, None, None, torch.arange(rows), None, True, True, False, "torch", chunk, *pack(DistillOptions(hard=1.0)))
     with LiveBytes(at_least=2**13) as live:  # the op's own function: a mode does not see inside of an op
-        live.seen |= {each.untyped_storage()._cdata for each in (hidden, teacher, weight, teacher_weight)}
-        op._init_fn(hidden, weight, None, teacher, teacher_weight, None, *rest)
-    found = linear_distill.workspace_bytes(rows, vocabulary, width, 2 * dtype.itemsize, hidden.device)
+        live.seen |= {tensor.untyped_storage()._cdata for tensor in (hidden, teacher, weight, teacher_weight)}
+        op._init_fn(hidden, weight, None, teacher, teacher_weight, None, *arguments)
+    workspace = linear_distill.workspace_bytes(rows, vocabulary, width, 2 * dtype.itemsize, hidden.device)
     beside = rows * width * dtype.itemsize + (weight.numel() * dtype.itemsize if dtype != torch.float32 else 0)
-    assert live.peak == pytest.approx(found + beside, rel=0.1)
+    assert live.peak == pytest.approx(workspace + beside, rel=0.1)
 
 
 def test_host_memory_sees_what_is_allocated() -> None:
@@ -268,9 +268,9 @@ def test_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_memory(torch.device("cpu")) is None
     if torch.cuda.is_available():
         block = torch.empty(1 << 20, device="cuda")
-        found = device_memory(block.device)
-        assert found is not None
-        assert found.peak_allocated_bytes >= found.allocated_bytes >= block.nbytes
+        memory = device_memory(block.device)
+        assert memory is not None
+        assert memory.peak_allocated_bytes >= memory.allocated_bytes >= block.nbytes
 
 
 def test_disk_of_a_run(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_disk_of_a_run(tmp_path: Path) -> None:
     tensors = {"model": dict(model.named_parameters()), "optimizer": moments}
     path = checkpoint.save(tmp_path, 1, tensors, {}, keep=1)
     written = sum(file.stat().st_size for file in path.iterdir())
-    found = estimate_disk(shape_of(model), keep=3)
-    assert found.checkpoint == pytest.approx(written, rel=0.05)
-    assert found.checkpoints == 5 * found.checkpoint
-    assert found.total == found.checkpoints + found.student
+    disk = estimate_disk(shape_of(model), keep=3)
+    assert disk.checkpoint == pytest.approx(written, rel=0.05)
+    assert disk.checkpoints == 5 * disk.checkpoint
+    assert disk.total == disk.checkpoints + disk.student

@@ -60,7 +60,7 @@ def held_out(loss: float) -> dict[str, Any]:
 def known_events() -> list[dict[str, Any]]:
     """Three lines of two updates; the first update is warm-up. Their figures are in KNOWN."""
 
-    def told(gradient: int, imbalance: float, worked: list[float], gib: int, share: float, joules: float) -> dict[str, Any]:
+    def fields(gradient: int, imbalance: float, worked: list[float], gib: int, share: float, joules: float) -> dict[str, Any]:
         return {
             "gradient_bytes": gradient, "ring_bytes": [gradient * 3 // 4, gradient // 4], "control_bytes": gradient // 50,
             "control_messages": 6, "gradient_collectives": 4, "exchange_wait_s": gradient / 1e4, "imbalance_time": imbalance,
@@ -73,8 +73,8 @@ def known_events() -> list[dict[str, Any]]:
     return [
         {**START, "time": BEGUN},
         line(2, 20.0, [8.0, 2.0], warmup=1, total=9.0, soft=3.0),
-        line(4, 50.0, [1.0, 3.0], total=7.0, soft=2.0, **told(2000, 0.1, [3.0, 3.5], 4, 0.2, 50.0)),
-        line(6, 100.0, [1.0, 1.0], total=5.0, soft=1.0, **told(4000, 0.3, [1.0, 2.5], 2, 0.5, 100.0)),
+        line(4, 50.0, [1.0, 3.0], total=7.0, soft=2.0, **fields(2000, 0.1, [3.0, 3.5], 4, 0.2, 50.0)),
+        line(6, 100.0, [1.0, 1.0], total=5.0, soft=1.0, **fields(4000, 0.3, [1.0, 2.5], 2, 0.5, 100.0)),
         {"event": "evaluation", "update": 1, "seconds": 2.0, **held_out(1.0)},
         {"event": "evaluation", "update": 6, "seconds": 3.0, **held_out(2.0)},
         {"event": "memory", "update": 2, "time": BEGUN + 90, "peak_bytes": 4 * GIB,
@@ -126,7 +126,7 @@ KNOWN: dict[str, float] = {
 
 
 @pytest.fixture
-def known(tmp_path: Path) -> Path:
+def known_run(tmp_path: Path) -> Path:
     return write_events(tmp_path / "known", known_events(), RECIPE)
 
 
@@ -172,9 +172,9 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.seen).split())
 
     def section(self, key: str) -> str:
-        found = re.search(rf'<section id="{key}">.*?</section>', self.html, re.DOTALL)
-        assert found
-        return found[0]
+        match = re.search(rf'<section id="{key}">.*?</section>', self.html, re.DOTALL)
+        assert match
+        return match[0]
 
     def begins(self, label: str) -> list[str]:
         return next(row for row in self.rows if row and row[0].startswith(label))
@@ -195,14 +195,14 @@ def figures_of(*runs: Path) -> list[dict[str, Any]]:
     return [run["figures"] for run in json.loads(report.json_text(report.read_runs(runs)))["runs"]]
 
 
-def test_every_figure_is_what_its_events_say(known: Path) -> None:
-    (figures,) = figures_of(known)
-    found = {key: figures[key]["value"] for key in KNOWN}
-    assert found == pytest.approx(KNOWN)
+def test_every_figure_is_what_its_events_say(known_run: Path) -> None:
+    (figures,) = figures_of(known_run)
+    values = {key: figures[key]["value"] for key in KNOWN}
+    assert values == pytest.approx(KNOWN)
 
 
-def test_figures_have_unit_spread_and_count(known: Path) -> None:
-    (figures,) = figures_of(known)
+def test_figures_have_unit_spread_and_count(known_run: Path) -> None:
+    (figures,) = figures_of(known_run)
     rate, mean, loss, perplexity = (
         figures[key]
         for key in ("speed.tokens_per_s", "speed.step_mean_s", "learning.final_heldout_loss", "learning.final_perplexity")
@@ -219,8 +219,8 @@ def test_figures_have_unit_spread_and_count(known: Path) -> None:
     assert all(re.search(r"\w", figure["label"]) for figure in figures.values())
 
 
-def test_the_page_prints_the_figures(known: Path) -> None:
-    page = page_of(known)
+def test_the_page_prints_the_figures(known_run: Path) -> None:
+    page = page_of(known_run)
     assert page.row("throughput")[1:4] == ["66.67 tokens/s", "± 35 tokens/s sd", "2 log lines"]
     assert page.row("step, mean")[1:4] == ["1.600 s", "± 894 ms sd", "5 updates"]
     assert page.row("step, p95")[1] == "2.800 s"
@@ -236,30 +236,30 @@ def test_the_page_prints_the_figures(known: Path) -> None:
     assert "5 updates measured, 1 of warm-up left out" in page.text
 
 
-def test_the_bottleneck_comes_with_its_recipe_key(known: Path) -> None:
+def test_the_bottleneck_comes_with_its_recipe_key(known_run: Path) -> None:
     """No kernel runs 70% of the time; a quarter of each step waits for data."""
-    found = report.read_runs([known])
-    assert "Bottleneck: launch-bound -> loop.compile" in Page(report.as_html(found)).text
-    assert "| bottleneck | launch-bound -\\> loop.compile |" in report.as_markdown(found)
-    (run,) = report.figures_json(found)["runs"]
+    runs = report.read_runs([known_run])
+    assert "Bottleneck: launch-bound -> loop.compile" in Page(report.as_html(runs)).text
+    assert "| bottleneck | launch-bound -\\> loop.compile |" in report.as_markdown(runs)
+    (run,) = report.figures_json(runs)["runs"]
     assert (run["bottleneck"]["name"], run["bottleneck"]["key"]) == ("launch-bound", "loop.compile")
     assert run["bottleneck"]["why"].startswith("no kernel runs 70% of the time, 25% of it in waits for data")
 
 
-def test_curves_hold_every_line_and_step(known: Path) -> None:
-    page = page_of(known)
-    told = [element.text or "" for chart in charts_of(page.html) for element in chart.iter("title")]
-    assert "update 4\ntotal: 7.000\nsoft: 2.000" in told
-    assert "update 2\nstep: 2.000 s" in told
-    assert not any(text.startswith("update 1\nstep") for text in told)  # warm-up
-    assert "update 4\ngradients: 1,000 B/update\ncontrol: 20.00 B/update" in told
-    assert "rank 1: 1.500 s" in told
-    assert "update 1\nperplexity: 2.718 (± one standard error: 2.460 to 3.004)" in told
+def test_curves_hold_every_line_and_step(known_run: Path) -> None:
+    page = page_of(known_run)
+    titles = [element.text or "" for chart in charts_of(page.html) for element in chart.iter("title")]
+    assert "update 4\ntotal: 7.000\nsoft: 2.000" in titles
+    assert "update 2\nstep: 2.000 s" in titles
+    assert not any(text.startswith("update 1\nstep") for text in titles)  # warm-up
+    assert "update 4\ngradients: 1,000 B/update\ncontrol: 20.00 B/update" in titles
+    assert "rank 1: 1.500 s" in titles
+    assert "update 1\nperplexity: 2.718 (± one standard error: 2.460 to 3.004)" in titles
 
 
-def test_other_is_what_no_phase_took(known: Path) -> None:
-    told = [element.text or "" for chart in charts_of(page_of(known).section("step")) for element in chart.iter("title")]
-    assert "update 4\nother: 750.0 ms\nbackward: 1.500 s\ndata: 750.0 ms" in told
+def test_other_is_what_no_phase_took(known_run: Path) -> None:
+    titles = [element.text or "" for chart in charts_of(page_of(known_run).section("step")) for element in chart.iter("title")]
+    assert "update 4\nother: 750.0 ms\nbackward: 1.500 s\ndata: 750.0 ms" in titles
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def check_page(page: Page) -> None:
     assert "@import" not in page.html
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
-    attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
+    attributes = [(name, value or "") for _, attrs in page.tags for name, value in attrs.items()]
     assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "srcset", "action", "background")]
     assert all(value.startswith("#") for name, value in attributes if name == "href")
     ids = [value for name, value in attributes if name == "id"]
@@ -337,16 +337,16 @@ def test_one_rank_has_no_communication(runs: Mapping[str, Path]) -> None:
 def test_several_runs_stand_side_by_side(runs: Mapping[str, Path]) -> None:
     page = page_of(runs["gpu"], runs["faster"], runs["cpu"])
     check_page(page)
-    found = json.loads(report.json_text(report.read_runs([runs["gpu"], runs["faster"]])))
-    one, other = (run["figures"]["speed.step_p50_s"]["value"] for run in found["runs"])
-    (difference,) = found["differences"]
+    document = json.loads(report.json_text(report.read_runs([runs["gpu"], runs["faster"]])))
+    one, other = (run["figures"]["speed.step_p50_s"]["value"] for run in document["runs"])
+    (difference,) = document["differences"]
     assert (difference["run"], difference["baseline"]) == ("faster", "gpu")
     assert difference["relative"]["speed.step_p50_s"] == pytest.approx(other / one - 1)
     judged = difference["judged"]["speed.step_p50_s"]
     assert (judged["verdict"], judged["n"]) == ("better", [597, 597])
     assert judged["interval"][0] < other / one - 1 < judged["interval"][1] < 0
     assert "speed.step_p99_s" not in difference["judged"]
-    assert found["uneven"] == ["The runs differ in ranks: 2, 4."]
+    assert document["uneven"] == ["The runs differ in ranks: 2, 4."]
     row = next(row for row in page.rows if row and row[0].startswith("step, p50"))
     assert re.match(rf"{other / one - 1:+.1%}better", row[3])
     loss = next(chart for chart in charts_of(page.html) if (chart.get("aria-label") or "").startswith("Loss: total"))
@@ -369,9 +369,9 @@ def test_a_difference_within_two_standard_errors_is_no_verdict(tmp_path: Path) -
         next(row for row in page.rows if row[0].startswith("held-out loss, final"))[3] for page in (near_page, far_page)
     ]
     assert verdicts == ["+10.0%within noise", "+20.0%worse"]  # the error of the difference is 0.14
-    found = report.read_runs([one, tmp_path / "far"])
-    assert "| +20.0% worse (+5.9% to +34.1%) |" in report.as_markdown(found)
-    judged = report.figures_json(found)["differences"][0]["judged"]["learning.final_heldout_loss"]
+    runs = report.read_runs([one, tmp_path / "far"])
+    assert "| +20.0% worse (+5.9% to +34.1%) |" in report.as_markdown(runs)
+    judged = report.figures_json(runs)["differences"][0]["judged"]["learning.final_heldout_loss"]
     error = math.sqrt(2) * 0.1 * 2 / 2.0  # twice that of the difference, over the baseline's loss of 2
     assert judged["interval"] == pytest.approx((0.2 - error, 0.2 + error))
     assert (judged["verdict"], judged["n"]) == ("worse", (400, 400))
@@ -383,7 +383,7 @@ def test_a_verdict_is_not_of_other_samples_than_its_number() -> None:
     noise = (1 + random.normal(0, 0.01, 5000)).tolist()
 
     def step(*seconds: float) -> Figure:
-        samples = [each * base for each, base in zip(noise, np.repeat(seconds, 5000 // len(seconds)), strict=True)]
+        samples = [factor * base for factor, base in zip(noise, np.repeat(seconds, 5000 // len(seconds)), strict=True)]
         return Figure("a", "a", float(np.mean(samples)), "s", samples=samples, better="lower")
 
     steady = step(1.0)
@@ -410,28 +410,28 @@ def test_without_a_spread_there_is_no_verdict(runs: Mapping[str, Path], tmp_path
 def test_a_power_cap_is_no_caution(runs: Mapping[str, Path], tmp_path: Path) -> None:
     def cautions(**throttled: float) -> str:
         events = [{**event, "device": {"samples": 10, "throttled": throttled}} for event in known_events()[2:4]]
-        (found,) = report.read_runs([write_events(tmp_path / "-".join(throttled), [known_events()[0], *events], RECIPE)])
-        return " ".join(report.cautions(found))
+        (run,) = report.read_runs([write_events(tmp_path / "-".join(throttled), [known_events()[0], *events], RECIPE)])
+        return " ".join(report.cautions(run))
 
     assert "slowed itself down: hw thermal slowdown in 50.0% of the samples" in cautions(hw_thermal_slowdown=0.5)
     assert "slowed" not in cautions(sw_power_cap=1.0)
 
 
-def test_never_throttled_is_said_where_somebody_looked(runs: Mapping[str, Path], known: Path) -> None:
-    assert page_of(known).row("throttled")[1:4:2] == ["never", ""]
+def test_never_throttled_is_said_where_somebody_looked(runs: Mapping[str, Path], known_run: Path) -> None:
+    assert page_of(known_run).row("throttled")[1:4:2] == ["never", ""]
     page = page_of(runs["cpu"])
     assert not [row for row in page.rows if row and row[0] == "throttled"]
     assert re.search(r"\bthrottled\b[^.]*: not recorded\.", Page(page.section("device")).text)
 
 
-def test_the_trace_shows_its_kernels(known: Path) -> None:
-    page = page_of(known)
+def test_the_trace_shows_its_kernels(known_run: Path) -> None:
+    page = page_of(known_run)
     assert "What took the most time in updates 4 to 5" in Page(page.section("step")).text
     assert page.row("gemm<T>")[1:] == ["1,200", "750.0 ms", "75.0%"]
-    markdown = report.as_markdown(report.read_runs([known]))
+    markdown = report.as_markdown(report.read_runs([known_run]))
     assert "| gemm\\<T\\> | 1,200 | 750.0 ms | 75.0% |" in markdown
-    (found,) = json.loads(report.json_text(report.read_runs([known])))["runs"]
-    assert found["trace"]["kernels"][0]["ms"] == 750.0
+    (run,) = json.loads(report.json_text(report.read_runs([known_run])))["runs"]
+    assert run["trace"]["kernels"][0]["ms"] == 750.0
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -453,9 +453,9 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     recipe = {**RECIPE, "teacher": {"path": HOSTILE}, HOSTILE: HOSTILE}
     environment = {"event": "environment", "processor": HOSTILE, "versions": {HOSTILE: HOSTILE}, "devices": [{"name": HOSTILE}]}
     environment["peaks"] = {"flops": {HOSTILE: 1e12}}
-    first, *rest = known_events()
-    hostile = [{**event, "device": {"utilisation": 1.0, "throttled": {HOSTILE: 0.5}, "samples": 4}} for event in rest[:3]]
-    events = [{**first, "precision": HOSTILE}, environment, *hostile, *rest[3:], {"event": "note", "message": HOSTILE}]
+    first, *later = known_events()
+    hostile = [{**event, "device": {"utilisation": 1.0, "throttled": {HOSTILE: 0.5}, "samples": 4}} for event in later[:3]]
+    events = [{**first, "precision": HOSTILE}, environment, *hostile, *later[3:], {"event": "note", "message": HOSTILE}]
     one = write_events(tmp_path / name, events, recipe)
     two = write_events(tmp_path / "two", events, RECIPE)
     for page in (page_of(one), page_of(one, two)):
@@ -496,13 +496,13 @@ def test_secrets_are_redacted_and_the_surroundings_stay_out(tmp_path: Path) -> N
     slow = line(2, 100.0, [1.0, 1.0], rank_worked_s=[0.5, 2.5])
     run = write_events(tmp_path / "run", [known_events()[0], environment, note, slow], recipe)
     assert "rank 1 on s3cr3t works" in summarise(load_history(run))["bottleneck"]["why"]
-    found = report.read_runs([run])
-    for text in (report.as_html(found), report.as_markdown(found), report.json_text(found)):
+    runs = report.read_runs([run])
+    for text in (report.as_html(runs), report.as_markdown(runs), report.json_text(runs)):
         assert "s3cr3t" not in text
         assert SECRET not in text
-    html = report.as_html(found)
-    for kept in ("micro_batch_tokens: 2560", "tokenizer: bert-base-uncased", "NVIDIA H200", "3.11.9", "[redacted]"):
-        assert kept in html
+    html = report.as_html(runs)
+    for excerpt in ("micro_batch_tokens: 2560", "tokenizer: bert-base-uncased", "NVIDIA H200", "3.11.9", "[redacted]"):
+        assert excerpt in html
 
 
 def test_mfu_above_one_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_mfu_above_one_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_continued_otherwise_says_so(tmp_path: Path) -> None:
-    first, a, b, c, *rest = known_events()
+    first, a, b, c, *later = known_events()
     resume = {**first, "event": "resume", "update": 2, "ranks": 1, "time": BEGUN + 60}
     times = {"time": BEGUN + 70}
     run = write_events(tmp_path / "run", [first, {**a, "time": BEGUN + 10}, resume, {**b, **times}, {**c, **times}], RECIPE)
@@ -527,7 +527,7 @@ def test_a_run_that_was_continued_otherwise_says_so(tmp_path: Path) -> None:
     (figures,) = figures_of(run)
     assert figures["run.wall_s"]["value"] == pytest.approx(10 + 10)  # the 50 s between the attempts are left out
     assert figures["run.ranks"]["value"] == "1"
-    assert rest
+    assert later
 
 
 def test_values_that_were_not_finite_are_left_blank(tmp_path: Path) -> None:
@@ -547,11 +547,11 @@ def test_equal_runs_give_equal_bytes(runs: Mapping[str, Path]) -> None:
     assert report.as_html(report.read_runs([runs["gpu"]])) == report.as_html(report.read_runs([runs["gpu"]]))
 
 
-def test_markdown_has_the_same_figures(known: Path, tmp_path: Path) -> None:
-    text = report.as_markdown(report.read_runs([known]))
+def test_markdown_has_the_same_figures(known_run: Path, tmp_path: Path) -> None:
+    text = report.as_markdown(report.read_runs([known_run]))
     assert "| throughput | 66.67 tokens/s | ± 35 tokens/s sd | 2 log lines | all ranks; all tokens over all time |" in text
     other = write_events(tmp_path / "other", known_events(), RECIPE)
-    both = report.as_markdown(report.read_runs([known, other]))
+    both = report.as_markdown(report.read_runs([known_run, other]))
     assert "| step, p50 | 1.000 s, 5 updates | 1.000 s, 5 updates | same |" in both
     for document in (text, both):
         for table in re.findall(r"(?:^\|.*\n)+", document, re.MULTILINE):
@@ -559,24 +559,24 @@ def test_markdown_has_the_same_figures(known: Path, tmp_path: Path) -> None:
             assert len(widths) == 1, table
 
 
-def test_the_command_writes_where_it_is_told(known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_where_it_is_told(known_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = CliRunner()
     other = write_events(tmp_path / "other", known_events(), RECIPE)
-    assert run.invoke(app, ["report", str(known)]).exit_code == 0
-    assert "known" in (known / "report.html").read_text(encoding="utf-8")
-    assert run.invoke(app, ["report", str(known), str(other)]).exit_code == 0
+    assert run.invoke(app, ["report", str(known_run)]).exit_code == 0
+    assert "known" in (known_run / "report.html").read_text(encoding="utf-8")
+    assert run.invoke(app, ["report", str(known_run), str(other)]).exit_code == 0
     assert "against" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert run.invoke(app, ["report", str(known), "--out", "new/page.html"]).exit_code == 0
+    assert run.invoke(app, ["report", str(known_run), "--out", "new/page.html"]).exit_code == 0
     assert (tmp_path / "new" / "page.html").is_file()
-    printed = run.invoke(app, ["report", str(known), "--json"]).stdout
+    printed = run.invoke(app, ["report", str(known_run), "--json"]).stdout
     assert json.loads(printed)["runs"][0]["figures"]["speed.step_p50_s"]["value"] == 1.0
-    assert run.invoke(app, ["report", str(known), "--markdown"]).stdout.startswith("# known\n")
-    assert run.invoke(app, ["report", str(known), "--markdown", "--out", "page.md"]).exit_code == 0
+    assert run.invoke(app, ["report", str(known_run), "--markdown"]).stdout.startswith("# known\n")
+    assert run.invoke(app, ["report", str(known_run), "--markdown", "--out", "page.md"]).exit_code == 0
     assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith("# known\n")
-    both = run.invoke(app, ["report", str(known), "--markdown", "--json"])
+    both = run.invoke(app, ["report", str(known_run), "--markdown", "--json"])
     assert isinstance(both.exception, UserError)
-    blocked = run.invoke(app, ["report", str(known), "--out", str(tmp_path)])
+    blocked = run.invoke(app, ["report", str(known_run), "--out", str(tmp_path)])
     assert isinstance(blocked.exception, UserError)
     assert "--out" in str(blocked.exception)
 

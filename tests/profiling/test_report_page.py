@@ -40,15 +40,17 @@ addEventListener("load", () => {
 @pytest.fixture(scope="module")
 def chromium(need: Callable[[str, str], Never], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Runs a headless browser with more options; gives what it prints."""
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-    if found is None:
+    executable = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if executable is None:
         need("chromium", "no Chromium on the path (Debian: apt install chromium): the report's page is not looked at")
     profile = tmp_path_factory.mktemp("profile")
 
     def run(*options: str) -> str:
         sandbox = ("--no-sandbox",) if os.geteuid() == 0 else ()
         fixed = ("--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}", *sandbox)
-        done = subprocess.run([found, *fixed, *options], capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run([executable, *fixed, *options], capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -60,10 +62,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     one = write_run(folder / "a-run", Stream(ranks=8))
     other = write_run(folder / "another-run-with-a-name-that-is-much-longer-than-anybody-would-like", Stream(speed=1.2, seed=5))
-    found = {"one": [one], "several": [one, other]}
-    for name, runs in found.items():
+    runs_by_name = {"one": [one], "several": [one, other]}
+    for name, runs in runs_by_name.items():
         write_report(runs, folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in found}
+    return {name: folder / f"{name}.html" for name in runs_by_name}
 
 
 @pytest.mark.parametrize("width", [360, 768, 1240])
@@ -77,12 +79,12 @@ def test_nothing_overflows_at_any_width(
     printed = chromium("--virtual-time-budget=10000", "--dump-dom", f"file://{probe}")
     title = re.search(r"<title>(.*?)</title>", printed, re.DOTALL)
     assert title
-    seen = json.loads(html.unescape(title[1]))
-    assert seen["width"] == width
-    assert seen["scroll"] <= width
-    assert seen["charts"] >= 8
-    assert seen["cut"] == []
-    assert seen["smallest"] >= 9.99  # a line of text: letters of some 9 pixels
+    measured = json.loads(html.unescape(title[1]))
+    assert measured["width"] == width
+    assert measured["scroll"] <= width
+    assert measured["charts"] >= 8
+    assert measured["cut"] == []
+    assert measured["smallest"] >= 9.99  # a line of text: letters of some 9 pixels
 
 
 def test_light_and_dark_both_show_a_page(chromium: Callable[..., str], pages: dict[str, Path], tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def test_what_is_inside_another_span_is_taken_out_of_it_and_all_add_up() -> None
     with spans("exposed"):
         pass
     spans.end()
-    found = spans.read()
-    assert found == {
+    timings = spans.read()
+    assert timings == {
         "step_s": [10.0],
         "warmup": 0,
         "phases": {"data": [1.0], "backward": [3.5], "compression": [0.5], "exposed": [2.0]},
@@ -86,14 +86,14 @@ def test_the_first_updates_are_marked_as_warm_up() -> None:
 
 def test_an_update_that_does_not_count_takes_those_before_it_along() -> None:
     spans = Spans(CPU)
-    told = []
+    tallies = []
     for counts in (True, True, False, True), (True,):
-        for each in counts:
+        for counted in counts:
             spans.begin()
-            spans.end(counts=each)
-        found = spans.read()
-        told.append((len(found["step_s"]), found["warmup"]))
-    assert told == [(4, 3), (1, 0)]
+            spans.end(counts=counted)
+        timings = spans.read()
+        tallies.append((len(timings["step_s"]), timings["warmup"]))
+    assert tallies == [(4, 3), (1, 0)]
 
 
 class FakeEvent:
@@ -127,9 +127,9 @@ def test_on_a_gpu_events_are_read_and_used_again(monkeypatch: pytest.MonkeyPatch
         FakeEvent.now_ms += 250.0
         spans.awaited()
         spans.end()
-        found = spans.read()
-        assert found["step_s"] == [0.5]
-        assert found["phases"] == {"teacher": [0.25], "communication": [0.25]}
+        timings = spans.read()
+        assert timings["step_s"] == [0.5]
+        assert timings["phases"] == {"teacher": [0.25], "communication": [0.25]}
     assert FakeEvent.made == 6
 
 
@@ -175,9 +175,9 @@ def updates(spans: Spans, tracer: Tracer, count: int) -> Iterator[tuple[int, tup
 
 def test_a_trace_holds_the_updates_asked_for_and_their_spans() -> None:
     spans = Spans(CPU)
-    found = dict(updates(spans, Tracer([2, 3], CPU, spans), 5))
-    assert list(found) == [3]
-    data, kernels = found[3]
+    traces = dict(updates(spans, Tracer([2, 3], CPU, spans), 5))
+    assert list(traces) == [3]
+    data, kernels = traces[3]
     names = [event.get("name") for event in json.loads(gzip.decompress(data))["traceEvents"]]
     assert names.count("teacher") == names.count("student") == 2  # of updates 2 and 3
     assert names.count("aten::mm") == 2

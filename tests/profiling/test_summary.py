@@ -47,25 +47,25 @@ def line(update: int, steps: list[float], phases: dict[str, list[float]] | None 
 
 def test_percentiles_by_hand() -> None:
     """Type 7: the q-quantile of n sorted samples lies at (n - 1) q between them: 4 q here, so 3.8 of 0..4 for q = 0.95."""
-    found = statistics_of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert found is not None
-    assert found["p50"] == 3.0
-    assert found["p95"] == pytest.approx(4 + 0.8 * (5 - 4))
-    assert found["p99"] == pytest.approx(4 + 0.96 * (5 - 4))
-    assert (found["mean"], found["n"]) == (3.0, 5)
-    assert found["sd"] == pytest.approx(2.5**0.5)  # 10 / (5 - 1)
+    statistics = statistics_of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert statistics is not None
+    assert statistics["p50"] == 3.0
+    assert statistics["p95"] == pytest.approx(4 + 0.8 * (5 - 4))
+    assert statistics["p99"] == pytest.approx(4 + 0.96 * (5 - 4))
+    assert (statistics["mean"], statistics["n"]) == (3.0, 5)
+    assert statistics["sd"] == pytest.approx(2.5**0.5)  # 10 / (5 - 1)
     assert statistics_of([]) is None
 
 
 def test_warm_up_is_in_no_number(tmp_path: Path) -> None:
     slow = line(3, [9.0, 9.0, 1.0], {"data": [8.0, 8.0, 0.5]}, warmup=2, flops={"student": 9e9})
-    found = summed_up(tmp_path, slow, line(5, [2.0, 3.0], {"data": [1.0, 1.0]}, flops={"student": 600.0, "teacher": 400.0}))
-    assert (found["updates"], found["warmup"]) == (3, 2)
-    assert found["step_s"]["samples"] == [1.0, 2.0, 3.0] and found["step_s"]["p50"] == 2.0
-    assert found["phases"]["data"]["samples"] == [0.5, 1.0, 1.0]
-    assert found["tokens_per_s"] == pytest.approx(200 / 5)  # by the line: the first holds warm-up
-    assert found["tokens_per_update"] == 100
-    assert found["flops"] == {"student": 300.0, "teacher": 200.0}
+    summary = summed_up(tmp_path, slow, line(5, [2.0, 3.0], {"data": [1.0, 1.0]}, flops={"student": 600.0, "teacher": 400.0}))
+    assert (summary["updates"], summary["warmup"]) == (3, 2)
+    assert summary["step_s"]["samples"] == [1.0, 2.0, 3.0] and summary["step_s"]["p50"] == 2.0
+    assert summary["phases"]["data"]["samples"] == [0.5, 1.0, 1.0]
+    assert summary["tokens_per_s"] == pytest.approx(200 / 5)  # by the line: the first holds warm-up
+    assert summary["tokens_per_update"] == 100
+    assert summary["flops"] == {"student": 300.0, "teacher": 200.0}
 
 
 def test_phases_and_other_add_up_to_the_step(tmp_path: Path) -> None:
@@ -74,11 +74,11 @@ def test_phases_and_other_add_up_to_the_step(tmp_path: Path) -> None:
         2, [1.0, 2.0], {"student": [0.5, 0.5], "backward": [0.25, 0.5], "communication": [0.5, 0.5], "exposed": [0.0, 0.25]}
     )
     second = line(3, [1.0], {"student": [0.25], "teacher": [0.5]})
-    found = summed_up(tmp_path, first, second)["phases"]
-    assert list(found) == ["teacher", "student", "backward", "exposed", "other"]
-    assert found["teacher"]["samples"] == [0.0, 0.0, 0.5]
-    assert found["other"]["samples"] == [0.25, 0.75, 0.25]
-    shares = {name: phase["share"] for name, phase in found.items()}
+    phases = summed_up(tmp_path, first, second)["phases"]
+    assert list(phases) == ["teacher", "student", "backward", "exposed", "other"]
+    assert phases["teacher"]["samples"] == [0.0, 0.0, 0.5]
+    assert phases["other"]["samples"] == [0.25, 0.75, 0.25]
+    shares = {name: phase["share"] for name, phase in phases.items()}
     assert shares == pytest.approx(
         {"teacher": 0.5 / 4, "student": 1.25 / 4, "backward": 0.75 / 4, "exposed": 0.25 / 4, "other": 1.25 / 4}
     )
@@ -86,10 +86,10 @@ def test_phases_and_other_add_up_to_the_step(tmp_path: Path) -> None:
 
 
 def test_communication_beside_the_phases(tmp_path: Path) -> None:
-    found = summed_up(tmp_path, line(2, [1.0, 1.0], {"communication": [0.5, 0.3], "exposed": [0.2, 0.0]}))
-    assert found["communication"]["p50"] == pytest.approx(0.4)
-    assert found["communication"]["hidden_share"] == pytest.approx(1 - 0.2 / 0.8)
-    assert "communication" not in found["phases"]
+    summary = summed_up(tmp_path, line(2, [1.0, 1.0], {"communication": [0.5, 0.3], "exposed": [0.2, 0.0]}))
+    assert summary["communication"]["p50"] == pytest.approx(0.4)
+    assert summary["communication"]["hidden_share"] == pytest.approx(1 - 0.2 / 0.8)
+    assert "communication" not in summary["phases"]
 
 
 def test_rate_is_tokens_over_time(tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ def test_rate_is_tokens_over_time(tmp_path: Path) -> None:
 
 def test_older_runs_have_what_they_recorded(tmp_path: Path) -> None:
     old = {"event": "train", "update": 1, "updates": 1, "tokens": 100, "tokens_per_s": 50.0, "data_wait_share": 0.02}
-    found = summed_up(tmp_path, {**old, "host_peak_bytes": 7})
-    assert (found["tokens_per_s"], found["data_wait_share"]) == (50.0, 0.02)
-    assert found["memory"] == {"peak_rss_bytes": 7}
-    assert [found[name] for name in ("step_s", "phases", "mfu", "readings", "straggler", "flops")] == [None] * 6
-    assert found["energy"]["why"] == "not recorded"
-    assert found["bottleneck"]["name"] == "unknown" and "no phases" in found["bottleneck"]["why"]
+    summary = summed_up(tmp_path, {**old, "host_peak_bytes": 7})
+    assert (summary["tokens_per_s"], summary["data_wait_share"]) == (50.0, 0.02)
+    assert summary["memory"] == {"peak_rss_bytes": 7}
+    assert [summary[name] for name in ("step_s", "phases", "mfu", "readings", "straggler", "flops")] == [None] * 6
+    assert summary["energy"]["why"] == "not recorded"
+    assert summary["bottleneck"]["name"] == "unknown" and "no phases" in summary["bottleneck"]["why"]
     waits = summed_up(tmp_path, {**old, "data_wait_share": 0.4})["bottleneck"]
     assert waits["name"] == "data-bound" and "40%" in waits["why"]
 
@@ -114,21 +114,21 @@ def mfu(student: float, peak: float = 1e12) -> Event:
 
 
 def test_mfu_is_a_mean_over_time(tmp_path: Path) -> None:
-    found = summed_up(tmp_path, line(1, [1.0], mfu=mfu(0.5)), line(2, [3.0], mfu=mfu(0.3)))["mfu"]
-    assert found["student"] == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)
-    assert (found["with_teacher"], found["hfu"], found["refused"]) == (None, None, [])
-    assert (found["peak_flops"], found["peak_source"]) == (1e12, "datasheet")
+    utilisation = summed_up(tmp_path, line(1, [1.0], mfu=mfu(0.5)), line(2, [3.0], mfu=mfu(0.3)))["mfu"]
+    assert utilisation["student"] == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)
+    assert (utilisation["with_teacher"], utilisation["hfu"], utilisation["refused"]) == (None, None, [])
+    assert (utilisation["peak_flops"], utilisation["peak_source"]) == (1e12, "datasheet")
 
 
 def test_a_refused_mfu_says_why_and_leaves_no_mean_of_the_other_lines(tmp_path: Path) -> None:
     """As the run writes it: 0.5 of the peak, then 1.25."""
     written = [utilisation(Work(student=flops), 1.0, 1e12, "datasheet") for flops in (5e11, 1.25e12)]
     beside = {**mfu(0.3, 2e12), "peak_source": "measured"}
-    lines = [line(n, [1.0], mfu={**each, "measured": beside}) for n, each in enumerate(written, 1)]
-    found = summed_up(tmp_path, *lines)["mfu"]
-    assert (found["student"], found["with_teacher"], found["hfu"]) == (None, None, None)
-    assert "in 1 of 2 log lines: 125% of 1 TFLOP/s (datasheet) is more than there is" in found["refused"][0]
-    assert (found["measured"]["student"], found["measured"]["peak_source"], found["measured"]["refused"]) == (
+    lines = [line(n, [1.0], mfu={**entry, "measured": beside}) for n, entry in enumerate(written, 1)]
+    mfu_summary = summed_up(tmp_path, *lines)["mfu"]
+    assert (mfu_summary["student"], mfu_summary["with_teacher"], mfu_summary["hfu"]) == (None, None, None)
+    assert "in 1 of 2 log lines: 125% of 1 TFLOP/s (datasheet) is more than there is" in mfu_summary["refused"][0]
+    assert (mfu_summary["measured"]["student"], mfu_summary["measured"]["peak_source"], mfu_summary["measured"]["refused"]) == (
         0.3,
         "measured",
         [],
@@ -139,8 +139,8 @@ def test_memory_peaks_and_last_values(tmp_path: Path) -> None:
     one = {"rss_bytes": 9, "peak_rss_bytes": 10, "retries": 0, "phase_peaks": {"teacher": 5, "student": 3}}
     two = {"rss_bytes": 7, "peak_rss_bytes": 8, "retries": 2, "phase_peaks": {"student": 4}}
     parts = {"event": "memory", "parts": {"logits": 1}, "estimate": {"logits": 2}, "peak_bytes": 11}
-    found = summed_up(tmp_path, line(1, [1.0], memory=one, warmup=1), line(2, [1.0], memory=two), parts)["memory"]
-    assert found == {
+    memory = summed_up(tmp_path, line(1, [1.0], memory=one, warmup=1), line(2, [1.0], memory=two), parts)["memory"]
+    assert memory == {
         "rss_bytes": 7,
         "peak_rss_bytes": 10,
         "retries": 2,
@@ -161,10 +161,10 @@ def test_energy_by_hand(tmp_path: Path) -> None:
     second = line(5, [2.0, 2.0, 2.0], device=device(6.0, 900.0))
     evaluated = line(6, [2.0], device=device(2.1, 9e9))
     events = [first, second, {"event": "evaluation", "update": 5, "seconds": 60.0, "loss": 1.0}, evaluated]
-    found = summed_up(tmp_path, *events)["energy"]
-    assert found["j_per_update"] == pytest.approx(1500 / 5)
-    assert found["j_per_million_tokens"] == pytest.approx(1e6 * 1500 / 500)
-    assert found["seconds"] == 10
+    energy = summed_up(tmp_path, *events)["energy"]
+    assert energy["j_per_update"] == pytest.approx(1500 / 5)
+    assert energy["j_per_million_tokens"] == pytest.approx(1e6 * 1500 / 500)
+    assert energy["seconds"] == 10
     saved = {"event": "checkpoint", "update": 5, "seconds": 1.0, "path": "step-5"}
     assert summed_up(tmp_path, saved, evaluated)["energy"]["why"] == "all 1 log lines held more than updates"
     assert summed_up(tmp_path, evaluated, {**saved, "update": 6})["energy"]["j_per_update"] is None, "2 s are not enough"
@@ -173,9 +173,9 @@ def test_energy_by_hand(tmp_path: Path) -> None:
 def test_energy_is_not_of_the_samples_windows(tmp_path: Path) -> None:
     """Looks come when they come: lines of 2 s each, of which the sampler saw 1.5 s, 2.7 s, nothing, at 300 W."""
     lines = [line(number, [2.0], device=device(s, 300.0 * s if s else None)) for number, s in enumerate([1.5, 2.7, 0, 1.5], 1)]
-    found = summed_up(tmp_path, *lines)["energy"]
-    assert found["j_per_update"] == pytest.approx(600.0)
-    assert found["j_per_million_tokens"] == pytest.approx(1e6 * 600 / 100)
+    energy = summed_up(tmp_path, *lines)["energy"]
+    assert energy["j_per_update"] == pytest.approx(600.0)
+    assert energy["j_per_million_tokens"] == pytest.approx(1e6 * 600 / 100)
 
 
 def test_energy_of_several_ranks_is_over_rank_0s_tokens(tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_energy_of_several_ranks_is_over_rank_0s_tokens(tmp_path: Path) -> None:
 
 
 def test_energy_of_a_moment_is_not_told(tmp_path: Path) -> None:
-    found = summed_up(tmp_path, line(2, [2.0, 2.0], device=device(4.0, 600.0)))["energy"]
-    assert found["j_per_update"] is None and found["why"].startswith("not enough time to tell: 4.0 s")
+    energy = summed_up(tmp_path, line(2, [2.0, 2.0], device=device(4.0, 600.0)))["energy"]
+    assert energy["j_per_update"] is None and energy["why"].startswith("not enough time to tell: 4.0 s")
 
 
 def test_readings(tmp_path: Path) -> None:
@@ -193,43 +193,49 @@ def test_readings(tmp_path: Path) -> None:
         1.0, None, utilisation=0.5, sm_clock_mhz=1000, sm_clock_min_mhz=900, temperature_c=60, throttled={"hw_slowdown": 0.5}
     )
     two = device(3.0, None, utilisation=0.9, sm_clock_mhz=1200, sm_clock_min_mhz=1100, temperature_c=50, throttled={})
-    found = summed_up(tmp_path, line(1, [1.0], device=one), line(2, [3.0], device={**two, "samples": 30}))["readings"]
-    assert found["utilisation"] == pytest.approx((0.5 + 3 * 0.9) / 4)
-    assert (found["sm_clock_mhz"], found["sm_clock_min_mhz"], found["temperature_c"], found["samples"]) == (1100, 900, 60, 40)
-    assert found["throttled"] == pytest.approx({"hw_slowdown": 0.5 * 10 / 40})
+    readings = summed_up(tmp_path, line(1, [1.0], device=one), line(2, [3.0], device={**two, "samples": 30}))["readings"]
+    assert readings["utilisation"] == pytest.approx((0.5 + 3 * 0.9) / 4)
+    assert (readings["sm_clock_mhz"], readings["sm_clock_min_mhz"], readings["temperature_c"], readings["samples"]) == (
+        1100,
+        900,
+        60,
+        40,
+    )
+    assert readings["throttled"] == pytest.approx({"hw_slowdown": 0.5 * 10 / 40})
 
 
 def test_nobody_knows_of_throttling_where_nobody_looked(tmp_path: Path) -> None:
-    blind, seen = (line(n, [1.0], device=device(1.0, None, throttled=t)) for n, t in ((1, None), (2, {"hw_slowdown": 0.5})))
+    blind, sampled = (line(n, [1.0], device=device(1.0, None, throttled=t)) for n, t in ((1, None), (2, {"hw_slowdown": 0.5})))
     assert summed_up(tmp_path, blind)["readings"]["throttled"] is None
     assert summed_up(tmp_path, line(1, [1.0], device=device(1.0, None, throttled={})))["readings"]["throttled"] == {}
-    found = summed_up(tmp_path, blind, seen)["readings"]
-    assert (found["throttled"], found["throttled_samples"]) == ({"hw_slowdown": 0.5}, 10)
+    readings = summed_up(tmp_path, blind, sampled)["readings"]
+    assert (readings["throttled"], readings["throttled_samples"]) == ({"hw_slowdown": 0.5}, 10)
 
 
 def test_straggler_by_hand(tmp_path: Path) -> None:
     """Ranks work 3, 4 and 5 s of 6: the mean is 4, rank 2 is a quarter above it, and was the slowest in two lines of three."""
     works = [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [1.0, 2.0, 1.0]]
-    found = summed_up(tmp_path, *(line(n + 1, [2.0], rank_worked_s=each) for n, each in enumerate(works)), ranks=3)["straggler"]
-    assert found["worked_s"] == [3.0, 4.0, 5.0]
-    assert (found["rank"], found["slowest_in"], found["lines"], found["seconds"]) == (2, 2, 3, 6.0)
-    assert found["share"] == pytest.approx(0.25)
+    lines = [line(n, [2.0], rank_worked_s=worked) for n, worked in enumerate(works, 1)]
+    straggler = summed_up(tmp_path, *lines, ranks=3)["straggler"]
+    assert straggler["worked_s"] == [3.0, 4.0, 5.0]
+    assert (straggler["rank"], straggler["slowest_in"], straggler["lines"], straggler["seconds"]) == (2, 2, 3, 6.0)
+    assert straggler["share"] == pytest.approx(0.25)
 
 
 def test_device_dtype_and_shape_are_told(tmp_path: Path) -> None:
     environment = {"event": "environment", "processor": "A processor", "devices": [{"rank": 0, "name": "A GPU"}]}
-    found = summed_up(tmp_path, environment, line(1, [1.0]))
-    assert (found["device"], found["dtype"]) == ("A processor", "fp32")
-    assert (found["micro_batch_tokens"], found["accumulation"], found["student_parameters"]) == (256, 2, 100)
+    summary = summed_up(tmp_path, environment, line(1, [1.0]))
+    assert (summary["device"], summary["dtype"]) == ("A processor", "fp32")
+    assert (summary["micro_batch_tokens"], summary["accumulation"], summary["student_parameters"]) == (256, 2, 100)
     assert summed_up(tmp_path, environment, device="cuda:0")["device"] == "A GPU"
     assert summed_up(tmp_path)["device"] == "cpu"
 
 
 def test_it_is_json(tmp_path: Path) -> None:
-    found = summed_up(
+    summary = summed_up(
         tmp_path, line(1, [1.0], {"data": [0.5]}, rank_worked_s=[1.0, 2.0], device=device(1.0, 2.0), mfu=mfu(0.1))
     )
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(summary)) == summary
 
 
 # Planted causes.
@@ -242,43 +248,43 @@ def steps(shares: dict[str, float], n: int = 6, step_s: float = 1.0, **fields: A
 
 
 def bottleneck(tmp_path: Path, events: list[Event], **more: Any) -> Event:
-    found: Event = summed_up(tmp_path, *events, **more)["bottleneck"]
-    return found
+    cause: Event = summed_up(tmp_path, *events, **more)["bottleneck"]
+    return cause
 
 
 def test_compute_bound_has_nothing_to_gain(tmp_path: Path) -> None:
-    found = bottleneck(tmp_path, steps(BALANCED))
-    assert (found["name"], found["key"]) == ("compute-bound", None)
-    assert "90% of the step is the models' own work" in found["why"] and "nothing to gain" in found["why"]
+    cause = bottleneck(tmp_path, steps(BALANCED))
+    assert (cause["name"], cause["key"]) == ("compute-bound", None)
+    assert "90% of the step is the models' own work" in cause["why"] and "nothing to gain" in cause["why"]
 
 
 def test_work_far_below_the_peak_is_not_compute_bound(tmp_path: Path) -> None:
-    found = bottleneck(tmp_path, steps(BALANCED, mfu={**mfu(0.01), "with_teacher": 0.02}))
-    assert (found["name"], found["key"]) == ("unknown", "data.micro_batch_tokens")
-    assert "at 2% of the device's peak" in found["why"]
+    cause = bottleneck(tmp_path, steps(BALANCED, mfu={**mfu(0.01), "with_teacher": 0.02}))
+    assert (cause["name"], cause["key"]) == ("unknown", "data.micro_batch_tokens")
+    assert "at 2% of the device's peak" in cause["why"]
     assert bottleneck(tmp_path, steps(BALANCED, mfu={**mfu(0.3), "with_teacher": 0.4}))["name"] == "compute-bound"
 
 
 def test_unknown_where_time_is_in_no_phase(tmp_path: Path) -> None:
-    found = bottleneck(tmp_path, steps({**BALANCED, "backward": 0.1}))
-    assert found["name"] == "unknown" and "other is the largest" in found["why"]
+    cause = bottleneck(tmp_path, steps({**BALANCED, "backward": 0.1}))
+    assert cause["name"] == "unknown" and "other is the largest" in cause["why"]
 
 
 def test_slow_loader_is_data_bound(tmp_path: Path) -> None:
-    found = bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}))
-    assert (found["name"], found["key"]) == ("data-bound", "data.cache_dir")
-    assert "40% of the step waits for data (data p50 400 ms, p95 400 ms of steps of p50 1e+03 ms)" in found["why"]
-    given = {**RECIPE, "data": {"train": "(a list given from Python)"}}
-    assert bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}), recipe=given)["key"] == "data.train"
+    cause = bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}))
+    assert (cause["name"], cause["key"]) == ("data-bound", "data.cache_dir")
+    assert "40% of the step waits for data (data p50 400 ms, p95 400 ms of steps of p50 1e+03 ms)" in cause["why"]
+    recipe = {**RECIPE, "data": {"train": "(a list given from Python)"}}
+    assert bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}), recipe=recipe)["key"] == "data.train"
     now_and_then = [*steps({**BALANCED, "data": 0.0}, 9), *steps({**BALANCED, "data": 0.7, "backward": 0.0}, 3, 4.0)]
     assert bottleneck(tmp_path, now_and_then)["key"] == "data.prefetch"
 
 
 def test_slow_link_is_communication_bound(tmp_path: Path) -> None:
     events = steps({**BALANCED, "exposed": 0.3, "backward": 0.1}, rank_worked_s=[0.7, 0.7])
-    found = bottleneck(tmp_path, events, ranks=2)
-    assert (found["name"], found["key"]) == ("communication-bound", "compression.kind")
-    assert "30% of the step waits for other ranks" in found["why"]
+    cause = bottleneck(tmp_path, events, ranks=2)
+    assert (cause["name"], cause["key"]) == ("communication-bound", "compression.kind")
+    assert "30% of the step waits for other ranks" in cause["why"]
     assert bottleneck(tmp_path, events, ranks=2, sync="every-micro-batch")["key"] == "world.sync"
     assert bottleneck(tmp_path, events, ranks=2, compression="int8")["key"] == "loop.accumulation"
 
@@ -288,10 +294,10 @@ def test_little_data_waited_for_long_is_probably_latency(tmp_path: Path) -> None
     shares = {**BALANCED, "exposed": 0.3, "backward": 0.1}
     for per_update, key in ((200_000, "loop.accumulation"), (2_000_000, "compression.kind")):
         events = steps(shares, rank_worked_s=[0.7, 0.7], gradient_bytes=per_update)
-        found = bottleneck(tmp_path, events, ranks=2)
-        assert (found["name"], found["key"]) == ("communication-bound", key)
-        told = "200,000 bytes an update take 1.6 ms at 1 Gbit/s, so it is probably latency"
-        assert (told in found["why"]) == (key == "loop.accumulation")
+        dominant = bottleneck(tmp_path, events, ranks=2)
+        assert (dominant["name"], dominant["key"]) == ("communication-bound", key)
+        reason = "200,000 bytes an update take 1.6 ms at 1 Gbit/s, so it is probably latency"
+        assert (reason in dominant["why"]) == (key == "loop.accumulation")
     quick = steps(shares, step_s=0.01, rank_worked_s=[0.007, 0.007], gradient_bytes=200_000)
     assert bottleneck(tmp_path, quick, ranks=2)["key"] == "compression.kind"
     # 4 ms, of which 3 ms are for the slower rank.
@@ -303,13 +309,13 @@ def test_little_data_waited_for_long_is_probably_latency(tmp_path: Path) -> None
 def test_slow_rank_is_named_and_not_the_network(tmp_path: Path) -> None:
     """Rank 0 waits 0.3 of each second for rank 2, and 0.02 for the network."""
     events = steps({**BALANCED, "exposed": 0.32, "backward": 0.1}, rank_worked_s=[0.68, 0.68, 0.98, 0.68], rank_tokens=[25] * 4)
-    found = summed_up(tmp_path, *events, ranks=4)
-    assert found["bottleneck"]["name"] == "straggler"
+    summary = summed_up(tmp_path, *events, ranks=4)
+    assert summary["bottleneck"]["name"] == "straggler"
     devices = [{"rank": rank, "host": f"node-{rank}"} for rank in (3, 2, 1, 0)]
     placed = bottleneck(tmp_path, [{"event": "environment", "devices": devices}, *events], ranks=4)
     assert placed["why"].startswith("rank 2 on node-2 works 30% more")
-    assert "rank 2 works 30% more than the mean rank, the slowest in 6 of 6 log lines" in found["bottleneck"]["why"]
-    network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
+    assert "rank 2 works 30% more than the mean rank, the slowest in 6 of 6 log lines" in summary["bottleneck"]["why"]
+    network = next(cause for cause in summary["causes"] if cause["name"] == "communication-bound")
     assert network["share"] == pytest.approx(0.02) and "30% of the step waits for slower ranks" in network["why"]
 
 
@@ -324,11 +330,11 @@ def test_why_a_rank_is_slow(tmp_path: Path) -> None:
 def test_ranks_that_take_turns_are_no_stragglers(tmp_path: Path) -> None:
     shares = {**BALANCED, "exposed": 0.3, "backward": 0.1}
     turns = [steps(shares, 1, rank_worked_s=[1.0, 0.5] if n % 2 else [0.5, 1.0])[0] for n in range(6)]
-    found = summed_up(tmp_path, *turns, ranks=2)
-    assert not [cause for cause in found["causes"] if cause["name"] == "straggler"]
+    summary = summed_up(tmp_path, *turns, ranks=2)
+    assert not [cause for cause in summary["causes"] if cause["name"] == "straggler"]
     # Of 6 s rank 0 waited 1.8, 1.5 of them in the three lines in which rank 1 worked longer.
-    assert found["straggler"]["rank_0_waited_s"] == pytest.approx(1.5)
-    network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
+    assert summary["straggler"]["rank_0_waited_s"] == pytest.approx(1.5)
+    network = next(cause for cause in summary["causes"] if cause["name"] == "communication-bound")
     assert network["share"] == pytest.approx(0.3 - 1.5 / 6)
 
 
@@ -336,29 +342,29 @@ def test_ranks_that_take_turns_within_a_log_line_are_not_the_network(tmp_path: P
     """Two ranks alternate 1 s and 2 s of work, 10 ms of network: of 4.02 s rank 0 waits 1.02, 1.00 of them for rank 1."""
     phases = {"student": [1.0, 2.0], "exposed": [1.01, 0.01]}
     events = [line(2 * n, [2.01, 2.01], phases, rank_worked_s=[3.0, 3.0], rank_0_waited_s=1.0) for n in (1, 2, 3)]
-    found = summed_up(tmp_path, *events, ranks=2)
-    network = next(cause for cause in found["causes"] if cause["name"] == "communication-bound")
+    summary = summed_up(tmp_path, *events, ranks=2)
+    network = next(cause for cause in summary["causes"] if cause["name"] == "communication-bound")
     assert network["share"] == pytest.approx(0.02 / 4.02)
-    assert found["bottleneck"]["name"] == "unknown"
-    assert "25% of the step waits for slower ranks, which take turns" in found["bottleneck"]["why"]
+    assert summary["bottleneck"]["name"] == "unknown"
+    assert "25% of the step waits for slower ranks, which take turns" in summary["bottleneck"]["why"]
 
 
 def test_waits_too_short_for_a_straggler_are_told_all_the_same(tmp_path: Path) -> None:
     """Of a second rank 0 waits 0.15: rank 1 works that much longer each time, 0.075 more than the mean; or both do, in turn."""
     phases = {"student": [0.85], "exposed": [0.15]}
     always = [line(n, [1.0], phases, rank_worked_s=[0.85, 1.0], rank_0_waited_s=0.15) for n in range(1, 7)]
-    found = summed_up(tmp_path, *always, ranks=2)["bottleneck"]
-    assert found["name"] == "unknown" and "15% of the step waits for slower ranks: rank 1 works 8% more" in found["why"]
+    cause = summed_up(tmp_path, *always, ranks=2)["bottleneck"]
+    assert cause["name"] == "unknown" and "15% of the step waits for slower ranks: rank 1 works 8% more" in cause["why"]
     turns = [line(n, [1.0], phases, rank_worked_s=[0.9, 0.9], rank_0_waited_s=0.15) for n in range(1, 7)]
-    found = summed_up(tmp_path, *turns, ranks=2)["bottleneck"]
-    assert found["name"] == "unknown" and "slower ranks, which take turns" in found["why"]
+    cause = summed_up(tmp_path, *turns, ranks=2)["bottleneck"]
+    assert cause["name"] == "unknown" and "slower ranks, which take turns" in cause["why"]
 
 
 def test_slow_transfer_is_not_the_loaders(tmp_path: Path) -> None:
     shares = {**BALANCED, "data": 0.08, "transfer": 0.2, "backward": 0.15}
-    found = summed_up(tmp_path, *steps(shares))
-    assert (found["bottleneck"]["name"], found["bottleneck"]["key"]) == ("transfer-bound", None)
-    assert {cause["name"]: cause["share"] for cause in found["causes"]}["data-bound"] == pytest.approx(0.08)
+    summary = summed_up(tmp_path, *steps(shares))
+    assert (summary["bottleneck"]["name"], summary["bottleneck"]["key"]) == ("transfer-bound", None)
+    assert {cause["name"]: cause["share"] for cause in summary["causes"]}["data-bound"] == pytest.approx(0.08)
     cached = {**RECIPE, "teacher": {"cache": "cache/"}}
     assert bottleneck(tmp_path, steps(shares), recipe=cached)["key"] == "teacher.top_k"
 
@@ -367,20 +373,20 @@ def test_heavy_teacher_is_teacher_bound(tmp_path: Path) -> None:
     """A cache stands in for it only where nothing but the likely tokens is learnt from."""
     events = steps({"teacher": 0.6, "student": 0.1, "losses": 0.05, "backward": 0.2})
     soft = {"a_ce": 5.0, "a_mlm": 2.0, "a_cos": 0.0, "a_mse": 0.0, "divergence": "forward-kl"}
-    found = bottleneck(tmp_path, events, recipe={**RECIPE, "objective": soft})
-    assert (found["name"], found["key"]) == ("teacher-bound", "teacher.cache")
+    cause = bottleneck(tmp_path, events, recipe={**RECIPE, "objective": soft})
+    assert (cause["name"], cause["key"]) == ("teacher-bound", "teacher.cache")
     for other in ({"a_cos": 1.0}, {"a_mse": 1.0}, {"divergence": "jsd"}, {"a_ce": 0.0}):
         refused = bottleneck(tmp_path, events, recipe={**RECIPE, "objective": {**soft, **other}})
         assert (refused["name"], refused["key"]) == ("teacher-bound", None), other
         assert "no cache can stand in" in refused["why"]
-    assert "the teacher's forward is 60% of the step, the student's forward, losses and backward 35%" in found["why"]
+    assert "the teacher's forward is 60% of the step, the student's forward, losses and backward 35%" in cause["why"]
 
 
 def test_idle_gpu_is_launch_bound(tmp_path: Path) -> None:
     events = steps(BALANCED, device=device(1.0, None, utilisation=0.6))
-    found = bottleneck(tmp_path, events, device="cuda:0")
-    assert (found["name"], found["key"]) == ("launch-bound", "loop.compile")
-    assert "no kernel runs 40% of the time, 2% of it in waits" in found["why"]
+    dominant = bottleneck(tmp_path, events, device="cuda:0")
+    assert (dominant["name"], dominant["key"]) == ("launch-bound", "loop.compile")
+    assert "no kernel runs 40% of the time, 2% of it in waits" in dominant["why"]
     compiled = {**RECIPE, "loop": {**RECIPE["loop"], "compile": True}}
     assert bottleneck(tmp_path, events, device="cuda:0", recipe=compiled)["key"] == "data.micro_batch_tokens"
     assert bottleneck(tmp_path, events)["name"] == "compute-bound"  # a CPU launches no kernels
@@ -398,28 +404,28 @@ def test_a_gpu_that_idles_during_checkpoints_is_not_launch_bound(tmp_path: Path)
     hot = {"throttled": {"hw_thermal_slowdown": 0.2}, "temperature_c": 90}
     events = steps(BALANCED, 3, 60.0)
     saved = [{"event": "checkpoint", "update": u, "seconds": 20.0, "path": "a"} for u in (1, 2, 3)]
-    mixed = [{**each, "device": device(80.0, None, utilisation=u)} for each, u in zip(events, shares, strict=True)]
+    mixed = [{**event, "device": device(80.0, None, utilisation=u)} for event, u in zip(events, shares, strict=True)]
     mixed[2]["device"] |= hot
-    found = summed_up(tmp_path, *(each for pair in zip(mixed, saved, strict=True) for each in pair), device="cuda:0")
-    assert (found["readings"]["utilisation"], found["readings"]["samples"]) == (0.97, 10)
-    assert found["bottleneck"]["name"] == "compute-bound", "3% without a kernel"
+    summary = summed_up(tmp_path, *(event for pair in zip(mixed, saved, strict=True) for event in pair), device="cuda:0")
+    assert (summary["readings"]["utilisation"], summary["readings"]["samples"]) == (0.97, 10)
+    assert summary["bottleneck"]["name"] == "compute-bound", "3% without a kernel"
     # What a GPU does to itself must not be missed.
-    assert (found["readings"]["temperature_c"], found["readings"]["throttled"]) == (90, {"hw_thermal_slowdown": 0.2})
+    assert (summary["readings"]["temperature_c"], summary["readings"]["throttled"]) == (90, {"hw_thermal_slowdown": 0.2})
     none = summed_up(tmp_path, saved[0], mixed[1], device="cuda:0")
     assert none["readings"]["utilisation"] is None and none["bottleneck"]["name"] == "compute-bound"
     assert none["readings"]["why"] == "all 1 log lines held more than updates"
 
 
 def test_optimizer_is_memory_bound(tmp_path: Path) -> None:
-    found = bottleneck(tmp_path, steps({**BALANCED, "optimizer": 0.35, "backward": 0.1}))
-    assert (found["name"], found["key"]) == ("memory-bound", "loop.accumulation")
+    cause = bottleneck(tmp_path, steps({**BALANCED, "optimizer": 0.35, "backward": 0.1}))
+    assert (cause["name"], cause["key"]) == ("memory-bound", "loop.accumulation")
 
 
 def test_time_beside_the_updates(tmp_path: Path) -> None:
     aside = [{"event": "evaluation", "update": u, "seconds": s, "loss": 1.0} for u, s in ((1, 2.0), (2, 4.0))]
-    found = summed_up(tmp_path, line(2, [1.0, 1.0]), *aside, {"event": "checkpoint", "update": 2, "seconds": 0.5})
-    assert (found["evaluation"]["n"], found["evaluation"]["p50"]) == (2, 3.0)
-    assert (found["checkpoint"]["n"], found["checkpoint"]["samples"]) == (1, [0.5])
+    summary = summed_up(tmp_path, line(2, [1.0, 1.0]), *aside, {"event": "checkpoint", "update": 2, "seconds": 0.5})
+    assert (summary["evaluation"]["n"], summary["evaluation"]["p50"]) == (2, 3.0)
+    assert (summary["checkpoint"]["n"], summary["checkpoint"]["samples"]) == (1, [0.5])
     assert summed_up(tmp_path, line(1, [1.0]))["evaluation"] is None
 
 
@@ -429,11 +435,11 @@ def test_few_flop_a_byte_are_memory_bound(tmp_path: Path) -> None:
     The device needs 1e6 / 1e4 = 100 FLOP a byte; reading takes 0.4 s of the second.
     """
     peaks = {"event": "environment", "peaks": {"flops": {"measured": 1e6}, "bytes": {"measured": 1e4}}}
-    known = {"flops": {"student": 6000.0, "teacher": 2000.0}, "mfu": mfu(0.006, peak=1e6)}
-    found = bottleneck(tmp_path, [peaks, *steps(BALANCED, **known)])
-    assert (found["name"], found["key"]) == ("memory-bound", "data.micro_batch_tokens")
+    figures = {"flops": {"student": 6000.0, "teacher": 2000.0}, "mfu": mfu(0.006, peak=1e6)}
+    cause = bottleneck(tmp_path, [peaks, *steps(BALANCED, **figures)])
+    assert (cause["name"], cause["key"]) == ("memory-bound", "data.micro_batch_tokens")
     assert (
-        "at most 2 FLOP a byte of weights, the device needs 100" in found["why"] and "40% of the step or more" in found["why"]
+        "at most 2 FLOP a byte of weights, the device needs 100" in cause["why"] and "40% of the step or more" in cause["why"]
     )
-    larger = {**known, "flops": {"student": 6e5, "teacher": 2e5}}
+    larger = {**figures, "flops": {"student": 6e5, "teacher": 2e5}}
     assert bottleneck(tmp_path, [peaks, *steps(BALANCED, **larger)])["name"] == "compute-bound"

@@ -90,8 +90,8 @@ def test_columns_keep_extremes_means_and_count(values: list[float], count: int) 
     width = (x[-1] - 0.0) / count or 1.0
     for index, mean in enumerate(columns.mean):  # each column anew, by its definition
         column = min(int(columns.x[index] / width), count - 1)
-        own = [b for a, b in zip(x, y, strict=True) if min(int(a / width), count - 1) == column and math.isfinite(b)]
-        assert mean == pytest.approx(np.mean(own), abs=1e-6) if own else math.isnan(mean)
+        members = [b for a, b in zip(x, y, strict=True) if min(int(a / width), count - 1) == column and math.isfinite(b)]
+        assert mean == pytest.approx(np.mean(members), abs=1e-6) if members else math.isnan(mean)
 
 
 def test_a_line_lies_where_its_values_say() -> None:
@@ -190,8 +190,8 @@ def test_readings_under_the_pointer_say_the_numbers() -> None:
     x, y = np.array([10.0, 20.0]), np.array([0.25, 0.5])
     axis = Axis(label="step", unit="s")
     root = drawn(charts.line_chart([ChartSeries(name="run", x=x, y=y)], x=Axis(label="update"), y=axis, title="t"))
-    told = [rect.findtext("title") for rect in of_class(root, "hover")]
-    assert told == ["update 10\nrun: 250.0 ms", "update 20\nrun: 500.0 ms"]
+    titles = [rect.findtext("title") for rect in of_class(root, "hover")]
+    assert titles == ["update 10\nrun: 250.0 ms", "update 20\nrun: 500.0 ms"]
 
 
 def test_a_stack_is_as_high_as_the_sum_of_its_parts() -> None:
@@ -218,10 +218,10 @@ def test_a_stack_of_many_updates_is_the_mean_of_its_columns() -> None:
 def test_a_histogram_counts_every_value() -> None:
     values = np.concatenate([np.full(90, 1.0), np.full(9, 1.5), [40.0]])
     svg = charts.histogram(values, x=Axis(label="step", unit="s"), marks=[("p50", 1.0)], domain=(0.5, 2.0), title="t")
-    told = [str(bar.findtext("title")) for bar in of_class(drawn(svg), "bar")]
-    counts = [int(re.findall(r": ([\d,]+) updates", text)[0]) for text in told]
+    titles = [str(bar.findtext("title")) for bar in of_class(drawn(svg), "bar")]
+    counts = [int(re.findall(r": ([\d,]+) updates", text)[0]) for text in titles]
     assert counts == [90, 9, 1]
-    assert "and more, up to 40.00 s" in told[-1]
+    assert "and more, up to 40.00 s" in titles[-1]
 
 
 @given(st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=50))

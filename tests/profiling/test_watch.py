@@ -54,10 +54,10 @@ def train(update: int, time: float, **fields: Any) -> dict[str, Any]:
 
 
 def state(run: Path, clock: Clock, cursor: str = "") -> dict[str, Any]:
-    found = following(run, clock).changes(cursor)
-    assert found is not None
-    json.dumps(found, allow_nan=False)
-    return found
+    changes = following(run, clock).changes(cursor)
+    assert changes is not None
+    json.dumps(changes, allow_nan=False)
+    return changes
 
 
 def following(run: Path, clock: Clock) -> Live:
@@ -66,8 +66,8 @@ def following(run: Path, clock: Clock) -> Live:
     return followed
 
 
-def values(found: dict[str, Any], name: str, which: str = "mean") -> list[float | None]:
-    return next(series[which] for series in found["curves"]["series"] if series["name"] == name)
+def values(snapshot: dict[str, Any], name: str, which: str = "mean") -> list[float | None]:
+    return next(series[which] for series in snapshot["curves"]["series"] if series["name"] == name)
 
 
 # ---- what it says of a run
@@ -82,36 +82,36 @@ def test_time_left_and_throughput_are_those_computed_by_hand(tmp_path: Path) -> 
         train(20, 17.0, updates=10, tokens=1000, tokens_per_s=250.0),
     ]
     append(tmp_path, start(), *lines)
-    found = state(tmp_path, Clock(17.0))
+    snapshot = state(tmp_path, Clock(17.0))
     # 80 updates to go at 6/20 s of training and 10/20 s of evaluations and checkpoints each
-    assert found["progress"]["left_s"] == pytest.approx(80 * (0.3 + 0.5))
-    assert found["progress"]["share"] == 0.2
-    assert found["progress"]["tokens"] == 2000
-    assert found["progress"]["elapsed_s"] == 17.0
-    assert found["speed"]["tokens_per_s"] == pytest.approx(2000 / 6)
-    assert values(found, "tokens_per_s") == [500, 250]
-    assert found["evaluations"][0]["loss"] == 3.0
-    assert [entry["kind"] for entry in found["log"]] == ["start", "evaluation", "checkpoint"]
+    assert snapshot["progress"]["left_s"] == pytest.approx(80 * (0.3 + 0.5))
+    assert snapshot["progress"]["share"] == 0.2
+    assert snapshot["progress"]["tokens"] == 2000
+    assert snapshot["progress"]["elapsed_s"] == 17.0
+    assert snapshot["speed"]["tokens_per_s"] == pytest.approx(2000 / 6)
+    assert values(snapshot, "tokens_per_s") == [500, 250]
+    assert snapshot["evaluations"][0]["loss"] == 3.0
+    assert [entry["kind"] for entry in snapshot["log"]] == ["start", "evaluation", "checkpoint"]
 
 
 def test_rates_are_of_the_last_lines_alone(tmp_path: Path) -> None:
     slow = [train(1 + i, float(i), tokens=10, tokens_per_s=1.0) for i in range(30)]
     fast = [train(31 + i, 30.0 + i, tokens=10, tokens_per_s=100.0) for i in range(live.RECENT)]
     append(tmp_path, start(), *slow, *fast)
-    found = state(tmp_path, Clock(50.0))
-    assert found["speed"]["tokens_per_s"] == pytest.approx(100)
-    assert found["progress"]["left_s"] == pytest.approx(50 * 0.1)
+    snapshot = state(tmp_path, Clock(50.0))
+    assert snapshot["speed"]["tokens_per_s"] == pytest.approx(100)
+    assert snapshot["progress"]["left_s"] == pytest.approx(50 * 0.1)
 
 
 def test_phases_leave_the_warmup_out_and_what_is_left_is_other(tmp_path: Path) -> None:
     phases = {"teacher": [9.0, 0.2, 0.4], "backward": [9.0, 0.3, 0.3], "communication": [9.0, 0.25, 0.25]}
     append(tmp_path, start(), train(3, 30.0, updates=3, warmup=1, step_s=[90.0, 0.8, 1.2], phases=phases))
-    found = state(tmp_path, Clock(30.0))
-    assert found["phases"]["step_s"] == pytest.approx(1.0)
-    assert found["phases"]["seconds"] == pytest.approx({"teacher": 0.3, "backward": 0.3, "other": 0.4})
-    assert found["phases"]["communication_s"] == pytest.approx(0.25)
-    assert (found["speed"]["step_p50_s"], found["speed"]["steps"]) == (pytest.approx(1.0), 2)
-    assert values(found, "step") == [1000]
+    snapshot = state(tmp_path, Clock(30.0))
+    assert snapshot["phases"]["step_s"] == pytest.approx(1.0)
+    assert snapshot["phases"]["seconds"] == pytest.approx({"teacher": 0.3, "backward": 0.3, "other": 0.4})
+    assert snapshot["phases"]["communication_s"] == pytest.approx(0.25)
+    assert (snapshot["speed"]["step_p50_s"], snapshot["speed"]["steps"]) == (pytest.approx(1.0), 2)
+    assert values(snapshot, "step") == [1000]
 
 
 def test_a_rank_that_works_longer_than_the_others_is_slow(tmp_path: Path) -> None:
@@ -132,11 +132,11 @@ def test_a_rank_that_works_longer_than_the_others_is_slow(tmp_path: Path) -> Non
 
 def test_what_was_not_recorded_is_not_there(tmp_path: Path) -> None:
     append(tmp_path, start(), train(1, 1.0))
-    found = state(tmp_path, Clock(1.0))
-    assert [series["name"] for series in found["curves"]["series"]] == ["total"]
-    assert found["phases"] is found["ranks"] is found["device"] is found["speed"]["mfu"] is None
-    assert found["memory"] == {}
-    assert found["progress"]["left_s"] is None
+    snapshot = state(tmp_path, Clock(1.0))
+    assert [series["name"] for series in snapshot["curves"]["series"]] == ["total"]
+    assert snapshot["phases"] is snapshot["ranks"] is snapshot["device"] is snapshot["speed"]["mfu"] is None
+    assert snapshot["memory"] == {}
+    assert snapshot["progress"]["left_s"] is None
 
 
 def test_terms_without_weight_are_not_shown(tmp_path: Path) -> None:
@@ -152,16 +152,16 @@ def test_numbers_that_are_not_finite_are_gaps_and_said(tmp_path: Path) -> None:
         log.write("train", update=1, updates=1, total=2.0, tokens=8, tokens_per_s=float("nan"))
         log.write("train", update=2, updates=1, total=float("nan"), tokens=8, tokens_per_s=float("inf"))
         log.write("nonfinite", update=1, message="the loss of update 2 is not finite")
-    found = state(tmp_path, Clock())
-    assert values(found, "total") == [2.0, None]
-    assert found["speed"]["latest"]["total"] == "nan"
-    assert (found["status"]["kind"], found["status"]["message"]) == ("nonfinite", "the loss of update 2 is not finite")
+    snapshot = state(tmp_path, Clock())
+    assert values(snapshot, "total") == [2.0, None]
+    assert snapshot["speed"]["latest"]["total"] == "nan"
+    assert (snapshot["status"]["kind"], snapshot["status"]["message"]) == ("nonfinite", "the loss of update 2 is not finite")
 
 
 def test_what_json_has_no_word_for_is_told_as_text(tmp_path: Path) -> None:
     append(tmp_path, start(), train(1, 1.0, total=float("nan"), mfu={"student": float("inf")}))  # Python writes NaN, Infinity
-    found = state(tmp_path, Clock())
-    assert (found["speed"]["latest"]["total"], found["speed"]["mfu"]) == ("nan", {"student": "inf"})
+    snapshot = state(tmp_path, Clock())
+    assert (snapshot["speed"]["latest"]["total"], snapshot["speed"]["mfu"]) == ("nan", {"student": "inf"})
 
 
 # ---- how it goes on
@@ -203,9 +203,9 @@ def test_a_torn_last_line_waits_for_its_end(tmp_path: Path) -> None:
             log.write(part)
             log.flush()
             followed.refresh()
-            found = followed.changes()
-            assert found is not None
-            assert (found["progress"]["update"], found["status"]["kind"] != "reading") == (update, True)
+            changes = followed.changes()
+            assert changes is not None
+            assert (changes["progress"]["update"], changes["status"]["kind"] != "reading") == (update, True)
 
 
 def test_a_torn_line_that_the_next_attempt_cuts_off_is_forgotten(tmp_path: Path) -> None:
@@ -218,10 +218,10 @@ def test_a_torn_line_that_the_next_attempt_cuts_off_is_forgotten(tmp_path: Path)
         log.write("resume", update=1, updates=100)
         log.write("train", update=2, updates=1, total=0.5)
     followed.refresh()
-    found = followed.changes()
-    assert found is not None
-    assert found["curves"]["updates"] == [1, 2]
-    assert "unreadable" not in {entry["kind"] for entry in found["log"]}
+    changes = followed.changes()
+    assert changes is not None
+    assert changes["curves"]["updates"] == [1, 2]
+    assert "unreadable" not in {entry["kind"] for entry in changes["log"]}
 
 
 def test_lines_that_are_no_events_are_told_and_left_out(tmp_path: Path) -> None:
@@ -230,9 +230,9 @@ def test_lines_that_are_no_events_are_told_and_left_out(tmp_path: Path) -> None:
         log.write(b"\xff\x00 garbage\n[1]\n{}\n")
     append(tmp_path, train(1, 1.0), {"event": "train", "update": "x", "time": "then", "phases": 3, "step_s": 4})
     append(tmp_path, train(2, 2.0, phases={"data": "x"}, step_s=[None, "y"], device=5, memory=[1], mfu="no", warmup="a"))
-    found = state(tmp_path, Clock())
-    assert found["curves"]["updates"] == [1, 2]
-    assert [entry["text"] for entry in found["log"] if entry["kind"] == "unreadable"] == [
+    snapshot = state(tmp_path, Clock())
+    assert snapshot["curves"]["updates"] == [1, 2]
+    assert [entry["text"] for entry in snapshot["log"] if entry["kind"] == "unreadable"] == [
         f"line {number} of events.jsonl is not an event and was left out" for number in (2, 3, 4, 6)
     ]
 
@@ -251,20 +251,22 @@ def test_what_a_resume_takes_back_is_what_the_effective_log_leaves_out(
         append(run, {"event": kind, "time": 1.0, "update": at, "updates": 1, "message": str(number), "total": 1.0})
         if number % 2:  # a page that misses some
             followed.refresh()
-            seen = followed.changes(cursor)
-            assert seen is not None
-            updates = updates[: 0 if seen["reset"] else seen["curves"]["from"]] + seen["curves"]["updates"]
-            cursor = seen["cursor"]
+            changes = followed.changes(cursor)
+            assert changes is not None
+            updates = updates[: 0 if changes["reset"] else changes["curves"]["from"]] + changes["curves"]["updates"]
+            cursor = changes["cursor"]
     followed.refresh()
     last = followed.changes(cursor)
     if last is not None:
         updates = updates[: 0 if last["reset"] else last["curves"]["from"]] + last["curves"]["updates"]
     effective = list(read_events(run / "events.jsonl", effective=True))
-    whole = followed.changes()
-    assert whole is not None
-    assert updates == whole["curves"]["updates"] == [event["update"] for event in effective if event["event"] == "train"]
-    assert [each["update"] for each in whole["evaluations"]] == [e["update"] for e in effective if e["event"] == "evaluation"]
-    assert [each["text"] for each in whole["log"] if each["kind"] == "note"] == [
+    snapshot = followed.changes()
+    assert snapshot is not None
+    assert updates == snapshot["curves"]["updates"] == [event["update"] for event in effective if event["event"] == "train"]
+    assert [entry["update"] for entry in snapshot["evaluations"]] == [
+        e["update"] for e in effective if e["event"] == "evaluation"
+    ]
+    assert [entry["text"] for entry in snapshot["log"] if entry["kind"] == "note"] == [
         event["message"] for event in effective if event["event"] == "note"
     ]
 
@@ -278,20 +280,20 @@ def test_long_curves_keep_their_spikes(tmp_path: Path) -> None:
     followed = following(tmp_path, Clock(float(count)))
     while followed.reading:
         followed.refresh()
-    found = followed.changes()
-    assert found is not None
-    curves = found["curves"]
+    changes = followed.changes()
+    assert changes is not None
+    curves = changes["curves"]
     assert curves["stride"] == 8
     assert curves["updates"] == [*range(8, count + 1, 8)]
     assert len(curves["updates"]) <= live.POINTS
-    largest = values(found, "grad_norm", "largest")
+    largest = values(changes, "grad_norm", "largest")
     assert [i for i, value in enumerate(largest) if value == 50.0] == [777 // 8]
-    assert values(found, "grad_norm")[777 // 8] == pytest.approx((7 + 50) / 8)
-    assert values(found, "grad_norm")[1000 // 8] == 1.0
+    assert values(changes, "grad_norm")[777 // 8] == pytest.approx((7 + 50) / 8)
+    assert values(changes, "grad_norm")[1000 // 8] == 1.0
     # The last bucket grows with what comes.
     append(tmp_path, train(count + 1, 1.0, grad_norm=2.0), train(count + 2, 1.0, grad_norm=4.0))
     followed.refresh()
-    more = followed.changes(found["cursor"])
+    more = followed.changes(changes["cursor"])
     assert more is not None
     assert (more["curves"]["from"], more["curves"]["updates"]) == (count // 8, [count + 2])
     assert values(more, "grad_norm") == [3.0]
@@ -305,17 +307,17 @@ def test_a_long_log_is_read_in_bounded_steps(tmp_path: Path, monkeypatch: pytest
     followed.refresh()
     shares = []
     while followed.reading:
-        found = followed.changes()
-        assert found is not None
-        assert found["status"]["kind"] == "reading"
-        assert "curves" not in found
-        shares.append(found["status"]["share"])
+        changes = followed.changes()
+        assert changes is not None
+        assert changes["status"]["kind"] == "reading"
+        assert "curves" not in changes
+        shares.append(changes["status"]["share"])
         followed.refresh()
     assert len(shares) > 50
     assert shares == sorted(shares)
-    found = followed.changes()
-    assert found is not None
-    assert found["progress"]["update"] == 999
+    changes = followed.changes()
+    assert changes is not None
+    assert changes["progress"]["update"] == 999
 
 
 # ---- whether it is alive
@@ -328,10 +330,10 @@ def test_silence_is_several_usual_intervals_and_no_less_than_a_pause_it_made_bef
 
     def status() -> dict[str, Any]:
         followed.refresh()
-        found = followed.changes()
-        assert found is not None
-        told: dict[str, Any] = found["status"]
-        return told
+        changes = followed.changes()
+        assert changes is not None
+        entry: dict[str, Any] = changes["status"]
+        return entry
 
     clock.now = 60 + 49.0
     assert status()["kind"] == "running"
@@ -352,14 +354,14 @@ def test_the_clock_of_the_runs_machine_does_not_matter_while_it_is_followed(tmp_
     clock = Clock(1e6)
     append(tmp_path, start(time=0.0), train(1, 1.0), train(2, 2.0))  # an hour-glass far behind ours
     followed = following(tmp_path, clock)
-    found = followed.changes()
-    assert found is not None
-    assert found["status"]["kind"] == "silent"  # nothing better is known of what was there before
+    changes = followed.changes()
+    assert changes is not None
+    assert changes["status"]["kind"] == "silent"  # nothing better is known of what was there before
     append(tmp_path, train(3, 3.0))
     followed.refresh()
-    found = followed.changes()
-    assert found is not None
-    assert (found["status"]["kind"], found["status"]["heard"]) == ("running", 1e6)
+    changes = followed.changes()
+    assert changes is not None
+    assert (changes["status"]["kind"], changes["status"]["heard"]) == ("running", 1e6)
 
 
 @pytest.mark.parametrize(
@@ -379,10 +381,10 @@ def test_an_end_is_said_for_ever_and_taken_back_by_a_resume(
     status = state(tmp_path, clock)["status"]
     assert (status["kind"], status["message"]) == (kind, message)
     append(tmp_path, start(1, time=1e5, kind="resume", ranks=2))
-    found = state(tmp_path, clock)
-    assert found["status"]["kind"] == "starting"
-    assert found["progress"]["attempt_from"] == 1
-    assert "2 ranks" in found["log"][-1]["text"]
+    snapshot = state(tmp_path, clock)
+    assert snapshot["status"]["kind"] == "starting"
+    assert snapshot["progress"]["attempt_from"] == 1
+    assert "2 ranks" in snapshot["log"][-1]["text"]
 
 
 def test_a_process_that_lets_go_of_the_run_without_a_last_word_has_died(tmp_path: Path) -> None:
@@ -391,18 +393,18 @@ def test_a_process_that_lets_go_of_the_run_without_a_last_word_has_died(tmp_path
     followed = Live(tmp_path, clock, clock)
     with sole_user(tmp_path):
         followed.refresh()
-        found = followed.changes()
-        assert found is not None
-        assert (found["status"]["kind"], found["status"]["locked"]) == ("running", True)
+        changes = followed.changes()
+        assert changes is not None
+        assert (changes["status"]["kind"], changes["status"]["locked"]) == ("running", True)
     followed.refresh()
-    found = followed.changes(found["cursor"])
-    assert found is not None
-    assert found["status"]["kind"] == "died"
+    changes = followed.changes(changes["cursor"])
+    assert changes is not None
+    assert changes["status"]["kind"] == "died"
     append(tmp_path, {"event": "done", "update": 2, "time": 2.0})
     followed.refresh()
-    found = followed.changes(found["cursor"])
-    assert found is not None
-    assert found["status"]["kind"] == "done"
+    changes = followed.changes(changes["cursor"])
+    assert changes is not None
+    assert changes["status"]["kind"] == "done"
 
 
 def test_following_a_run_never_holds_it(tmp_path: Path) -> None:
@@ -417,20 +419,20 @@ def test_following_a_run_never_holds_it(tmp_path: Path) -> None:
 def test_a_run_that_appears_later_and_one_that_is_made_anew(tmp_path: Path) -> None:
     run, clock = tmp_path / "runs" / "later", Clock(1.0)
     followed = following(run, clock)
-    found = followed.changes()
-    assert found is not None
-    assert found["status"]["kind"] == "waiting"
+    changes = followed.changes()
+    assert changes is not None
+    assert changes["status"]["kind"] == "waiting"
     append(run, start(), train(1, 1.0), train(2, 2.0))
     followed.refresh()
-    found = followed.changes(found["cursor"])
-    assert found is not None
-    assert found["curves"]["updates"] == [1, 2]
+    changes = followed.changes(changes["cursor"])
+    assert changes is not None
+    assert changes["curves"]["updates"] == [1, 2]
     (run / "events.jsonl").unlink()
     append(run, start(), train(7, 1.0))
     followed.refresh()
-    found = followed.changes(found["cursor"])
-    assert found is not None
-    assert (found["reset"], found["curves"]["updates"]) == (True, [7])
+    changes = followed.changes(changes["cursor"])
+    assert changes is not None
+    assert (changes["reset"], changes["curves"]["updates"]) == (True, [7])
 
 
 # ---- who may read it
@@ -477,9 +479,9 @@ def test_the_page_and_its_state_are_served_with_headers_that_keep_others_out(tmp
             assert "unsafe" not in policy
             assert headers["x-content-type-options"] == "nosniff"
         status, _, body = ask(server)
-        found = json.loads(body)
-        assert (status, found["progress"]["update"]) == (200, 1)
-        status, _, body = ask(server, f"/api/state?since={found['cursor']}")
+        snapshot = json.loads(body)
+        assert (status, snapshot["progress"]["update"]) == (200, 1)
+        status, _, body = ask(server, f"/api/state?since={snapshot['cursor']}")
         assert (status, body) == (204, b"")
 
 
@@ -546,10 +548,10 @@ def test_another_address_asks_for_the_token(tmp_path: Path) -> None:
             assert ask(server, path, Cookie=f"fastdistil-watch-{server.port}=x; {cookie['Cookie'][:-1]}")[0] == 403
         status, headers, _ = ask(server, f"/?token={token}")
         assert (status, headers["location"]) == (303, "/")
-        given = headers["set-cookie"]
-        assert given.startswith(cookie["Cookie"])
-        assert "HttpOnly" in given
-        assert "SameSite=Lax" in given
+        set_cookie = headers["set-cookie"]
+        assert set_cookie.startswith(cookie["Cookie"])
+        assert "HttpOnly" in set_cookie
+        assert "SameSite=Lax" in set_cookie
         assert ask(server, "/", **cookie)[0] == 200
         assert ask(server, "/api/state", **cookie)[0] == 200
         assert ask(server, "/api/state", Host="rebound.example", **cookie)[0] == 403

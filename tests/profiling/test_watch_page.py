@@ -87,8 +87,8 @@ def text(browser: Chrome, name: str) -> str:
     return str(browser.execute_script("return document.getElementById(arguments[0]).textContent", name))
 
 
-def until_text(browser: Chrome, name: str, wanted: str) -> None:
-    until(browser, lambda: wanted in text(browser, name))
+def until_text(browser: Chrome, name: str, expected: str) -> None:
+    until(browser, lambda: expected in text(browser, name))
 
 
 class Writer:
@@ -279,8 +279,8 @@ def scanlines(png: bytes) -> list[bytes]:
         if kind == b"IDAT":
             packed += png[at + 8 : at + 8 + size]
         at += size + 12
-    whole = zlib.decompress(packed)
-    return [whole[i : i + width + 1] for i in range(0, len(whole), width + 1)]
+    raw = zlib.decompress(packed)
+    return [raw[i : i + width + 1] for i in range(0, len(raw), width + 1)]
 
 
 def test_colours_and_motion_follow_the_readers_wishes(browser: Chrome, tmp_path: Path) -> None:

@@ -21,15 +21,17 @@ TRAFFIC_INT8 = (2 * 4 + 3 * 4 + 3 * 4 + 1 + 2 * 1 + 1 + 4) / 4 * SIZE
 
 def seconds(ranks: int, micro_batches: int, sent: float, collectives: int, rings: int = 1, touched: float = 0.0) -> float:
     """The formula written out again, for a CPU."""
-    own = micro_batches * TRUE["s"] + TRUE["o"] + TRUE["sigma"] * LARGEST[ranks] * math.sqrt(micro_batches)
+    worked = micro_batches * TRUE["s"] + TRUE["o"] + TRUE["sigma"] * LARGEST[ranks] * math.sqrt(micro_batches)
     if ranks == 1:
-        return own
+        return worked
     exchange = collectives * TRUE["a0"] + BUCKETS * 2 * (ranks - 1) * TRUE["a"] + sent * TRUE[f"b{rings}"]
     hidden = 0.4 * 0.9 * TRUE["s"]
-    return own + touched * TRUE["g"] + max(exchange - hidden, exchange / collectives)
+    return worked + touched * TRUE["g"] + max(exchange - hidden, exchange / collectives)
 
 
-def made(ranks: int, micro_batches: int, *, rings: int = 1, int8: bool = False, noise: Sequence[float] = (0.0, 0.0)) -> Point:
+def timed_point(
+    ranks: int, micro_batches: int, *, rings: int = 1, int8: bool = False, noise: Sequence[float] = (0.0, 0.0)
+) -> Point:
     sent = 2 * (ranks - 1) / ranks * SIZE * (1 / 4 + 1 / 1024 if int8 else 1.0)
     collectives, touched = BUCKETS * (2 if int8 else 1), TRAFFIC_INT8 if int8 and ranks > 1 else 0.0
     true = seconds(ranks, micro_batches, sent, collectives, rings, touched)
@@ -44,17 +46,17 @@ def made(ranks: int, micro_batches: int, *, rings: int = 1, int8: bool = False, 
         hops=BUCKETS * 2 * (ranks - 1),
         touched_bytes=touched,
         name=f"{ranks}",
-        samples=tuple(TimingSample(step_s=true * (1 + each)) for each in noise),
+        samples=tuple(TimingSample(step_s=true * (1 + deviation)) for deviation in noise),
     )
 
 
 def many(noise: Callable[[int], Sequence[float]] = lambda _: (0.0, 0.0)) -> list[Point]:
     chosen = [(1, 2), (1, 8), (2, 2), (4, 8), (8, 2), (8, 32), (16, 8)]
-    points = [made(ranks, count, noise=noise(number)) for number, (ranks, count) in enumerate(chosen)]
+    points = [timed_point(ranks, count, noise=noise(number)) for number, (ranks, count) in enumerate(chosen)]
     points += [
-        made(4, 4, rings=4, noise=noise(20)),
-        made(8, 4, int8=True, noise=noise(21)),
-        made(2, 4, int8=True, noise=noise(22)),
+        timed_point(4, 4, rings=4, noise=noise(20)),
+        timed_point(8, 4, int8=True, noise=noise(21)),
+        timed_point(2, 4, int8=True, noise=noise(22)),
     ]
     return points
 
@@ -70,10 +72,10 @@ def test_the_largest_of_n(count: int) -> None:
 
 def test_known_parameters_are_found_again() -> None:
     model = fit(many(), on_cpu=True)
-    wanted = {"micro_batch_s": "s", "fixed_s": "o", "straggler_s": "sigma", "collective_s": "a0", "hop_s": "a"}
-    wanted |= {"byte_s@1": "b1", "byte_s@4": "b4", "memory_byte_s": "g"}
-    assert model.rank == len(model.names) == len(wanted)
-    for name, true in wanted.items():
+    true_names = {"micro_batch_s": "s", "fixed_s": "o", "straggler_s": "sigma", "collective_s": "a0", "hop_s": "a"}
+    true_names |= {"byte_s@1": "b1", "byte_s@4": "b4", "memory_byte_s": "g"}
+    assert model.rank == len(model.names) == len(true_names)
+    for name, true in true_names.items():
         assert value(model, name) == pytest.approx(TRUE[true], rel=1e-4), name
     assert model.residual == pytest.approx(0.0, abs=1e-6)
     assert not model.undetermined
@@ -87,23 +89,23 @@ def test_noise_shows_in_residual_and_errors() -> None:
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=8, exchanges=1)
     band = predict(model, work.point(4, 4))
     assert band.high_s - band.step_s > 2 * model.residual * band.step_s < 2.5 * (band.step_s - band.low_s)
-    found = next(parameter for parameter in model.parameters if parameter.name == "micro_batch_s")
-    assert found.value is not None
-    assert found.sd is not None
-    assert abs(found.value - TRUE["s"]) < 4 * found.sd < 0.05 * TRUE["s"]
+    fitted = next(parameter for parameter in model.parameters if parameter.name == "micro_batch_s")
+    assert fitted.value is not None
+    assert fitted.sd is not None
+    assert abs(fitted.value - TRUE["s"]) < 4 * fitted.sd < 0.05 * TRUE["s"]
 
 
 def test_too_few_points_are_said_to_be_too_few() -> None:
-    model = fit([made(1, 4), made(2, 4)], on_cpu=True)
+    model = fit([timed_point(1, 4), timed_point(2, 4)], on_cpu=True)
     assert model.rank == 2
     # One accumulation: s and o only together. One several-rank point: what its exchange is made of stays open.
     assert {parameter.name for parameter in model.undetermined} == set(model.names)
-    whole = 4 * TRUE["s"] + TRUE["o"]
+    total = 4 * TRUE["s"] + TRUE["o"]
     ends = {parameter.name: (parameter.low, parameter.high) for parameter in model.parameters}
-    assert ends["micro_batch_s"] == pytest.approx((0.0, whole / 4))
-    assert ends["fixed_s"] == pytest.approx((0.0, whole))
+    assert ends["micro_batch_s"] == pytest.approx((0.0, total / 4))
+    assert ends["fixed_s"] == pytest.approx((0.0, total))
     # Another accumulation decides s and o, and nothing else.
-    more = fit([made(1, 4), made(1, 16), made(2, 4)], on_cpu=True)
+    more = fit([timed_point(1, 4), timed_point(1, 16), timed_point(2, 4)], on_cpu=True)
     assert value(more, "micro_batch_s") == pytest.approx(TRUE["s"])
     assert value(more, "fixed_s") == pytest.approx(TRUE["o"])
     assert {parameter.name for parameter in more.undetermined} == {"straggler_s", "collective_s", "hop_s", "byte_s@1"}
@@ -113,18 +115,18 @@ def test_too_few_points_are_said_to_be_too_few() -> None:
 
 def test_what_ranks_recorded_of_their_own_work_tells_stragglers_from_the_network() -> None:
     """The same two points: the imbalance and the waits, measured, decide what the whole cannot."""
-    single, double = made(1, 4), made(2, 4)
-    own = 4 * TRUE["s"] + TRUE["o"]
+    single, double = timed_point(1, 4), timed_point(2, 4)
+    worked = 4 * TRUE["s"] + TRUE["o"]
     late = TRUE["sigma"] * LARGEST[2] * 2
     step = double.samples[0].step_s
-    sample = TimingSample(step_s=step, worked_s=own, imbalance_s=late, waited_s=step - own - late)
+    sample = TimingSample(step_s=step, worked_s=worked, imbalance_s=late, waited_s=step - worked - late)
     model = fit([single, Point(**{**double.__dict__, "samples": (sample, sample)})], on_cpu=True)
     assert value(model, "straggler_s") == pytest.approx(TRUE["sigma"], rel=1e-4)
     assert value(model, "hop_s") is None
 
 
 def test_an_open_parameter_widens_the_band_of_what_depends_on_it_only() -> None:
-    model = fit([made(1, 4), made(1, 16), made(2, 4)], on_cpu=True)
+    model = fit([timed_point(1, 4), timed_point(1, 16), timed_point(2, 4)], on_cpu=True)
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=4, exchanges=1)
     again = predict(model, work.point(2, 2))
     true = seconds(2, 4, SIZE, BUCKETS)
@@ -139,9 +141,9 @@ def test_an_open_parameter_widens_the_band_of_what_depends_on_it_only() -> None:
 def test_a_prediction_at_other_ranks_is_the_formula() -> None:
     model = fit(many(), on_cpu=True)
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=4, exchanges=1)
-    found = predict(model, work.point(64, 64))
-    assert found.step_s == pytest.approx(seconds(64, 4, 2 * 63 / 64 * SIZE, BUCKETS), rel=1e-5)
-    assert found.low_s <= found.step_s <= found.high_s
+    prediction = predict(model, work.point(64, 64))
+    assert prediction.step_s == pytest.approx(seconds(64, 4, 2 * 63 / 64 * SIZE, BUCKETS), rel=1e-5)
+    assert prediction.low_s <= prediction.step_s <= prediction.high_s
 
 
 def network(link: float, latency: float = 1e-9) -> Network:
@@ -155,25 +157,25 @@ def network(link: float, latency: float = 1e-9) -> Network:
 def test_another_network_replaces_bandwidth_and_latency_by_hand() -> None:
     model = fit(many(), on_cpu=True)
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=4, exchanges=1)
-    found = predict(model, work.point(8, 8), network(1e7, 1e-3))
+    prediction = predict(model, work.point(8, 8), network(1e7, 1e-3))
     sent = 2 * 7 / 8 * SIZE
     exchange = BUCKETS * TRUE["a0"] + BUCKETS * 14 * 1e-3 + sent / 1e7
-    own = 4 * TRUE["s"] + TRUE["o"]
-    assert found.work_s == pytest.approx(own, rel=1e-5)
-    assert found.imbalance_s == pytest.approx(TRUE["sigma"] * LARGEST[8] * 2, rel=1e-3)
-    assert found.exposed_s == pytest.approx(exchange - 0.36 * TRUE["s"], rel=1e-5)
+    worked = 4 * TRUE["s"] + TRUE["o"]
+    assert prediction.work_s == pytest.approx(worked, rel=1e-5)
+    assert prediction.imbalance_s == pytest.approx(TRUE["sigma"] * LARGEST[8] * 2, rel=1e-3)
+    assert prediction.exposed_s == pytest.approx(exchange - 0.36 * TRUE["s"], rel=1e-5)
     # Whether the engine's own time for a byte overlaps with the link's is not known: the band's far end has both.
-    assert found.high_s - found.step_s >= sent * TRUE["b1"] * (1 - 1e-6)
+    assert prediction.high_s - prediction.step_s >= sent * TRUE["b1"] * (1 - 1e-6)
 
 
 def test_points_on_two_known_links_tell_a_third() -> None:
     """c = 1.1: headers and acknowledgements; the rest of a byte's time is the engine's."""
-    points = [made(1, 2, noise=(0.001, -0.001))]
+    points = [timed_point(1, 2, noise=(0.001, -0.001))]
     for link in (5e6, 2e7):
         sent = float(SIZE)
         exchange = BUCKETS * TRUE["a0"] + BUCKETS * 2 * TRUE["a"] + sent * (TRUE["b1"] + 1.1 / link)
         step = 2 * TRUE["s"] + TRUE["o"] + exchange - 0.36 * TRUE["s"]
-        values = made(2, 2).__dict__ | {
+        values = timed_point(2, 2).__dict__ | {
             "link_bytes_per_s": link,
             "samples": tuple(TimingSample(step_s=step * f) for f in (1.002, 0.998)),
         }
@@ -182,10 +184,10 @@ def test_points_on_two_known_links_tell_a_third() -> None:
     assert value(model, "link_share") == pytest.approx(1.1, rel=0.02)
     assert value(model, "byte_s@1") is None
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=2, exchanges=1)
-    found = predict(model, work.point(2, 2), network(1e7, TRUE["a"]))
+    prediction = predict(model, work.point(2, 2), network(1e7, TRUE["a"]))
     true = 2 * TRUE["s"] + TRUE["o"] - 0.36 * TRUE["s"] + BUCKETS * (TRUE["a0"] + 2 * TRUE["a"]) + SIZE * (TRUE["b1"] + 1.1e-7)
-    assert found.low_s < true < found.high_s
-    assert found.high_s < 1.2 * found.low_s
+    assert prediction.low_s < true < prediction.high_s
+    assert prediction.high_s < 1.2 * prediction.low_s
     wrong = predict(model, work.point(2, 2), network(1.5e7, TRUE["a"]))
     assert not wrong.low_s < true < wrong.high_s
 
@@ -195,26 +197,28 @@ def test_break_even_is_where_two_predictions_differ_by_two_percent(monkeypatch: 
     model = fit(many(), on_cpu=True)
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=4, exchanges=1)
     slow = network(1e7)
-    found = break_even(model, work, "int8", 8, 8, slow)
-    assert not found.free
-    assert found.most_accumulation is not None
-    assert 1 < found.most_accumulation < FOREVER
+    threshold = break_even(model, work, "int8", 8, 8, slow)
+    assert not threshold.free
+    assert threshold.most_accumulation is not None
+    assert 1 < threshold.most_accumulation < FOREVER
 
     def saving(micro_batches: int, chosen: Network) -> float:
         at = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=micro_batches, exchanges=1)
         plain, small = (predict(model, at.point(8, 8, kind=kind), chosen).step_s for kind in ("none", "int8"))  # type: ignore[arg-type]
         return 1 - small / plain
 
-    assert saving(found.most_accumulation, slow) > 0.02 >= saving(found.most_accumulation + 1, slow)
-    assert found.most_bytes_per_s is not None
-    assert 1e7 < found.most_bytes_per_s < FASTEST
-    assert saving(4, network(found.most_bytes_per_s * 0.999)) > 0.02 > saving(4, network(found.most_bytes_per_s * 1.001))
+    assert saving(threshold.most_accumulation, slow) > 0.02 >= saving(threshold.most_accumulation + 1, slow)
+    assert threshold.most_bytes_per_s is not None
+    assert 1e7 < threshold.most_bytes_per_s < FASTEST
+    assert (
+        saving(4, network(threshold.most_bytes_per_s * 0.999)) > 0.02 > saving(4, network(threshold.most_bytes_per_s * 1.001))
+    )
     # No compressed point: what compressing costs is not known, and the limits are upper ones.
     unknown = fit([point for point in many() if not point.touched_bytes], on_cpu=True)
     at_most = break_even(unknown, work, "int8", 8, 8, slow)
     assert at_most.free
     assert at_most.most_accumulation is not None
-    assert at_most.most_accumulation >= found.most_accumulation
+    assert at_most.most_accumulation >= threshold.most_accumulation
 
 
 def test_break_even_points_are_written_down() -> None:
@@ -222,10 +226,10 @@ def test_break_even_points_are_written_down() -> None:
     work = Workload(gradient_bytes=SIZE, buckets=BUCKETS, engine="torch", accumulation=4, exchanges=1)
     slow = network(1e7)
     _, _, values = _model(model, work, Question(ranks=(8,), networks=(("slow", slow),)), None)
-    small = {each["kind"]: each for each in values["break_even"]}
-    wanted = break_even(model, work, "int8", 8, 8, slow)
-    assert small["int8"]["most_accumulation"] == wanted.most_accumulation
-    assert small["int8"]["most_bytes_per_s"] == wanted.most_bytes_per_s
+    small = {entry["kind"]: entry for entry in values["break_even"]}
+    threshold = break_even(model, work, "int8", 8, 8, slow)
+    assert small["int8"]["most_accumulation"] == threshold.most_accumulation
+    assert small["int8"]["most_bytes_per_s"] == threshold.most_bytes_per_s
     assert (small["int8"]["predicted"], small["int8"]["network_name"], small["int8"]["ranks"]) == (True, "slow", 8)
     assert values["predictions"][0]["step_s"] == predict(model, work.point(8, 8), slow).step_s
 
@@ -234,8 +238,8 @@ def test_named_networks_have_a_source_for_each_constant() -> None:
     names = sorted(path.stem for path in NETWORKS.glob("*.yaml"))
     assert names == ["h100-400g", "p3dn", "p4d"]
     for name in names:
-        found = load_network(name)
-        for constant in (found.link_bytes_per_s, found.latency_s, found.local_bytes_per_s, found.local_latency_s):
+        preset = load_network(name)
+        for constant in (preset.link_bytes_per_s, preset.latency_s, preset.local_bytes_per_s, preset.local_latency_s):
             assert constant is not None
             assert len(constant.source) > 20
 

@@ -74,9 +74,9 @@ def test_efficiency_and_losses_by_hand(tmp_path: Path) -> None:
     assert lost.step_s == pytest.approx(1.6)
     assert lost.ideal_s == pytest.approx(1.0)
     # 1.2 s of work on average, 0.2 more than the ideal; 0.1 s of them the slowest does beyond the mean.
-    wanted = {"exposed": 0.25, "control": 0.05, "imbalance": 0.1, "compression": 0.0, "compute": 0.2}
-    known = {name: value for name, value in lost.seconds.items() if value is not None}
-    assert known == pytest.approx(wanted)
+    expected_losses = {"exposed": 0.25, "control": 0.05, "imbalance": 0.1, "compression": 0.0, "compute": 0.2}
+    lost_seconds = {name: value for name, value in lost.seconds.items() if value is not None}
+    assert lost_seconds == pytest.approx(expected_losses)
     assert lost.seconds["shared"] is None
     assert lost.cause == "exposed"
     assert two.rounds[0].startup_s == pytest.approx(5.5)
@@ -111,11 +111,11 @@ def earlier(folder: Path, accumulation: int, one_s: float, two_s: float, **chang
 def test_studies_of_two_accumulations_are_held_against_one_rank_of_the_same(tmp_path: Path) -> None:
     """Micro-batches of 0.1 s and nothing else of one rank; two ranks take 0.125 s and 0.825 s: 80% and 97% of linear."""
     files = [earlier(tmp_path / "a", 1, 0.1, 0.125), earlier(tmp_path / "b", 8, 0.8, 0.825)]
-    for order, wanted in ((files, 0.8), (files[::-1], 0.8 / 0.825)):
-        values, written = given(order, tmp_path / "out", "1,2")
-        assert [each["efficiency"] for each in values["predictions"]] == pytest.approx([1.0, wanted])
-        for each in values["predictions"]:
-            text = f"{each['efficiency']:.1%} ({each['efficiency_low']:.1%} to {each['efficiency_high']:.1%})"
+    for order, expected in ((files, 0.8), (files[::-1], 0.8 / 0.825)):
+        values, written = predicted(order, tmp_path / "out", "1,2")
+        assert [prediction["efficiency"] for prediction in values["predictions"]] == pytest.approx([1.0, expected])
+        for prediction in values["predictions"]:
+            text = f"{prediction['efficiency']:.1%} ({prediction['efficiency_low']:.1%} to {prediction['efficiency_high']:.1%})"
             assert text in written
         assert values["device"] == {"kind": "cpu", "name": "A processor", "threads_per_rank": 3}
         assert (values["dtype"], values["shape"]["teacher_parameters"]) == ("fp32", 2000)
@@ -123,14 +123,14 @@ def test_studies_of_two_accumulations_are_held_against_one_rank_of_the_same(tmp_
         assert "on A processor, 3 threads a rank, fp32; student + teacher: 1,000 + 2,000 parameters" in written
 
 
-def given(studies: list[Path], out: Path, ranks: str) -> tuple[dict[str, Any], str]:
+def predicted(studies: list[Path], out: Path, ranks: str) -> tuple[dict[str, Any], str]:
     """(scale.json, scale.html)"""
     run_given(studies, question(ranks, None, (), (1,)), out, rich.console.Console(file=io.StringIO()))
     return json.loads((out / "scale.json").read_text()), (out / "scale.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"device": {"kind": "cpu", "name": "Another", "threads_per_rank": 3}}, "device Another, wanted A processor as in"),
         ({"device": {"kind": "cpu", "name": "A processor", "threads_per_rank": 1}}, "NUM_THREADS\\) 1, wanted 3 as in"),
@@ -138,14 +138,14 @@ def given(studies: list[Path], out: Path, ranks: str) -> tuple[dict[str, Any], s
         ({"shape": {"micro_batch_tokens": 7, "student_parameters": 1000, "teacher_parameters": 2000}}, "tokens 7, wanted"),
     ],
 )
-def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     files = [earlier(tmp_path / "a", 1, 0.1, 0.125), earlier(tmp_path / "b", 8, 0.8, 0.825, **changed)]
-    with pytest.raises(UserError, match=f"b/scale.json has .*{told} .*a/scale.json: .*measure alike"):
-        given(files, tmp_path / "out", "2")
+    with pytest.raises(UserError, match=f"b/scale.json has .*{message} .*a/scale.json: .*measure alike"):
+        predicted(files, tmp_path / "out", "2")
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"points": "x/scale.json,y.json,x/../x/scale.json"}, "a study twice"),
         ({"points": "x", "baseline": 2, "np": "1,2"}, "--points goes with .*; leave out --np and --baseline"),
@@ -155,13 +155,13 @@ def test_studies_of_different_machines_or_shapes_are_refused(changed: dict[str, 
         ({"table": "distilbert-2020", "predict": "8"}, "--table goes with --baseline and --out only; leave out --predict"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         command(ScaleOptions(**options))
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"points": "."}, r"Is a directory while reading a study: \.; name another path"),
         ({"points": "file/scale.json"}, "Not a directory while reading a study: file/scale.json"),
@@ -171,17 +171,17 @@ def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], 
     ],
 )
 def test_a_file_for_a_directory_is_the_users_mistake(
-    options: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(UserError, match=f"^{told}"):
+    with pytest.raises(UserError, match=f"^{message}"):
         command(ScaleOptions(**options))
 
 
 def test_options_have_the_command_lines_defaults() -> None:
-    told = {name: each.default for name, each in inspect.signature(cli.scale).parameters.items()}
-    assert ScaleOptions(**{**told, "overrides": ()}) == ScaleOptions()
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cli.scale).parameters.items()}
+    assert ScaleOptions(**{**defaults, "overrides": ()}) == ScaleOptions()
 
 
 def test_what_was_not_recorded_is_said_to_be(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def plan(**changes: Any) -> Study:
 
 def test_points_of_a_study() -> None:
     both = settings(plan(modes=("weak", "strong")), 8)
-    assert [(each.ranks, each.mode, each.accumulation) for each in both] == [
+    assert [(point.ranks, point.mode, point.accumulation) for point in both] == [
         (1, None, 8),
         (2, "weak", 8),
         (2, "strong", 4),
@@ -307,7 +307,7 @@ def test_points_of_a_study() -> None:
     ]
     # One rank exchanges nothing: neither rings nor compression make another point of it.
     many = settings(plan(ranks=(1, 2), rings=(1, 4), compression=("none", "int8"), sync=("delayed", "every-micro-batch")), 8)
-    assert [each.ranks for each in many] == [1, *[2] * 8]
+    assert [point.ranks for point in many] == [1, *[2] * 8]
     for wrong, says in (
         ({"modes": ("strong",)}, r"loop\.accumulation=6 among 4"),
         ({"ranks": (1,), "compression": ("zip",)}, "--compression zip is none of none, auto, fp16"),
@@ -333,21 +333,21 @@ def test_the_2020_table() -> None:
     table = load_table("distilbert-2020")
     base = default_base(table)
     assert base.minutes == 204
-    wanted = {
+    expected = {
         70: (72.9, 72.2, 73.6, 0.55, 0.18),
         66: (77.3, 76.5, 78.1, 0.70, 0.23),
         37: (68.9, 67.8, 70.0, 0.46, 0.15),
         32: (79.7, 78.3, 81.2, 0.82, 0.27),
     }
     for row in table.rows[3:]:
-        share, low, high, quick, slow = wanted[int(row.minutes)]
-        found = efficiency(table, row, base)
-        assert [round(100 * value, 1) for value in (found.value, found.low, found.high)] == [share, low, high]
+        share, low, high, quick, slow = expected[int(row.minutes)]
+        estimate = efficiency(table, row, base)
+        assert [round(100 * value, 1) for value in (estimate.value, estimate.low, estimate.high)] == [share, low, high]
         for seconds, bandwidth in ((0.05, quick), (0.15, slow)):
-            told = explaining_bandwidth(table, row, base, seconds)
-            assert told is not None
-            assert round(told.value / 1e9, 2) == bandwidth
-            assert told.low < told.value < told.high
+            bandwidth_range = explaining_bandwidth(table, row, base, seconds)
+            assert bandwidth_range is not None
+            assert round(bandwidth_range.value / 1e9, 2) == bandwidth
+            assert bandwidth_range.low < bandwidth_range.value < bandwidth_range.high
     assert determined(table, base, 0.05) == 1
 
 

@@ -183,7 +183,9 @@ def test_what_is_shown_of_a_known_summary(tmp_path: Path, capsys: pytest.Capture
         "rank_tokens": [2_000_000, 2_000_000],
     }
     (tmp_path / "recipe.yaml").write_text("data: {micro_batch_tokens: 8192}\nloop: {accumulation: 4}\n")
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in ({**start, **facts}, environment, line)))
+    (tmp_path / "events.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in ({**start, **facts}, environment, line))
+    )
     show(summarise(load_history(tmp_path)), Console(width=120))
     out = capsys.readouterr().out
     assert "A GPU, bf16, 2 ranks (torch, compression none, delayed); 4 x 8,192 tokens at most an update and rank; " in out
@@ -215,7 +217,7 @@ def test_mfu_is_shown_against_both_peaks_or_refused(tmp_path: Path) -> None:
         mfu = {**utilisation(work, seconds, 20.0, "a sheet"), "measured": utilisation(work, seconds, 10.0, "here")}
         line = {"event": "train", "update": 1, "updates": 1, "warmup": 0, "step_s": [seconds], "tokens": 1, "mfu": mfu}
         (tmp_path / "recipe.yaml").write_text("{}")
-        (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (start, line)))
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start, line)))
         (text,) = [text for text in profile._figures(summarise(load_history(tmp_path))) if text.startswith("MFU")]
         shown.append(text.replace("e-11", ""))
     fine, refused = shown
@@ -241,9 +243,9 @@ class Batches:
 def test_a_slow_loader_is_named(material: Path, tmp_path: Path) -> None:
     """A fifth of a second a micro-batch, beside updates of some milliseconds."""
     distil(small(material, tmp_path, "data.heldout=null", "evaluation.every=null", "loop.updates=9"), corpus=Batches(0.2))
-    found = summarise(load_history(tmp_path / "run"))["bottleneck"]
-    assert (found["name"], found["key"]) == ("data-bound", "data.train")
-    assert "data p50 4" in found["why"]  # two micro-batches an update
+    bottleneck = summarise(load_history(tmp_path / "run"))["bottleneck"]
+    assert (bottleneck["name"], bottleneck["key"]) == ("data-bound", "data.train")
+    assert "data p50 4" in bottleneck["why"]  # two micro-batches an update
 
 
 def test_a_quick_loader_is_not(material: Path, tmp_path: Path) -> None:

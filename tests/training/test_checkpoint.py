@@ -42,13 +42,13 @@ def assert_holds(loaded: checkpoint.Loaded | None, update: int, seed: int) -> No
     assert_equal(loaded.tensors, some_tensors(seed))
 
 
-def assert_equal(found: Tensors, expected: Tensors) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys()
     for group, tensors in expected.items():
-        assert found[group].keys() == tensors.keys()
+        assert actual[group].keys() == tensors.keys()
         for name, tensor in tensors.items():
-            assert found[group][name].dtype == tensor.dtype
-            assert torch.equal(found[group][name], tensor), (group, name)
+            assert actual[group][name].dtype == tensor.dtype
+            assert torch.equal(actual[group][name], tensor), (group, name)
 
 
 def snapshot(directory: Path) -> dict[str, str]:
@@ -135,17 +135,17 @@ def test_rotation_after_going_back_keeps_what_was_just_written(tmp_path: Path) -
 
 def test_old_ones_are_removed_only_after_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1)
-    seen = []
+    listings = []
 
     def rotate(directory: Path, *arguments: Any) -> None:
-        seen.append(sorted(path.name for path in directory.iterdir()))
+        listings.append(sorted(path.name for path in directory.iterdir()))
         assert_holds(checkpoint.load(directory / "step-00000002"), 2, 2)
         original(directory, *arguments)
 
     original = checkpoint._rotate
     monkeypatch.setattr(checkpoint, "_rotate", rotate)
     put(tmp_path, 2, keep=1)
-    assert seen == [["step-00000001", "step-00000002"]]
+    assert listings == [["step-00000001", "step-00000002"]]
     assert checkpoint.list_updates(tmp_path) == [2]
 
 
@@ -176,8 +176,8 @@ def test_a_flipped_bit_in_any_file_is_named(tmp_path: Path, name: str, where: fl
     assert caught.value.exit_code == 14
     if name != "manifest.json":
         expected = json.loads((path / "manifest.json").read_text())["files"][name]["sha256"]
-        found = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        assert f"expected sha256 {expected}, found {found}" in str(caught.value)
+        digest = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        assert f"expected sha256 {expected}, found {digest}" in str(caught.value)
 
 
 def test_any_flipped_bit_of_the_manifest_is_noticed(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_a_file_of_another_length_is_named(tmp_path: Path, name: str, damage: st
     with pytest.raises(CorruptData, match=name) as caught:
         checkpoint.load(path)
     if damage in ("truncated", "longer") and name != "manifest.json":
-        found = len(content) + (1 if damage == "longer" else -1)
-        assert f"expected {len(content)} bytes, found {found}" in str(caught.value)
+        size = len(content) + (1 if damage == "longer" else -1)
+        assert f"expected {len(content)} bytes, found {size}" in str(caught.value)
 
 
 def test_latest_falls_back_and_says_so(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_a_checkpoint_of_a_newer_format_is_for_a_newer_version(tmp_path: Path) -
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptData, match=r"manifest\.json"):
         checkpoint.load(path)
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    manifest["sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    manifest["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"format 2.*reads up to 1.*upgrade"):
         checkpoint.load(path)

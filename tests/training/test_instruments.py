@@ -97,10 +97,10 @@ def test_memory_is_watched_in_the_last_update_of_the_warm_up(
     monkeypatch.setattr(instruments, "SavedTensorBytes", Kept)
     quiet(small(material, tmp_path, "logging.every=4", "profile.warmup=3"))
     assert at == [2]
-    (found,) = events(tmp_path / "run", "memory")
-    assert found["update"] == 4
-    assert found["parts"]["activations_and_logits"] > 0 and "logits" not in found["parts"]
-    assert found["parts"].keys() < {*found["estimate"], "activations_and_logits"}
+    (event,) = events(tmp_path / "run", "memory")
+    assert event["update"] == 4
+    assert event["parts"]["activations_and_logits"] > 0 and "logits" not in event["parts"]
+    assert event["parts"].keys() < {*event["estimate"], "activations_and_logits"}
 
 
 def test_traced_updates_do_not_count(material: Path, tmp_path: Path, ranges: Ranges, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +120,8 @@ def test_traced_updates_do_not_count(material: Path, tmp_path: Path, ranges: Ran
     assert [line["warmup"] for line in events(tmp_path / "run")] == [1, 3]
     (traced,) = events(tmp_path / "run", "trace")
     assert (traced["first"], traced["last"], traced["update"]) == (6, 7, 7)
-    (told,) = [note["message"] for note in events(tmp_path / "run", "note") if "traced" in note["message"]]
-    assert f"most of the time in {traced['kernels'][0]['name']} (" in told
+    (message,) = [note["message"] for note in events(tmp_path / "run", "note") if "traced" in note["message"]]
+    assert f"most of the time in {traced['kernels'][0]['name']} (" in message
     assert list((tmp_path / "run" / "trace").iterdir()) == [tmp_path / "run" / "trace" / "rank-0.json.gz"]
 
 
@@ -151,10 +151,10 @@ def test_peaks_are_measured_when_all_ranks_have_loaded(material: Path, tmp_path:
         watch(of, name)
     quiet(small(material, tmp_path, "evaluation.every=null", "profile.measure_peaks=true"))
     assert order == ["share", "collect_bytes", "peaks", "barrier"]
-    (found,) = events(tmp_path / "run", "environment")
-    (device,) = found["devices"]
-    assert device["rank"] == 0 and device["host"] == found["host"] and device["cores"] == found["cores"]
-    (source,) = found["peaks"]["flops"]
+    (environment,) = events(tmp_path / "run", "environment")
+    (device,) = environment["devices"]
+    assert device["rank"] == 0 and device["host"] == environment["host"] and device["cores"] == environment["cores"]
+    (source,) = environment["peaks"]["flops"]
     assert source.startswith("measured here, fp32 product") and " TFLOP/s)" in source
     assert {line["mfu"]["peak_source"] for line in events(tmp_path / "run") if not line["warmup"]} == {source}
 
@@ -164,8 +164,8 @@ def test_both_peaks_are_written(material: Path, tmp_path: Path, monkeypatch: pyt
     both = {"flops": {"a sheet": 1e18, "measured here": 1e3}, "bytes": {}}
     monkeypatch.setattr(instruments.peaks, "peaks", lambda *_, **__: both)
     quiet(small(material, tmp_path, "evaluation.every=null", "checkpoint.every=null"))
-    found = events(tmp_path / "run")[-1]["mfu"]
-    assert found["peak_source"] == "a sheet" and 0 < found["student"] < found["with_teacher"] <= found["hfu"] < 1
-    assert "refused" not in found
-    assert found["measured"]["peak_source"] == "measured here" and found["measured"]["student"] is None
-    assert "measured here" in found["measured"]["refused"]
+    mfu = events(tmp_path / "run")[-1]["mfu"]
+    assert mfu["peak_source"] == "a sheet" and 0 < mfu["student"] < mfu["with_teacher"] <= mfu["hfu"] < 1
+    assert "refused" not in mfu
+    assert mfu["measured"]["peak_source"] == "measured here" and mfu["measured"]["student"] is None
+    assert "measured here" in mfu["measured"]["refused"]

@@ -62,19 +62,19 @@ def test_parts_are_those_of_the_tensors() -> None:
     elements = sum(parameter.numel() for parameter in student.parameters()) + 64 * 32
     buffers = sum(buffer.nbytes for buffer in student.buffers())
     flat = torch.zeros(1000)
-    found = memory_parts(
+    parts = memory_parts(
         students=[student, projection], teacher=teacher, optimizer=optimizer, residuals=[flat[:300], flat[300:]],
         peak=100_000_000,
     )  # fmt: skip
     tensors = len(list(student.parameters())) + 1
-    assert found["student_weights"] == 4 * elements + buffers
-    assert found["gradients"] == 4 * elements
-    assert found["optimizer"] == 8 * elements + 4 * tensors  # and the number of steps of each
+    assert parts["student_weights"] == 4 * elements + buffers
+    assert parts["gradients"] == 4 * elements
+    assert parts["optimizer"] == 8 * elements + 4 * tensors  # and the number of steps of each
     teacher_buffers = sum(buffer.nbytes for buffer in teacher.buffers())
-    assert found["teacher_weights"] == 2 * sum(parameter.numel() for parameter in teacher.parameters()) + teacher_buffers
-    assert found["residuals"] == 4000, "views of one buffer hold it once"
-    assert sum(size or 0 for size in found.values()) == 100_000_000
-    assert tuple(found) == PARTS
+    assert parts["teacher_weights"] == 2 * sum(parameter.numel() for parameter in teacher.parameters()) + teacher_buffers
+    assert parts["residuals"] == 4000, "views of one buffer hold it once"
+    assert sum(size or 0 for size in parts.values()) == 100_000_000
+    assert tuple(parts) == PARTS
     held = {"students": [student], "teacher": None, "optimizer": optimizer}
     assert memory_parts(**held, peak=10)["activations_and_logits"] is None  # type: ignore[arg-type]
     assert memory_parts(**held, kept=7)["activations_and_logits"] == 7  # type: ignore[arg-type]
@@ -85,10 +85,10 @@ def test_estimates_have_the_names_of_measurements() -> None:
     student = bert()
     shape = transformer_shape(student)
     recipe = small_recipe()
-    found = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH)
-    assert tuple(found.parts()) == (*PARTS[:-1], "logits", "activations"), "what a measurement has together, apart"
-    assert sum(found.parts().values()) == found.total
-    assert found.parts()["student_weights"] == 4 * sum(parameter.numel() for parameter in student.parameters())
+    estimate = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH)
+    assert tuple(estimate.parts()) == (*PARTS[:-1], "logits", "activations"), "what a measurement has together, apart"
+    assert sum(estimate.parts().values()) == estimate.total
+    assert estimate.parts()["student_weights"] == 4 * sum(parameter.numel() for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -96,17 +96,17 @@ def test_kept_is_what_autograd_keeps(dropout: float) -> None:
     """Against the estimate, which another test holds against autograd."""
     student = bert(dropout=dropout).train()
     batch = a_batch(8)
-    with SavedTensorBytes(student) as kept:
+    with SavedTensorBytes(student) as saved:
         features = student.transform(student.hidden(batch))
         loss = features @ torch.ones(64, 1, requires_grad=True)
     grouped = 3 * 64 * 4  # of each layer: attention by groups keeps one more width
     expected = 8 * LENGTH * (student_activation_bytes(transformer_shape(student), torch.float32, False, LENGTH) + grouped)
-    assert kept.bytes == pytest.approx(expected, rel=0.05)
+    assert saved.bytes == pytest.approx(expected, rel=0.05)
     loss.sum().backward()
     assert student.weight.grad is not None
-    outside = kept.bytes
+    outside = saved.bytes
     student.hidden(batch)
-    assert kept.bytes == outside, "nothing is counted after the block"
+    assert saved.bytes == outside, "nothing is counted after the block"
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8", "top-k", "powersgd"])
@@ -116,9 +116,11 @@ def test_residuals_are_estimated(kind: str) -> None:
     elements = shape.parameters // 128 * 128
     layout = BucketLayout(elements, ((0, (elements // 128, 128)),), 0)
     compressor = make_compressor(recipe.compression, ranks=4, rank=0, engine="torch", seed=0)
-    own = {name: tensor for name, tensor in compressor.start(layout, torch.zeros(1)).items() if name in ("residual", "server")}
-    found = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH).residuals
-    assert found == pytest.approx(held_bytes(own.values()), rel=0.02)
+    residuals = {
+        name: tensor for name, tensor in compressor.start(layout, torch.zeros(1)).items() if name in ("residual", "server")
+    }
+    estimated_bytes = estimate_memory(recipe, shape, None, causal=False, longest=LENGTH).residuals
+    assert estimated_bytes == pytest.approx(held_bytes(residuals.values()), rel=0.02)
     alone = small_recipe(compression={"kind": kind}, world={"ranks": 1})
     assert estimate_memory(alone, shape, None, causal=False, longest=LENGTH).residuals == 0
     bare = small_recipe(compression={"kind": kind, "error_feedback": False}, world={"ranks": 4})
@@ -147,14 +149,14 @@ class Allocator:
 
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
-    own = Allocator()
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: own.allocated)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: own.peak)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own.reserved)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: own.peak_reserved)
+    fake = Allocator()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: fake.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: fake.peak)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: fake.reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: fake.peak_reserved)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3, "num_ooms": 1})
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", own.reset)
-    return own
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", fake.reset)
+    return fake
 
 
 def test_peaks_of_phases(allocator: Allocator) -> None:
@@ -176,10 +178,10 @@ def test_peaks_of_phases(allocator: Allocator) -> None:
         allocator.hold(100)
     assert meter.phase_peaks == {"student": 700, "backward": 400}
     meter.watching = False
-    found = meter.read()
-    assert found["peak_allocated_bytes"] == 900 == meter.peak_bytes(), "of the run, whatever was reset"
-    assert found["peak_reserved_bytes"] == 900
-    assert found["phase_peaks"] == meter.phase_peaks
+    readings = meter.read()
+    assert readings["peak_allocated_bytes"] == 900 == meter.peak_bytes(), "of the run, whatever was reset"
+    assert readings["peak_reserved_bytes"] == 900
+    assert readings["phase_peaks"] == meter.phase_peaks
 
 
 @pytest.mark.parametrize(("warmup", "peak"), [(3, 300_000_000), (1, 900_000_000)])
@@ -187,32 +189,32 @@ def test_parts_are_of_the_update_that_was_watched(warmup: int, peak: int, alloca
     """Restoring holds weights and moments twice, an evaluation its own; a first update may have no moments yet, and then it is
     the run's peak."""
     inputs: Any = SimpleNamespace(device=CPU, student=bert(), teacher=None, projection=None, source=None)
-    own = Instruments(small_recipe(profile={"warmup": warmup}), inputs, chief=False, tell=print)
-    own._chief, own.memory, inputs.device = True, MemoryMeter(GPU), GPU
+    instruments = Instruments(small_recipe(profile={"warmup": warmup}), inputs, chief=False, tell=print)
+    instruments._chief, instruments.memory, inputs.device = True, MemoryMeter(GPU), GPU
     allocator.hold(900_000_000)
     for most in (310_000_000, 320_000_000, 300_000_000, 330_000_000):
         allocator.hold(100_000_000)
-        own.begin()
+        instruments.begin()
         for name, part in (("student", 0.5), ("backward", 1.0), ("optimizer", 0.5)):
-            with own.span(name):  # type: ignore[arg-type]
+            with instruments.span(name):  # type: ignore[arg-type]
                 allocator.hold(int(most * part))
                 allocator.hold(100_000_000)
-        own.end()
+        instruments.end()
     allocator.hold(800_000_000)
     optimizer = torch.optim.AdamW(inputs.student.parameters())
-    found = own.parts(optimizer, {})
-    assert found is not None
-    assert found["peak_bytes"] == peak
-    assert found["parts"]["activations_and_logits"] == peak - found["parts"]["student_weights"]
-    assert own.memory.peak_bytes() == 900_000_000
+    measurement = instruments.parts(optimizer, {})
+    assert measurement is not None
+    assert measurement["peak_bytes"] == peak
+    assert measurement["parts"]["activations_and_logits"] == peak - measurement["parts"]["student_weights"]
+    assert instruments.memory.peak_bytes() == 900_000_000
 
 
 def test_a_gpu_is_read(allocator: Allocator) -> None:
     """fragmented: what was reserved beyond the most that was in use. A log line finds activations freed; they are no waste."""
     allocator.hold(4500, reserved=5000)
     allocator.hold(3000, reserved=5000)
-    found = MemoryMeter(GPU).read(used_bytes=9000)
-    assert {name: found[name] for name in found if "rss" not in name} == {
+    readings = MemoryMeter(GPU).read(used_bytes=9000)
+    assert {name: readings[name] for name in readings if "rss" not in name} == {
         "allocated_bytes": 3000, "reserved_bytes": 5000, "peak_allocated_bytes": 4500, "peak_reserved_bytes": 5000,
         "fragmented_bytes": 500, "used_bytes": 9000, "outside_bytes": 4000, "retries": 3, "ooms": 1, "phase_peaks": {},
     }  # fmt: skip
@@ -227,11 +229,11 @@ def test_a_processor_has_its_resident_memory() -> None:
     meter.watching = True
     with meter.phase("student"):
         block = torch.ones(16 << 20)
-    found = meter.read()
-    assert set(found) == {"rss_bytes", "peak_rss_bytes"}
-    assert found["peak_rss_bytes"] >= found["rss_bytes"] > block.nbytes
+    readings = meter.read()
+    assert set(readings) == {"rss_bytes", "peak_rss_bytes"}
+    assert readings["peak_rss_bytes"] >= readings["rss_bytes"] > block.nbytes
     assert meter.phase_peaks == {}
-    assert meter.peak_bytes() >= found["rss_bytes"]
+    assert meter.peak_bytes() >= readings["rss_bytes"]
 
 
 # ---- when it runs out ----
@@ -263,10 +265,10 @@ OUT = RuntimeError("[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: c
 
 
 def advice(phase: str, recipe: Recipe, meter: MemoryMeter | None = None, error: Exception = OUT, **sizes: Any) -> str:
-    told = out_of_memory(error, phase, meter or MemoryMeter(CPU), recipe, estimate_of(recipe, **sizes))
-    assert isinstance(told, OutOfMemory)
-    assert told.exit_code == 11
-    return str(told)
+    out_of_memory_error = out_of_memory(error, phase, meter or MemoryMeter(CPU), recipe, estimate_of(recipe, **sizes))
+    assert isinstance(out_of_memory_error, OutOfMemory)
+    assert out_of_memory_error.exit_code == 11
+    return str(out_of_memory_error)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +293,10 @@ SMALLER = "a smaller student (keys of student), or a device with more memory"
 def test_the_largest_part_and_what_makes_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdistil.training.memory_advice.has_fast_bf16", lambda device: True)
     recipe = small_recipe()
-    told = advice("backward", recipe)
-    assert told.startswith("out of memory in backward, for 1.50 GiB more; the most in use so far was")
-    assert f"(by the estimate: activations {size_text(estimate_of(recipe).parts()['activations'])}, " in told
-    assert f"what helps: {FEWER}, or loop.precision=bf16;" in told
+    message = advice("backward", recipe)
+    assert message.startswith("out of memory in backward, for 1.50 GiB more; the most in use so far was")
+    assert f"(by the estimate: activations {size_text(estimate_of(recipe).parts()['activations'])}, " in message
+    assert f"what helps: {FEWER}, or loop.precision=bf16;" in message
     assert f"what helps: {FEWER}, or loop.precision=bf16, or kernels=auto;" in advice(
         "losses", small_recipe(kernels="reference")
     )
@@ -325,10 +327,10 @@ def test_what_was_measured_is_told(allocator: Allocator, monkeypatch: pytest.Mon
     allocator.hold(60 << 30, reserved=70 << 30)
     meter = MemoryMeter(GPU)
     meter.parts = {"activations_and_logits": 50 << 30, "student_weights": 10 << 30, "teacher_weights": None, "residuals": 0}
-    told = advice("backward", small_recipe(), meter, CUDA_OUT)
-    assert "for 20.00 MiB more; the most in use so far was 60.00 GiB: activations and logits 50.00 GiB, student" in told
-    assert "9.00 GiB are held by other processes" in told
-    assert "expandable_segments:True in the environment (9.50 GiB are reserved, in pieces" in told, "by torch's own count"
+    message = advice("backward", small_recipe(), meter, CUDA_OUT)
+    assert "for 20.00 MiB more; the most in use so far was 60.00 GiB: activations and logits 50.00 GiB, student" in message
+    assert "9.00 GiB are held by other processes" in message
+    assert "expandable_segments:True in the environment (9.50 GiB are reserved, in pieces" in message, "by torch's own count"
     assert "expandable_segments" not in advice("backward", small_recipe(), meter, torch.OutOfMemoryError("CUDA out of memory"))
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         with monkeypatch.context() as patch:
@@ -377,9 +379,9 @@ def test_memory_that_really_ran_out() -> None:
 def test_a_plan_is_data(material: Path, tmp_path: Path) -> None:
     """What --dry-run prints, as data: the same as of the models that a run would load."""
     recipe = resolve(small(material, tmp_path))
-    told: list[str] = []
-    plan = make_plan(recipe, told.append)
-    inputs = load_inputs(recipe, note=told.append)
+    notes: list[str] = []
+    plan = make_plan(recipe, notes.append)
+    inputs = load_inputs(recipe, note=notes.append)
     assert isinstance(inputs.student, LanguageModel)
     assert isinstance(inputs.teacher, LanguageModel)
     assert plan.student == transformer_shape(inputs.student)

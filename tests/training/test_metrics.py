@@ -77,12 +77,12 @@ def test_a_log_is_appended_to_and_a_torn_line_cut(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         log.write("start")
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for torn in (b'{"event": "st', b"x" * 10_000, b"\xff\xfe"):
-        path.write_bytes(whole + torn)
+        path.write_bytes(content + torn)
         assert [event["event"] for event in read_events(path)] == ["start"]
         with EventLog(path) as log:
-            assert path.read_bytes() == whole
+            assert path.read_bytes() == content
             log.write("more")
         assert [event["event"] for event in read_events(path)] == ["start", "more"]
     path.write_bytes(b"never a newline")
@@ -182,8 +182,8 @@ def test_effective_events_of_a_file(tmp_path: Path) -> None:
             log.write("step", update=update, try_=1)
         log.write("resume", update=1)
         log.write("step", update=2, try_=2)
-    seen = [(event["event"], event["update"], event.get("try_")) for event in read_events(path, effective=True)]
-    assert seen == [("step", 1, 1), ("resume", 1, None), ("step", 2, 2)]
+    rows = [(event["event"], event["update"], event.get("try_")) for event in read_events(path, effective=True)]
+    assert rows == [("step", 1, 1), ("resume", 1, None), ("step", 2, 2)]
     assert len(list(read_events(path))) == 5
 
 
@@ -337,12 +337,12 @@ def test_a_bar_on_a_terminal_without_colour_if_asked(monkeypatch: pytest.MonkeyP
         console.close()
     reader.join()
     os.close(mine)
-    seen = b"".join(received).decode()
-    assert "100/1000" in seen
-    assert "150/1000" in seen
-    assert "loss 1.5" in seen
-    assert "saved [x]" in seen
-    assert ("\x1b[3" in seen) == (not no_color)
+    output = b"".join(received).decode()
+    assert "100/1000" in output
+    assert "150/1000" in output
+    assert "loss 1.5" in output
+    assert "saved [x]" in output
+    assert ("\x1b[3" in output) == (not no_color)
 
 
 def chunks(descriptor: int) -> Iterator[bytes]:

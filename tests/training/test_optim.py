@@ -33,20 +33,20 @@ def test_norms_and_biases_are_not_decayed(name: str) -> None:
         if "norm" in type(module).__name__.lower():
             plain.update(id(parameter) for parameter in module.parameters(recurse=False))
     plain.update(id(parameter) for key, parameter in model.named_parameters() if key.endswith("bias"))
-    decayed, kept = parameter_groups([model], 0.1)
-    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
-    assert {id(parameter) for parameter in kept["params"]} == plain  # type: ignore[attr-defined]
-    every = [*decayed["params"], *kept["params"]]  # type: ignore[misc]
+    decayed, undecayed = parameter_groups([model], 0.1)
+    assert decayed["weight_decay"] == 0.1 and undecayed["weight_decay"] == 0.0
+    assert {id(parameter) for parameter in undecayed["params"]} == plain  # type: ignore[attr-defined]
+    every = [*decayed["params"], *undecayed["params"]]  # type: ignore[misc]
     assert sorted(id(p) for p in every) == sorted({id(p) for p in model.parameters()})  # tied ones once, none missing
 
 
 def test_distilberts_norms_are_found() -> None:
     """The published example looks for "LayerNorm.weight" and so finds one of DistilBERT's six norms of two layers."""
     model = models()["distilbert"]
-    kept = {id(parameter) for parameter in parameter_groups([model], 0.1)[1]["params"]}  # type: ignore[attr-defined]
+    undecayed_ids = {id(parameter) for parameter in parameter_groups([model], 0.1)[1]["params"]}  # type: ignore[attr-defined]
     norms = [key for key, _ in model.named_parameters() if "norm" in key.lower() and key.endswith("weight")]
     assert len(norms) == 6
-    assert all(id(model.get_parameter(key)) in kept for key in norms)
+    assert all(id(model.get_parameter(key)) in undecayed_ids for key in norms)
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -65,8 +65,8 @@ def test_decay_reaches_matrices_only() -> None:
             parameter.grad = torch.zeros_like(parameter)
     make_optimizer([model], Optim(lr=0.5, weight_decay=0.1)).step()
     for key, parameter in model.named_parameters():
-        wanted = 1.0 if parameter.dim() == 1 else 1.0 - 0.5 * 0.1
-        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, wanted), msg=key)
+        expected = 1.0 if parameter.dim() == 1 else 1.0 - 0.5 * 0.1
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected), msg=key)
 
 
 def test_the_linear_schedule_is_transformers() -> None:

@@ -263,14 +263,14 @@ def slow_shard(corpus: Path, name: str) -> Iterator[Callable[[], None]]:
     handle = os.open(path, os.O_RDWR)
     os.write(handle, data[: len(data) // 2])
 
-    def rest() -> None:
+    def finish() -> None:
         writer = os.open(path, os.O_WRONLY)
         os.close(handle)
         os.write(writer, data[len(data) // 2 :])
         os.close(writer)
 
     try:
-        yield rest
+        yield finish
     finally:
         path.unlink()
         path.write_bytes(data)
@@ -291,19 +291,19 @@ def test_a_copy_that_was_killed_is_completed(corpus: Path, tmp_path: Path) -> No
     assert calls == [f"copying {corpus} to {target}", "barrier"]
     assert contents(target) == contents(corpus)
     assert len(done) > 2
-    kept = {target / path.relative_to(partial): when for path, when in done.items()}
-    assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.name != "manifest.json")
+    mtimes = {target / path.relative_to(partial): when for path, when in done.items()}
+    assert all(path.stat().st_mtime_ns == when for path, when in mtimes.items() if path.name != "manifest.json")
 
 
 def test_two_runs_on_one_node_copy_once(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     slow = "tokens-00000.bin"
-    with slow_shard(corpus, slow) as rest, started(corpus, cache) as (first, its_output):
+    with slow_shard(corpus, slow) as finish, started(corpus, cache) as (first, its_output):
         assert its_output.readline().startswith("copying ")
         until(lambda: any(cache.glob(f".*.partial/{slow}")))
         with started(corpus, cache) as (second, output):
             assert output.readline().startswith("another run makes or checks the copy")
-            rest()
+            finish()
             target = its_output.readline().strip()
             assert output.readline().strip() == target
             assert (first.wait(30), second.wait(30)) == (0, 0)
