@@ -380,8 +380,10 @@ SUBJECTS = [
 def test_a_damaged_file_is_refused_in_a_line(
     subjects: Callable[[Path], Iterator[Subject]], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for number, subject in enumerate(subjects(tmp_path)):
+    folder = tmp_path / "read"  # what lies around it is looked at after every copy: not the whole session's files
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for number, subject in enumerate(subjects(folder)):
         check_subject(subject, count, seed=number)
 
 
