@@ -233,6 +233,9 @@ class Compression(Section):
     @model_validator(mode="before")
     @classmethod
     def _bare_kind(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("frozen_variance_after", "absent") is None:
+            # Runs of earlier versions have it in their recipe.yaml, and go on.
+            return {key: value for key, value in values.items() if key != "frozen_variance_after"}
         return {"kind": values} if isinstance(values, str) else values
 
 

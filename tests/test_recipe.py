@@ -128,3 +128,15 @@ def test_all_keys_name_every_field_once() -> None:
     assert len(keys) == len(set(keys))
     assert {"optim.lr", "teacher.path", "student.config", "loop.accumulation", "data.train"} <= set(keys)
     assert set(Recipe.model_fields) <= set(keys)
+
+
+def test_recipes_of_runs_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Every run's recipe.yaml has every key of its version; one that was never set is gone since."""
+    path = tmp_path / "recipe.yaml"
+    earlier = load_recipe("distilbert").to_yaml().replace("compression:\n", "compression:\n  frozen_variance_after: null\n")
+    assert "frozen_variance_after" in earlier
+    path.write_text(earlier)
+    assert load_recipe(str(path)) == load_recipe("distilbert")
+    path.write_text(earlier.replace("after: null", "after: 5"))
+    with pytest.raises(UserError, match=r"compression\.frozen_variance_after"):
+        load_recipe(str(path))
