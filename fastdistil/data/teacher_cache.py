@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,11 +194,20 @@ class TeacherCache:
 def open_shard(path: Path) -> RangeReader:
     """Return a shard's records. Raises CorruptData where the file is no one-dimensional array of numpy's."""
     try:
-        array: np.memmap[Any, Any] = np.load(path, mmap_mode="r")  # reads the header alone
-        if array.ndim != 1:
-            raise ValueError(f"{array.ndim} dimensions")
+        array: Any = np.load(path, mmap_mode="r")  # reads the header alone
+        if not isinstance(array, np.memmap) or array.ndim != 1 or not array.dtype.itemsize:
+            raise ValueError("no one-dimensional array of records")
         return RangeReader(path, array.dtype, array.offset)
-    except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, TokenError) as error:  # of a header
+    except (
+        ValueError,
+        EOFError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        OverflowError,
+        TokenError,
+        BadZipFile,
+    ) as error:  # of a header
         raise CorruptData(
             f"{path} holds no records ({reason(error)}); delete it and run fastdistil cache-teacher again"
         ) from error

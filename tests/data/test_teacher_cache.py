@@ -286,3 +286,15 @@ def test_the_command_refuses(
             cli.main()
         error = capsys.readouterr().err
         assert (exit_info.value.code, message in " ".join(error.split())) == (2, True), error
+
+
+def test_a_shard_that_is_no_array_of_records_is_refused_in_a_line(tmp_path: Path) -> None:
+    """With data.verify=size only the size was looked at."""
+    path = tmp_path / "0-00000.npy"
+    np.save(path, np.zeros(3, "S0"))
+    empty_items = path.read_bytes().replace(b"|S1", b"|S0")
+    np.save(path, np.zeros((2, 3)))
+    for content in (b"PK\x03\x04" + bytes(40), empty_items, path.read_bytes(), b"", b"\x93NUMPY"):
+        path.write_bytes(content)
+        with pytest.raises(CorruptData, match=f"{path} holds no records"):
+            teacher_cache.open_shard(path)
