@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastdistil.data.corpus import CorpusName, ShardFacts, lengths_name, token_dtype, tokens_name
 from fastdistil.data.ragged import Ints
+from fastdistil.data.range_reader import RangeReader
 from fastdistil.data.tokenise import Encoded
 from fastdistil.storage import canonical, text_sha256, write_atomically
 from fastdistil.untrusted import FileFacts, Whole
@@ -108,8 +109,10 @@ class Shards:
 def counted(out: Path, written: WrittenShards, vocab_size: int) -> Ints:
     """int64 [V]: token frequencies of the finished shards."""
     counts_V = np.zeros(vocab_size, np.int64)
+    dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
     for shard in range(len(written.shards)):
-        with (out / tokens_name(shard)).open("rb") as file:
-            while len(tokens := np.fromfile(file, np.dtype(token_dtype(vocab_size)).newbyteorder("<"), 2**22)):
-                counts_V += np.bincount(tokens, minlength=vocab_size)
+        reader = RangeReader(out / tokens_name(shard), dtype)
+        for start in range(0, len(reader), 2**22):
+            tokens = reader.read(np.array([start]), np.array([min(2**22, len(reader) - start)]))
+            counts_V += np.bincount(tokens, minlength=vocab_size)
     return counts_V
