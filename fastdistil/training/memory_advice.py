@@ -14,8 +14,11 @@ from fastdistil.profiling.memory_estimate import MemoryEstimate
 from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe, cacheable
 
+_STATIC = ("loading", "optimizer")
+"""Phases in which nothing of a micro-batch is held."""
 _OF_A_MICRO_BATCH = ("activations", "logits", "activations_and_logits")
-_IN_PIECES = re.compile(r"([0-9.]+) GiB is reserved by PyTorch but unallocated")
+_IN_PIECES = re.compile(r"([0-9.]+) ([KMG])iB is reserved by PyTorch but unallocated")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _WANTED = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([A-Za-z]+)", re.IGNORECASE)
 
 
@@ -46,11 +49,13 @@ def out_of_memory(
     usage = f"the most in use so far was {size_text(meter.peak_bytes())}"
     if shown:
         usage += f": {', '.join(shown)}" if measured else f" (by the estimate: {', '.join(shown)})"
-    ways = list(_ways(phase, parts, recipe))
+    # What a micro-batch needs is not always measured (on a CPU, say): the estimate knows whether it is the largest.
+    unmeasured = phase not in _STATIC and "activations_and_logits" not in measured
+    ways = list(_ways(phase, estimate.parts() if unmeasured and estimate is not None else parts, recipe))
     reserved, outside, in_pieces = meter.read().get("reserved_bytes", 0), meter.outside_bytes(), _IN_PIECES.search(str(error))
     options = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    if in_pieces and float(in_pieces[1]) * 2**30 > 0.1 * reserved and "expandable_segments" not in options:
-        said = f"{in_pieces[1]} GiB are reserved, in pieces that were too small"
+    if in_pieces and float(in_pieces[1]) * _UNITS[in_pieces[2]] > 0.1 * reserved and "expandable_segments" not in options:
+        said = f"{in_pieces[1]} {in_pieces[2]}iB are reserved, in pieces that were too small"
         ways.append(f"PYTORCH_ALLOC_CONF=expandable_segments:True in the environment ({said})")
     if outside is not None and outside > max(2**30, 0.1 * reserved):
         ways.append(f"room on the GPU: {size_text(outside)} are held by other processes, or outside of torch's allocator")
@@ -71,7 +76,7 @@ def _ways(phase: str, parts: dict[str, int], recipe: Recipe) -> Iterator[str]:
     if phase == "evaluation":
         yield f"evaluation.batch_tokens={max(recipe.evaluation.batch_tokens // 2, 1)}"
         return
-    if phase not in ("loading", "optimizer"):
+    if phase not in _STATIC:
         yield "a lower data.micro_batch_tokens, with a higher loop.accumulation to keep the batch"
     else:  # what a micro-batch needs is free
         parts = {name: size for name, size in parts.items() if name not in _OF_A_MICRO_BATCH}
@@ -90,5 +95,9 @@ def _ways(phase: str, parts: dict[str, int], recipe: Recipe) -> Iterator[str]:
         if cacheable(recipe.objective.model_dump()):
             yield "teacher.cache, which `fastdistil cache-teacher` writes"
         yield "a smaller teacher (teacher.path)"
+    elif not largest and recipe.teacher is not None:  # nothing is known yet: while the models are loaded
+        if recipe.teacher.dtype == "fp32" and half:
+            yield "teacher.dtype=bf16"
+        yield "a smaller student or teacher (keys of student, teacher.path), or a device with more memory"
     else:
         yield "a smaller student (keys of student), or a device with more memory"
