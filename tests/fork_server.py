@@ -4,8 +4,9 @@ Most of a short rank's time is the import of torch and transformers, some 4 seco
 `popen` is `subprocess.Popen` for a Python script with piped output: another process in a session of its own, with exactly the
 environment and the directory that are asked for, and an interpreter that runs the script as `__main__` and ends as ever.
 
-What an import reads from the environment is the server's: OMP_NUM_THREADS, TRITON_INTERPRET, TORCH_CPP_LOG_LEVEL. A test of
-such a variable, or of the start of a command itself, starts its process the ordinary way.
+What an import or the interpreter's start reads from the environment is the server's: OMP_NUM_THREADS, TRITON_INTERPRET,
+TORCH_CPP_LOG_LEVEL, PYTHONHASHSEED; so all forks have the same hashes of strings. A test of such a variable, of sets whose
+order ranks must not trust, or of the start of a command itself, starts its processes the ordinary way.
 """
 
 import array
@@ -131,7 +132,10 @@ class ForkedProcess:
         if self.returncode is None:
             with contextlib.suppress(BlockingIOError):
                 text = os.read(self._end, 64)
-                self.returncode = int(text) if text else -signal.SIGKILL  # without a word: the server is gone
+                if not text:  # the server is gone, and nobody else would end the process
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(self.pid, signal.SIGKILL)
+                self.returncode = int(text) if text else -signal.SIGKILL
                 os.close(self._end)
         return self.returncode
 
@@ -181,7 +185,7 @@ class ForkServer:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()], cwd=ROOT)
+        self._process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True)
         theirs.close()
         self._lock = threading.Lock()
         self._connection.settimeout(120)
@@ -201,7 +205,8 @@ class ForkServer:
         finally:
             for descriptor in (out_end, err_end, end_end):
                 os.close(descriptor)
-        return ForkedProcess(command, pid, end, os.fdopen(out, encoding="utf-8"), os.fdopen(err, encoding="utf-8"))
+        texts = [os.fdopen(descriptor, encoding="utf-8", errors="replace") for descriptor in (out, err)]
+        return ForkedProcess(command, pid, end, *texts)
 
     def close(self) -> None:
         self._connection.close()
