@@ -130,7 +130,7 @@ def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(k
 
     def gradients(hidden: Tensor, chosen: Tensor, how: Any) -> tuple[DistillTerms, list[Tensor]]:
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight_VD, bias_V)]
-        rows_of_teacher, keywords = case.teacher[0][chosen], {"options": OPTIONS, "path": how}
+        rows_of_teacher, keywords = case.teacher[0][chosen], {"options": OPTIONS, "backend": how}
         match kind:
             case "dense":
                 heads = (rows_of_teacher, *case.teacher[1:])
