@@ -1,6 +1,7 @@
 """The same surroundings for every test: no network, no parallel tokenizers, one torch thread, signals that are heard."""
 
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Triton's kernels run on the CPU, slowly. TRITON_INTERPRET=0 tests them on a GPU instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from fastdistil import cli
 from tests.fork_server import ForkServer
@@ -24,12 +27,22 @@ from tests.small_run import Run, make_material
 # Under nohup SIGHUP is ignored, and what is ignored is so in every process that a test starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Property tests draw the same examples at every call, and a busy machine fails none of them.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sums in one order whatever the machine, here and in child processes. Undone afterwards: benchmarks may follow."""
+    """Sums in one order whatever the machine, here and in child processes, and the same random numbers in every test alone.
+
+    Threads are put back afterwards: benchmarks may follow.
+    """
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what a library draws from it
+    torch.manual_seed(0)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)

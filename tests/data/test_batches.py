@@ -94,7 +94,7 @@ def same(one, other):
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     lengths=lengths_lists,
     layout=st.sampled_from(LAYOUTS),
@@ -268,7 +268,6 @@ def test_any_window_is_the_same_without_the_ones_before(layout):
 
 
 @given(lengths=lengths_lists, budget=st.integers(30, 100))
-@settings(deadline=None, derandomize=True)
 def test_packing_is_next_fit(lengths, budget):
     expected, batch = [], []
     for i, length in enumerate(lengths):

@@ -278,7 +278,7 @@ BODIES = st.builds(
 WORKS = st.tuples(st.sampled_from(sorted(HEADERS)), BODIES, st.sampled_from(sorted(FOOTERS)), st.integers(1, 5))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(WORKS, min_size=1, max_size=4), st.integers(100, 5000), st.integers(0, 2**16))
 def test_bodies_come_out_as_they_went_in(works: list[tuple[str, str, str, int]], size: int, window: int) -> None:
     """Whatever the headers, footers, bodies and chunks."""

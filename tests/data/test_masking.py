@@ -187,7 +187,7 @@ def split(values, lengths):
     return np.split(values, offsets(lengths)[1:-1])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     whole_word=st.booleans(),

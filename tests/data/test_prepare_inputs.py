@@ -87,7 +87,7 @@ def test_what_a_document_is(tmp_path: Path) -> None:
     assert read([path], tmp_path, documents="paragraph")[0] == ["one", "two"]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.text("ab \n\u00e9", max_size=80), st.lists(st.integers(1, 20)), st.sampled_from(["file", "paragraph", "line"]))
 def test_documents_do_not_depend_on_the_chunks(text: str, sizes: list[int], documents: Any) -> None:
     """Chunks end at lines, as they are read."""

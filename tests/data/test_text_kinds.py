@@ -282,7 +282,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(VALUES, max_size=8), st.sampled_from([None, 0, 2]), st.booleans(), st.integers(1, 30))
 def test_elements_are_those_of_the_array(values: list[Any], indent: int | None, ascii_only: bool, size: int) -> None:
     data = f" \n{json.dumps(values, indent=indent, ensure_ascii=ascii_only)}\n ".encode()

@@ -327,7 +327,7 @@ floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 vectors = st.lists(floats, min_size=1, max_size=70)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(vectors, st.sampled_from([8, 16, 64]), st.data())
 def test_any_values(values: list[float], block: int, data: Any) -> None:
     """The CPU path and the specification agree on everything that a float can be."""
@@ -348,7 +348,7 @@ def test_any_values(values: list[float], block: int, data: Any) -> None:
     assert_top_k(g, residual, k, "torch")
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(vectors, st.data())
 def test_any_values_in_triton(values: list[float], data: Any) -> None:
     g = torch.tensor(values)

@@ -206,7 +206,7 @@ def test_differentiable_once_and_the_same_bits_twice(backend: Any) -> None:
         total.backward()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 20),
     widths=st.lists(st.integers(2, 40), min_size=1, max_size=4),

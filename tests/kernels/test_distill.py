@@ -416,7 +416,7 @@ def test_differentiable_once(backend: Any) -> None:
     assert not terms.soft.requires_grad
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 6),
     columns=st.integers(1, 70),
