@@ -29,8 +29,8 @@ from fastdistil.models.perplexity import (
     CausalPerplexity,
     HeldOut,
     PseudoPerplexity,
-    _checked_facts,
     causal_perplexity,
+    checked_facts,
     held_out,
     pseudo_perplexity,
 )
@@ -172,7 +172,7 @@ def evaluate(
     for path, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
         tokenizer = load_tokenizer(corpus.tokenizer_dir)
-        _checked_facts(model, corpus, lengths_n, token_facts(tokenizer))
+        checked_facts(model, corpus, lengths_n, token_facts(tokenizer))
         check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, path)
     remarks: dict[str, list[str]] = {path: [] for path in corpora}
     with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):

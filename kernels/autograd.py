@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.backend import _has_triton
+from fastdistil.kernels.backend import has_triton
 from fastdistil.kernels.distill_options import OPTIONS, low_precision_unit, unpack
 
 
 @torch.library.custom_op("fastdistil::scale_", mutates_args=("tensor",))
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor (0-dimensional), in float32 or wider; not touched where the factor is 1."""
-    if tensor.is_cuda and _has_triton():
+    if tensor.is_cuda and has_triton():
         from fastdistil.kernels.distill_triton import scale_triton_
 
         scale_triton_(tensor, factor)

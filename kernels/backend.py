@@ -13,14 +13,14 @@ def chosen_backend(backend: Backend, device: torch.device | str) -> str:
     if backend == "torch":
         return backend
     if backend == "auto":
-        if kind == "cuda" and not _has_triton():
+        if kind == "cuda" and not has_triton():
             raise ValueError(
                 "losses on a GPU need the package triton, which is not installed; pip install triton, or say 'torch'"
             )
         return "triton" if kind == "cuda" else "torch"
     if backend != "triton":
         raise ValueError(f"the backend must be one of auto, reference, triton, torch; got {backend!r}")
-    if not _has_triton():
+    if not has_triton():
         raise ValueError("triton kernels need the package triton, which is not installed; pip install triton, or say 'torch'")
     if kind != "cuda" and not _interpreted():
         raise ValueError(
@@ -30,7 +30,7 @@ def chosen_backend(backend: Backend, device: torch.device | str) -> str:
     return "triton"
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -12,7 +12,7 @@ def _in_blocks(v_N: Tensor, block: int) -> Tensor:
     return pad(v_N, (0, -v_N.numel() % block)).view(-1, block)
 
 
-def _with_residual(gradient_N: Tensor, residual_N: Tensor | None) -> tuple[Tensor, Tensor]:
+def with_residual(gradient_N: Tensor, residual_N: Tensor | None) -> tuple[Tensor, Tensor]:
     residual_N = torch.zeros_like(gradient_N) if residual_N is None else residual_N
     return gradient_N + residual_N, residual_N
 
@@ -27,7 +27,7 @@ def quantize_int8_reference(
     gradient_N: Tensor, residual_N: Tensor | None = None, *, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes_N int8, scales_B float32, the new residual_N)."""
-    v_N, residual_N = _with_residual(gradient_N, residual_N)
+    v_N, residual_N = with_residual(gradient_N, residual_N)
     v_BS = _in_blocks(v_N, block)
     scales_B = (v_BS.abs().amax(1) / 127).float()
     # A scale just below float32's largest number over 127 is finite, and what its code 127 stands for is not.

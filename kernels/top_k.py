@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdistil.kernels.backend import Backend
 from fastdistil.kernels.block_codes import _check, chosen_backend_or_reference
-from fastdistil.kernels.block_codes_reference import _with_residual
+from fastdistil.kernels.block_codes_reference import with_residual
 from fastdistil.kernels.cpu import buffer
 
 
@@ -57,7 +57,7 @@ def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, backend: B
 
 def top_k_select_reference(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(indices_K int32, ascending; values_K; the new residual_N)."""
-    v_N, _ = _with_residual(gradient_N, residual_N)
+    v_N, _ = with_residual(gradient_N, residual_N)
     magnitudes_N = v_N.abs().where(v_N.isfinite(), torch.inf)
     indices_K = magnitudes_N.sort(descending=True, stable=True).indices[:k].sort().values
     return indices_K.int(), v_N[indices_K], v_N.index_fill(0, indices_K, 0.0)

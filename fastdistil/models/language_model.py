@@ -127,7 +127,7 @@ class LanguageModel(nn.Module):
         self.causal = self.family.causal
         self.module = module
         _tie_as_weights(module, self.family)
-        if (unused := _unused_bias(module, self.family)) is not None:
+        if (unused := unused_bias(module, self.family)) is not None:
             unused.requires_grad_(False)
         module.set_attn_implementation(ATTENTION)
         self.position_offset = self.family.position_offset(module.config)
@@ -199,7 +199,7 @@ def _tie_as_weights(module: PreTrainedModel, family: Family) -> None:
             setattr(module.get_submodule(owner), name, nn.Parameter(parameter.detach().clone()))
 
 
-def _unused_bias(module: PreTrainedModel, family: Family) -> nn.Parameter | None:
+def unused_bias(module: PreTrainedModel, family: Family) -> nn.Parameter | None:
     """Return the second bias of an untied BERT's or RoBERTa's head, which is a name in the files that no forward reads."""
     output = module.get_submodule(family.output)
     head = module.get_submodule(family.output.rpartition(".")[0])

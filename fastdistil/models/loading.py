@@ -19,10 +19,10 @@ from fastdistil.models.language_model import (
     FAMILIES,
     AnyModel,
     LanguageModel,
-    _unused_bias,
     family_of,
     head_names,
     silent,
+    unused_bias,
 )
 from fastdistil.models.pretrained import read_config, read_weights
 
@@ -188,7 +188,7 @@ def has_tokenizer(path: str) -> bool:
 def save_pretrained(model: nn.Module, directory: Path) -> None:
     """Write a model so that transformers loads it without fastdistil; your own module as model.safetensors."""
     if isinstance(model, LanguageModel):
-        unused, bias = _unused_bias(model.module, model.family), model.bias
+        unused, bias = unused_bias(model.module, model.family), model.bias
         if (
             unused is not None and bias is not None
         ):  # readers that tie the two, whatever the configuration says, get the trained one

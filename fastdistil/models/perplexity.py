@@ -120,7 +120,7 @@ def held_out(
         raise UserError(f"the teacher's vocabulary has {v_t} entries, the model's {v_m}; say which they share with columns")
     for scorer in (teacher, model):
         if scorer is not None:
-            facts = _checked_facts(scorer, corpus, corpus.lengths[chosen_n], facts)
+            facts = checked_facts(scorer, corpus, corpus.lengths[chosen_n], facts)
     where = torch.device(device) if device is not None else device_of(model)
     longest = int(corpus.lengths[chosen_n].max(initial=0))
     batches = evaluation_batches(
@@ -174,7 +174,7 @@ def pseudo_perplexity(
     """
     if model.causal:
         raise UserError("pseudo-perplexity is for masked models; a causal model has a perplexity of its own (positions: 0)")
-    facts = _checked_facts(model, corpus, corpus.lengths, facts)
+    facts = checked_facts(model, corpus, corpus.lengths, facts)
     if facts.mask_id is None:
         raise UserError("pseudo-perplexity needs a tokenizer with a mask token, and this one has none; use the model's own")
     tokens_P = drawn_positions(corpus, facts, positions, seed)
@@ -227,7 +227,7 @@ def causal_perplexity(
         raise UserError(f"max_length must be from 2 to {limit or 'the longest text'} for this model, got {size}")
     if not 1 <= step < size:
         raise UserError(f"stride must be from 1 to {size - 1} (max_length - 1), got {step}: every token needs one before it")
-    facts = _checked_facts(model, corpus, np.minimum(corpus.lengths, size), facts)
+    facts = checked_facts(model, corpus, np.minimum(corpus.lengths, size), facts)
     windows, layout = sliding_windows(corpus.lengths, size, step), layout_of(model)
 
     def make(chosen: Ints) -> Batch:
@@ -246,7 +246,7 @@ def causal_perplexity(
     return CausalPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts), size, step)
 
 
-def _checked_facts(model: Any, corpus: TokenSequences, lengths_n: NDArray[Any], facts: Facts) -> Facts:
+def checked_facts(model: Any, corpus: TokenSequences, lengths_n: NDArray[Any], facts: Facts) -> Facts:
     """What of the tokenizer concerns the model. Raises UserError where the corpus is not for it."""
     longest, limit = int(lengths_n.max(initial=0)), language_model.max_length(model)
     check_rows("the model", language_model.vocabulary(model), corpus, facts, bool(model.causal))
