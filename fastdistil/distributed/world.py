@@ -224,6 +224,8 @@ class World:
 
     def _begin(self, name: str, start: Callable[[], Handle]) -> Handle:
         """Start any collective: an engine may refuse it already here, because a rank is gone. Raises RankLost."""
+        if self.watch is not None:
+            self.watch.check()  # an engine that still waits for a lost rank accepts ever more
         try:
             return start()
         except Exception as error:
