@@ -36,10 +36,10 @@ from fastdistil.train import train
 recipe = load_recipe("bert-small", sys.argv[1:])
 result = train(recipe, console=Console(quiet=True))
 memory = host_memory()
-steps = [e for e in read_events(result.run_dir / "events.jsonl") if e["event"] == "train"][1:]
+steps = [e for e in read_events(result.run_dir / "events.jsonl") if e.kind == "train"][1:]
 print(json.dumps({
-    "tokens_per_s": sum(e["tokens"] for e in steps) / sum(e["tokens"] / e["tokens_per_s"] for e in steps),
-    "data_wait_share": max(e["data_wait_share"] for e in steps),
+    "tokens_per_s": sum(e.tokens for e in steps) / sum(e.tokens / e.tokens_per_s for e in steps),
+    "data_wait_share": max(e.data_wait_share for e in steps),
     "anonymous_bytes": memory.anonymous_bytes,
     "peak_rss_bytes": memory.peak_rss_bytes,
 }))

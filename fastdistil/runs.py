@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistil.errors import UserError, printable, translated
-from fastdistil.events import parse_event
+from fastdistil.events import RunDone, parse_event
 from fastdistil.recipe import Recipe, check_version, validated
 from fastdistil.storage import TEMPORARY, locked, write_atomically
 from fastdistil.untrusted import read_yaml, reason
@@ -185,10 +185,9 @@ def request_pause(run_dir: Path) -> None:
 
 def _is_done(run_dir: Path) -> bool:
     try:
-        event = parse_event((run_dir / "events.jsonl").read_bytes().splitlines()[-1])
+        return isinstance(parse_event((run_dir / "events.jsonl").read_bytes().splitlines()[-1]), RunDone)
     except (OSError, IndexError, ValueError):
         return False  # what cannot be read is no reason not to pause
-    return bool(event["event"] == "done")
 
 
 def _in_use(run_dir: Path) -> bool:

@@ -33,7 +33,7 @@ from fastdistil.data.ragged import update_seed
 from fastdistil.distributed.coordinator import Coordinator, joined
 from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.errors import NonFinite, Stopped, translated
-from fastdistil.events import EventLog
+from fastdistil.events import Evaluation, EventLog, Note, RunDone, RunStopped
 from fastdistil.gradients.exchange import make_exchange
 from fastdistil.models import language_model
 from fastdistil.models.perplexity import HeldOut, held_out
@@ -118,7 +118,7 @@ def train(
         signals = Signals(console.note)
         with translated("starting", directory), loading(recipe, estimate_of(inputs, with_teacher_dtype(recipe, inputs))):
             run = _assemble(stack, recipe, directory, inputs, team, console, signals)
-            console.when_lost(lambda message: run.event("note", update=run.update, message=message))
+            console.when_lost(lambda message: run.event(Note(update=run.update, message=message)))
             stack.callback(console.close)  # before the log
             if continued:
                 with team.unhurried("restoring"):
@@ -384,7 +384,7 @@ def _evaluate(run: Run) -> HeldOut | None:
         give_up_evaluation(run, error)
         return None
     losses = HeldOut(**measured)
-    run.event("evaluation", update=run.update, seconds=time.perf_counter() - begun, **asdict(losses))
+    run.event(Evaluation(update=run.update, seconds=time.perf_counter() - begun, **asdict(losses)))
     run.console.note(
         f"update {run.update}: held-out loss {losses.loss:.4f} ± {losses.loss_se:.4f}, perplexity {losses.perplexity:.2f}"
     )
@@ -407,7 +407,7 @@ def _stop(run: Run) -> None:
         _evaluate(run)
         if run.team.is_chief:
             clear_pause(run.directory)
-    run.event("stopped", update=run.update, why=why)
+    run.event(RunStopped(update=run.update, why=why))
     raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {resume_command(run)}")
 
 
@@ -420,7 +420,7 @@ def _finish(run: Run) -> Result:
             counts = {"updates": run.update, "tokens": run.tokens}
             export_student(run.inputs, run.recipe, run.directory / "student", heldout, **counts, note=run.tell)
     run.console.close()  # if it is gone, the log says so before its last line
-    run.event("done", update=run.update, tokens=run.tokens, tokens_per_second=speed)
+    run.event(RunDone(update=run.update, tokens=run.tokens, tokens_per_second=speed))
     student = run.inputs.student
     module = student.module if isinstance(student, language_model.LanguageModel) else student
     return Result(run.directory, module.eval(), run.update, heldout, speed)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 JSON_BYTES = 2**28
@@ -76,6 +76,12 @@ class FileFacts(TypedDict):
 
     bytes: Whole
     sha256: Sha256
+
+
+class Fields(BaseModel):
+    """An object in a document of any version: what is not listed passes as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class Sealed(TypedDict):
@@ -259,7 +265,7 @@ def real(value: object) -> float:
 
 
 def at(values: object, *path: str) -> Any:
-    """What lies at a path of keys; None where it ends."""
+    """What lies at a path of keys, or of the fields of an event; None where it ends."""
     for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
+        values = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
     return values

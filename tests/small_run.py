@@ -18,7 +18,6 @@ from fastdistil.console import Console
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
 from fastdistil.data.tokenizer import train_wordpiece
-from fastdistil.events import read_events
 from fastdistil.recipe import Recipe, load_recipe
 
 Run = Callable[..., tuple[int, str, str]]
@@ -87,9 +86,14 @@ def small(material: Path, runs: Path, *overrides: str) -> Recipe:
 
 
 def events(run: Path, kind: str = "train", **match: Any) -> list[dict[str, Any]]:
-    """Of a run's effective events, those of a kind whose fields have the given values."""
-    chosen = read_events(run / "events.jsonl", effective=True)
-    return [event for event in chosen if event["event"] == kind and all(event.get(key) == match[key] for key in match)]
+    """Of a run's effective events, as its log has them, those of a kind whose fields have the given values."""
+    begins, effective = ("start", "resume"), list[dict[str, Any]]()
+    for line in (run / "events.jsonl").read_bytes().splitlines():
+        event = json.loads(line)
+        if event["event"] in begins:  # what was logged for later updates is superseded
+            effective = [old for old in effective if old["event"] in begins or old.get("update", 0) <= event["update"]]
+        effective.append(event)
+    return [event for event in effective if event["event"] == kind and all(event.get(key) == match[key] for key in match)]
 
 
 def learnt(run: Path) -> list[tuple[Any, ...]]:

@@ -19,7 +19,7 @@ from fastdistil import __version__
 from fastdistil.data.python_docs import docstrings
 from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import EXIT_CODES
-from fastdistil.events import read_events
+from fastdistil.events import Train, read_events
 from tests.small_run import Run
 
 
@@ -136,9 +136,7 @@ def test_tensorboard_is_written_when_asked(run: Run, material: Path, tmp_path: P
     board = EventAccumulator(str(tmp_path / "runs" / "distilbert-1" / "tensorboard"))
     board.Reload()
     logged = [
-        event["total"]
-        for event in read_events(tmp_path / "runs" / "distilbert-1" / "events.jsonl")
-        if event["event"] == "train"
+        event.total for event in read_events(tmp_path / "runs" / "distilbert-1" / "events.jsonl") if isinstance(event, Train)
     ]
     assert [scalar.value for scalar in board.Scalars("train/total")] == pytest.approx(logged)
 

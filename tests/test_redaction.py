@@ -70,7 +70,7 @@ def test_long_texts_take_time_by_their_length(piece: str, tmp_path: Path) -> Non
     """A pattern that looks at all that follows each place would take minutes here."""
     note = {"event": "note", "time": 0.0, "update": 1, "message": piece * 30_000}
     events = [{"event": "start", "time": 0.0, "update": 0, "updates": 1}, note]
-    assert load_history(write_events(tmp_path, events)).notes[0]["message"]
+    assert load_history(write_events(tmp_path, events)).notes[0].message
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_training_goes_on_without_its_console(
     assert train.train(recipe, console=console).updates == 3
     notes = [event["message"] for event in events(tmp_path / "run", "note")]
     assert len([note for note in notes if "the console is gone" in note]) == 1, notes
-    assert list(read_events(tmp_path / "run" / "events.jsonl"))[-1]["event"] == "done"
+    assert list(read_events(tmp_path / "run" / "events.jsonl"))[-1].kind == "done"
     assert (tmp_path / "run" / "student" / "config.json").is_file()
 
 

@@ -18,11 +18,13 @@ imbalance are not recorded.
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fastdistil.errors import UserError
+from fastdistil.events import Environment, Start, Train
 from fastdistil.profiling.report.history import History
 from fastdistil.studies.cost_fit import Point, TimingSample
+from fastdistil.untrusted import real
 
 Mode = Literal["weak", "strong"]
 LOSSES = {
@@ -90,14 +92,14 @@ class Round:
     """One run of a point."""
 
     updates: tuple[Update, ...]
-    start: Mapping[str, Any]
+    start: Start
     """The run's start event."""
-    environment: Mapping[str, Any]
+    environment: Environment
     """Of rank 0's machine."""
     device: str | None
     """Its name."""
-    facts: Mapping[str, Any]
-    """Of its last log line: buckets, gradient bytes and collectives an update."""
+    last_line: Train
+    """Its last log line: buckets, gradient bytes and collectives of an update."""
     startup_s: float | None
     """From the launch to the first update."""
 
@@ -123,36 +125,34 @@ def read_round(history: History, warmup: int, launched_s: float | None = None) -
         raise UserError(f"{history.directory} did not finish; it cannot be measured")
     updates: list[Update] = []
     for line in history.lines:
-        if line["updates"] != 1:
-            raise UserError(f"{history.directory} has {line['updates']} updates in a log line; wanted logging.every=1")
-        if line.get("step_s") == [0]:
-            raise UserError(f"{history.directory}: update {line['update']} took no time; measure again")
-        updates.append(_update(line, on_gpu=str(history.start.get("device")).startswith("cuda")))
+        if line.updates != 1:
+            raise UserError(f"{history.directory} has {line.updates} updates in a log line; wanted logging.every=1")
+        if line.step_s == (0,):
+            raise UserError(f"{history.directory}: update {line.update} took no time; measure again")
+        updates.append(_update(line, on_gpu=str(history.start.device).startswith("cuda")))
     if len(updates) <= warmup:
         raise UserError(f"{history.directory} has {len(updates)} updates, {warmup} of them warm-up; raise --steps")
-    started = history.start.get("time")
+    started = history.start.time
     return Round(
         updates=tuple(updates[warmup:]),
         start=history.start,
         environment=history.environment,
         device=history.device,
-        facts=history.lines[-1],
+        last_line=history.lines[-1],
         startup_s=started - launched_s if launched_s is not None and started is not None else None,
     )
 
 
-def _update(line: Mapping[str, Any], on_gpu: bool) -> Update:
-    phases = line.get("phases") or {}
-    steps = line.get("step_s")
-    worked = line.get("rank_worked_s")
-    compression, exposed, gradients = phases.get("compression"), phases.get("exposed"), line.get("exchange_wait_s")
+def _update(line: Train, on_gpu: bool) -> Update:
+    compression, exposed = line.phases.get("compression"), line.phases.get("exposed")
+    assert line.tokens is not None
     return Update(
-        step_s=steps[0] if steps else line["tokens"] / line["tokens_per_s"],  # the same clock, by the line
-        tokens=line["tokens"],
-        exposed_s=exposed[0] if exposed else gradients or 0.0,
-        gradients_s=None if on_gpu else gradients,
+        step_s=line.step_s[0] if line.step_s else line.tokens / real(line.tokens_per_s),  # the same clock, by the line
+        tokens=line.tokens,
+        exposed_s=exposed[0] if exposed else line.exchange_wait_s or 0.0,
+        gradients_s=None if on_gpu else line.exchange_wait_s,
         compression_s=compression[0] if compression else None,
-        worked_s=tuple(max(0.0, seconds) for seconds in worked) if worked else None,
+        worked_s=tuple(max(0.0, seconds) for seconds in line.rank_worked_s) or None,
     )
 
 
@@ -256,10 +256,10 @@ def _losses(point: MeasuredPoints, baseline: MeasuredPoints, number: int) -> Los
 
 def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: float) -> Point:
     """What the cost model sees of it. `touched_bytes`: by compressing an exchange."""
-    setting, facts = point.setting, point.rounds[0].facts
+    setting, line = point.setting, point.rounds[0].last_line
     several = setting.ranks > 1
     exchanges = setting.accumulation if setting.sync == "every-micro-batch" and several else 1
-    buckets = facts["buckets"] if several else 0
+    buckets = line.buckets or 0 if several else 0
     samples = []
     for run in point.rounds:
         worked, imbalance = (run.part("worked"), run.part("imbalance")) if several else (None, None)
@@ -271,8 +271,8 @@ def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: 
         rings=setting.rings,
         accumulation=setting.accumulation,
         exchanges=exchanges,
-        sent_bytes=facts["gradient_bytes"] / exchanges if several else 0.0,
-        collectives=round(facts["gradient_collectives"] / exchanges) if several else 0,
+        sent_bytes=real(line.gradient_bytes) / exchanges if several else 0.0,
+        collectives=round(real(line.gradient_collectives) / exchanges) if several else 0,
         hops=buckets * 2 * (setting.ranks - 1),
         touched_bytes=touched_bytes if several else 0.0,
         slowdown=slowdown(point, baseline),

@@ -163,7 +163,7 @@ def run_study(study: Study, query: Question, baseline: int | None, console: rich
     tokens = statistics.median(update.tokens for run in base.rounds for update in run.updates)
     per_micro_batch = tokens / (base.setting.ranks * base.setting.accumulation)
     if chosen:
-        on_cpu = str(base.rounds[0].start.get("device", "cpu")).startswith("cpu")
+        on_cpu = (base.rounds[0].start.device or "cpu").startswith("cpu")
         model = fit(chosen, on_cpu=on_cpu)
         more, predicted, model_values = _model(model, work, query, reference / per_micro_batch)
         model_grids += more

@@ -19,7 +19,6 @@ from typing import Any, get_args
 
 from fastdistil import __version__
 from fastdistil.errors import FastdistilError, UserError, translated
-from fastdistil.events import Fields
 from fastdistil.gradients.cost_model import touched_bytes
 from fastdistil.launch.job import Job, choose_slots
 from fastdistil.launch.launcher import launch
@@ -40,7 +39,7 @@ from fastdistil.studies.points import (
     model_point,
     read_round,
 )
-from fastdistil.untrusted import Text, Whole, converted, read_json, reason
+from fastdistil.untrusted import Fields, Text, Whole, converted, read_json, real, reason
 
 WARMUP = 2
 """First updates of each run that are not counted: allocations, connections, the order of buckets."""
@@ -137,8 +136,8 @@ def _measured(
     slots = choose_slots(setting.ranks, study.hosts)[0][: setting.ranks]
     hosts = {slot.host for slot in slots}
     most = max(sum(slot.host == host for slot in slots) for host in hosts)
-    on_cpu = str(rounds[0].start.get("device", "cpu")).startswith("cpu")
-    cores = rounds[0].environment.get("cores") or usable_cores()
+    on_cpu = (rounds[0].start.device or "cpu").startswith("cpu")
+    cores = rounds[0].environment.cores or usable_cores()
     return MeasuredPoints(
         setting=setting,
         nodes=len(hosts),
@@ -273,14 +272,14 @@ def workload(points: Sequence[MeasuredPoints], accumulation: int) -> Workload:
     several = [point for point in points if point.setting.ranks > 1]
     plain = [point for point in several if point.setting.compression == "none" and point.setting.sync == "delayed"]
     chosen = (plain or several or points)[0]
-    start, facts, ranks = chosen.rounds[0].start, chosen.rounds[0].facts, chosen.setting.ranks
-    size = 4 * int(start.get("student_parameters", 0))
+    start, line, ranks = chosen.rounds[0].start, chosen.rounds[0].last_line, chosen.setting.ranks
+    size = 4 * (start.student_parameters or 0)
     if plain:  # what travelled is known better than what may be frozen
-        size = round(facts["gradient_bytes"] * ranks / (2 * (ranks - 1)))
+        size = round(real(line.gradient_bytes) * ranks / (2 * (ranks - 1)))
     return Workload(
         gradient_bytes=size,
-        buckets=int(facts.get("buckets", 1)),
-        engine=str(start.get("engine", "alone")),
+        buckets=line.buckets or 1,
+        engine=start.engine or "alone",
         accumulation=accumulation,
         exchanges=1,
     )
@@ -291,7 +290,7 @@ def model_points(points: Sequence[MeasuredPoints], baseline: int | None) -> list
     for point in points:
         if point.modelled:
             kind, base = point.setting.compression, baseline_of(points, point, baseline)
-            size = 4 * int(point.rounds[0].start.get("student_parameters", 0))
+            size = 4 * (point.rounds[0].start.student_parameters or 0)
             assert kind in MODELLED
             modelled.append(model_point(point, base, touched_bytes(kind, size)))  # type: ignore[arg-type]
     return modelled
@@ -306,17 +305,17 @@ def as_json(study: Study, recipe: Recipe, points: Sequence[MeasuredPoints], base
         "recipe": study.recipe,
         "overrides": redacted(list(study.overrides)),
         "device": {
-            "kind": start.get("device"),
+            "kind": start.device,
             "name": points[0].rounds[0].device,
-            "cores": environment.get("cores"),
-            "memory_bytes": environment.get("memory_bytes"),
-            "threads_per_rank": start.get("threads"),
+            "cores": environment.cores,
+            "memory_bytes": environment.memory_bytes,
+            "threads_per_rank": start.threads,
         },
-        "dtype": start.get("precision"),
+        "dtype": start.precision,
         "shape": {
             "micro_batch_tokens": recipe.data.micro_batch_tokens,
-            "student_parameters": start.get("student_parameters"),
-            "teacher_parameters": start.get("teacher_parameters"),
+            "student_parameters": start.student_parameters,
+            "teacher_parameters": start.teacher_parameters,
         },
         "counts": {"rounds": study.rounds, "updates": study.steps, "warmup": WARMUP},
         "points": [_point_json(point) for point in points],
@@ -332,10 +331,10 @@ def _point_json(point: MeasuredPoints) -> dict[str, Any]:
         **asdict(point.setting),
         "nodes": point.nodes,
         "unit": "s",
-        "device": start.get("device"),
+        "device": start.device,
         "device_name": point.rounds[0].device,
-        "dtype": start.get("precision"),
-        "engine": start.get("engine"),
+        "dtype": start.precision,
+        "engine": start.engine,
         "oversubscribed": point.oversubscribed,
         "in_fit": point.modelled,
         "link_bytes_per_s": point.link_bytes_per_s,

@@ -10,12 +10,14 @@ import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastdistil import __version__
 from fastdistil.distributed.coordinator import Coordinator
+from fastdistil.events import DeviceFacts, DeviceReading, Environment, MemoryParts, MemoryReading, Peaks, Utilisation
 from fastdistil.models import language_model
 from fastdistil.profiling import peaks
 from fastdistil.profiling.device import (
@@ -125,12 +127,12 @@ class Instruments:
 
     # For the log
 
-    def survey(self, team: Coordinator, tell: Callable[[str], None]) -> dict[str, Any]:
-        """The fields of the event `environment`. All ranks call it: while rank 0 measures peaks, the others do nothing."""
+    def survey(self, team: Coordinator, tell: Callable[[str], None]) -> Environment:
+        """All ranks call it: while rank 0 measures peaks, the others do nothing."""
         device, recipe = self._inputs.device, self._recipe
         facts = {"rank": team.world.rank, "host": socket.gethostname(), **device_facts(device, tell)}
         payloads = list(team.collect_bytes(json.dumps(facts).encode(), "devices"))  # to rank 0
-        devices = [json.loads(payload) for payload in payloads if payload]
+        devices = tuple(DeviceFacts(**json.loads(payload)) for payload in payloads if payload)
         if self._chief:
             self.memory.peak_bytes()  # kept by the meter: measuring begins torch's own anew
             precisions = [recipe.loop.precision]
@@ -138,10 +140,10 @@ class Instruments:
                 precisions.append(recipe.teacher.dtype)
             self._peaks = peaks.peaks(device, *precisions, measure=recipe.profile.measure_peaks)
         team.world.barrier("fastdistil.peaks")
-        return {"devices": devices, "peaks": self._peaks} | host_facts()
+        return Environment(devices=devices, peaks=Peaks(**self._peaks), **host_facts())
 
-    def parts(self, optimizer: torch.optim.Optimizer, residuals: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-        """The fields of the event `memory`, once, when an update has been watched; else None."""
+    def parts(self, update: int, optimizer: torch.optim.Optimizer, residuals: Mapping[str, torch.Tensor]) -> MemoryParts | None:
+        """What the peak is made of, once, when an update has been watched; else None."""
         if self._told or not self._watched:
             return None
         self._told = True
@@ -159,16 +161,16 @@ class Instruments:
             peak=peak if inputs.device.type == "cuda" else None,
             kept=self._kept or None,
         )
-        return {"parts": self.memory.parts, "estimate": estimate, "peak_bytes": peak}
+        return MemoryParts(update=update, parts=self.memory.parts, estimate=estimate, peak_bytes=peak)
 
     def read(self) -> dict[str, Any]:
-        """The fields of a log line, since the last one."""
+        """Fields of a log line (events.Train): what was measured since the last one."""
         fields = self.spans.read()
         used_bytes = None
         if self._sampler is not None:
-            fields["device"] = self._sampler.read()
+            fields["device"] = DeviceReading(**self._sampler.read())
             used_bytes = self._sampler.latest("memory_used_bytes")
-        fields["memory"] = self.memory.read(used_bytes)
+        fields["memory"] = MemoryReading(**self.memory.read(used_bytes))
         steps, warmup = fields["step_s"], fields["warmup"]
         work, self._work = self._work[: len(steps)], self._work[len(steps) :]
         if self._chief and any(update_work.executed for update_work in work):
@@ -179,9 +181,10 @@ class Instruments:
 
     def _utilisation(self, work: Work, seconds: float) -> dict[str, Any]:
         """A log line's `mfu`: against the datasheet's peak, and beside it the measured one; against what there is of them."""
-        shares = [peaks.utilisation(work, seconds, flops, source) for source, flops in self._peaks["flops"].items()]
+        against = [peaks.utilisation(work, seconds, flops, source) for source, flops in self._peaks["flops"].items()]
+        shares = [Utilisation(**values) for values in against]
         if len(shares) == 2:
-            return {"mfu": {**shares[0], "measured": shares[1]}}
+            return {"mfu": replace(shares[0], measured=shares[1])}
         return {"mfu": shares[0]} if shares else {}
 
     def naming_out_of_memory(self) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,15 +167,15 @@ class Imbalance:
         self._tokens += tokens
         self._data_wait_s += data_wait_s
 
-    def read(self, line: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, step_s: Sequence[float], phases: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest. And, true on rank
         0 alone, how long it waited for whoever was, in each update: another time it may be another one.
 
-        Work is the updates' time, as this rank's spans in `line` have it, without what was waited for other ranks (`exposed`):
-        whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
+        Work is the updates' time, as this rank's spans have it in seconds of each update, without what was waited for other
+        ranks (`exposed`): whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.
         """
-        exposed = line["phases"].get("exposed") or [0.0] * len(line["step_s"])
-        worked_s = [step - waited for step, waited in zip(line["step_s"], exposed, strict=True)]
+        exposed = phases.get("exposed") or [0.0] * len(step_s)
+        worked_s = [step - waited for step, waited in zip(step_s, exposed, strict=True)]
         rows = self._world.gather([self._tokens, self._data_wait_s, *worked_s], "fastdistil.load")
         ranks = [_Load(tokens, data_wait_s, worked_s) for tokens, data_wait_s, *worked_s in rows]
         self._tokens, self._data_wait_s = 0, 0.0

@@ -1,6 +1,7 @@
 """What a run tells of itself while it goes on: events.jsonl, the console, TensorBoard."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from fastdistil.errors import translated
+from fastdistil.events import Kernel, Resume, Start, Trace, Train, as_fields
 from fastdistil.gradients.compressors import starts_at
 from fastdistil.models import language_model
 from fastdistil.recipe import Objective
@@ -19,8 +21,8 @@ from fastdistil.training.saving import count, rolling_back
 
 def announce(run: Run) -> None:
     world = run.team.world
-    run.event(
-        "resume" if run.update else "start",
+    kind = Resume if run.update else Start
+    begins = kind(
         update=run.update,
         updates=run.inputs.updates,
         engine=world.engine,
@@ -37,16 +39,17 @@ def announce(run: Run) -> None:
         student_parameters=language_model.parameter_count(run.inputs.student),
         teacher_parameters=language_model.parameter_count(run.inputs.teacher) if run.inputs.teacher is not None else 0,
     )
-    run.event("environment", **run.instruments.survey(run.team, run.console.note))
+    run.event(begins)
+    run.event(run.instruments.survey(run.team, run.console.note))
     if run.board is not None:
         run.board.text("recipe", yaml.safe_dump(redacted(run.recipe.model_dump(mode="json")), sort_keys=False))
     if not run.team.alone:
-        kind = run.recipe.compression.kind
-        run.console.note(f"{world.size} ranks over {world.engine}, compression {kind}")
-        begins = starts_at(run.recipe.compression)
-        if kind not in ("none", "auto") and begins >= run.inputs.updates:
+        compression = run.recipe.compression.kind
+        run.console.note(f"{world.size} ranks over {world.engine}, compression {compression}")
+        first = starts_at(run.recipe.compression)
+        if compression not in ("none", "auto") and first >= run.inputs.updates:
             run.tell(
-                f"nothing will be compressed: that begins after {begins} updates (compression.warmup_updates), and the run has "
+                f"nothing will be compressed: that begins after {first} updates (compression.warmup_updates), and the run has "
                 f"{run.inputs.updates}"
             )
     run.console.start(run.inputs.updates, run.update)
@@ -60,19 +63,20 @@ def log(run: Run) -> None:
     count(run)
     fields |= run.instruments.read()
     if not run.team.alone:
-        fields |= run.exchange.fields() | run.load.read(fields)
-    if "peak_allocated_bytes" in fields.get("memory", {}):  # torch's own counter begins anew where phases are watched
-        fields["device_peak_bytes"] = fields["memory"]["peak_allocated_bytes"]
-    parts = run.instruments.parts(run.optimizer, run.exchange.tensors())
+        fields |= run.exchange.fields() | run.load.read(fields["step_s"], fields["phases"])
+    line = Train(update=run.update, lr=run.optimizer.param_groups[0]["lr"], **fields)
+    if line.memory is not None and line.memory.peak_allocated_bytes is not None:
+        # torch's own counter begins anew where phases are watched
+        line = replace(line, device_peak_bytes=line.memory.peak_allocated_bytes)
+    parts = run.instruments.parts(run.update, run.optimizer, run.exchange.tensors())
     if parts is not None:
-        run.event("memory", update=run.update, **parts)
-    fields["lr"] = run.optimizer.param_groups[0]["lr"]
+        run.event(parts)
     run.logged_tokens += fields["tokens"]
     run.logged_s += run.meter.elapsed_s  # an update of padding alone has no tokens to tell it from
-    run.event("train", update=run.update, **fields)
-    run.console.update(run.update, {name: fields[name] for name in _watched(run.recipe.objective)})
+    run.event(line)
+    run.console.update(run.update, {name: getattr(line, name) for name in _watched(run.recipe.objective)})
     if run.board is not None:
-        run.board.write(run.update, dict(curves(fields)))
+        run.board.write(run.update, dict(curves(line)))
     options = run.recipe.logging
     every = options.histograms if options.tensorboard else None
     if every is not None and run.update // every > run.histograms_at // every:
@@ -82,10 +86,10 @@ def log(run: Run) -> None:
                 run.board.histograms(run.update, histograms(run))
 
 
-def curves(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def curves(line: Train) -> Iterator[tuple[str, Any]]:
     """A log line's numbers by TensorBoard's names: those of groups (phases, memory, device) below their group; of a number for
     each update, the mean."""
-    for name, value in fields.items():
+    for name, value in as_fields(replace(line, update=0)).items():
         group, inner = (name, value) if isinstance(value, Mapping) else ("train", {name: value})
         for key, entry in inner.items():
             numbers = isinstance(entry, list) and entry and all(isinstance(number, float) for number in entry)
@@ -125,7 +129,8 @@ def finish_trace(run: Run) -> None:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(trace)
     first, last = run.recipe.profile.trace_steps or (0, 0)
-    run.event("trace", update=run.update, first=first, last=min(last, run.update), kernels=kernels)
+    traced = tuple(Kernel(**kernel) for kernel in kernels)
+    run.event(Trace(update=run.update, first=first, last=min(last, run.update), kernels=traced))
     most = f"; most of the time in {kernels[0]['name']} ({kernels[0]['share']:.0%})" if kernels else ""
     where = f"open {run.directory / 'trace'}/*.json.gz in ui.perfetto.dev"
     run.tell(f"traced updates {first} to {min(last, run.update)}{most}: {where}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdistil.console import Console
 from fastdistil.data.batch import Counts
 from fastdistil.distributed.coordinator import Coordinator, Decision
-from fastdistil.events import EventLog
+from fastdistil.events import Event, EventLog, Note
 from fastdistil.gradients.exchange import Exchange
 from fastdistil.models import language_model
 from fastdistil.recipe import Recipe
@@ -87,12 +87,12 @@ class Run:
 
     def tell(self, text: str) -> None:
         """To a person, and to whoever reads the log."""
-        self.event("note", update=self.update, message=text)
+        self.event(Note(update=self.update, message=text))
         self.console.note(text)
 
-    def event(self, kind: str, /, **fields: Any) -> None:
+    def event(self, event: Event) -> None:
         if self.events is not None:
-            self.events.write(kind, **fields)
+            self.events.write(event)
 
     @contextmanager
     def aside(self, activity: str) -> Iterator[None]:

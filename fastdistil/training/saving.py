@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch
 from fastdistil.errors import CorruptData, NonFinite, UserError, translated
-from fastdistil.events import Fields
+from fastdistil.events import Checkpoint, Note, RunNotFinite
 from fastdistil.models import language_model
 from fastdistil.models.not_finite import first_not_finite
 from fastdistil.recipe import CompressionKind
@@ -26,7 +26,7 @@ from fastdistil.training import checkpoint
 from fastdistil.training.guards import FiniteGuard
 from fastdistil.training.run_state import Run
 from fastdistil.training.teacher_identity import continue_with_teacher, identify_teacher
-from fastdistil.untrusted import Amount, Whole, check, reason
+from fastdistil.untrusted import Amount, Fields, Whole, check, reason
 
 
 class ScaleState(Fields):
@@ -115,7 +115,7 @@ def _write_checkpoint(run: Run, skipped: int) -> None:
     protect = frozenset() if run.best_update is None else frozenset({run.best_update})
     keep = run.recipe.checkpoint.keep
     path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
-    run.event("checkpoint", update=run.update, seconds=time.perf_counter() - begun, path=path.name)
+    run.event(Checkpoint(update=run.update, seconds=time.perf_counter() - begun, path=path.name))
     run.saved_update = run.update
 
 
@@ -207,7 +207,7 @@ def rolling_back(run: Run) -> Iterator[None]:
             message = f"{error.cause}; {teacher}; saved after update {run.update}"
         else:
             message = f"{error}; saved after update {run.update}, continue with {resume_command(run)}"
-        run.event("nonfinite", update=run.update, message=message)
+        run.event(RunNotFinite(update=run.update, message=message))
         raise NonFinite(message) from error
 
 
@@ -218,7 +218,7 @@ def give_up_evaluation(run: Run, error: NonFinite) -> None:
         run.tell(f"{message}; going on without this evaluation (loop.nonfinite=skip)")
         return
     save(run)
-    run.event("nonfinite", update=run.update, message=message)
+    run.event(RunNotFinite(update=run.update, message=message))
     way_out = f"continue with {resume_command(run)} loop.nonfinite=skip, which leaves such evaluations out"
     raise NonFinite(f"{message}; saved, {way_out}") from error
 
@@ -272,7 +272,7 @@ def saving_what_is_sound(run: Run) -> Iterator[None]:
         if run.team.world.size > 1 or run.update == run.saved_update:
             raise
         save(run)
-        run.event("note", update=run.update, message=str(error))
+        run.event(Note(update=run.update, message=str(error)))
         raise CorruptData(f"{error}; saved after update {run.update}, continue with {resume_command(run)}") from error
 
 

@@ -6,22 +6,34 @@ guessed. A run that died within a write loses its torn last line, as everywhere 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from fastdistil.errors import CorruptData, UserError, translated
-from fastdistil.events import Fields, effective_events, read_events
+from fastdistil.events import (
+    Checkpoint,
+    Environment,
+    Evaluation,
+    Event,
+    MemoryParts,
+    Note,
+    RunDone,
+    RunNotFinite,
+    RunStopped,
+    Start,
+    Trace,
+    Train,
+    effective_events,
+    read_events,
+)
 from fastdistil.redaction import redacted
-from fastdistil.untrusted import Positive, check, read_yaml, real, reason
+from fastdistil.untrusted import Fields, Positive, check, read_yaml, reason
 
 Outcome = Literal["done", "stopped", "nonfinite", "open"]
-Event = dict[str, Any]
-# Of a start: when and where it was, not how it ran.
-_POSITION = frozenset({"event", "time", "update", "updates"})
-_BY_RANK = ("rank_worked_s", "rank_tokens", "rank_data_wait_s")
+Kind = TypeVar("Kind", bound=Event)
 
 
 class StoredTeacher(Fields):
@@ -59,21 +71,21 @@ class History:
     name: str
     recipe: dict[str, Any]
     """recipe.yaml as it lies there but for its secrets, not validated: an older or newer fastdistil may have written it."""
-    start: Event
+    start: Start
     """The last `start` or `resume`; empty if the run died before it."""
-    starts: list[Event]
+    starts: list[Start]
     """Every one, in order: `start` is the last."""
-    environment: Event
+    environment: Environment
     """The last one recorded; empty without."""
-    environments: list[Event]
+    environments: list[Environment]
     """Of each start, the last one recorded before the next; empty without."""
-    lines: list[Event]
+    lines: list[Train]
     """`train` events, in order of their updates; those that a resume went back behind are left out."""
-    evaluations: list[Event]
-    notes: list[Event]
-    checkpoints: list[Event]
-    memory: Event | None
-    trace: Event | None
+    evaluations: list[Evaluation]
+    notes: list[Note]
+    checkpoints: list[Checkpoint]
+    memory: MemoryParts | None
+    trace: Trace | None
     """The last trace's: which updates, and the kernels that took most of them."""
     wall_s: float | None
     """From each start to the last event before the next, superseded ones too; what lies between attempts is left out."""
@@ -83,24 +95,26 @@ class History:
     @property
     def device(self) -> str | None:
         """The name of rank 0's GPU or processor, or what the recipe calls it."""
-        kind, devices = self.start.get("device"), self.environment.get("devices") or [{}]
-        return (devices[0].get("name") if str(kind).startswith("cuda") else self.environment.get("processor")) or kind
+        kind, devices = self.start.device, self.environment.devices
+        name = devices[0].name if devices and str(kind).startswith("cuda") else self.environment.processor
+        return name or kind
 
     @property
-    def comparable_lines(self) -> list[Event]:
+    def comparable_lines(self) -> list[Train]:
         """The lines that ran as `start` and `environment` say: a run may have been continued by other ranks, or on others."""
         environments = [*self.environments[:-1], self.environment]  # the last start may have died before its own
         ran = [
-            ({name: value for name, value in start.items() if name not in _POSITION}, _hardware(environment))
+            # When and where it began is left out; and whether it was a start or a resume.
+            (vars(replace(start, time=None, update=0, updates=None)), _hardware(environment))
             for start, environment in zip(self.starts, environments, strict=False)
         ]
-        begins = [start.get("update", 0) for start in self.starts]
+        begins = [start.update for start in self.starts]
         spans = [
             (begin, min(begins[number + 1 :], default=math.inf))  # a later start may have gone back behind this one
             for number, begin in enumerate(begins)
             if ran[number] == ran[-1]
         ]
-        return [line for line in self.lines if any(begin < line["update"] <= end for begin, end in spans)]
+        return [line for line in self.lines if any(begin < line.update <= end for begin, end in spans)]
 
 
 def load_history(path: str | Path) -> History:
@@ -111,20 +125,20 @@ def load_history(path: str | Path) -> History:
     written = list(read_events(directory / "events.jsonl"))
     events = effective_events(written)
     _check_ranks(events, directory / "events.jsonl")
-    starts = _of(events, "start", "resume")
-    environments, memories, traces = _of(events, "environment"), _of(events, "memory"), _of(events, "trace")
+    starts, environments = _of(events, Start), _of(events, Environment)
+    memories, traces = _of(events, MemoryParts), _of(events, Trace)
     return History(
         directory=directory,
         name=directory.resolve().name,
         recipe=redacted(_recipe(directory / "recipe.yaml")),
-        start=starts[-1] if starts else {},
+        start=starts[-1] if starts else Start(),
         starts=starts,
-        environment=environments[-1] if environments else {},
+        environment=environments[-1] if environments else Environment(),
         environments=_environments(events),
-        lines=sorted(_of(events, "train"), key=lambda line: line["update"]),
-        evaluations=_of(events, "evaluation"),
-        notes=[redacted(note) for note in _of(events, "note")],
-        checkpoints=_of(events, "checkpoint"),
+        lines=sorted(_of(events, Train), key=lambda line: line.update),
+        evaluations=_of(events, Evaluation),
+        notes=[replace(note, message=redacted(note.message)) for note in _of(events, Note)],
+        checkpoints=_of(events, Checkpoint),
         memory=memories[-1] if memories else None,
         trace=traces[-1] if traces else None,
         wall_s=_wall_s(written),
@@ -134,45 +148,46 @@ def load_history(path: str | Path) -> History:
 
 def _check_ranks(events: Sequence[Event], path: Path) -> None:
     """Raise CorruptData unless the log lines of as many ranks tell of equally many."""
-    widths: dict[Any, int] = {}
+    widths: dict[int | None, int] = {}
     ranks = None
     for event in events:
-        if event["event"] in ("start", "resume"):
-            ranks = event.get("ranks")
-        elif event["event"] == "train":
-            counts = {len(values) for name in _BY_RANK if (values := event.get(name))}
+        if isinstance(event, Start):
+            ranks = event.ranks
+        elif isinstance(event, Train):
+            counts = {len(values) for values in (event.rank_worked_s, event.rank_tokens, event.rank_data_wait_s) if values}
             if counts and counts != {widths.setdefault(ranks, max(counts))}:
-                update, width = event["update"], max(counts)
-                raise CorruptData(f"{path} is damaged: update {update} tells of {width} ranks, other lines of {widths[ranks]}")
+                width = max(counts)
+                raise CorruptData(
+                    f"{path} is damaged: update {event.update} tells of {width} ranks, other lines of {widths[ranks]}"
+                )
 
 
-def _of(events: Iterable[Event], *kinds: str) -> list[Event]:
-    return [event for event in events if event.get("event") in kinds]
+def _of(events: Iterable[Event], kind: type[Kind]) -> list[Kind]:
+    return [event for event in events if isinstance(event, kind)]
 
 
-def _environments(events: Iterable[Event]) -> list[Event]:
-    environments: list[Event] = []
+def _environments(events: Iterable[Event]) -> list[Environment]:
+    environments: list[Environment] = []
     for event in events:
-        match event.get("event"):
-            case "start" | "resume":
-                environments.append({})
-            case "environment" if environments:
-                environments[-1] = event
+        if isinstance(event, Start):
+            environments.append(Environment())
+        elif isinstance(event, Environment) and environments:
+            environments[-1] = event
     return environments
 
 
-def _hardware(environment: Event) -> tuple[Any, list[Any]]:
+def _hardware(environment: Environment) -> tuple[str | None, list[str | None]]:
     """The processor, and the device of each rank: of which model, not which one."""
-    return environment.get("processor"), [device.get("name") for device in environment.get("devices") or ()]
+    return environment.processor, [device.name for device in environment.devices]
 
 
 def _wall_s(events: Iterable[Event]) -> float | None:
     attempts: list[list[float]] = []
     for event in events:
-        if event.get("event") in ("start", "resume"):
+        if isinstance(event, Start):
             attempts.append([])
-        if attempts and math.isfinite(when := real(event.get("time"))):
-            attempts[-1].append(when)
+        if attempts and event.time is not None:
+            attempts[-1].append(event.time)
     spans = [max(times) - times[0] for times in attempts if times]
     return math.fsum(spans) if spans else None
 
@@ -180,14 +195,14 @@ def _wall_s(events: Iterable[Event]) -> float | None:
 def _outcome(events: Iterable[Event]) -> Outcome:
     outcome: Outcome = "open"
     for event in events:
-        match event.get("event"):
-            case "start" | "resume":
+        match event:
+            case Start():
                 outcome = "open"
-            case "done":
+            case RunDone():
                 outcome = "done"
-            case "stopped":
+            case RunStopped():
                 outcome = "stopped"
-            case "nonfinite":
+            case RunNotFinite():
                 outcome = "nonfinite"
     return outcome
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastdistil.events import DeviceFacts, Evaluation, Train
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report.bootstrap import Statistic
-from fastdistil.profiling.report.history import Event, History
+from fastdistil.profiling.report.history import History
 from fastdistil.profiling.report.summary import PHASES
 from fastdistil.untrusted import at, real
 
@@ -142,9 +143,9 @@ def _text(key: str, label: str, value: object, detail: str = "") -> Figure:
 
 def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
     start, recipe = history.start, history.recipe
-    done = history.lines[-1]["update"] if history.lines else start.get("update", 0)
-    planned = start.get("updates")
-    tokens = sum(line.get("tokens", 0) for line in history.lines)
+    done = history.lines[-1].update if history.lines else start.update
+    planned = start.updates
+    tokens = sum(line.tokens or 0 for line in history.lines)
     student = at(recipe, "student", "path") or at(recipe, "student", "architecture")
     counted = "lines that hold warm-up left out"
     return [
@@ -187,36 +188,37 @@ def _aside(summary: Mapping[str, Any], name: str) -> Figure:
 
 
 def _learning(history: History) -> list[Figure]:
-    last = history.lines[-1] if history.lines else {}
-    where = f"mean of the last log line, update {last['update']:,}" if last else ""
+    last = history.lines[-1] if history.lines else Train(update=0)
+    where = f"mean of the last log line, update {last.update:,}" if history.lines else ""
     figures = [
         Figure(
             f"learning.{name}",
             f"{label} loss",
-            _value(last.get(name)),
+            _value(getattr(last, name)),
             "nats" if name in ("soft", "hard") else "",
-            n=last.get("updates"),
+            n=last.updates,
             detail=where,
             better="lower",
         )
         for name, label in (("total", "total"), ("soft", "soft"), ("hard", "hard"), ("cosine", "cosine"), ("mse", "mse"))
-        if name == "total" or name in last
+        if name == "total" or getattr(last, name) is not None
     ]
-    skipped = [real(line["skipped"]) for line in history.lines if "skipped" in line]
+    skipped = [line.skipped for line in history.lines if line.skipped is not None]
     figures.append(Figure("learning.skipped", "skipped updates", sum(skipped) if skipped else None, detail="not finite"))
-    final = history.evaluations[-1] if history.evaluations else {}
-    best = min(history.evaluations, key=lambda event: real(event.get("loss")), default={})
+    nothing = Evaluation(update=0)
+    final = history.evaluations[-1] if history.evaluations else nothing
+    best = min(history.evaluations, key=lambda event: real(event.loss), default=nothing)
     for name, event in (("final", final), ("best", best)):
-        at_update = f"{name}, update {event['update']:,}" if event else ""
+        at_update = f"{name}, update {event.update:,}" if history.evaluations else ""
         figures += [
             Figure(
                 f"learning.{name}_heldout_loss",
                 f"held-out loss, {name}",
-                _value(event.get("loss")),
+                _value(event.loss),
                 "nats",
-                spread=_value(event.get("loss_se")),
+                spread=_value(event.loss_se),
                 spread_kind="se",
-                n=event.get("labels"),
+                n=event.labels,
                 of="labels",
                 detail=at_update,
                 better="lower",
@@ -224,36 +226,36 @@ def _learning(history: History) -> list[Figure]:
             Figure(
                 f"learning.{name}_perplexity",
                 f"held-out perplexity, {name}",
-                _value(event.get("perplexity")),
+                _value(event.perplexity),
                 spread=_perplexity_se(event),
                 spread_kind="se",
-                n=event.get("labels"),
+                n=event.labels,
                 of="labels",
                 detail=at_update,
                 better="lower",
             ),
         ]
-    if "kl" in final:
+    if final.kl is not None:
         figures.append(
             Figure(
                 "learning.final_kl",
                 "held-out KL to the teacher, final",
-                _value(final["kl"]),
+                _value(final.kl),
                 "nats",
-                spread=_value(final.get("kl_se")),
+                spread=_value(final.kl_se),
                 spread_kind="se",
-                n=final.get("kl_tokens"),
+                n=final.kl_tokens,
                 of="tokens",
-                detail=f"final, update {final['update']:,}",
+                detail=f"final, update {final.update:,}",
                 better="lower",
             )
         )
     return figures
 
 
-def _perplexity_se(event: Event) -> float | None:
+def _perplexity_se(event: Evaluation) -> float | None:
     """To first order: the standard error of e^loss is e^loss times that of the loss."""
-    perplexity, error = _value(event.get("perplexity")), _value(event.get("loss_se"))
+    perplexity, error = _value(event.perplexity), _value(event.loss_se)
     return None if perplexity is None or error is None else perplexity * error
 
 
@@ -264,10 +266,8 @@ def _value(value: object) -> float | None:
 
 
 def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
-    rates = [
-        real(line["tokens_per_s"]) for line in history.comparable_lines if "tokens_per_s" in line and not line.get("warmup")
-    ]
-    rates = [rate for rate in rates if math.isfinite(rate)]
+    recorded = [line.tokens_per_s for line in history.comparable_lines if not line.warmup]
+    rates = [rate for rate in recorded if rate is not None and math.isfinite(rate)]
     step = summary["step_s"] or {}
     n, warm = step.get("n"), f"{summary['warmup']} warm-up updates left out; rank 0"
     bottleneck = summary["bottleneck"]
@@ -447,9 +447,9 @@ def _device(summary: Mapping[str, Any]) -> list[Figure]:
 def _communication(history: History, summary: Mapping[str, Any]) -> list[Figure]:
     if summary["ranks"] == 1:
         return [_text("communication.none", "communication", "none: one rank")]
-    lines = [line for line in history.comparable_lines if not line.get("warmup")]
+    lines = [line for line in history.comparable_lines if not line.warmup]
     hidden, straggler = summary["communication"] or {}, summary["straggler"] or {}
-    rings = max((len(line.get("ring_bytes") or ()) for line in lines), default=0)
+    rings = max((len(line.ring_bytes) for line in lines), default=0)
     worked = ""
     if straggler:
         worked = f"rank {straggler['rank']}, the slowest in {straggler['slowest_in']} of {straggler['lines']} log lines"
@@ -497,21 +497,21 @@ def _communication(history: History, summary: Mapping[str, Any]) -> list[Figure]
     ]
 
 
-def _per_update(lines: Iterable[Event], key: str, label: str, name: str, unit: str, ring: int | None = None) -> Figure:
+def _per_update(lines: Iterable[Train], key: str, label: str, name: str, unit: str, ring: int | None = None) -> Figure:
     """All of it over all updates."""
     total, updates = 0.0, 0
     for line in lines:
-        value = line.get(name)
+        value = getattr(line, name)
         if ring is not None:
-            value = value[ring] if value is not None and ring < len(value) else None
-        if value is not None and line.get("updates"):
-            total, updates = total + real(value), updates + line["updates"]
+            value = value[ring] if ring < len(value) else None
+        if value is not None and line.updates:
+            total, updates = total + value, updates + line.updates
     mean = total / updates if updates else None
     return Figure(key, label, mean, unit, n=updates or None, detail="rank 0", better="lower")
 
 
-def _line_mean(lines: Iterable[Event], key: str, label: str, name: str) -> Figure:
-    values = [real(line[name]) for line in lines if name in line]
+def _line_mean(lines: Iterable[Train], key: str, label: str, name: str) -> Figure:
+    values = [value for line in lines if (value := getattr(line, name)) is not None]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     mean = float(np.mean(values)) if values else None
     detail = "largest rank over the mean, less 1"
@@ -531,19 +531,19 @@ def _line_mean(lines: Iterable[Event], key: str, label: str, name: str) -> Figur
 
 def _environment(history: History) -> list[Figure]:
     """Versions and devices, nothing else of what surrounds a run: no variables, no addresses, no names of machines or users."""
-    environment, versions = history.environment, dict(history.environment.get("versions") or {})
-    if "torch" in history.start:
-        versions.setdefault("torch", history.start["torch"])
-    devices: dict[str, list[Mapping[str, Any]]] = {}
-    for device in environment.get("devices") or []:
-        devices.setdefault(str(device.get("name")), []).append(device)
+    environment, versions = history.environment, dict(history.environment.versions or {})
+    if history.start.torch is not None:
+        versions.setdefault("torch", history.start.torch)
+    devices: dict[str, list[DeviceFacts]] = {}
+    for device in environment.devices:
+        devices.setdefault(str(device.name), []).append(device)
     figures = [
-        _text("environment.processor", "processor", environment.get("processor")),
-        _text("environment.cores", "cores", environment.get("cores")),
-        Figure("environment.memory_bytes", "host memory", _value(environment.get("memory_bytes")), "bytes"),
+        _text("environment.processor", "processor", environment.processor),
+        _text("environment.cores", "cores", environment.cores),
+        Figure("environment.memory_bytes", "host memory", _value(environment.memory_bytes), "bytes"),
     ]
     for index, (name, same) in enumerate(devices.items()):
-        memory = _value(same[0].get("memory_bytes"))
+        memory = _value(same[0].memory_bytes)
         detail = quantity(memory, "bytes") if memory is not None else "memory not recorded"
         figures.append(_text(f"environment.device_{index}", "device", f"{len(same)} {TIMES} {name}", detail))
     for kind, unit in (("flops", "flop/s"), ("bytes", "bytes/s")):

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdistil.events import parse_event
+from fastdistil.events import as_fields, parse_event
 from fastdistil.profiling.report.live_lines import CURVES, LOSSES, PER_RANK, Event, Line, LiveCurve, line_of
 from fastdistil.redaction import redacted
 from fastdistil.untrusted import read_yaml, real
@@ -164,7 +164,8 @@ class Live:
     def _take(self, line: bytes) -> None:
         self._events += 1
         try:
-            event = parse_event(line)
+            parsed = parse_event(line)
+            event = {"event": parsed.kind, **as_fields(parsed)}
         except ValueError:
             self._note("unreadable", {}, f"line {self._events} of events.jsonl is not an event and was left out")
             return

@@ -5,13 +5,23 @@ Only what a comparison reads is named; the rest may be anything.
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from fastdistil.events import Fields, Recorded
-from fastdistil.untrusted import Amount, Whole
+from fastdistil.untrusted import LARGEST, Amount, Fields, Whole
 
 Samples = list[Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]]
 """Seconds; a difference of two readings may come out just below 0."""
+
+
+def _recorded(value: Any) -> Any:
+    number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= LARGEST
+    if value is not None and not number and value not in ("nan", "inf", "-inf"):
+        raise ValueError("wanted a number")
+    return value
+
+
+Recorded = Annotated[Any, AfterValidator(_recorded)]
+"""A number, or null; "nan", "inf" and "-inf" where it is not finite."""
 OptionalText = str | None
 OptionalCount = Whole | None
 

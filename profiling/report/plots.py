@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastdistil.events import Train
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import svg as charts
-from fastdistil.profiling.report.history import Event, History
+from fastdistil.profiling.report.history import History
 from fastdistil.profiling.report.summary import MFU, PHASES, measured_updates, phased_updates
 from fastdistil.profiling.report.svg import Axis, ChartSeries, Floats, Layer
 from fastdistil.profiling.spans import NAMES
 from fastdistil.untrusted import at, real
 
-Get = Callable[[Event], object]
+Get = Callable[[Train], object]
 WIDE, NARROW = 740.0, 360.0
 UPDATE = Axis(label="update")
 LOG_FROM = 20.0
@@ -81,7 +82,7 @@ def of_lines(*path: str, per_update: bool = False, get: Get | None = None) -> Ca
     """A field of the log lines, or what `get` takes from one; lines without it are left out, so that curves have no holes."""
 
     def points(history: History) -> Points:
-        rows = [(line["update"], get(line) if get else at(line, *path), line.get("updates")) for line in history.lines]
+        rows = [(line.update, get(line) if get else at(line, *path), line.updates) for line in history.lines]
         rows = [(update, value, count) for update, value, count in rows if value is not None]
         y = np.array([real(value) / (real(count) if per_update else 1.0) for _, value, count in rows], dtype=np.float64)
         return Points(x=np.array([update for update, _, _ in rows], dtype=np.float64), y=y)
@@ -176,10 +177,10 @@ def _learning(histories: Sequence[History]) -> PlotSection:
 
 def _evaluated(name: str) -> Callable[[History], Points]:
     def points(history: History) -> Points:
-        events = [event for event in history.evaluations if event.get(name) is not None]
-        x = np.array([event["update"] for event in events], dtype=np.float64)
-        y = np.array([real(event[name]) for event in events], dtype=np.float64)
-        error = np.array([real(event.get(f"{name}_se")) for event in events], dtype=np.float64)
+        events = [event for event in history.evaluations if getattr(event, name) is not None]
+        x = np.array([event.update for event in events], dtype=np.float64)
+        y = np.array([getattr(event, name) for event in events], dtype=np.float64)
+        error = np.array([real(getattr(event, f"{name}_se", None)) for event in events], dtype=np.float64)
         return Points(x=x, y=y, low=y - error, high=y + error)
 
     return points
@@ -271,7 +272,7 @@ def _step(histories: Sequence[History]) -> PlotSection:
     if not tops:
         section.missing.append("Phases of a step")
     spans = [Measure(name=label, get=_span(name)) for name, label in _SPANS.items()]
-    if not all(history.start.get("ranks") == 1 for history in histories):
+    if not all(history.start.ranks == 1 for history in histories):
         caption = "Exposed: all that the step waited for other ranks; the rest of communication hides behind backward. Rank 0."
         add(section, "Communication in a step", histories, spans, Axis(label="seconds", unit="s", zero=True), caption=caption)
     return section
@@ -282,7 +283,7 @@ _SPANS = {"communication": "first departure until waited for", "exposed": "expos
 
 def _span(name: str) -> Callable[[History], Points]:
     def points(history: History) -> Points:
-        updates = phased_updates(line for line in history.lines if name in (line.get("phases") or {}))
+        updates = phased_updates(line for line in history.lines if name in line.phases)
         x, y = updates.numbers, updates.phases.get(name, [])
         return Points(x=np.array(x, dtype=np.float64), y=np.array(y, dtype=np.float64))
 
@@ -308,7 +309,7 @@ def _phase_panel(title: str, x: Floats, phases: dict[str, Floats], top: float, w
     )
 
 
-def phase_columns(lines: Iterable[Event]) -> tuple[Floats, dict[str, Floats]]:
+def phase_columns(lines: Iterable[Train]) -> tuple[Floats, dict[str, Floats]]:
     """(update [n], {phase: seconds [n]}) of the updates behind the warm-up whose line recorded phases, `other` last."""
     updates = phased_updates(lines)
     steps = np.array(updates.step_s, dtype=np.float64)
@@ -331,12 +332,12 @@ _HELD = {
 def _memory(histories: Sequence[History]) -> PlotSection:
     section = PlotSection(key="memory", title="Memory")
     held = [_field(label, "memory", name) for name, label in _HELD.items()]
-    if not any(line.get("memory") for history in histories for line in history.lines):
+    if not any(line.memory for history in histories for line in history.lines):
         held = [_field("device peak", "device_peak_bytes"), _field("host peak", "host_peak_bytes")]
     tall = any(_phase_peaks(history) for history in histories)  # two panels or more stand beside it
     axis = Axis(label="held", unit="bytes", zero=True)
     add(section, "Memory over time", histories, held, axis, wide=True, tall=tall, caption="Of rank 0.")
-    split = [history for history in histories if history.memory and history.memory.get("parts")]
+    split = [history for history in histories if history.memory is not None and history.memory.parts]
     section.panels.extend(_parts_panel(history, several=len(histories) > 1) for history in split)
     if not split:
         section.missing.append("Parts of the peak")
@@ -355,12 +356,12 @@ def _memory(histories: Sequence[History]) -> PlotSection:
 def _parts_panel(history: History, several: bool) -> Panel:
     assert history.memory is not None
     title = "Parts of the peak" + (f": {history.name}" if several else "")
-    parts = {name: real(value) for name, value in history.memory["parts"].items()}
-    estimate = {name: real(value) for name, value in (history.memory.get("estimate") or {}).items()}
+    parts = {name: real(value) for name, value in (history.memory.parts or {}).items()}
+    estimate = {name: real(value) for name, value in (history.memory.estimate or {}).items()}
     bars = [charts.Bar(name="measured", parts=_finite(parts))]
     if estimate:
         bars.append(charts.Bar(name="estimated before (--dry-run)", parts=_finite(estimate)))
-    peak = real(history.memory.get("peak_bytes"))
+    peak = real(history.memory.peak_bytes)
     marks = [("peak", peak)] if math.isfinite(peak) else []
     names = [name for name in {**parts, **estimate} if parts.get(name, 0.0) > 0 or estimate.get(name, 0.0) > 0]
     return Panel(
@@ -424,7 +425,7 @@ def _device(histories: Sequence[History]) -> PlotSection:
 
 
 def _throttled(reason: str) -> Get:
-    def get(line: Event) -> object:
+    def get(line: Train) -> object:
         shares = at(line, "device", "throttled")
         return None if shares is None else shares.get(reason, 0.0)
 
@@ -433,7 +434,7 @@ def _throttled(reason: str) -> Get:
 
 def _communication(histories: Sequence[History]) -> PlotSection:
     section = PlotSection(key="communication", title="Communication and ranks")
-    if all(history.start.get("ranks") == 1 for history in histories):
+    if all(history.start.ranks == 1 for history in histories):
         return section
     sent = [_field("gradients", "gradient_bytes", per_update=True), _field("control", "control_bytes", per_update=True)]
     axis = Axis(label="sent", unit="bytes/update", zero=True)
@@ -446,7 +447,7 @@ def _communication(histories: Sequence[History]) -> PlotSection:
         log=True,
         caption="Of one rank, as handed to the engine: after compression.",
     )
-    rings = max((len(line.get("ring_bytes") or ()) for history in histories for line in history.lines), default=0)
+    rings = max((len(line.ring_bytes) for history in histories for line in history.lines), default=0)
     measures = [Measure(name=f"ring {ring}", get=_ring(ring)) for ring in range(rings)]
     add(section, "Gradient bytes per ring", histories, measures, axis)
     wait = [_field("wait", "exchange_wait_s", per_update=True)]
@@ -474,20 +475,19 @@ def _communication(histories: Sequence[History]) -> PlotSection:
 
 
 def _ring(ring: int) -> Callable[[History], Points]:
-    def get(line: Event) -> object:
-        rings = line.get("ring_bytes") or ()
-        return real(rings[ring]) / real(line.get("updates")) if ring < len(rings) else None
+    def get(line: Train) -> object:
+        return line.ring_bytes[ring] / real(line.updates) if ring < len(line.ring_bytes) else None
 
     return of_lines(get=get)
 
 
 def worked_by_rank(history: History) -> Floats:
     """[ranks] seconds of own work an update, lines with warm-up left out; empty if not recorded."""
-    lines = [line for line in history.comparable_lines if line.get("rank_worked_s") and not line.get("warmup")]
+    lines = [line for line in history.comparable_lines if line.rank_worked_s and not line.warmup]
     if not lines:
         return np.empty(0)
-    total = np.array([[real(value) for value in line["rank_worked_s"]] for line in lines], dtype=np.float64).sum(axis=0)
-    return np.asarray(total / sum(real(line["updates"]) for line in lines), dtype=np.float64).clip(min=0.0)
+    total = np.array([line.rank_worked_s for line in lines], dtype=np.float64).sum(axis=0)
+    return np.asarray(total / sum(real(line.updates) for line in lines), dtype=np.float64).clip(min=0.0)
 
 
 def _rank_panel(history: History, style: int, several: bool) -> Panel:

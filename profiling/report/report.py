@@ -23,14 +23,15 @@ from markupsafe import Markup
 
 from fastdistil import __version__
 from fastdistil.errors import UserError, printable, translated
+from fastdistil.events import Environment
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report import svg
 from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, ratio_of
-from fastdistil.profiling.report.history import Event, History, load_history
+from fastdistil.profiling.report.history import History, load_history
 from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, FigureGroup, duration, groups, setting
 from fastdistil.profiling.report.plots import PlotSection, sections
 from fastdistil.profiling.report.summary import PHASES, slowed_down, summarise
-from fastdistil.untrusted import at, real
+from fastdistil.untrusted import at
 
 NOTES_SHOWN = 100
 TILES = {
@@ -182,9 +183,8 @@ def read_runs(runs: Sequence[Path]) -> list[Reported]:
     return reported
 
 
-def _without_hosts(environment: Event) -> Event:
-    devices = [{key: value for key, value in device.items() if key != "host"} for device in environment.get("devices") or ()]
-    return {**environment, "devices": devices} if devices else environment
+def _without_hosts(environment: Environment) -> Environment:
+    return replace(environment, devices=tuple(replace(device, host=None) for device in environment.devices))
 
 
 def tables(runs: Sequence[Reported]) -> list[ComparisonTable]:
@@ -319,7 +319,7 @@ def cautions(run: Reported) -> list[str]:
     if summary["warmup"] and not summary["updates"]:
         texts.append("All that was recorded is warm-up: there are curves, but no figures of speed.")
     texts += [f"MFU is refused: {reason}." for reason in (summary["mfu"] or {}).get("refused", [])]
-    skipped = sum(real(line["skipped"]) for line in history.lines if "skipped" in line)
+    skipped = sum(line.skipped or 0 for line in history.lines)
     if skipped:
         texts.append(f"{skipped:,.0f} updates were skipped: a value was not finite.")
     memory = summary["memory"] or {}
@@ -376,7 +376,7 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
     """([(where, message)], how many more there were); equal messages are one."""
     by_message: dict[str, list[int | None]] = {}
     for note in history.notes:
-        by_message.setdefault(str(note.get("message", "")), []).append(note.get("update"))
+        by_message.setdefault(note.message, []).append(note.update)
     entries = []
     for message, updates in by_message.items():
         numbers = [update for update in updates if update is not None]
@@ -435,10 +435,10 @@ def _shown(section: PlotSection, table: ComparisonTable) -> dict[str, Any]:
 
 def _head(index: int, run: Reported) -> dict[str, Any]:
     history, wall = run.history, run.history.wall_s
-    begun = history.starts[0].get("time") if history.starts else None
+    begun = history.starts[0].time if history.starts else None
     shown_notes, more = notes(history)
-    done = history.lines[-1]["update"] if history.lines else history.start.get("update", 0)
-    planned = history.start.get("updates")
+    done = history.lines[-1].update if history.lines else history.start.update
+    planned = history.start.updates
     recipe = yaml.safe_dump(history.recipe, sort_keys=False, allow_unicode=True)
     return {
         "name": run.name,
@@ -451,7 +451,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
         "done": f"{done:,}",
         "planned": f"{planned:,}" if planned else None,
         "wall": duration(wall) if wall is not None else None,
-        "begun": f"{datetime.fromtimestamp(begun, UTC):%Y-%m-%d %H:%M} UTC" if isinstance(begun, int | float) else None,
+        "begun": f"{datetime.fromtimestamp(begun, UTC):%Y-%m-%d %H:%M} UTC" if begun is not None else None,
         "measured": run.summary["updates"],
         "warmup": run.summary["warmup"],
         "cautions": cautions(run),

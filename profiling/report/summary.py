@@ -10,13 +10,26 @@ over them, times their mean step. Counters are read every 20 to 100 ms at best: 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from fastdistil import __version__
+from fastdistil.events import (
+    Checkpoint,
+    DeviceFacts,
+    DeviceReading,
+    Evaluation,
+    Event,
+    MemoryReading,
+    Train,
+    Utilisation,
+    as_fields,
+)
 from fastdistil.profiling.report.bottleneck import causes_of, name_bottleneck
-from fastdistil.profiling.report.history import Event, History
+from fastdistil.profiling.report.history import History
 from fastdistil.profiling.spans import NAMES
 from fastdistil.untrusted import at
 
@@ -28,6 +41,8 @@ THROTTLED = 0.01
 """Share of the samples in which a GPU slowed itself down from which its times are not the code's."""
 ENERGY_MIN_S = 5.0
 NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
+
+Line = TypeVar("Line")
 
 
 class Updates(NamedTuple):
@@ -45,8 +60,8 @@ def summarise(history: History) -> dict[str, Any]:
     """What the run measured; seconds, bytes, joules; None: not recorded."""
     start, recipe = history.start, history.recipe
     lines = history.comparable_lines
-    settled = [line for line in lines if not line.get("warmup")]
-    asides = [*history.evaluations, *history.checkpoints]
+    settled = [line for line in lines if not line.warmup]
+    asides: list[Evaluation | Checkpoint] = [*history.evaluations, *history.checkpoints]
     updates, phased = measured_updates(lines), phased_updates(lines)
     summary: dict[str, Any] = {
         "fastdistil": __version__,
@@ -54,15 +69,16 @@ def summarise(history: History) -> dict[str, Any]:
         "directory": str(history.directory),
         "outcome": history.outcome,
         "device": history.device,
-        "device_type": start.get("device"),
-        "dtype": start.get("precision"),
+        "device_type": start.device,
+        "dtype": start.precision,
         **{
-            name: start.get(name) for name in ("ranks", "nodes", "engine", "compression", "sync", "rings", "threads", "kernels")
+            name: getattr(start, name)
+            for name in ("ranks", "nodes", "engine", "compression", "sync", "rings", "threads", "kernels")
         },
         "micro_batch_tokens": at(recipe, "data", "micro_batch_tokens"),
         "accumulation": at(recipe, "loop", "accumulation"),
-        "student_parameters": start.get("student_parameters"),
-        "teacher_parameters": start.get("teacher_parameters"),
+        "student_parameters": start.student_parameters,
+        "teacher_parameters": start.teacher_parameters,
         "updates": len(updates.step_s),
         "warmup": updates.warmup,
         "percentiles": PERCENTILES,
@@ -71,45 +87,45 @@ def summarise(history: History) -> dict[str, Any]:
         "communication": _communication(phased),
         "evaluation": statistics_of(_seconds_of(history.evaluations)),
         "checkpoint": statistics_of(_seconds_of(history.checkpoints)),
-        "trace": history.trace and {name: history.trace.get(name) for name in ("first", "last", "kernels")},
-        "tokens_per_update": _over(settled, "tokens", "updates"),
-        "gradient_bytes_per_update": _over(settled, "gradient_bytes", "updates"),
+        "trace": history.trace and as_fields(replace(history.trace, time=None, update=None)),
+        "tokens_per_update": _per_update(settled, attrgetter("tokens")),
+        "gradient_bytes_per_update": _per_update(settled, attrgetter("gradient_bytes")),
         "tokens_per_s": _tokens_per_s(settled),
-        "data_wait_share": _mean(settled, _getter("data_wait_share")),
+        "data_wait_share": _mean(settled, attrgetter("data_wait_share"), _seconds),
         "flops": _flops(settled),
-        "mfu": (mfu := _mfu(settled, "mfu")) and {**mfu, "measured": _mfu(settled, "mfu", "measured")},
+        "mfu": (mfu := _mfu(settled, attrgetter("mfu"))) and {**mfu, "measured": _mfu(settled, _of_measured_peak)},
         "memory": _memory(history, lines),
         "energy": _energy(settled, asides),
         "readings": _readings(settled, asides),
-        "straggler": _straggler(settled, history.environment.get("devices") or ()),
+        "straggler": _straggler(settled, history.environment.devices),
         "losses": [_losses(line) for line in history.lines],
-        "environment": {name: value for name, value in history.environment.items() if name not in ("event", "time")},
+        "environment": as_fields(replace(history.environment, time=None, update=None)),
         "recipe": recipe,
     }
     causes = causes_of(summary)
     return {**summary, "causes": causes, "bottleneck": name_bottleneck(summary, causes)}
 
 
-def measured_updates(lines: Iterable[Event]) -> Updates:
+def measured_updates(lines: Iterable[Train]) -> Updates:
     numbers: list[int] = []
     steps: list[float] = []
     columns: dict[str, list[float]] = {}
     warmup = 0
     for line in lines:
-        seconds, first, before = _floats(line.get("step_s")), int(line.get("warmup", 0)), len(steps)
+        seconds, first, before = line.step_s, line.warmup, len(steps)
         warmup += min(first, len(seconds))
-        numbers += range(line["update"] - len(seconds) + 1 + first, line["update"] + 1)
+        numbers += range(line.update - len(seconds) + 1 + first, line.update + 1)
         steps += seconds[first:]
-        phases = (line.get("phases") or {}) if seconds else {}
+        phases = line.phases if seconds else {}
         for name in phases.keys() | columns.keys():
             column = columns.setdefault(name, [0.0] * before)
-            column += _floats(phases[name])[first:] if name in phases else [0.0] * len(seconds[first:])
+            column += phases[name][first:] if name in phases else [0.0] * len(seconds[first:])
     return Updates(numbers, steps, columns, warmup)
 
 
-def phased_updates(lines: Iterable[Event]) -> Updates:
+def phased_updates(lines: Iterable[Train]) -> Updates:
     """Of the lines that recorded phases."""
-    return measured_updates(line for line in lines if line.get("phases") and line.get("step_s"))
+    return measured_updates(line for line in lines if line.phases and line.step_s)
 
 
 def statistics_of(samples: Sequence[float]) -> dict[str, Any] | None:
@@ -143,112 +159,107 @@ def _communication(updates: Updates) -> dict[str, Any] | None:
     return {**(statistics_of(column) or {}), "hidden_share": max(0.0, 1 - exposed / sum(column))}
 
 
-def _seconds(line: Event) -> float | None:
+def _seconds(line: Train) -> float | None:
     """A line's time without evaluations and checkpoints."""
-    if line.get("tokens") and line.get("tokens_per_s"):
-        return float(line["tokens"]) / float(line["tokens_per_s"])
-    return sum(_floats(line.get("step_s"))) or None
+    if line.tokens and line.tokens_per_s:
+        return line.tokens / line.tokens_per_s
+    return sum(line.step_s) or None
 
 
-def _seconds_of(events: Iterable[Event]) -> list[float]:
-    return [float(event["seconds"]) for event in events if "seconds" in event]
+def _seconds_of(events: Iterable[Evaluation | Checkpoint]) -> list[float]:
+    return [event.seconds for event in events if event.seconds is not None]
 
 
-def _tokens_per_s(lines: Iterable[Event]) -> float | None:
+def _tokens_per_s(lines: Iterable[Train]) -> float | None:
     """Of all ranks together."""
-    timed = [(line["tokens"], seconds) for line in lines if "tokens" in line and (seconds := _seconds(line))]
+    timed = [(line.tokens, seconds) for line in lines if line.tokens is not None and (seconds := _seconds(line))]
     return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed) if timed else None
 
 
-def _over(lines: Iterable[Event], numerator: str, denominator: str) -> float | None:
-    pairs = [(line[numerator], line[denominator]) for line in lines if numerator in line and line.get(denominator)]
-    return sum(above for above, _ in pairs) / sum(below for _, below in pairs) if pairs else None
+def _per_update(lines: Iterable[Train], get: Callable[[Train], float | None]) -> float | None:
+    pairs = [(value, line.updates) for line in lines if (value := get(line)) is not None and line.updates]
+    return sum(value for value, _ in pairs) / sum(updates for _, updates in pairs) if pairs else None
 
 
-def _mean(
-    lines: Iterable[Event], value: Callable[[Event], Any], weight: Callable[[Event], float | None] = _seconds
-) -> float | None:
-    """Over time, of the lines that have the value."""
-    weighted = [(float(number), weighs) for line in lines if (number := value(line)) is not None and (weighs := weight(line))]
+def _mean(lines: Iterable[Line], value: Callable[[Line], float | None], weight: Callable[[Line], float | None]) -> float | None:
+    """The weighted mean of the lines that have the value."""
+    weighted = [(number, weighs) for line in lines if (number := value(line)) is not None and (weighs := weight(line))]
     return sum(number * weighs for number, weighs in weighted) / sum(weighs for _, weighs in weighted) if weighted else None
 
 
-def _flops(lines: Iterable[Event]) -> dict[str, float] | None:
+def _flops(lines: Iterable[Train]) -> dict[str, float] | None:
     """Of rank 0 in one update."""
-    recorded = [line for line in lines if line.get("flops") and line.get("updates")]
-    updates = sum(line["updates"] for line in recorded)
-    return (
-        {name: sum(line["flops"].get(name) or 0 for line in recorded) / updates for name in recorded[0]["flops"]}
-        if recorded
-        else None
-    )
+    recorded = [(line.flops, line.updates) for line in lines if line.flops and line.updates]
+    updates = sum(count for _, count in recorded)
+    return {name: sum(flops.get(name) or 0 for flops, _ in recorded) / updates for name in recorded[0][0]} if recorded else None
 
 
-def _mfu(lines: Sequence[Event], *path: str) -> dict[str, Any] | None:
+def _mfu(lines: Sequence[Train], get: Callable[[Train], Utilisation | None]) -> dict[str, Any] | None:
     """Means over time: all FLOP over all time and the peak. None of them once a line's was refused: `refused` says why."""
-    recorded = [line for line in lines if at(line, *path)]
+    recorded = [(line, mfu) for line in lines if (mfu := get(line)) is not None]
     if not recorded:
         return None
-    last = at(recorded[-1], *path)
-    same = [line for line in recorded if at(line, *path, "peak_flops") == last.get("peak_flops")]
-    refused = [reason for line in recorded if (reason := at(line, *path, "refused"))]
+    last = recorded[-1][1]
+    same = [(line, mfu) for line, mfu in recorded if mfu.peak_flops == last.peak_flops]
+    refused = [mfu.refused for _, mfu in recorded if mfu.refused]
+    means = {
+        name: None if refused else _mean(same, lambda pair: getattr(pair[1], name), lambda pair: _seconds(pair[0]))  # noqa: B023
+        for name in MFU
+    }
     return {
-        **{name: None if refused else _mean(same, _getter(*path, name)) for name in MFU},
-        "peak_flops": last.get("peak_flops"),
-        "peak_source": last.get("peak_source"),
+        **means,
+        "peak_flops": last.peak_flops,
+        "peak_source": last.peak_source,
         "refused": [f"in {len(refused)} of {len(recorded)} log lines: {refused[0]}"] if refused else [],
     }
 
 
-def _memory(history: History, lines: Sequence[Event]) -> dict[str, Any] | None:
+def _of_measured_peak(line: Train) -> Utilisation | None:
+    return line.mfu.measured if line.mfu is not None else None
+
+
+def _memory(history: History, lines: Sequence[Train]) -> dict[str, Any] | None:
     """Peaks are the highest of all lines, other bytes those of the last one."""
     memory: dict[str, Any] = {}
     for line in lines:
-        recorded = line.get("memory") or {
-            name: line[old]
-            for name, old in (
-                ("peak_rss_bytes", "host_peak_bytes"),
-                ("allocated_bytes", "device_allocated_bytes"),
-                ("peak_allocated_bytes", "device_peak_bytes"),
-            )
-            if old in line
-        }
-        for name, value in recorded.items():
+        reading = line.memory or MemoryReading(
+            peak_rss_bytes=line.host_peak_bytes,
+            allocated_bytes=line.device_allocated_bytes,
+            peak_allocated_bytes=line.device_peak_bytes,
+        )
+        for name, value in as_fields(reading).items():
             if name == "phase_peaks":
                 peaks = memory.setdefault(name, {})
                 peaks.update({phase: max(size, peaks.get(phase, 0)) for phase, size in value.items()})
-            elif name.startswith("peak_") and isinstance(value, int | float):
-                memory[name] = max(value, memory.get(name, 0))
             else:
-                memory[name] = value
+                memory[name] = max(value, memory.get(name, 0)) if name.startswith("peak_") else value
     if history.memory is not None:
-        memory |= {name: history.memory.get(name) for name in ("parts", "estimate", "peak_bytes")}
+        memory |= {name: getattr(history.memory, name) for name in ("parts", "estimate", "peak_bytes")}
     return memory or None
 
 
-def _updates_alone(lines: Iterable[Event], asides: Iterable[Event]) -> list[Event]:
+def _updates_alone(lines: Iterable[Train], asides: Iterable[Event]) -> list[Train]:
     """The lines in whose time no evaluation or checkpoint fell: what follows an update's line is in the time of the next."""
-    at_updates = [aside["update"] for aside in asides if "update" in aside]
+    at_updates = [aside.update for aside in asides if aside.update is not None]
 
-    def alone(line: Event) -> bool:
-        count = len(line.get("step_s") or ()) or line.get("updates") or 1
-        return not any(line["update"] - count <= update < line["update"] for update in at_updates)
+    def alone(line: Train) -> bool:
+        count = len(line.step_s) or line.updates or 1
+        return not any(line.update - count <= update < line.update for update in at_updates)
 
     return [line for line in lines if alone(line)]
 
 
-def _energy(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]:
+def _energy(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any]:
     """Of rank 0's device, and over its own tokens. Samples begin and end within updates: their seconds are no line's."""
     seconds = joules = steps_s = 0.0
     updates = tokens = 0
-    timed = [line for line in lines if line.get("step_s")]
+    timed = [line for line in lines if line.step_s]
     alone = _updates_alone(timed, asides)
     for line in alone:
-        steps, device = _floats(line["step_s"]), line.get("device") or {}
-        steps_s, updates = steps_s + sum(steps), updates + len(steps)
-        tokens += line["rank_tokens"][0] if line.get("rank_tokens") else line.get("tokens", 0)
-        if device.get("energy_j") is not None and device.get("seconds"):
-            seconds, joules = seconds + device["seconds"], joules + device["energy_j"]
+        steps_s, updates = steps_s + sum(line.step_s), updates + len(line.step_s)
+        tokens += line.rank_tokens[0] if line.rank_tokens else line.tokens or 0
+        if line.device is not None and line.device.energy_j is not None and line.device.seconds:
+            seconds, joules = seconds + line.device.seconds, joules + line.device.energy_j
     nothing = {"j_per_update": None, "j_per_million_tokens": None, "seconds": seconds}
     if not seconds:
         mixed = len(timed) - len(alone)
@@ -260,24 +271,22 @@ def _energy(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]:
     return {"j_per_update": spent / updates, "j_per_million_tokens": per_token and 1e6 * per_token, "seconds": seconds}
 
 
-def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any] | None:
+def _readings(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any] | None:
     """Of rank 0's device, over the lines that held updates alone: means over time, of clocks medians. The highest temperature
     and throttled (share of samples, by reason; None: nobody looked) are of all lines."""
-    readings = [line["device"] for line in lines if line.get("device")]
+    readings = [line.device for line in lines if line.device is not None]
     if not readings:
         return None
-    alone = [line["device"] for line in _updates_alone(lines, asides) if line.get("device")]
-    names = list(dict.fromkeys(name for device in readings for name in device if name not in NOT_AVERAGED))
-    averages: dict[str, Any] = {"samples": sum(device.get("samples", 0) for device in alone)}
+    alone = [line.device for line in _updates_alone(lines, asides) if line.device is not None]
+    averages: dict[str, Any] = {"samples": sum(device.samples for device in alone)}
     if not alone:
         averages["why"] = f"all {len(readings)} log lines held more than updates"
-    for name in names:
-        devices = readings if name == "temperature_c" else alone
-        readable = [device for device in devices if isinstance(device.get(name), int | float)]
-        values = [device[name] for device in readable]
-        if not values:
-            last = readings[-1].get(name)
-            averages[name] = last if isinstance(last, str) else None
+    last = as_fields(readings[-1])
+    for name in dict.fromkeys(name for device in readings for name in as_fields(device) if name not in NOT_AVERAGED):
+        readable = [device for device in (readings if name == "temperature_c" else alone) if getattr(device, name) is not None]
+        values = [getattr(device, name) for device in readable]
+        if not values or isinstance(values[0], str):
+            averages[name] = last.get(name) if isinstance(last.get(name), str) else None
         elif name == "temperature_c":
             averages[name] = max(values)
         elif name.endswith("_min_mhz"):
@@ -285,18 +294,15 @@ def _readings(lines: Sequence[Event], asides: Sequence[Event]) -> dict[str, Any]
         elif name.endswith("_mhz"):
             averages[name] = float(np.median(values))
         else:
-            averages[name] = _mean(readable, _getter(name), _getter("seconds"))
+            averages[name] = _mean(readable, attrgetter(name), attrgetter("seconds"))
     return {**averages, **_throttled(readings)}
 
 
-def _throttled(devices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    watched = [device for device in devices if device.get("throttled") is not None and device.get("samples")]
-    samples = sum(device["samples"] for device in watched)
-    reasons = dict.fromkeys(reason for device in watched for reason in device["throttled"])
-    shares = {
-        reason: sum(device["throttled"].get(reason, 0.0) * device["samples"] for device in watched) / samples
-        for reason in reasons
-    }
+def _throttled(readings: Sequence[DeviceReading]) -> dict[str, Any]:
+    watched = [(device.throttled, device.samples) for device in readings if device.throttled is not None and device.samples]
+    samples = sum(count for _, count in watched)
+    reasons = dict.fromkeys(reason for throttled, _ in watched for reason in throttled)
+    shares = {reason: sum(throttled.get(reason, 0.0) * count for throttled, count in watched) / samples for reason in reasons}
     return {"throttled": shares if watched else None, "throttled_samples": samples}
 
 
@@ -311,44 +317,39 @@ def slowed_down(summary: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _straggler(lines: Iterable[Event], devices: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _straggler(lines: Iterable[Train], devices: Sequence[DeviceFacts]) -> dict[str, Any] | None:
     """The rank with the most work of its own; `share`: by how much it is above the mean rank's; rank_0_waited_s: for whoever
     worked longest on an update (in older runs: on a line's updates)."""
-    recorded = [line for line in lines if len(line.get("rank_worked_s") or ()) > 1]
+    recorded = [line for line in lines if len(line.rank_worked_s) > 1]
     if not recorded:
         return None
-    worked = np.asarray([line["rank_worked_s"] for line in recorded])
+    worked = np.asarray([line.rank_worked_s for line in recorded])
     of_rank = worked.sum(axis=0)
     rank = int(of_rank.argmax())
 
-    def summed(name: str) -> list[float] | None:
-        return np.sum([line[name] for line in recorded], axis=0).tolist() if all(name in line for line in recorded) else None
+    def summed(by_rank: list[tuple[float, ...]]) -> list[float] | None:
+        return np.sum(by_rank, axis=0).tolist() if all(by_rank) else None
 
     return {
         "rank": rank,
-        "host": next((device.get("host") for device in devices if device.get("rank") == rank), None),
+        "host": next((device.host for device in devices if device.rank == rank), None),
         "share": float(of_rank[rank] / of_rank.mean() - 1) if of_rank.mean() > 0 else 0.0,
         "slowest_in": int((worked.argmax(axis=1) == rank).sum()),
         "lines": len(recorded),
         "worked_s": of_rank.tolist(),
-        "rank_0_waited_s": float(sum(line.get("rank_0_waited_s", _behind(line["rank_worked_s"])) for line in recorded)),
+        "rank_0_waited_s": float(sum(map(_waited_for_slowest_s, recorded))),
         "seconds": sum(_seconds(line) or 0.0 for line in recorded),
-        "tokens": summed("rank_tokens"),
-        "data_wait_s": summed("rank_data_wait_s"),
+        "tokens": summed([line.rank_tokens for line in recorded]),
+        "data_wait_s": summed([line.rank_data_wait_s for line in recorded]),
     }
 
 
-def _behind(worked_s: Sequence[float]) -> float:
-    return max(worked_s) - worked_s[0]
+def _waited_for_slowest_s(line: Train) -> float:
+    if line.rank_0_waited_s is not None:
+        return line.rank_0_waited_s
+    return max(line.rank_worked_s) - line.rank_worked_s[0]
 
 
-def _losses(line: Event) -> dict[str, Any]:
-    return {name: line[name] for name in ("update", "total", "soft", "hard", "cosine", "mse") if name in line}
-
-
-def _getter(*path: str) -> Callable[[Event], Any]:
-    return lambda event: at(event, *path)
-
-
-def _floats(values: Any) -> list[float]:
-    return [float(value) for value in values or ()]
+def _losses(line: Train) -> dict[str, Any]:
+    fields = as_fields(line)
+    return {name: fields[name] for name in ("update", "total", "soft", "hard", "cosine", "mse") if name in fields}

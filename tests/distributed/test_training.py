@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.events import read_events
+from fastdistil import events as event_log
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.training.checkpoint import list_updates
 from tests.distributed.conftest import Start
@@ -432,6 +432,6 @@ def test_elastic_goes_on_with_the_ranks_that_remain(material: Path, tmp_path: Pa
     root = Path(__file__).resolve().parents[2]
     done = cli("train", path, "--elastic", "1:2", environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
     assert done.returncode == 0, done.stderr
-    starts = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] in ("start", "resume")]
-    assert [(e["update"], e["ranks"]) for e in starts] == [(0, 2), (4, 1)]
+    starts = [e for e in event_log.read_events(tmp_path / "run" / "events.jsonl") if isinstance(e, event_log.Start)]
+    assert [(e.update, e.ranks) for e in starts] == [(0, 2), (4, 1)]
     assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))

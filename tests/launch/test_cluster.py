@@ -20,7 +20,7 @@ from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import docstrings
 from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import UserError
-from fastdistil.events import read_events
+from fastdistil.events import Start, read_events
 from fastdistil.launch.cluster import KINDS, Cluster, ClusterKind, cluster_file
 
 
@@ -503,8 +503,8 @@ def test_the_slurm_script_trains_with_two_ranks(tmp_path: Path) -> None:
     done = run_script(script, tmp_path, {**JOB, "PYTHONPATH": root}, srun=SRUN, scontrol="false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the student is in runs/together/student" in done.stdout and done.stdout.count("done:") == 1
-    (start,) = [event for event in read_events(tmp_path / "runs/together/events.jsonl") if event["event"] == "start"]
-    assert start["engine"] == "torch" and start["ranks"] == 2
+    (start,) = [event for event in read_events(tmp_path / "runs/together/events.jsonl") if isinstance(event, Start)]
+    assert (start.engine, start.ranks) == ("torch", 2)
     assert (tmp_path / "runs/together/student/config.json").is_file()
 
 

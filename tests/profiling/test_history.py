@@ -8,6 +8,7 @@ import pytest
 
 from fastdistil.console import Console
 from fastdistil.errors import CorruptData, UserError
+from fastdistil.events import Environment, Start
 from fastdistil.profiling.report.history import load_history
 from fastdistil.train import train
 from tests.small_run import small
@@ -33,28 +34,26 @@ def test_a_real_run(material: Path, tmp_path: Path) -> None:
     history = load_history(tmp_path / "run")
     assert history.name == "run" and history.directory == tmp_path / "run"
     assert history.recipe["loop"]["updates"] == 8
-    assert (history.start["update"], history.start["engine"]) == (0, "alone")
+    assert (history.start.update, history.start.engine) == (0, "alone")
     assert (
-        [event["update"] for event in history.lines]
-        == list(range(1, 9))
-        == [event["update"] for event in history.comparable_lines]
+        [event.update for event in history.lines] == list(range(1, 9)) == [event.update for event in history.comparable_lines]
     )
-    assert [event["update"] for event in history.evaluations] == [3, 6, 8]
+    assert [event.update for event in history.evaluations] == [3, 6, 8]
     assert history.checkpoints and history.outcome == "done"
 
 
 def test_lines_that_a_resume_went_back_behind_are_left_out(tmp_path: Path) -> None:
     events = start(0), line(1), line(2, total=1.0), line(3), start(1, "resume"), line(2, total=2.0)
     history = load_history(written(tmp_path / "a", *events))
-    assert [(event["update"], event.get("total")) for event in history.lines] == [(1, None), (2, 2.0)]
-    assert history.start["event"] == "resume" and len(history.starts) == 2
+    assert [(event.update, event.total) for event in history.lines] == [(1, None), (2, 2.0)]
+    assert history.start.kind == "resume" and len(history.starts) == 2
 
 
 def test_wall_time_counts_what_was_superseded_and_no_interruption(tmp_path: Path) -> None:
     """190 s up to a death at update 19, and 15 s from update 10 on, begun at 1000 s."""
     events = start(0), line(10, time=100.0), line(19, time=190.0), start(10, "resume"), line(11, time=1015.0)
     history = load_history(written(tmp_path / "a", *events[:3], {**events[3], "time": 1000.0}, events[4]))
-    assert [event["update"] for event in history.lines] == [10, 11]
+    assert [event.update for event in history.lines] == [10, 11]
     assert history.wall_s == 190.0 + 15.0
     assert load_history(written(tmp_path / "b")).wall_s is None
 
@@ -63,12 +62,12 @@ def test_comparable_lines_ran_as_the_last_start_says(tmp_path: Path) -> None:
     """One rank, two ranks, one rank again."""
     events = start(0), line(1), line(2), start(2, "resume", ranks=2), line(3), start(3, "resume"), line(4)
     history = load_history(written(tmp_path / "a", *events))
-    assert [event["update"] for event in history.lines] == [1, 2, 3, 4]
-    assert [event["update"] for event in history.comparable_lines] == [1, 2, 4]
+    assert [event.update for event in history.lines] == [1, 2, 3, 4]
+    assert [event.update for event in history.comparable_lines] == [1, 2, 4]
     again = start(0), line(1), start(1, "resume"), line(2), start(0, "resume", ranks=2), line(1), start(1, "resume"), line(2)
     history = load_history(written(tmp_path / "b", *again))
-    assert [event["update"] for event in history.lines] == [1, 2]
-    assert [event["update"] for event in history.comparable_lines] == [2]
+    assert [event.update for event in history.lines] == [1, 2]
+    assert [event.update for event in history.comparable_lines] == [2]
 
 
 @pytest.mark.parametrize("other", [{"devices": [{"name": "NVIDIA A100"}] * 2}, {"processor": "another"}])
@@ -78,12 +77,13 @@ def test_lines_of_other_hardware_are_not_comparable(tmp_path: Path, other: dict[
     named, again = ({"event": "environment", "host": host, **names} for host in ("a", "b"))
     parts = [start(0), named, line(1)], [start(1, "resume"), {**named, **other}, line(2)], [start(2, "resume"), again, line(3)]
     events = [event for part in parts for event in part]
+    hosts = [(event["host"], event["processor"]) for event in events if event["event"] == "environment"]
     for directory in (written(tmp_path / "a", *events), written(tmp_path / "b", *events, start(3, "resume"))):
         history = load_history(directory)
-        assert [entry["update"] for entry in history.comparable_lines] == [1, 3]
-        assert history.environments[:3] == [events[1], events[4], events[7]]
+        assert [entry.update for entry in history.comparable_lines] == [1, 3]
+        assert [(environment.host, environment.processor) for environment in history.environments[:3]] == hosts
     history = load_history(written(tmp_path / "c", *events[:6]))
-    assert [entry["update"] for entry in history.comparable_lines] == [2]
+    assert [entry.update for entry in history.comparable_lines] == [2]
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_outcome(tmp_path: Path, ending: list[dict[str, Any]], outcome: str) -> 
 
 
 def test_the_last_environment_and_memory_count(tmp_path: Path) -> None:
-    events = [{"event": kind, "cores": n} for n in (1, 2) for kind in ("environment", "memory")]
+    events = [{"event": kind, "cores": n, "peak_bytes": n} for n in (1, 2) for kind in ("environment", "memory")]
     history = load_history(written(tmp_path / "a", start(0), *events))
-    assert history.environment["cores"] == 2
-    assert history.memory is not None and history.memory["cores"] == 2
+    assert history.environment.cores == 2
+    assert history.memory is not None and history.memory.peak_bytes == 2
     bare = load_history(written(tmp_path / "b"))
-    assert (bare.start, bare.environment, bare.memory, bare.comparable_lines) == ({}, {}, None, [])
+    assert (bare.start, bare.environment, bare.memory, bare.comparable_lines) == (Start(), Environment(), None, [])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdistil.errors import UserError
-from fastdistil.events import EventLog, read_events
+from fastdistil.events import Evaluation, EventLog, Note, Train, read_events
 from fastdistil.profiling.report import live
 from fastdistil.profiling.report.live import Live
 from fastdistil.profiling.report.watch import WatchServer
@@ -262,12 +262,12 @@ def test_what_a_resume_takes_back_is_what_the_effective_log_leaves_out(
     effective = list(read_events(run / "events.jsonl", effective=True))
     snapshot = followed.changes()
     assert snapshot is not None
-    assert updates == snapshot["curves"]["updates"] == [event["update"] for event in effective if event["event"] == "train"]
+    assert updates == snapshot["curves"]["updates"] == [event.update for event in effective if isinstance(event, Train)]
     assert [entry["update"] for entry in snapshot["evaluations"]] == [
-        e["update"] for e in effective if e["event"] == "evaluation"
+        event.update for event in effective if isinstance(event, Evaluation)
     ]
     assert [entry["text"] for entry in snapshot["log"] if entry["kind"] == "note"] == [
-        event["message"] for event in effective if event["event"] == "note"
+        event.message for event in effective if isinstance(event, Note)
     ]
 
 

@@ -57,7 +57,7 @@ def test_a_profile_of_real_updates(command: Command, recipe: Path, tmp_path: Pat
     run = tmp_path / "runs" / "tiny-profile-1"
     assert sorted(path.name for path in run.iterdir()) == ["events.jsonl", "profile.json", "recipe.yaml", "report.html"]
     history = load_history(run)
-    assert history.lines[-1]["update"] == WARMUP + 7 and history.outcome == "done"
+    assert history.lines[-1].update == WARMUP + 7 and history.outcome == "done"
     assert history.recipe["loop"]["accumulation"] == 3 and not history.evaluations
     summary = json.loads((run / "profile.json").read_text(encoding="utf-8"))
     assert summary == json.loads(json.dumps(summarise(history)))
@@ -89,7 +89,7 @@ def test_several_ranks(command: Command, recipe: Path, tmp_path: Path) -> None:
     code, out, err = command(recipe, "--steps", 6, "--np", 2, "world.engine=torch", "compression.kind=int8")
     assert code == 0, err
     run = tmp_path / "runs" / "tiny-profile-1"
-    assert (start := load_history(run).start)["ranks"] == 2 and start["engine"] == "torch"
+    assert (start := load_history(run).start).ranks == 2 and start.engine == "torch"
     assert "2 ranks (torch, compression int8, delayed)" in out and "all ranks" in out
     assert "update 11/11" in err and "update 11/11" not in out
     summary = summarise(load_history(run))
@@ -104,8 +104,8 @@ def test_several_ranks(command: Command, recipe: Path, tmp_path: Path) -> None:
 def test_auto_has_decided_before_the_first_measured_update(command: Command, recipe: Path, tmp_path: Path) -> None:
     code, _, err = command(recipe, "--steps", 3, "--np", 2, "world.engine=torch", "compression.kind=auto")
     assert code == 0, err
-    (decided,) = [note for note in load_history(tmp_path / "runs" / "tiny-profile-1").notes if "auto:" in note["message"]]
-    assert decided["update"] < WARMUP
+    (decided,) = [note for note in load_history(tmp_path / "runs" / "tiny-profile-1").notes if "auto:" in note.message]
+    assert decided.update < WARMUP
 
 
 def late_rank(recipe: Recipe, recipe_name: str) -> Path:

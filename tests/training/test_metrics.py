@@ -1,191 +1,24 @@
-"""The event log on real files, the meter against plain arithmetic, the console on a real pseudo-terminal."""
+"""The meter against plain arithmetic, the console on a real pseudo-terminal."""
 
 import builtins
-import dataclasses
 import errno
 import io
-import itertools
-import json
 import math
 import os
 import pty
-import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdistil.console import Console
-from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
-from fastdistil.events import EventLog, read_events
+from fastdistil.errors import NonFinite, UserError
 from fastdistil.training.guards import FiniteGuard
 from fastdistil.training.metrics import Meter, TensorBoard
-
-# --- the event log ---
-
-
-def refuse_constant(name: str) -> None:
-    raise AssertionError(f"not strict JSON: {name}")
-
-
-def test_lines_are_strict_json_whatever_is_written(tmp_path: Path) -> None:
-    @dataclasses.dataclass
-    class Point:
-        x: float
-
-    path = tmp_path / "runs" / "a" / "events.jsonl"
-    with EventLog(path) as log:
-        log.write(
-            "step",
-            update=1,
-            loss=math.nan,
-            nested={"deep": [math.inf, (-math.inf, 1.5)], 3: None},
-            numpy=[np.float32(0.5), np.int64(7), np.float64("nan")],
-            text="line\nbreak \ud800 ü",
-            path=Path("a/b"),
-            point=Point(math.inf),
-            flag=True,
-            kind="own",
-        )
-    line = path.read_text(encoding="ascii")
-    assert line.count("\n") == 1
-    event = json.loads(line, parse_constant=refuse_constant)
-    assert isinstance(event.pop("time"), float)
-    assert event == {
-        "event": "step",
-        "update": 1,
-        "loss": "nan",
-        "nested": {"deep": ["inf", ["-inf", 1.5]], "3": None},
-        "numpy": [0.5, 7, "nan"],
-        "text": "line\nbreak \ud800 ü",
-        "path": "a/b",
-        "point": {"x": "inf"},
-        "flag": True,
-        "kind": "own",
-    }
-    assert math.isnan(float(event["loss"]))
-
-
-def test_a_log_is_appended_to_and_a_torn_line_cut(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    with EventLog(path) as log:
-        log.write("start")
-    content = path.read_bytes()
-    for torn in (b'{"event": "st', b"x" * 10_000, b"\xff\xfe"):
-        path.write_bytes(content + torn)
-        assert [event["event"] for event in read_events(path)] == ["start"]
-        with EventLog(path) as log:
-            assert path.read_bytes() == content
-            log.write("more")
-        assert [event["event"] for event in read_events(path)] == ["start", "more"]
-    path.write_bytes(b"never a newline")
-    EventLog(path).close()
-    assert path.read_bytes() == b""
-
-
-def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        log = EventLog(path)
-        for update in itertools.count():
-            log.write("step", update=update, text="x" * 5000)
-            if update == 50:
-                os.write(tell, b"x")
-    os.read(ready, 1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(ready)
-    os.close(tell)
-    EventLog(path).close()
-    updates = [event["update"] for event in read_events(path)]
-    assert len(updates) > 50
-    assert updates == list(range(len(updates)))
-
-
-def test_bad_logs_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no event log at"):
-        list(read_events(tmp_path / "events.jsonl"))
-    for bad in ("nonsense", "[1]", '{"event": 3}', '{"event": "train", "update": "seven"}'):
-        (tmp_path / "events.jsonl").write_text(f'{{"event": "a"}}\n{bad}\n{{"event": "b"}}\n')
-        with pytest.raises(CorruptData, match=r"events\.jsonl line 2 is not"):
-            list(read_events(tmp_path / "events.jsonl"))
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    class FullFile:
-        """Takes 10 bytes and is then full."""
-
-        def __init__(self, file: Any) -> None:
-            self._file = file
-            self._room = 10
-
-        def write(self, content: bytes) -> int:
-            if not self._room:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            taken: int = self._file.write(content[: self._room])
-            self._room -= taken
-            return taken
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
-
-    path = tmp_path / "events.jsonl"
-    with EventLog(path) as log:
-        log.write("start")
-    with EventLog(path) as log:
-        before = path.read_bytes()
-        log._file = FullFile(log._file)  # type: ignore[assignment]
-        with pytest.raises(DiskFull, match="writing the event log"):
-            log.write("step")
-        assert path.read_bytes() == before
-
-
-def effective_by_definition(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Event i stands unless some later resume went back to before its update."""
-    return [
-        event
-        for i, event in enumerate(events)
-        if event["event"] in ("start", "resume")
-        or "update" not in event
-        or not any(later["event"] in ("start", "resume") and later["update"] < event["update"] for later in events[i + 1 :])
-    ]
-
-
-@given(
-    st.lists(
-        st.one_of(st.just(("note", None)), st.tuples(st.sampled_from(["step", "step", "start", "resume"]), st.integers(0, 9)))
-    )
-)
-@example([("step", 5), ("resume", 7), ("resume", 3)])
-def test_effective_events_leave_out_what_was_superseded(kinds: list[tuple[str, int | None]]) -> None:
-    from fastdistil.events import effective_events
-
-    events = [
-        {"event": kind, "n": n, **({} if update is None else {"update": update})} for n, (kind, update) in enumerate(kinds)
-    ]
-    assert effective_events(events) == effective_by_definition(events)
-
-
-def test_effective_events_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    with EventLog(path) as log:
-        for update in (1, 2, 3):
-            log.write("step", update=update, try_=1)
-        log.write("resume", update=1)
-        log.write("step", update=2, try_=2)
-    rows = [(event["event"], event["update"], event.get("try_")) for event in read_events(path, effective=True)]
-    assert rows == [("step", 1, 1), ("resume", 1, None), ("step", 2, 2)]
-    assert len(list(read_events(path))) == 5
-
 
 # --- the meter ---
 
