@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdistil.kernels import cosine, distill, linear_distill, sparse_distill
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
 from fastdistil.kernels.distill import distill_loss
-from fastdistil.kernels.distill_options import DistillOptions
+from fastdistil.kernels.distill_options import DistillOptions, Head
 from fastdistil.kernels.linear_distill import linear_distill_loss
 from fastdistil.kernels.sparse_distill import sparse_distill_loss, top_k
 
@@ -135,7 +135,7 @@ def test_linear(benchmark: Any, shape: str, dtype: str, side: str, what: str) ->
     if what == "forward+backward":
         student = [tensor.requires_grad_() for tensor in student]
     sides: dict[str, Callable[[], Tensor]] = {
-        "fastdistil": lambda: linear_distill_loss(*student, *teacher, labels, options=OPTIONS).total,  # type: ignore[arg-type]
+        "fastdistil": lambda: linear_distill_loss(Head(*student), Head(*teacher), labels, options=OPTIONS).total,
         "eager": lambda: eager_linear(student, teacher, labels),
         **{name: partial(function, student, teacher, labels) for name, function in LIGER.items()},
     }
@@ -163,7 +163,7 @@ def test_hard_term_alone(benchmark: Any, side: str) -> None:
         pytest.skip("this torch has no linear_cross_entropy")
     options = DistillOptions(hard=1 / rows)
     sides: dict[str, Callable[[], Tensor]] = {
-        "fastdistil": lambda: linear_distill.linear_cross_entropy_loss(hidden, weight, None, labels, options=options).total,
+        "fastdistil": lambda: linear_distill_loss(Head(hidden, weight), None, labels, options=options).total,
         "torch linear_cross_entropy": lambda: F.linear_cross_entropy(hidden, weight, labels),  # type: ignore[attr-defined]
         "eager": lambda: F.cross_entropy(F.linear(hidden, weight), labels),
     }

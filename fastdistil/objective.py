@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from fastdistil.data.batch import Batch, Counts
 from fastdistil.kernels.backend import Backend
 from fastdistil.kernels.cosine import HiddenOptions, cosine_loss
-from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher
-from fastdistil.kernels.linear_distill import linear_cross_entropy_loss, linear_distill_loss, linear_sparse_distill_loss
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, Head, SparseTeacher
+from fastdistil.kernels.linear_distill import linear_distill_loss
 from fastdistil.profiling.spans import Span, unmeasured
 from fastdistil.recipe import Objective
 
@@ -116,7 +116,8 @@ def _losses(
     elif a_hard:
         features_MD = student.transform(student_hidden_ND.index_select(0, batch.label_rows))
         labels_M = batch.labels_N.index_select(0, batch.label_rows)
-        terms = linear_cross_entropy_loss(features_MD, student.weight, student.bias, labels_M, options=options, backend=backend)
+        head = Head(features_MD, student.weight, student.bias)
+        terms = linear_distill_loss(head, None, labels_M, options=options, backend=backend)
         total, hard = terms.total, terms.hard / per.hard
 
     if teacher_hidden_NE is not None and (objective.a_cos or objective.a_mse):
@@ -151,14 +152,15 @@ def _vocabulary_terms(
     if batch.weights_N is not None and objective.soft_rows == "all":
         weights_N = _rows(batch.weights_N, rows)
     features_ND, labels_N = student.transform(_rows(student_hidden_ND, rows)), _rows(batch.labels_N, rows)
-    head = (features_ND, student.weight, student.bias)
+    head = Head(features_ND, student.weight, student.bias)
     if teacher_hidden_NE is None:
-        cached = (batch.cached_indices_NK, batch.cached_log_probabilities_NK, batch.cached_tail_N)
-        sparse = SparseTeacher(*(None if tensor is None else _rows(tensor, rows) for tensor in cached))  # type: ignore[arg-type]
-        return linear_sparse_distill_loss(*head, sparse, labels_N, weights_N, options=options, backend=backend)
+        assert batch.cached_indices_NK is not None and batch.cached_log_probabilities_NK is not None
+        listed = SparseTeacher(batch.cached_indices_NK, batch.cached_log_probabilities_NK, batch.cached_tail_N)
+        listed = listed if rows is None else listed.rows(rows)
+        return linear_distill_loss(head, listed, labels_N, weights_N, options=options, backend=backend)
     assert teacher is not None
     with torch.no_grad(), torch.autocast(batch.ids_BS.device.type, enabled=False):
         teacher_features_NE = teacher.transform(_rows(teacher_hidden_NE, rows))
     bias_V = None if teacher.bias is None else teacher.bias.detach()
-    teacher_head = (teacher_features_NE, teacher.weight.detach(), bias_V)
-    return linear_distill_loss(*head, *teacher_head, labels_N, weights_N, options=options, backend=backend)
+    teacher_head = Head(teacher_features_NE, teacher.weight.detach(), bias_V)
+    return linear_distill_loss(head, teacher_head, labels_N, weights_N, options=options, backend=backend)

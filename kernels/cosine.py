@@ -113,9 +113,11 @@ def _rows_torch(
     rows_M: Tensor | None,
     weights_M: Tensor | None,
     options: HiddenOptions,
+    *,
     terms_M2: Tensor,
     grad_ND: Tensor | None,
 ) -> None:
+    """Write each row's (1 - cosine, mean square) into terms_M2 and the gradient of its part of the total into grad_ND."""
     rows, width, wide = terms_M2.shape[0], student_ND.shape[1], terms_M2.dtype
     size = max(1, _BLOCK["cpu" if student_ND.device.type == "cpu" else "cuda"] // width)
     spare_RD = terms_M2.new_empty(min(size, rows), width)
@@ -185,12 +187,12 @@ def _cosine(
     if backend == "triton":
         from fastdistil.kernels.cosine_triton import cosine_rows_triton
 
-        cosine_rows_triton(
-            student_states, teacher_states, rows_M, weights_M, scaled.cosine, scaled.mse, EPSILON, terms_LM2, grads
-        )
+        coefficients = {"cosine": scaled.cosine, "mse": scaled.mse, "epsilon": EPSILON}
+        cosine_rows_triton(student_states, teacher_states, rows_M, weights_M, **coefficients, terms_LM2=terms_LM2, grads=grads)
     else:
         for layer, (s_ND, t_ND) in enumerate(zip(student_states, teacher_states, strict=True)):
-            _rows_torch(s_ND, t_ND, rows_M, weights_M, scaled, terms_LM2[layer], grads[layer] if grads else None)
+            grad_of_layer = grads[layer] if grads else None
+            _rows_torch(s_ND, t_ND, rows_M, weights_M, scaled, terms_M2=terms_LM2[layer], grad_ND=grad_of_layer)
     sums_2 = terms_LM2.flatten(0, 1).sum(0)
     return *_terms(sums_2[0].clone(), sums_2[1].clone(), options), grads
 

@@ -109,13 +109,14 @@ def cosine_rows_triton(
     teacher_states: Sequence[Tensor],
     rows_M: Tensor | None,
     weights_M: Tensor | None,
+    *,
     cosine: float,
     mse: float,
     epsilon: float,
     terms_LM2: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Writes each row's (1 - cosine, mean square) and the gradient of its part of the total. grads: contiguous, or empty."""
+    """Write each row's (1 - cosine, mean square) and the gradient of its part of the total. grads: contiguous, or empty."""
     layers, rows = terms_LM2.shape[:2]
     widest = max(state.shape[1] for state in student_states)
     if widest > _LARGEST:

@@ -43,6 +43,7 @@ from fastdistil.kernels.distill_options import (
     DistillOptions,
     DistillTerms,
     Divergence,
+    Targets,
     low_precision_unit,
     pack,
     unpack,
@@ -165,7 +166,8 @@ def _distill(
     terms_N2 = student_NV.new_empty(student_NV.shape[0], 2, dtype=torch.promote_types(student_NV.dtype, torch.float32))
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
-    rows_function(backend)(student_NV, teacher_NV, labels_N, weights_N, scaled, terms_N2, grad_NV)
+    targets = Targets(labels_N, weights_N)
+    rows_function(backend)(student_NV, teacher_NV, targets, scaled, terms_N2=terms_N2, grad_NV=grad_NV)
     return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
@@ -207,7 +209,7 @@ def distill_loss(
     Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs backend="reference".
     Raises ValueError for shapes, dtypes and paths that do not fit.
     """
-    check_rows(student_NV, teacher_NV, labels_N, weights_N)
+    check_rows(student_NV, teacher_NV, Targets(labels_N, weights_N))
     width = options.width(student_NV.shape[1], teacher_NV.shape[1])
     if backend == "reference":
         return distill_loss_reference(student_NV, teacher_NV, labels_N, weights_N, options=options)
@@ -225,8 +227,9 @@ def distill_loss(
     return DistillTerms(*terms)
 
 
-def check_rows(student: Tensor, teacher: Tensor | None, labels_N: Tensor | None, weights_N: Tensor | None) -> None:
-    """Shapes, dtypes and devices of what every op of this family takes. Raises ValueError."""
+def check_rows(student: Tensor, teacher: Tensor | None, targets: Targets) -> None:
+    """Check shapes, dtypes and devices of what every op of this family takes. Raises ValueError."""
+    labels_N, weights_N = targets
     for name, tensor in (("student", student), ("teacher", teacher)):
         if tensor is not None and (tensor.ndim != 2 or not tensor.is_floating_point()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a distillation loss is asked for and gives: options and terms of distill.py, sparse_distill.py and linear_distill.py.
+"""What the losses of distill.py, sparse_distill.py and linear_distill.py take and return, as types.
 
 Legend: N rows (tokens), V vocabulary, K listed tokens.
 """
@@ -6,7 +6,7 @@ Legend: N rows (tokens), V vocabulary, K listed tokens.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class DistillOptions:
     temperature: float = 1.0
     divergence: Divergence = "forward-kl"
     beta: float = 0.5
-    """Of the generalised JSD: the teacher's weight in the mixture, between 0 and 1."""
+    """The teacher's weight in the mixture of the generalised JSD, between 0 and 1."""
     soft: float = 1.0
     """Coefficient of the soft term in `total`; likewise hard."""
     hard: float = 1.0
@@ -78,6 +78,27 @@ class DistillOptions:
         return self.columns
 
 
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
+
+
+def take_rows(tensor: _MaybeTensor, rows: slice | Tensor) -> _MaybeTensor:
+    """Return some rows of a tensor, None of None: a view for a slice, a copy for numbers (int64)."""
+    if tensor is None:
+        return tensor
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+class Head(NamedTuple):
+    """Hidden states and the vocabulary head after them, of a student or a teacher: logits = hidden @ weight.T + bias."""
+
+    hidden: Tensor
+    """Float [N, width], one row a token."""
+    weight: Tensor
+    """Float [V, width], as nn.Linear has it."""
+    bias: Tensor | None = None
+    """Float [V]."""
+
+
 class SparseTeacher(NamedTuple):
     """A teacher's distribution at the loss's temperature. No token may be listed twice in a row."""
 
@@ -87,6 +108,22 @@ class SparseTeacher(NamedTuple):
     """Float, natural logarithm; -inf: the slot is unused."""
     tail_N: Tensor | None
     """Float, probability mass of all tokens not listed. None: what is not listed is not learnt from."""
+
+    def rows(self, rows: slice | Tensor) -> "SparseTeacher":
+        indices, log_probabilities, tail = self
+        return SparseTeacher(take_rows(indices, rows), take_rows(log_probabilities, rows), take_rows(tail, rows))
+
+
+class Targets(NamedTuple):
+    """Labels of the rows, and their weights in the soft term; None: no labels, or weights of 1."""
+
+    labels_N: Tensor | None = None
+    """int64."""
+    weights_N: Tensor | None = None
+    """Float."""
+
+    def rows(self, rows: slice | Tensor) -> "Targets":
+        return Targets(take_rows(self.labels_N, rows), take_rows(self.weights_N, rows))
 
 
 # ---- as arguments of an op ----

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.kernels.cpu import buffer
-from fastdistil.kernels.distill_options import DistillOptions
+from fastdistil.kernels.distill_options import DistillOptions, Targets, take_rows
 
 # Elements of one block's buffer: in float32 six of 2 MiB, which the third-level cache holds.
 BLOCK = 2**19
@@ -114,13 +114,13 @@ def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: 
 def distill_rows_torch(
     student_NV: Tensor,
     teacher_NV: Tensor | None,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
+    targets: Targets,
     options: DistillOptions,
+    *,
     terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
-    """Writes each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
+    """Write each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
     grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Without a teacher the soft
     term is 0.
@@ -131,8 +131,8 @@ def distill_rows_torch(
         return
     largest = next(blocks(rows, width, device))[1]
     buffers = [buffer((largest, width), wide, device) for _ in range(6)]
-    for at_R, labels_R in _selections(labels_N, options.ignore_index, rows, width, device):
-        student_RV, terms_R2 = _rows(student_NV[:, :width], at_R), terms_N2[at_R]
+    for at_R, labels_R in _selections(targets.labels_N, options.ignore_index, rows, width, device):
+        student_RV, terms_R2 = take_rows(student_NV[:, :width], at_R), terms_N2[at_R]
         block = [spare[: len(student_RV)] for spare in buffers]
         hard = hard_rows(student_RV, labels_R, options, terms_R2, block[0], block[5])
         if teacher_NV is None:
@@ -140,8 +140,9 @@ def distill_rows_torch(
             g_RV = block[2].zero_()
         else:
             load(block[0], student_RV, options.student_scale, options.student_softcap)
-            load(block[1], _rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
-            g_RV = _weighed_soft_block(block, None if weights_N is None else weights_N[at_R].to(wide), options, terms_R2)
+            load(block[1], take_rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
+            weights_R = None if targets.weights_N is None else targets.weights_N[at_R].to(wide)
+            g_RV = _weighed_soft_block(block, weights_R, options, terms_R2)
         if not isinstance(at_R, slice):
             terms_N2[at_R] = terms_R2
         if grad_NV is None:
@@ -167,10 +168,6 @@ def cap_gradient(g_RV: Tensor, x_RV: Tensor, options: DistillOptions) -> None:
     g_RV.mul_(x_RV.mul_(1 / options.student_softcap).square_().neg_().add_(1.0))
     # Rows that are out stay out: x may be nan there.
     g_RV.masked_fill_(none_RV, 0.0)
-
-
-def _rows(values_NV: Tensor, at_R: slice | Tensor) -> Tensor:
-    return values_NV[at_R] if isinstance(at_R, slice) else values_NV.index_select(0, at_R)
 
 
 def _selections(

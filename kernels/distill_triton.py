@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.distill_options import DistillOptions, Divergence
+from fastdistil.kernels.distill_options import DistillOptions, Divergence, Targets
 from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
 DIVERGENCES: dict[Divergence, int] = {"forward-kl": 0, "reverse-kl": 1, "jsd": 2}
@@ -320,12 +320,11 @@ def scale_kernel(tensor_ptr, factor_ptr, elements, BLOCK: tl.constexpr, WIDE: tl
 def distill_rows_triton(
     student_NV: Tensor,
     teacher_NV: Tensor | None,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
+    targets: Targets,
     options: DistillOptions,
+    *,
     terms_N2: Tensor,
     grad_NV: Tensor | None,
-    *,
     block: int | None = None,
     fused: bool | None = None,
 ) -> None:
@@ -348,8 +347,7 @@ def distill_rows_triton(
     shape = (rows, segments, PARTS) if segments > 1 else (1,)
     parts = torch.empty(shape, dtype=wide, device=student_NV.device)
     counters = torch.zeros(1 + 2 * rows if fused else 1, dtype=torch.int32, device=student_NV.device)
-    labels = None if labels_N is None else labels_N.contiguous()
-    weights = None if weights_N is None else weights_N.contiguous()
+    labels, weights = (None if tensor is None else tensor.contiguous() for tensor in targets)
     stages = [FUSED] if fused or segments == 1 else [FIRST, SECOND, LAST] if options.divergence == "jsd" else [FIRST, LAST]
     strides = [tensor.stride(0) for tensor in (student_NV, teacher_NV, grad_NV) if tensor is not None]
     constexprs = _constexprs(options, wide, block, segments, len(set(strides)) == 1)

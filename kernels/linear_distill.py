@@ -19,7 +19,7 @@ The head's gradient is summed over chunks in float32.
 Legend: N rows, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,12 @@ from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
     DistillOptions,
     DistillTerms,
+    Head,
     SparseTeacher,
+    Targets,
     low_precision_unit,
     pack,
+    take_rows,
     unpack,
 )
 from fastdistil.kernels.distill_torch import BLOCK
@@ -59,24 +62,32 @@ def rows_per_chunk(rows: int, columns: int, itemsizes: int, device: torch.device
     return rows if chunks <= 1 else min(largest, 64 * -(-rows // (chunks * 64)))
 
 
-class _Teacher:
-    """The teacher's side of a chunk: logits from its head into one buffer, or a slice of what was cached."""
+class _TeacherSide:
+    """The teacher's side: logits of a chunk, in one buffer for all chunks."""
 
-    def __init__(self, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, width: int, largest: int) -> None:
-        self._hidden_NE, self._weight_VE = hidden_NE, weight_VE[:width]
-        self._bias_V = None if bias_V is None else bias_V[:width]
-        self._logits_CV = buffer((largest, width), hidden_NE.dtype, hidden_NE.device)
+    def __init__(self, head: Head, width: int, largest: int) -> None:
+        self._hidden_NE, self._weight_VE = head.hidden, head.weight[:width]
+        self._bias_V = None if head.bias is None else head.bias[:width]
+        self._logits_CV = buffer((largest, width), head.hidden.dtype, head.hidden.device)
 
-    def logits(self, first: int, end: int) -> Tensor:
-        return product(self._hidden_NE[first:end], self._weight_VE.t(), self._logits_CV[: end - first], bias_N=self._bias_V)
+    def rows(self, rows: slice) -> Tensor:
+        out_CV = self._logits_CV[: rows.stop - rows.start]
+        return product(self._hidden_NE[rows], self._weight_VE.t(), out_CV, bias_N=self._bias_V)
 
 
-class _Head:
-    """The student's side: logits of a chunk, and the gradients that were asked for."""
+class NeededGradients(NamedTuple):
+    """Which gradients autograd asks for."""
 
-    def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, width: int, largest: int, need: tuple[bool, ...]
-    ) -> None:
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class _StudentSide:
+    """The student's side: logits of a chunk, and the gradients that are needed."""
+
+    def __init__(self, head: Head, width: int, largest: int, needed: NeededGradients) -> None:
+        hidden_ND, weight_VD, bias_V = head
         rows, device = hidden_ND.shape[0], hidden_ND.device
         # float16 gradients are scaled before they are rounded: in backward.
         self._half = hidden_ND.dtype == torch.float16
@@ -85,41 +96,42 @@ class _Head:
         dtype = hidden_ND.dtype
         wide = torch.promote_types(dtype, torch.float32)
         stored = wide if self._half else dtype
-        self.hidden_ND = hidden_ND
-        self.weight_VD = weight_VD[:width]
+        self._hidden_ND = hidden_ND
+        self._weight_VD = weight_VD[:width]
         if weight_VD.dtype != dtype:
-            self.weight_VD = buffer((width, weight_VD.shape[1]), dtype, device).copy_(self.weight_VD)
-        self.bias_V = None if bias_V is None else bias_V[:width].to(dtype)
-        self.logits_CV = buffer((largest, width), dtype, device)
-        self.grad_hidden_ND = buffer(hidden_ND.shape if need[0] else (0,), stored, device)
+            self._weight_VD = buffer((width, weight_VD.shape[1]), dtype, device).copy_(self._weight_VD)
+        self._bias_V = None if bias_V is None else bias_V[:width].to(dtype)
+        self._logits_CV = buffer((largest, width), dtype, device)
+        self._grad_hidden_ND = buffer(hidden_ND.shape if needed.hidden else (0,), stored, device)
         # Of one or two chunks only the first is rounded before the sum is: no wider buffer is needed.
         narrow = device.type == "cpu" and dtype == weight_VD.dtype == stored and rows <= 2 * largest
-        self.grad_weight_VD = buffer(weight_VD.shape if need[1] else (0,), dtype if narrow else wide, device)
-        self.grad_bias_V = buffer(weight_VD.shape[:1] if need[2] else (0,), wide, device)
-        self._need, self._width, self._begun = need, width, False
+        self._grad_weight_VD = buffer(weight_VD.shape if needed.weight else (0,), dtype if narrow else wide, device)
+        self._grad_bias_V = buffer(weight_VD.shape[:1] if needed.bias else (0,), wide, device)
+        self._weight_dtype, self._bias_dtype = weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
+        self._needed, self._width, self._begun = needed, width, False
 
-    def logits(self, first: int, end: int) -> Tensor:
-        return product(self.hidden_ND[first:end], self.weight_VD.t(), self.logits_CV[: end - first], bias_N=self.bias_V)
+    def logits(self, rows: slice) -> Tensor:
+        out_CV = self._logits_CV[: rows.stop - rows.start]
+        return product(self._hidden_ND[rows], self._weight_VD.t(), out_CV, bias_N=self._bias_V)
 
-    def add(self, first: int, end: int, grad_CV: Tensor) -> None:
-        """The gradient of a chunk's logits into those of the hidden states, the weight and the bias."""
-        need_hidden, need_weight, need_bias = self._need
-        if need_hidden:
-            out_CD = self.grad_hidden_ND[first:end]
+    def add(self, rows: slice, grad_CV: Tensor) -> None:
+        """Turn the gradient of a chunk's logits into those of the hidden states, the weight and the bias."""
+        if self._needed.hidden:
+            out_CD = self._grad_hidden_ND[rows]
             if out_CD.dtype == grad_CV.dtype:
-                product(grad_CV, self.weight_VD, out_CD)
+                product(grad_CV, self._weight_VD, out_CD)
             else:
-                torch.ops.aten.mm.dtype_out(grad_CV, self.weight_VD, out_CD.dtype, out=out_CD)
-        if need_weight:
-            self._add_weight(grad_CV.t(), self.hidden_ND[first:end])
-        if need_bias:
-            part_V = grad_CV.sum(0, dtype=self.grad_bias_V.dtype if grad_CV.is_cuda else None)
-            self.grad_bias_V[: self._width] = self.grad_bias_V[: self._width] + part_V if self._begun else part_V
+                torch.ops.aten.mm.dtype_out(grad_CV, self._weight_VD, out_CD.dtype, out=out_CD)
+        if self._needed.weight:
+            self._add_weight(grad_CV.t(), self._hidden_ND[rows])
+        if self._needed.bias:
+            part_V = grad_CV.sum(0, dtype=self._grad_bias_V.dtype if grad_CV.is_cuda else None)
+            self._grad_bias_V[: self._width] = self._grad_bias_V[: self._width] + part_V if self._begun else part_V
         self._begun = True
 
     def _add_weight(self, grad_VC: Tensor, hidden_CD: Tensor) -> None:
-        """Summed over the chunks in the dtype of grad_weight_VD."""
-        out_VD = self.grad_weight_VD[: self._width]
+        """Add a chunk's part of the weight's gradient, in the dtype of that gradient."""
+        out_VD = self._grad_weight_VD[: self._width]
         if grad_VC.dtype == out_VD.dtype:
             product(grad_VC, hidden_CD, out_VD, keep=self._begun)
         elif grad_VC.is_cuda:
@@ -133,14 +145,47 @@ class _Head:
                 part_PD = torch.mm(grad_VC[first : first + _PIECE], hidden_CD, out=part_PD[: len(piece_PD)])
                 piece_PD.copy_(piece_PD.to(wide).add_(part_PD.to(wide)) if self._begun else part_PD)
 
-    def gradients(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return those of the hidden states, the weight and the bias; empty where not needed."""
         if not self._begun:  # no rows
-            self.grad_weight_VD.zero_()
-            self.grad_bias_V.zero_()
-        self.grad_weight_VD[self._width :].zero_()
-        self.grad_bias_V[self._width :].zero_()
-        weight_VD = self.grad_weight_VD if self._half else self.grad_weight_VD.to(weight_dtype)
-        return self.grad_hidden_ND, weight_VD, self.grad_bias_V if self._half else self.grad_bias_V.to(bias_dtype)
+            self._grad_weight_VD.zero_()
+            self._grad_bias_V.zero_()
+        self._grad_weight_VD[self._width :].zero_()
+        self._grad_bias_V[self._width :].zero_()
+        if self._half:
+            return self._grad_hidden_ND, self._grad_weight_VD, self._grad_bias_V
+        return self._grad_hidden_ND, self._grad_weight_VD.to(self._weight_dtype), self._grad_bias_V.to(self._bias_dtype)
+
+
+class OpArguments(NamedTuple):
+    """What the op takes: one by one (`flat`), as torch.library has it, and autograd must see every tensor."""
+
+    student: Head
+    teacher: Head | SparseTeacher | None
+    targets: Targets
+    needed: NeededGradients
+    backend: str
+    chunk_rows: int
+    options: DistillOptions
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of the op's schema."""
+        head = self.teacher if isinstance(self.teacher, Head) else (None, None, None)
+        sparse = self.teacher if isinstance(self.teacher, SparseTeacher) else (None, None, None)
+        numbers = (*self.needed, self.backend, self.chunk_rows, *pack(self.options))
+        return (*self.student, *head, *sparse, *self.targets, *numbers)
+
+    @classmethod
+    def from_flat(cls, arguments: tuple[Any, ...]) -> "OpArguments":
+        """Return the inverse of `flat`."""
+        student, head, sparse, targets = arguments[:3], arguments[3:6], arguments[6:9], arguments[9:11]
+        needed, (backend, chunk_rows), options = arguments[11:14], arguments[14:16], arguments[16:]
+        teacher: Head | SparseTeacher | None = None
+        if head[0] is not None:
+            teacher = Head(*head)
+        elif sparse[0] is not None:
+            teacher = SparseTeacher(*sparse)
+        return cls(Head(*student), teacher, Targets(*targets), NeededGradients(*needed), backend, chunk_rows, unpack(options))
 
 
 @torch.library.custom_op(
@@ -148,92 +193,58 @@ class _Head:
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, Tensor? weights, "
-    "bool need_hidden, bool need_weight, bool need_bias, str backend, int chunk_rows, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, str backend, int chunk_rows, "
     f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _linear_distill(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    teacher_hidden_NE: Tensor | None,
-    teacher_weight_VE: Tensor | None,
-    teacher_bias_V: Tensor | None,
-    indices_NK: Tensor | None,
-    log_probabilities_NK: Tensor | None,
-    tail_N: Tensor | None,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-    chunk_rows: int,
-    *packed: Any,
-) -> tuple[Tensor, ...]:
-    options = unpack(packed)
-    order_N = _labelled_first(labels_N, options.ignore_index) if backend == "torch" and options.hard else None
+def _linear_distill(*arguments: Any) -> tuple[Tensor, ...]:
+    student, teacher, targets, needed, backend, chunk_rows, options = OpArguments.from_flat(arguments)
+    order_N = _labelled_first(targets.labels_N, options.ignore_index) if backend == "torch" and options.hard else None
     if order_N is not None:
-        hidden_ND = hidden_ND.index_select(0, order_N)
-        others = (teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N)
-        teacher_hidden_NE, indices_NK, log_probabilities_NK, tail_N, labels_N, weights_N = (
-            None if tensor is None else tensor.index_select(0, order_N) for tensor in others
-        )
-    scaled, _ = low_precision_unit(options, hidden_ND.dtype)
-    need = (need_hidden, need_weight, need_bias)
-    rows, wide = hidden_ND.shape[0], torch.promote_types(hidden_ND.dtype, torch.float32)
-    terms_N2 = hidden_ND.new_empty(rows, 2, dtype=wide)
-    width = options.columns or weight_VD.shape[0]
-    largest = min(chunk_rows, rows)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        head = _Head(hidden_ND, weight_VD, bias_V, width, largest, need)
-        teacher = None
-        if teacher_hidden_NE is not None:
-            assert teacher_weight_VE is not None
-            teacher = _Teacher(teacher_hidden_NE, teacher_weight_VE, teacher_bias_V, width, largest)
-        dense, sparse = rows_function(backend), sparse_rows_function(backend)
+        student, targets = student._replace(hidden=take_rows(student.hidden, order_N)), targets.rows(order_N)
+        if isinstance(teacher, Head):
+            teacher = teacher._replace(hidden=take_rows(teacher.hidden, order_N))
+        elif teacher is not None:
+            teacher = teacher.rows(order_N)
+    scaled, _ = low_precision_unit(options, student.hidden.dtype)
+    rows, wide = student.hidden.shape[0], torch.promote_types(student.hidden.dtype, torch.float32)
+    terms_N2 = student.hidden.new_empty(rows, 2, dtype=wide)
+    width, largest = options.columns or student.weight.shape[0], min(chunk_rows, rows)
+    write_rows = (sparse_rows_function if isinstance(teacher, SparseTeacher) else rows_function)(backend)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        student_side = _StudentSide(student, width, largest, needed)
+        teacher_side = _TeacherSide(teacher, width, largest) if isinstance(teacher, Head) else teacher
         for first in range(0, rows, chunk_rows):
-            end = min(first + chunk_rows, rows)
-            logits_CV, labels_C, weights_C = head.logits(first, end), _part(labels_N, first, end), _part(weights_N, first, end)
-            grad_CV = logits_CV if any(need) else None
-            row_arguments = (labels_C, weights_C, scaled, terms_N2[first:end], grad_CV)
-            if teacher is not None:
-                dense(logits_CV, teacher.logits(first, end), *row_arguments)
-            elif indices_NK is None:
-                dense(logits_CV, None, *row_arguments)
-            else:
-                assert log_probabilities_NK is not None
-                cached = SparseTeacher(indices_NK[first:end], log_probabilities_NK[first:end], _part(tail_N, first, end))
-                sparse(logits_CV, cached, *row_arguments)
+            chunk = slice(first, min(first + chunk_rows, rows))
+            logits_CV = student_side.logits(chunk)
+            teacher_C = None if teacher_side is None else teacher_side.rows(chunk)
+            grad_CV = logits_CV if any(needed) else None
+            write_rows(logits_CV, teacher_C, targets.rows(chunk), scaled, terms_N2=terms_N2[chunk], grad_NV=grad_CV)
             if grad_CV is not None:
-                head.add(first, end, grad_CV)
-        hidden, weight, bias = head.gradients(weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype)
-    if order_N is not None and need_hidden:
+                student_side.add(chunk, grad_CV)
+        hidden, weight, bias = student_side.gradients()
+    if order_N is not None and needed.hidden:
         hidden = torch.empty_like(hidden).index_copy_(0, order_N, hidden)
     return *sum_terms(terms_N2, options), hidden, weight, bias
 
 
 def _labelled_first(labels_N: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Rows in an order in which blocks on a CPU have labels or not, without copies of their logits; None: as they are."""
+    """Return the rows' order in which blocks on a CPU have labels or not, without copies of their logits; None: as it is."""
     if labels_N is None or labels_N.device.type != "cpu":
         return None
     none_N = labels_N == ignore_index
     return none_N.sort(stable=True).indices if 0 < int(none_N.sum()) < len(none_N) else None
 
 
-def _part(rows_N: Tensor | None, first: int, end: int) -> Tensor | None:
-    return None if rows_N is None else rows_N[first:end]
-
-
 @_linear_distill.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    need_hidden, need_weight, need_bias = arguments[8:11]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    (hidden_ND, weight_VD, bias_V), _, _, needed, *_ = OpArguments.from_flat(arguments)
     half, wide = hidden_ND.dtype == torch.float16, torch.promote_types(hidden_ND.dtype, torch.float32)
     bias_dtype = weight_VD.dtype if bias_V is None else bias_V.dtype
     return (
         *(hidden_ND.new_empty((), dtype=wide) for _ in range(3)),
-        hidden_ND.new_empty(hidden_ND.shape if need_hidden else 0, dtype=wide if half else hidden_ND.dtype),
-        hidden_ND.new_empty(weight_VD.shape if need_weight else 0, dtype=wide if half else weight_VD.dtype),
-        hidden_ND.new_empty(weight_VD.shape[:1] if need_bias else 0, dtype=wide if half else bias_dtype),
+        hidden_ND.new_empty(hidden_ND.shape if needed.hidden else 0, dtype=wide if half else hidden_ND.dtype),
+        hidden_ND.new_empty(weight_VD.shape if needed.weight else 0, dtype=wide if half else weight_VD.dtype),
+        hidden_ND.new_empty(weight_VD.shape[:1] if needed.bias else 0, dtype=wide if half else bias_dtype),
     )
 
 
@@ -241,12 +252,8 @@ register_handover(_linear_distill, leaves=3)
 
 
 def linear_distill_loss(
-    student_hidden_ND: Tensor,
-    student_weight_VD: Tensor,
-    student_bias_V: Tensor | None,
-    teacher_hidden_NE: Tensor,
-    teacher_weight_VE: Tensor,
-    teacher_bias_V: Tensor | None,
+    student: Head,
+    teacher: Head | SparseTeacher | None,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
@@ -256,114 +263,49 @@ def linear_distill_loss(
 ) -> DistillTerms:
     """`distill_loss` of the two heads' logits, which never exist whole.
 
-    student_hidden_ND, teacher_hidden_NE: float, one row a token; weights [V, D] and [V, E] as nn.Linear has them, biases [V] or
-    None. labels_N (int64), weights_N (float): as in `distill_loss`.
+    teacher: its head; or its likeliest tokens (see sparse_distill.py: forward KL only); or None for the hard term alone, as in
+    pre-training, where `options.soft` has no effect. labels_N (int64), weights_N (float): as in `distill_loss`.
     chunk_rows: rows of logits at a time; None: by the law above.
-    Gradients of hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss` does.
+    Gradients of the student's hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss`
+    does.
     """
-    _check_head("teacher", teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
-    dtypes = [tensor.dtype for tensor in (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V) if tensor is not None]
-    if len(set(dtypes)) > 1:
-        raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
-    teacher = (teacher_hidden_NE, teacher_weight_VE, teacher_bias_V)
-    student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, options, backend, chunk_rows)
-
-
-def linear_sparse_distill_loss(
-    student_hidden_ND: Tensor,
-    student_weight_VD: Tensor,
-    student_bias_V: Tensor | None,
-    teacher: SparseTeacher,
-    labels_N: Tensor | None = None,
-    weights_N: Tensor | None = None,
-    *,
-    options: DistillOptions,
-    backend: Backend = "auto",
-    chunk_rows: int | None = None,
-) -> DistillTerms:
-    """`linear_distill_loss` with a teacher known by its likeliest tokens (see sparse_distill.py): forward KL only."""
-    student = (student_hidden_ND, student_weight_VD, student_bias_V)
-    return _loss(student, teacher, labels_N, weights_N, options, backend, chunk_rows)
-
-
-def linear_cross_entropy_loss(
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    labels_M: Tensor,
-    *,
-    options: DistillOptions,
-    backend: Backend = "auto",
-    chunk_rows: int | None = None,
-) -> DistillTerms:
-    """The hard term alone, without a teacher (pre-training): `options.soft` has no effect."""
-    return _loss((hidden_MD, weight_VD, bias_V), None, labels_M, None, options, backend, chunk_rows)
-
-
-_Dense = tuple[Tensor, Tensor, Tensor | None]
-_NONE = (None, None, None)
-
-
-def _loss(
-    student: _Dense,
-    teacher: _Dense | SparseTeacher | None,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
-    options: DistillOptions,
-    backend: Backend,
-    chunk_rows: int | None,
-) -> DistillTerms:
-    hidden_ND, weight_VD, bias_V = student
-    device = hidden_ND.device
-    _check_head("student", hidden_ND, weight_VD, bias_V)
-    check_rows(
-        hidden_ND, None if teacher is None else teacher[1 if isinstance(teacher, SparseTeacher) else 0], labels_N, weights_N
-    )
-    out_N = _rows_out(teacher is not None, labels_N, weights_N, options.ignore_index)
+    targets = Targets(labels_N, weights_N)
+    _check(student, teacher, targets)
+    device = student.hidden.device
+    out_N = _rows_out(teacher is not None, targets, options.ignore_index)
     if out_N is not None:
-        hidden_ND = hidden_ND.masked_fill(out_N[:, None], 0.0)
+        student = student._replace(hidden=student.hidden.masked_fill(out_N[:, None], 0.0))
     if backend == "reference":
-        return _reference((hidden_ND, weight_VD, bias_V), teacher, labels_N, weights_N, options)
-    if torch.is_autocast_enabled(device.type) and hidden_ND.dtype != torch.float64:
-        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
+        return _reference(student, teacher, targets, options)
+    if torch.is_autocast_enabled(device.type) and student.hidden.dtype != torch.float64:
+        student = student._replace(hidden=student.hidden.to(torch.get_autocast_dtype(device.type)))
     grad = torch.is_grad_enabled()
-    need = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)]
-    dense = _NONE if teacher is None or isinstance(teacher, SparseTeacher) else teacher
-    sparse = teacher if isinstance(teacher, SparseTeacher) else _NONE
-    width = options.width(weight_VD.shape[0], weight_VD.shape[0] if dense[1] is None else dense[1].shape[0])
-    others = (*dense, *sparse, weights_N)
-    if grad and any(tensor is not None and tensor.requires_grad for tensor in others):
+    needed = NeededGradients(*(grad and tensor is not None and tensor.requires_grad for tensor in student))
+    columns = student.weight.shape[0]
+    width = options.width(columns, teacher.weight.shape[0] if isinstance(teacher, Head) else columns)
+    if grad and any(tensor is not None and tensor.requires_grad for tensor in (*(teacher or ()), weights_N)):
         raise ValueError(
             "the teacher and the weights get no gradient: compute the teacher's hidden states under torch.no_grad() and detach "
             "its head, or use backend='reference'"
         )
     if chunk_rows is None:
-        itemsizes = hidden_ND.element_size() + (0 if dense[0] is None else dense[0].element_size())
-        chunk_rows = rows_per_chunk(hidden_ND.shape[0], width, itemsizes, device)
+        teacher_itemsize = teacher.hidden.element_size() if isinstance(teacher, Head) else 0
+        itemsizes = student.hidden.element_size() + teacher_itemsize
+        chunk_rows = rows_per_chunk(student.hidden.shape[0], width, itemsizes, device)
     elif chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, or None for the default; got {chunk_rows}")
-    *terms, _, _, _ = _linear_distill(
-        hidden_ND,
-        weight_VD,
-        bias_V,
-        *dense,
-        *sparse,
-        labels_N,
-        weights_N,
-        *need,
-        chosen_backend(backend, hidden_ND.device),
-        max(1, chunk_rows),
-        *pack(options),
-    )
-    return DistillTerms(*terms)
+    chosen = chosen_backend(backend, device)
+    arguments = OpArguments(student, teacher, targets, needed, chosen, max(1, chunk_rows), options)
+    total, soft, hard, *_ = _linear_distill(*arguments.flat())
+    return DistillTerms(total, soft, hard)
 
 
-def _rows_out(has_teacher: bool, labels_N: Tensor | None, weights_N: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Where a row enters no term, [N] bool; None where every row enters one.
+def _rows_out(has_teacher: bool, targets: Targets, ignore_index: int) -> Tensor | None:
+    """Return which rows enter no term, [N] bool; None where every row enters one.
 
     Such a row's logits get the gradient 0, and the weight's gradient multiplies that by the row's hidden state: 0 * nan.
     """
+    labels_N, weights_N = targets
     if has_teacher and weights_N is None:
         return None
     unlabelled_N = None if labels_N is None else labels_N == ignore_index
@@ -374,26 +316,34 @@ def _rows_out(has_teacher: bool, labels_N: Tensor | None, weights_N: Tensor | No
     return weightless_N if unlabelled_N is None else weightless_N & unlabelled_N
 
 
-def _reference(
-    student: _Dense,
-    teacher: _Dense | SparseTeacher | None,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
-    options: DistillOptions,
-) -> DistillTerms:
+def _reference(student: Head, teacher: Head | SparseTeacher | None, targets: Targets, options: DistillOptions) -> DistillTerms:
     """The specification: whole logits. The student's follow autocast, the teacher's keep the dtype of its hidden states."""
     hidden_ND, weight_VD, bias_V = student
-    dtype = hidden_ND.dtype
-    student_NV = linear(hidden_ND, weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
+    student_NV = linear(hidden_ND, weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype))
     with torch.autocast(student_NV.device.type, enabled=False):
         if isinstance(teacher, SparseTeacher):
-            return sparse_distill_reference(student_NV, teacher, labels_N, weights_N, options=options)
-        return distill_loss_reference(
-            student_NV, None if teacher is None else linear(*teacher), labels_N, weights_N, options=options
-        )
+            return sparse_distill_reference(student_NV, teacher, *targets, options=options)
+        teacher_NV = None if teacher is None else linear(*teacher)
+        return distill_loss_reference(student_NV, teacher_NV, *targets, options=options)
 
 
-def _check_head(name: str, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+def _check(student: Head, teacher: Head | SparseTeacher | None, targets: Targets) -> None:
+    """Check shapes, dtypes and devices. Raises ValueError."""
+    if teacher is None and targets.labels_N is None:
+        raise ValueError("a loss needs a teacher or labels, got neither; give a Head or a SparseTeacher, or labels_N")
+    _check_head("student", student)
+    teacher_rows = teacher.log_probabilities_NK if isinstance(teacher, SparseTeacher) else None
+    if isinstance(teacher, Head):
+        _check_head("teacher", teacher)
+        teacher_rows = teacher.hidden
+        dtypes = [tensor.dtype for tensor in teacher if tensor is not None]
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
+    check_rows(student.hidden, teacher_rows, targets)
+
+
+def _check_head(name: str, head: Head) -> None:
+    hidden_ND, weight_VD, bias_V = head
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"the {name}'s hidden states [N, D] and weight [V, D] do not fit: {list(hidden_ND.shape)}, {list(weight_VD.shape)}"

@@ -37,6 +37,7 @@ from fastdistil.kernels.distill_options import (
     DistillOptions,
     DistillTerms,
     SparseTeacher,
+    Targets,
     low_precision_unit,
     pack,
     unpack,
@@ -213,13 +214,13 @@ def _soft_block(a_RV: Tensor, out_RV: Tensor, teacher: SparseTeacher, factor_R: 
 def sparse_distill_rows_torch(
     student_NV: Tensor,
     teacher: SparseTeacher,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
+    targets: Targets,
     options: DistillOptions,
+    *,
     terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
-    """Writes each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
+    """Write each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
     grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Raises ValueError as
     check_teacher does, and for tokens outside of the vocabulary (on the CPU; looking at them on a GPU would be a wait).
@@ -234,19 +235,18 @@ def sparse_distill_rows_torch(
     largest = next(blocks(rows, width, device))[1]
     a_LV, g_LV, q_LV = (buffer((largest, width), wide, device) for _ in range(3))
     for first, end in blocks(rows, width, device):
-        student_RV, terms_R2 = student_NV[first:end, :width], terms_N2[first:end]
+        rows_R = slice(first, end)
+        student_RV, (labels_R, weights_R), terms_R2 = student_NV[rows_R, :width], targets.rows(rows_R), terms_N2[rows_R]
         a_RV, g_RV, q_RV = (tensor[: end - first] for tensor in (a_LV, g_LV, q_LV))
-        labels_R = None if labels_N is None else labels_N[first:end]
         hard = hard_rows(student_RV, labels_R, options, terms_R2, a_RV, q_RV)
         load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
-        part = SparseTeacher(*(None if tensor is None else tensor[first:end] for tensor in teacher))  # type: ignore[arg-type]
-        weights_R = terms_R2.new_ones(end - first) if weights_N is None else weights_N[first:end].to(wide)
+        weights_R = terms_R2.new_ones(end - first) if weights_R is None else weights_R.to(wide)
         factor_R = weights_R * (options.soft * temperature)
-        soft_R = _soft_block(a_RV, g_RV, part, factor_R)
+        soft_R = _soft_block(a_RV, g_RV, teacher.rows(rows_R), factor_R)
         terms_R2[:, 0] = torch.where(weights_R == 0, 0, weights_R * temperature**2 * soft_R)
         if grad_NV is None:
             continue
-        if weights_N is not None or options.soft == 0:
+        if targets.weights_N is not None or options.soft == 0:
             g_RV.masked_fill_((factor_R == 0)[:, None], 0.0)
         if hard is not None:
             g_RV.index_add_(0, *hard)
@@ -303,7 +303,8 @@ def _sparse_distill(
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
     teacher = SparseTeacher(indices_NK, log_probabilities_NK, tail_N)
-    sparse_rows_function(backend)(student_NV, teacher, labels_N, weights_N, scaled, terms_N2, grad_NV)
+    write_rows = sparse_rows_function(backend)
+    write_rows(student_NV, teacher, Targets(labels_N, weights_N), scaled, terms_N2=terms_N2, grad_NV=grad_NV)
     return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
@@ -331,7 +332,7 @@ def sparse_distill_loss(
     student_NV: float [N, V], adjacent columns. labels_N, weights_N: as in `distill_loss`, labels out of range included. Only
     the student's logits get a gradient, once, unless backend="reference". Raises ValueError for what does not fit.
     """
-    check_rows(student_NV, None, labels_N, weights_N)
+    check_rows(student_NV, None, Targets(labels_N, weights_N))
     check_teacher(student_NV, teacher, options)
     if backend == "reference":
         return sparse_distill_reference(student_NV, teacher, labels_N, weights_N, options=options)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistil.kernels.distill_options import DistillOptions, SparseTeacher
+from fastdistil.kernels.distill_options import DistillOptions, SparseTeacher, Targets
 from fastdistil.kernels.distill_triton import capped
 from fastdistil.kernels.triton_launch import Launch, launch, on_device
 
@@ -181,15 +181,15 @@ def sparse_kernel(
 def sparse_distill_rows_triton(
     student_NV: Tensor,
     teacher: SparseTeacher,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
+    targets: Targets,
     options: DistillOptions,
+    *,
     terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
     """As sparse_distill_rows_torch; a token listed outside of the vocabulary makes the row's soft term nan here."""
     rows, width = student_NV.shape[0], options.width(student_NV.shape[1], student_NV.shape[1])
-    listed = teacher.indices_NK.shape[1]
+    listed, (labels_N, weights_N) = teacher.indices_NK.shape[1], targets
     if listed > _LARGEST:
         raise ValueError(f"the Triton path takes up to {_LARGEST} listed tokens a row, got {listed}; use backend='torch'")
     if grad_NV is not None and width < grad_NV.shape[1]:

@@ -184,8 +184,16 @@ def emit_kernel(
 
 
 def _find_candidates(
-    v_N: Tensor, residual_N: Tensor | None, k: int, floor: Tensor, count: Tensor, numbers_PS: Tensor, counts_P: Tensor
+    v_N: Tensor,
+    residual_N: Tensor | None,
+    k: int,
+    *,
+    floor: Tensor,
+    count: Tensor,
+    numbers_PS: Tensor,
+    counts_P: Tensor,
 ) -> None:
+    """Launch candidates_kernel on the tiles that lie within v, then on what remains."""
     numel, full_tiles = v_N.numel(), v_N.numel() // _TILE
     for first, programs, within in ((0, full_tiles, True), (full_tiles, len(counts_P) - full_tiles, False)):
         if programs:
@@ -216,8 +224,9 @@ def top_k_select_triton(gradient_N: Tensor, residual_N: Tensor | None, k: int) -
     v_N = gradient_N if residual_N is None else residual_N
     with on_device(gradient_N):
         floor = guessed_key(gradient_N, residual_N, k)
-        _find_candidates(gradient_N, residual_N, k, floor, none, numbers_PS, counts_P)
-        _find_candidates(v_N, None, k, none, counts_P.sum(dtype=torch.int32), numbers_PS, counts_P)
+        out = {"numbers_PS": numbers_PS, "counts_P": counts_P}
+        _find_candidates(gradient_N, residual_N, k, floor=floor, count=none, **out)
+        _find_candidates(v_N, None, k, floor=none, count=counts_P.sum(dtype=torch.int32), **out)
         for digit in range(_DIGITS):
             digit_kernel[(tiles,)](v_N, numbers_PS, counts_P, states, digits, k, DIGIT=digit, **steps)
         tally_kernel[(tiles,)](v_N, numbers_PS, counts_P, states, digits, tallies_2P, tiles, k, **steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistil.kernels import distill
 from fastdistil.kernels.autograd import scale_
 from fastdistil.kernels.distill import bytes_moved, distill_loss, flops
-from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, pack
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, Targets, pack
 from fastdistil.kernels.distill_torch import distill_rows_torch
 from fastdistil.kernels.distill_triton import distill_rows_triton
 
@@ -342,7 +342,7 @@ def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offse
     options = DistillOptions(divergence=divergence, **EVERYTHING)
     truth, expected_grad = gradient(student, teacher, labels, weights, options=options, backend="reference")
     terms_N2, grad = torch.empty(5, 2, dtype=torch.float64), student.clone()
-    distill_rows_triton(grad, teacher, labels, weights, options, terms_N2, grad, block=64)
+    distill_rows_triton(grad, teacher, Targets(labels, weights), options, terms_N2=terms_N2, grad_NV=grad, block=64)
     if not (divergence == "reverse-kl" and columns == 300):  # infinite where the teacher alone is -inf
         torch.testing.assert_close(3 * grad, expected_grad, rtol=0, atol=1e-6)
         torch.testing.assert_close(terms_N2.sum(0), torch.stack(truth[1:]), rtol=1e-6, atol=1e-9)
@@ -494,7 +494,7 @@ def test_no_waiting_on_a_gpu() -> None:
         bool(weights.sum() > 0)
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, **EVERYTHING)  # type: ignore[arg-type]
-        distill_rows_torch(student, teacher, labels, weights, options, terms_N2, student)
+        distill_rows_torch(student, teacher, Targets(labels, weights), options, terms_N2=terms_N2, grad_NV=student)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

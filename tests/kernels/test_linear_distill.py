@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdistil.kernels import linear_distill
-from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, pack
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, Head, SparseTeacher, Targets
 from fastdistil.kernels.linear_distill import (
+    NeededGradients,
+    OpArguments,
     bytes_moved,
     flops,
-    linear_cross_entropy_loss,
     linear_distill_loss,
-    linear_sparse_distill_loss,
     rows_per_chunk,
 )
 from fastdistil.kernels.sparse_distill import top_k
@@ -24,6 +24,13 @@ OPTIONS = DistillOptions(temperature=2.0, soft=0.7, hard=0.4)
 
 
 Found = tuple[DistillTerms, list[Any]]
+
+
+def teacher_of(kind: str, head: Head, temperature: float) -> Head | SparseTeacher | None:
+    """The teacher of a dense, a sparse or a hard loss."""
+    if kind == "sparse":
+        return top_k(torch.nn.functional.linear(*head).double(), 6, temperature=temperature)
+    return head if kind == "dense" else None
 
 
 class Case:
@@ -62,17 +69,10 @@ class Case:
         self, kind: str = "dense", grads: tuple[bool, ...] = (True,) * 3, **keywords: Any
     ) -> tuple[DistillTerms, list[Any]]:
         leaves = [self.clone(tensor).requires_grad_(want) for tensor, want in zip(self.student, grads, strict=False)]
-        head = [*leaves, None][:3]
-        teacher = [*self.teacher, None][:3]
         options = keywords.pop("options", OPTIONS)
-        if kind == "dense":
-            terms = linear_distill_loss(*head, *teacher, self.labels, self.weights, options=options, **keywords)  # type: ignore[arg-type]
-        elif kind == "sparse":
-            logits = torch.nn.functional.linear(*teacher).double()  # type: ignore[arg-type]
-            sparse = top_k(logits, 6, temperature=options.temperature)
-            terms = linear_sparse_distill_loss(*head, sparse, self.labels, self.weights, options=options, **keywords)  # type: ignore[arg-type]
-        else:
-            terms = linear_cross_entropy_loss(*head, self.labels, options=options, **keywords)  # type: ignore[arg-type]
+        head, weights = Head(*self.teacher), None if kind == "hard" else self.weights
+        teacher = teacher_of(kind, head, options.temperature)
+        terms = linear_distill_loss(Head(*leaves), teacher, self.labels, weights, options=options, **keywords)
         trained = [leaf for leaf in leaves if leaf.requires_grad]
         computed = iter(torch.autograd.grad(3 * terms.total, trained))
         return terms, [next(computed) if leaf.requires_grad else None for leaf in leaves]
@@ -130,17 +130,9 @@ def test_a_hidden_state_of_nan_that_enters_no_term_contributes_exactly_nothing(k
 
     def gradients(hidden: Tensor, chosen: Tensor, how: Any) -> tuple[DistillTerms, list[Tensor]]:
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight_VD, bias_V)]
-        rows_of_teacher, keywords = case.teacher[0][chosen], {"options": OPTIONS, "backend": how}
-        match kind:
-            case "dense":
-                heads = (rows_of_teacher, *case.teacher[1:])
-                terms = linear_distill_loss(*leaves, *heads, labels[chosen], case.weights[chosen], **keywords)
-            case "sparse":
-                logits_NV = torch.nn.functional.linear(rows_of_teacher, *case.teacher[1:])
-                listed = top_k(logits_NV, 5, temperature=2.0)
-                terms = linear_sparse_distill_loss(*leaves, listed, labels[chosen], case.weights[chosen], **keywords)
-            case _:
-                terms = linear_cross_entropy_loss(*leaves, labels[chosen], **keywords)
+        teacher = teacher_of(kind, Head(case.teacher[0][chosen], *case.teacher[1:]), OPTIONS.temperature)
+        weights = None if kind == "hard" else case.weights[chosen]
+        terms = linear_distill_loss(Head(*leaves), teacher, labels[chosen], weights, options=OPTIONS, backend=how)
         return terms, list(torch.autograd.grad(terms.total, leaves))
 
     truth, true_gradients = gradients(hidden_ND[others], others, "reference")
@@ -159,8 +151,8 @@ def test_only_gradients_that_are_asked_for(grads: tuple[bool, ...], monkeypatch:
     case = Case()
     truth = case.run(backend="reference", grads=grads)
     products = []
-    real = linear_distill._Head._add_weight
-    monkeypatch.setattr(linear_distill._Head, "_add_weight", lambda *a: (products.append(1), real(*a)))
+    real = linear_distill._StudentSide._add_weight
+    monkeypatch.setattr(linear_distill._StudentSide, "_add_weight", lambda *a: (products.append(1), real(*a)))
     terms_and_grads = case.run(grads=grads, chunk_rows=8)
     assert_close(terms_and_grads, truth, 1e-12)
     assert len(products) == (3 if grads[1] else 0)
@@ -227,16 +219,21 @@ def test_logits_never_exist_whole() -> None:
 def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     case = Case(rows=6, dtype=torch.float32)
     student = [tensor.requires_grad_() for tensor in case.student]
-    arguments = (None, None, None, case.labels, case.weights, True, True, True, backend, 4, *pack(OPTIONS))
-    torch.library.opcheck(linear_distill._linear_distill, (*student, *case.teacher, *arguments))
+    targets, needed = Targets(case.labels, case.weights), NeededGradients(hidden=True, weight=True, bias=True)
+    for kind in ("dense", "sparse", "hard"):
+        teacher = teacher_of(kind, Head(*case.teacher), OPTIONS.temperature)
+        arguments = OpArguments(Head(*student), teacher, targets, needed, backend, 4, OPTIONS)
+        torch.library.opcheck(linear_distill._linear_distill, arguments.flat())
 
 
-def test_compiled_without_a_graph_break() -> None:
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hard"])
+def test_compiled_without_a_graph_break(kind: str) -> None:
     case = Case(rows=6, dtype=torch.float32)
     hidden, weight, bias = (tensor.requires_grad_() for tensor in case.student)
+    teacher = teacher_of(kind, Head(*case.teacher), OPTIONS.temperature)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_distill_loss(2 * hidden, weight, bias, *case.teacher, case.labels, options=OPTIONS).total  # type: ignore[arg-type]
+        return linear_distill_loss(Head(2 * hidden, weight, bias), teacher, case.labels, options=OPTIONS).total
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
@@ -283,7 +280,8 @@ def test_float16_gradients_of_many_rows_do_not_overflow() -> None:
     for dtype, backend in ((torch.float16, "torch"), (torch.float64, "reference")):
         leaf = weight.to(dtype).requires_grad_()
         options = DistillOptions(soft=0.0, hard=1 / 1024)
-        linear_cross_entropy_loss(hidden.to(dtype), leaf, None, labels, options=options, backend=backend).total.backward()  # type: ignore[arg-type]
+        head = Head(hidden.to(dtype), leaf)
+        linear_distill_loss(head, None, labels, options=options, backend=backend).total.backward()  # type: ignore[arg-type]
         assert leaf.grad is not None
         grads.append(leaf.grad.double())
     torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=2e-3)
@@ -293,11 +291,11 @@ def test_mistakes_are_told() -> None:
     case = Case()
     weights = torch.ones(len(case.student[0]), dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="the weights get no gradient"):
-        linear_distill_loss(*case.student, *case.teacher, None, weights, options=DistillOptions())
+        linear_distill_loss(Head(*case.student), Head(*case.teacher), None, weights, options=DistillOptions())
     with pytest.raises(ValueError, match="columns is 99; the student has 50"):
-        linear_cross_entropy_loss(
-            *case.student, torch.zeros(len(weights), dtype=torch.int64), options=DistillOptions(columns=99)
-        )
+        linear_distill_loss(Head(*case.student), None, case.labels, options=DistillOptions(columns=99))
+    with pytest.raises(ValueError, match="needs a teacher or labels, got neither"):
+        linear_distill_loss(Head(*case.student), None, options=DistillOptions())
     case.teacher[1] = case.teacher[1].float()
     with pytest.raises(
         ValueError, match=r"teacher's hidden states, weight and bias must have one dtype, got .*float64.*float32"

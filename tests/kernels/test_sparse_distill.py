@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdistil.kernels import sparse_distill as module
 from fastdistil.kernels.distill import distill_loss
-from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher, pack
+from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher, Targets, pack
 from fastdistil.kernels.sparse_distill import bytes_moved, flops, sparse_distill_loss, top_k
 
 PATHS = ["torch", "triton"]
@@ -201,7 +201,7 @@ def test_a_token_outside_of_the_vocabulary_does_no_harm_on_a_gpu() -> None:
         storage = torch.full((5, 20), 9.0, dtype=torch.float64)
         terms_N2 = torch.empty(3, 2, dtype=torch.float64)
         rows = module.sparse_rows_function("triton")
-        rows(student, teacher, None, None, DistillOptions(), terms_N2, storage[1:4])
+        rows(student, teacher, Targets(), DistillOptions(), terms_N2=terms_N2, grad_NV=storage[1:4])
         assert bool((storage[[0, 4]] == 9.0).all())
         assert bool(terms_N2[[0, 2]].isfinite().all())
 

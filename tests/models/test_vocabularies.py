@@ -21,8 +21,8 @@ from fastdistil.data.sources import from_mappings
 from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
-from fastdistil.kernels.distill_options import DistillOptions
-from fastdistil.kernels.linear_distill import linear_sparse_distill_loss
+from fastdistil.kernels.distill_options import DistillOptions, Head
+from fastdistil.kernels.linear_distill import linear_distill_loss
 from fastdistil.kernels.sparse_distill import top_k
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.perplexity import held_out
@@ -223,7 +223,7 @@ def test_a_list_of_all_shared_tokens_is_the_truncated_teacher() -> None:
     listed = top_k(teacher_NV, TOKENS, temperature=2.0, columns=TOKENS)
     assert int(listed.indices_NK.max()) < TOKENS
     options = DistillOptions(temperature=2.0, hard=0.0, columns=TOKENS)
-    loss = linear_sparse_distill_loss(hidden_ND, weight_VD, None, listed, options=options)
+    loss = linear_distill_loss(Head(hidden_ND, weight_VD), listed, options=options)
     log_q = ((hidden_ND @ weight_VD.T)[:, :TOKENS] / 2).log_softmax(-1)
     log_p = (teacher_NV[:, :TOKENS] / 2).log_softmax(-1)
     assert float(loss.total) == pytest.approx(4 * float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-9)

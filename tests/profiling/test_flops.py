@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fastdistil.data.batch import Batch, assemble
 from fastdistil.kernels import cpu, linear_distill
-from fastdistil.kernels.distill_options import DistillOptions, pack
+from fastdistil.kernels.distill_options import DistillOptions, Head, Targets
 from fastdistil.models import attention
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.models.loading import fresh_model
@@ -194,9 +194,17 @@ def test_heads_compute_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(rows, width), torch.randn(VOCABULARY, width)
     teacher, teacher_weight = torch.randn(rows, teacher_width), torch.randn(VOCABULARY, teacher_width)
     op: Any = linear_distill._linear_distill
-    arguments = (None, None, None, torch.zeros(rows, dtype=torch.int64), None, True, True, False, "torch", 64)
+    arguments = linear_distill.OpArguments(
+        Head(hidden, weight),
+        Head(teacher, teacher_weight),
+        Targets(torch.zeros(rows, dtype=torch.int64)),
+        linear_distill.NeededGradients(hidden=True, weight=True, bias=False),
+        "torch",
+        64,
+        DistillOptions(hard=1.0),
+    )
     with FlopCounterMode(display=False) as counter:
-        op._init_fn(hidden, weight, None, teacher, teacher_weight, None, *arguments, *pack(DistillOptions(hard=1.0)))
+        op._init_fn(*arguments.flat())
     flops = linear_distill.flops(rows, VOCABULARY, width, teacher_width)
     assert counter.get_total_flops() == flops
     student, teacher_model = model_of("bert"), model_of("bert", width=teacher_width)

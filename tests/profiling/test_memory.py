@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fastdistil.kernels import cpu, distill_torch, linear_distill
-from fastdistil.kernels.distill_options import DistillOptions, pack
+from fastdistil.kernels.distill_options import DistillOptions, Head, Targets
 from fastdistil.profiling.memory import device_memory, host_memory
 from fastdistil.profiling.memory_estimate import (
     EAGER_LOGIT_TENSORS,
@@ -231,10 +231,18 @@ def test_what_fused_losses_hold(rows: int, dtype: torch.dtype, monkeypatch: pyte
     weight, teacher_weight = torch.randn(vocabulary, width), torch.randn(vocabulary, width).to(dtype)
     chunk = linear_distill.rows_per_chunk(rows, vocabulary, 2 * dtype.itemsize, hidden.device)
     op: Any = linear_distill._linear_distill
-    arguments = (None, None, None, torch.arange(rows), None, True, True, False, "torch", chunk, *pack(DistillOptions(hard=1.0)))
+    arguments = linear_distill.OpArguments(
+        Head(hidden, weight),
+        Head(teacher, teacher_weight),
+        Targets(torch.arange(rows)),
+        linear_distill.NeededGradients(hidden=True, weight=True, bias=False),
+        "torch",
+        chunk,
+        DistillOptions(hard=1.0),
+    )
     with LiveBytes(at_least=2**13) as live:  # the op's own function: a mode does not see inside of an op
         live.seen |= {tensor.untyped_storage()._cdata for tensor in (hidden, teacher, weight, teacher_weight)}
-        op._init_fn(hidden, weight, None, teacher, teacher_weight, None, *arguments)
+        op._init_fn(*arguments.flat())
     workspace = linear_distill.workspace_bytes(rows, vocabulary, width, 2 * dtype.itemsize, hidden.device)
     beside = rows * width * dtype.itemsize + (weight.numel() * dtype.itemsize if dtype != torch.float32 else 0)
     assert live.peak == pytest.approx(workspace + beside, rel=0.1)
