@@ -25,7 +25,8 @@ from fastdistil.kernels.block_codes_reference import dequantize_int8_reference, 
 from fastdistil.kernels.cpu import buffer
 
 
-def _check(gradient_N: Tensor, residual_N: Tensor | None, backend: str) -> None:
+def check_gradient(gradient_N: Tensor, residual_N: Tensor | None, backend: str) -> None:
+    """Check what every encoder takes. Raises ValueError."""
     allowed = (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
     if gradient_N.dtype not in allowed or gradient_N.ndim != 1 or not gradient_N.is_contiguous():
         raise ValueError(
@@ -85,7 +86,7 @@ def quantize_int8(
     """(codes_N int8 in -127 ... 127, scales_B float32); residual_N becomes what the codes do not say."""
     chosen = chosen_backend_or_reference(backend, gradient_N.device)
     _check_block(block)
-    _check(gradient_N, residual_N, chosen)
+    check_gradient(gradient_N, residual_N, chosen)
     if chosen == "triton":
         from fastdistil.kernels.block_codes_triton import quantize_int8_triton
 

@@ -22,7 +22,7 @@ def _chunk_blocks(block: int) -> int:
     return max(1, CHUNK * torch.get_num_threads() // block)
 
 
-def _chunks(block: int, tensors: list[tuple[Tensor | None, int]]) -> Iterator[list[Any]]:
+def chunks(block: int, tensors: list[tuple[Tensor | None, int]]) -> Iterator[list[Any]]:
     """Of each (tensor, its elements for a block): [C, those], chunk by chunk; None for None. A part of a block comes last."""
     full = min(tensor.numel() // width for tensor, width in tensors if tensor is not None)
     rows = _chunk_blocks(block)
@@ -37,11 +37,13 @@ def _chunks(block: int, tensors: list[tuple[Tensor | None, int]]) -> Iterator[li
         yield [None if remainder is None else remainder.view(1, -1) for remainder in rests]
 
 
-def _spare(like_N: Tensor, block: int) -> Tensor:
+def chunk_buffer(like_N: Tensor, block: int) -> Tensor:
+    """Return memory for the largest chunk of a tensor; `view_like` shapes it."""
     return like_N.new_empty(min(like_N.numel(), _chunk_blocks(block) * block))
 
 
-def _like(spare: Tensor, chunk_CS: Tensor) -> Tensor:
+def view_like(spare: Tensor, chunk_CS: Tensor) -> Tensor:
+    """Return the beginning of a buffer, in the shape of a chunk."""
     return spare[: chunk_CS.numel()].view(chunk_CS.shape)
 
 
@@ -54,17 +56,17 @@ def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: in
     dtype, numel = gradient_N.dtype, gradient_N.numel()
     codes_N = buffer((numel,), torch.int8, gradient_N.device)
     scales_B = torch.empty(-(-numel // block))
-    spare_v, spare_x = _spare(gradient_N, block), _spare(gradient_N, block)
+    spare_v, spare_x = chunk_buffer(gradient_N, block), chunk_buffer(gradient_N, block)
     parts: list[tuple[Tensor | None, int]] = [(gradient_N, block), (residual_N, block), (codes_N, block), (scales_B, 1)]
-    for g_CS, r_CS, codes_CS, scales_C1 in _chunks(block, parts):
-        v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=_like(spare_v, g_CS))
+    for g_CS, r_CS, codes_CS, scales_C1 in chunks(block, parts):
+        v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=view_like(spare_v, g_CS))
         scales_C1.copy_(torch.maximum(v_CS.amax(1, True), v_CS.amin(1, True).neg_()).div_(127))
         scales = scales_C1.numpy()
         if not ((scales == 0) | ((scales >= _SMALLEST) & (scales < _LARGEST))).all():
             _by_reference(g_CS, r_CS, codes_CS, scales_C1)
             continue
         # Where the scale is 0 so is every v / smallest, once rounded. Codes need no clamp: v / scale rounds to 127 at most.
-        x_CS = torch.div(v_CS, scales_C1.clamp(min=_SMALLEST).to(dtype), out=_like(spare_x, g_CS)).round_()
+        x_CS = torch.div(v_CS, scales_C1.clamp(min=_SMALLEST).to(dtype), out=view_like(spare_x, g_CS)).round_()
         codes_CS.copy_(x_CS)
         if r_CS is not None:
             # Not in one addcmul, which may round only once: the decoder rounds the product.
@@ -82,11 +84,11 @@ def _by_reference(g_CS: Tensor, r_CS: Tensor | None, codes_CS: Tensor, scales_C1
 
 
 def dequantize_sum_int8_torch(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
-    ranks, spare, dtype = len(codes_RN), _spare(out_N, block), out_N.dtype
+    ranks, spare, dtype = len(codes_RN), chunk_buffer(out_N, block), out_N.dtype
     parts: list[tuple[Tensor | None, int]] = [(out_N, block)]
     parts += [part for codes_N, scales_B in zip(codes_RN, scales_RB, strict=True) for part in ((codes_N, block), (scales_B, 1))]
-    for total_CS, *coded in _chunks(block, parts):
+    for total_CS, *coded in chunks(block, parts):
         total_CS.copy_(coded[0]).mul_(coded[1].to(dtype))
         for rank in range(1, ranks):
-            x_CS = _like(spare, total_CS).copy_(coded[2 * rank])
+            x_CS = view_like(spare, total_CS).copy_(coded[2 * rank])
             total_CS.add_(x_CS.mul_(coded[2 * rank + 1].to(dtype)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.kernels.backend import Backend
-from fastdistil.kernels.block_codes import _check, chosen_backend_or_reference
+from fastdistil.kernels.block_codes import check_gradient, chosen_backend_or_reference
 from fastdistil.kernels.block_codes_reference import with_residual
 from fastdistil.kernels.cpu import buffer
 
@@ -19,7 +19,7 @@ from fastdistil.kernels.cpu import buffer
 def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """(indices_K int32, ascending; values_K) of exactly k elements; residual_N becomes v with zeros in their places."""
     chosen = chosen_backend_or_reference(backend, gradient_N.device)
-    _check(gradient_N, residual_N, chosen)
+    check_gradient(gradient_N, residual_N, chosen)
     if not 1 <= k <= gradient_N.numel() < 2**31:
         raise ValueError(f"k must lie in 1 ... {gradient_N.numel()}, the gradient's size (below 2**31); got {k}")
     if chosen == "triton":

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdistil.kernels.block_codes_torch import _chunks, _like, _spare
+from fastdistil.kernels.block_codes_torch import chunk_buffer, chunks, view_like
 
 # Elements looked at for a first guess of the threshold, where there are many more.
 SAMPLE = 2**15
@@ -42,11 +42,11 @@ def guessed_key(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> Tensor
 def _candidates(v_N: Tensor, added_N: Tensor | None, floor: int) -> tuple[np.ndarray, np.ndarray]:
     """(numbers, keys) of the elements of v whose key is `floor` or more. `added_N`, if given, is added to v_N first."""
     bits, infinite = _BITS[v_N.dtype]
-    candidates, start, spare = [], 0, _spare(v_N, 1)
-    for chunk, added in _chunks(1, [(v_N, 1), (added_N, 1)]):
+    candidates, start, spare = [], 0, chunk_buffer(v_N, 1)
+    for chunk, added in chunks(1, [(v_N, 1), (added_N, 1)]):
         if added is not None:
             chunk.add_(added)
-        magnitudes = torch.abs(chunk, out=_like(spare, chunk)).view(bits).numpy().ravel()
+        magnitudes = torch.abs(chunk, out=view_like(spare, chunk)).view(bits).numpy().ravel()
         at = np.flatnonzero(magnitudes >= floor)
         candidates.append((at + start, magnitudes[at]))
         start += len(chunk)
