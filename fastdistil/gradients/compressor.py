@@ -7,7 +7,7 @@ K selected elements. A bucket's last parts are shorter than C, or empty.
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, assert_never
+from typing import ClassVar, Literal, NamedTuple, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -46,15 +46,10 @@ class BucketLayout:
 class Compressor(Protocol):
     """`exchange` may overwrite `gradient` and the tensors of `state`. Nothing in it waits for the device."""
 
-    @property
-    def linear(self) -> bool:
-        """Whether payloads can be summed on the way: then they travel by allreduce, else by all-to-all and all-gather."""
-        return True
-
-    @property
-    def whole_parameters(self) -> bool:
-        """Whether a parameter must not be cut by the border of a bucket."""
-        return False
+    linear: ClassVar[bool] = True
+    """Whether payloads can be summed on the way: then they travel by allreduce, else by all-to-all and all-gather."""
+    whole_parameters: ClassVar[bool] = False
+    """Whether a parameter must not be cut by the border of a bucket."""
 
     @property
     def state_kinds(self) -> Mapping[str, StateKind]:

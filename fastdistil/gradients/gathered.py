@@ -6,6 +6,7 @@ Legend: as in compressor.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,9 +31,7 @@ class TopK(Feedback):
 
     density: float
 
-    @property
-    def linear(self) -> bool:
-        return False
+    linear: ClassVar[bool] = False
 
     def compress(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload uint8: int32 indices [K], then values [K]; state)"""
@@ -67,9 +66,7 @@ class Int8(Feedback):
     rank: int
     block: int
 
-    @property
-    def linear(self) -> bool:
-        return False
+    linear: ClassVar[bool] = False
 
     @property
     def state_kinds(self) -> Mapping[str, StateKind]:

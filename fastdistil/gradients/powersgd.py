@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -146,9 +147,7 @@ class PowerSGD(Feedback):
     min_rate: float
     seed: int
 
-    @property
-    def whole_parameters(self) -> bool:
-        return True
+    whole_parameters: ClassVar[bool] = True
 
     @property
     def state_kinds(self) -> Mapping[str, StateKind]:
