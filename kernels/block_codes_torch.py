@@ -23,7 +23,10 @@ def _chunk_blocks(block: int) -> int:
 
 
 def chunks(block: int, tensors: list[tuple[Tensor | None, int]]) -> Iterator[list[Any]]:
-    """Of each (tensor, its elements for a block): [C, those], chunk by chunk; None for None. A part of a block comes last."""
+    """Cut tensors into chunks of blocks, [C, elements for a block] each; None stays None. A part of a block comes last.
+
+    tensors: (tensor, its elements for a block).
+    """
     full = min(tensor.numel() // width for tensor, width in tensors if tensor is not None)
     rows = _chunk_blocks(block)
     columns: list[Any] = [
@@ -47,9 +50,8 @@ def view_like(spare: Tensor, chunk_CS: Tensor) -> Tensor:
     return spare[: chunk_CS.numel()].view(chunk_CS.shape)
 
 
-_LARGEST = 1e36
-"""Of scales whose codes stand for numbers far from float32's largest."""
-_SMALLEST = torch.finfo(torch.float32).smallest_normal
+# Scales between these are ordinary: normal numbers, whose codes stand for numbers far from float32's largest.
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).smallest_normal, 1e36
 
 
 def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +62,7 @@ def quantize_int8_torch(gradient_N: Tensor, residual_N: Tensor | None, block: in
     parts: list[tuple[Tensor | None, int]] = [(gradient_N, block), (residual_N, block), (codes_N, block), (scales_B, 1)]
     for g_CS, r_CS, codes_CS, scales_C1 in chunks(block, parts):
         v_CS = g_CS if r_CS is None else torch.add(g_CS, r_CS, out=view_like(spare_v, g_CS))
+        # max|v| / 127 of each block, without a tensor of |v|.
         scales_C1.copy_(torch.maximum(v_CS.amax(1, True), v_CS.amin(1, True).neg_()).div_(127))
         scales = scales_C1.numpy()
         if not ((scales == 0) | ((scales >= _SMALLEST) & (scales < _LARGEST))).all():
@@ -84,6 +87,7 @@ def _by_reference(g_CS: Tensor, r_CS: Tensor | None, codes_CS: Tensor, scales_C1
 
 
 def dequantize_sum_int8_torch(codes_RN: Tensor, scales_RB: Tensor, block: int, out_N: Tensor) -> None:
+    # A chunk is the result's, then codes and scales of rank 0, of rank 1, ...
     ranks, spare, dtype = len(codes_RN), chunk_buffer(out_N, block), out_N.dtype
     parts: list[tuple[Tensor | None, int]] = [(out_N, block)]
     parts += [part for codes_N, scales_B in zip(codes_RN, scales_RB, strict=True) for part in ((codes_N, block), (scales_B, 1))]

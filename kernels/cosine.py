@@ -124,12 +124,14 @@ def _rows_torch(
     for first in range(0, rows, size):
         end = min(first + size, rows)
         here = slice(first, end) if rows_M is None else rows_M[first:end]
+        # This block's rows [R, D] in the wide dtype, and a buffer for what is made of them.
         s, t, x = student_ND[here].to(wide), teacher_ND[here].to(wide), spare_RD[: end - first]
         # From the difference: |s|^2 + |t|^2 - 2 s.t would cancel.
         mse_R = vector_norm(torch.sub(s, t, out=x), dim=1).square() / width
         ss_R = vector_norm(s, dim=1).square() + EPSILON
         scale_R = ss_R.rsqrt() * (vector_norm(t, dim=1).square() + EPSILON).rsqrt()
         st_R = torch.mul(s, t, out=x).sum(1)
+        # The rows' terms, weighed; where the weight is 0 they are 0 even if a state is nan.
         terms_R2 = torch.stack([1 - st_R * scale_R, mse_R], 1)
         weights_R = None if weights_M is None else weights_M[first:end].to(wide)
         if weights_R is not None:
@@ -142,6 +144,7 @@ def _rows_torch(
         torch.mul(s, of_s_R[:, None], out=x).addcmul_(t, of_t_R[:, None])
         if options.mse:
             x.add_(s - t, alpha=2 * options.mse / width)
+        # x is the gradient now; the weights enter it as they entered the terms.
         if weights_R is not None:
             x.mul_(weights_R[:, None]).masked_fill_((weights_R == 0)[:, None], 0.0)
         grad_ND[here] = x if isinstance(here, slice) else x.to(grad_ND.dtype)
@@ -175,6 +178,7 @@ def _cosine(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     options, first = HiddenOptions(cosine=cosine, mse=mse), student_states[0]
+    # Where the rows' terms and the layers' gradients go. Rows that are not listed get the gradient 0.
     scaled, _ = _unit(options, first.dtype)
     rows = first.shape[0] if rows_M is None else rows_M.shape[0]
     wide = torch.promote_types(first.dtype, torch.float32)
@@ -193,6 +197,7 @@ def _cosine(
         for layer, (s_ND, t_ND) in enumerate(zip(student_states, teacher_states, strict=True)):
             grad_of_layer = grads[layer] if grads else None
             _rows_torch(s_ND, t_ND, rows_M, weights_M, scaled, terms_M2=terms_LM2[layer], grad_ND=grad_of_layer)
+    # Sums over layers and rows, each in storage of its own.
     sums_2 = terms_LM2.flatten(0, 1).sum(0)
     return *_terms(sums_2[0].clone(), sums_2[1].clone(), options), grads
 

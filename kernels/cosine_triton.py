@@ -62,6 +62,7 @@ def cosine_kernel(
             student_row_stride = tl.cast(student_row_strides[i], tl.int64)
             teacher_row_stride = tl.cast(teacher_row_strides[i], tl.int64)
             width = tl.cast(widths[i], tl.int32)
+    # The program's rows: m_R among those that count, row_R in the states.
     m_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists_R = m_R < rows
     row_R = m_R
@@ -89,6 +90,7 @@ def cosine_kernel(
     tl.store(terms_ptr + at_R, cosine_R, exists_R)
     tl.store(terms_ptr + at_R + 1, mse_R, exists_R)
     if HAS_GRAD:
+        # In (s, t): the cosine's -scale t + scale (s.t) / |s|^2 s, the mean square's 2/D (s - t).
         of_s_R = cosine * scale_R * st_R / ss_R
         of_t_R = -cosine * scale_R
         g_RD = of_s_R[:, None] * s_RD + of_t_R[:, None] * t_RD + (2.0 * mse / width) * difference_RD
@@ -125,6 +127,7 @@ def cosine_rows_triton(
         terms_LM2.zero_()
         return
     assert all(grad.is_contiguous() for grad in grads)
+    # Rows by layers; an absent tensor's pointer is any other's and is never read.
     block_rows, _, warps = tile(widest)
     with on_device(terms_LM2):
         cosine_kernel[(triton.cdiv(rows, block_rows), layers)](

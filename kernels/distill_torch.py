@@ -129,12 +129,14 @@ def distill_rows_torch(
     width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
     if rows == 0:
         return
+    # Six buffers of a block, which every block uses anew: both sides' logits, what _soft_block makes, the hard gradient.
     largest = next(blocks(rows, width, device))[1]
     buffers = [buffer((largest, width), wide, device) for _ in range(6)]
     for at_R, labels_R in _selections(targets.labels_N, options.ignore_index, rows, width, device):
         student_RV, terms_R2 = take_rows(student_NV[:, :width], at_R), terms_N2[at_R]
         block = [spare[: len(student_RV)] for spare in buffers]
         hard = hard_rows(student_RV, labels_R, options, terms_R2, block[0], block[5])
+        # The soft term, and its gradient in the student's capped logits.
         if teacher_NV is None:
             terms_R2[:, 0] = 0.0
             g_RV = block[2].zero_()
@@ -143,10 +145,12 @@ def distill_rows_torch(
             load(block[1], take_rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
             weights_R = None if targets.weights_N is None else targets.weights_N[at_R].to(wide)
             g_RV = _weighed_soft_block(block, weights_R, options, terms_R2)
+        # Numbered rows were copied: back to their places.
         if not isinstance(at_R, slice):
             terms_N2[at_R] = terms_R2
         if grad_NV is None:
             continue
+        # Both terms' gradients, back through cap and scale to the logits that came in.
         if hard is not None:
             g_RV.index_add_(0, *hard)
         if options.student_softcap is not None:

@@ -335,6 +335,7 @@ def distill_rows_triton(
         grad_NV[:, width:].zero_()
     if rows == 0:
         return
+    # K segments a row: one more where a row begins up to 7 columns before a 16-byte load may.
     chosen, warps = tile(width)
     block = block or chosen
     segments = triton.cdiv(width + (7 if width > block or student_NV.stride(0) % 8 else 0), block)
@@ -343,14 +344,17 @@ def distill_rows_triton(
         raise ValueError(f"{rows} rows of {width} columns are more than one launch can number; give fewer rows at a time")
     if fused is None:
         fused = segments > 1 and _can_wait(student_NV.device, segments)
+    # What the programs of a row tell each other, and the counters (the ticket, two a row) by which they wait.
     wide = terms_N2.dtype
     shape = (rows, segments, PARTS) if segments > 1 else (1,)
     parts = torch.empty(shape, dtype=wide, device=student_NV.device)
     counters = torch.zeros(1 + 2 * rows if fused else 1, dtype=torch.int32, device=student_NV.device)
     labels, weights = (None if tensor is None else tensor.contiguous() for tensor in targets)
+    # One launch for all, or one for each exchange.
     stages = [FUSED] if fused or segments == 1 else [FIRST, SECOND, LAST] if options.divergence == "jsd" else [FIRST, LAST]
     strides = [tensor.stride(0) for tensor in (student_NV, teacher_NV, grad_NV) if tensor is not None]
     constexprs = _constexprs(options, wide, block, segments, len(set(strides)) == 1)
+    # What is absent is compiled out; its pointer is any other tensor's and is never read.
     present = {
         "HAS_TEACHER": teacher_NV is not None,
         "HAS_LABELS": labels is not None,

@@ -198,6 +198,7 @@ class OpArguments(NamedTuple):
 )
 def _linear_distill(*arguments: Any) -> tuple[Tensor, ...]:
     student, teacher, targets, needed, backend, chunk_rows, options = OpArguments.from_flat(arguments)
+    # On a CPU rows with labels go first, on every side, and come back at the end.
     order_N = _labelled_first(targets.labels_N, options.ignore_index) if backend == "torch" and options.hard else None
     if order_N is not None:
         student, targets = student._replace(hidden=take_rows(student.hidden, order_N)), targets.rows(order_N)
@@ -213,6 +214,7 @@ def _linear_distill(*arguments: Any) -> tuple[Tensor, ...]:
     with torch.autocast(student.hidden.device.type, enabled=False):
         student_side = _StudentSide(student, width, largest, needed)
         teacher_side = _TeacherSide(teacher, width, largest) if isinstance(teacher, Head) else teacher
+        # Logits of a chunk, the gradient written over them, and that into the gradients of hidden states and head.
         for first in range(0, rows, chunk_rows):
             chunk = slice(first, min(first + chunk_rows, rows))
             logits_CV = student_side.logits(chunk)
@@ -272,6 +274,7 @@ def linear_distill_loss(
     targets = Targets(labels_N, weights_N)
     _check(student, teacher, targets)
     device = student.hidden.device
+    # Rows that enter no term, and the dtype of the student's products.
     out_N = _rows_out(teacher is not None, targets, options.ignore_index)
     if out_N is not None:
         student = student._replace(hidden=student.hidden.masked_fill(out_N[:, None], 0.0))

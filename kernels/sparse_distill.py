@@ -72,6 +72,7 @@ def top_k(
     indices_NK = teacher_NV.new_empty(rows, k, dtype=torch.int64)
     log_probabilities_NK = teacher_NV.new_empty(rows, k, dtype=wide)
     tail_N = teacher_NV.new_empty(rows, dtype=wide)
+    # The listed logits leave the block for the sum of the others: 1 - sum p_k would cancel.
     with torch.no_grad():
         for first, end in blocks(rows, width, teacher_NV.device):
             x_RV = teacher_NV.new_empty(end - first, width, dtype=wide)
@@ -83,6 +84,7 @@ def top_k(
             tail_N[first:end] = (rest_R - lse_R).exp()
     if min_probability is None:
         return SparseTeacher(indices_NK, log_probabilities_NK, tail_N)
+    # Slots below the cut, but never the likeliest token's.
     others_NK = log_probabilities_NK[:, 1:]
     others_NK.masked_fill_(others_NK < math.log(min_probability), -math.inf)
     return SparseTeacher(indices_NK, log_probabilities_NK, None)
@@ -160,6 +162,7 @@ def check_teacher(student_NV: Tensor, teacher: SparseTeacher, options: DistillOp
             "a sparse teacher has log-probabilities: give both to top_k, and leave 1.0 and None here"
         )
     options.width(student_NV.shape[1], student_NV.shape[1])
+    # The list's shapes, dtypes and device.
     indices, log_probabilities, tail = teacher
     rows = student_NV.shape[0]
     if indices.ndim != 2 or indices.shape[0] != rows or indices.shape[1] < 1 or indices.shape != log_probabilities.shape:
@@ -232,12 +235,14 @@ def sparse_distill_rows_torch(
         return
     if device.type == "cpu":
         _check_indices(teacher.indices_NK, width)
+    # Three buffers that every block uses anew: logits, the gradient, and the hard term's.
     largest = next(blocks(rows, width, device))[1]
     a_LV, g_LV, q_LV = (buffer((largest, width), wide, device) for _ in range(3))
     for first, end in blocks(rows, width, device):
         rows_R = slice(first, end)
         student_RV, (labels_R, weights_R), terms_R2 = student_NV[rows_R, :width], targets.rows(rows_R), terms_N2[rows_R]
         a_RV, g_RV, q_RV = (tensor[: end - first] for tensor in (a_LV, g_LV, q_LV))
+        # The hard term at temperature 1, then the soft one at T.
         hard = hard_rows(student_RV, labels_R, options, terms_R2, a_RV, q_RV)
         load(a_RV, student_RV, options.student_scale, options.student_softcap).mul_(1 / temperature)
         weights_R = terms_R2.new_ones(end - first) if weights_R is None else weights_R.to(wide)
@@ -246,6 +251,7 @@ def sparse_distill_rows_torch(
         terms_R2[:, 0] = torch.where(weights_R == 0, 0, weights_R * temperature**2 * soft_R)
         if grad_NV is None:
             continue
+        # g is the soft gradient in student / T times T; the hard one joins, then back through cap and scale.
         if targets.weights_N is not None or options.soft == 0:
             g_RV.masked_fill_((factor_R == 0)[:, None], 0.0)
         if hard is not None:

@@ -196,8 +196,10 @@ def sparse_distill_rows_triton(
         grad_NV[:, width:].zero_()
     if rows == 0:
         return
+    # A bit a column: whether it is listed.
     words = triton.cdiv(width, 32)
     mask = torch.zeros(rows, words, dtype=torch.int32, device=student_NV.device)
+    # What is absent is compiled out; its pointer is any other tensor's and is never read.
     present = {
         "HAS_TAIL": teacher.tail_N is not None,
         "HAS_LABELS": labels_N is not None,

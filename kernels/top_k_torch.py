@@ -54,11 +54,13 @@ def _candidates(v_N: Tensor, added_N: Tensor | None, floor: int) -> tuple[np.nda
 
 
 def top_k_select_torch(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    # v is written over the residual, where there is one, as candidates are looked for.
     floor = int(guessed_key(gradient_N, residual_N, k))
     v_N, added_N = (gradient_N, None) if residual_N is None else (residual_N, gradient_N)
     numbers, keys = _candidates(v_N, added_N, floor)
     if len(numbers) < k:  # the guess was too high, or almost all are 0
         numbers, keys = _candidates(v_N, None, 0)
+    # All above the k-th key; of those equal to it the first, until there are k.
     threshold = np.partition(keys, len(keys) - k)[len(keys) - k]
     chosen = keys > threshold
     chosen[np.flatnonzero(keys == threshold)[: k - int(chosen.sum())]] = True

@@ -68,6 +68,7 @@ def candidates_kernel(
                 v_S += tl.load(residual_ptr + at_S, inside_S, 0.0)
                 tl.store(residual_ptr + at_S, v_S, inside_S)
             keep_S = (_key(v_S) >= tl.load(floor_ptr)) & inside_S
+        # A candidate's place among its tile's.
         rank_S = tl.cumsum(keep_S.to(tl.int32), 0) - 1
         tl.store(numbers_ptr + tile * TILE + rank_S, at_S.to(tl.int32), keep_S)
         tl.store(counts_ptr + tile, tl.sum(keep_S.to(tl.int32), 0))
@@ -158,6 +159,7 @@ def emit_kernel(
     tile = tl.program_id(0).to(tl.int64)
     kth, remaining = _narrowed(states_ptr, digits_ptr, k, 4)
     count = tl.load(counts_ptr + tile)
+    # How many above and equal lie in the tiles before this one.
     above = tl.load(ends_ptr + tile) - tl.load(tallies_ptr + tile)
     equal = tl.load(ends_ptr + tiles + tile) - tl.load(tallies_ptr + tiles + tile)
     for start in range(0, count, STEP):
@@ -168,6 +170,7 @@ def emit_kernel(
         key_S = _key(v_S)
         is_above_S = ((key_S > kth) & inside_S).to(tl.int32)
         is_equal_S = ((key_S == kth) & inside_S).to(tl.int32)
+        # Selected ones before each element, of either kind; of the equal ones at most `remaining` are selected.
         above_before_S = above + tl.cumsum(is_above_S, 0) - is_above_S
         equal_before_S = equal + tl.cumsum(is_equal_S, 0) - is_equal_S
         taken_S = (is_above_S == 1) | ((is_equal_S == 1) & (equal_before_S < remaining))
@@ -217,6 +220,7 @@ def _find_candidates(
 def top_k_select_triton(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     tiles = triton.cdiv(gradient_N.numel(), _TILE)
     none, steps = gradient_N.new_zeros((), dtype=torch.int32), {"TILE": _TILE, "STEP": _STEP, "num_warps": 4}
+    # Candidates and their number by tile; then the k-th key's digits and the tallies by tile.
     numbers_PS = none.new_empty(tiles, _TILE)
     counts_P, tallies_2P = none.new_empty(tiles), none.new_empty(2, tiles)
     states, digits = none.new_zeros(_DIGITS, 2), none.new_zeros(_DIGITS, 256)
@@ -226,6 +230,7 @@ def top_k_select_triton(gradient_N: Tensor, residual_N: Tensor | None, k: int) -
         floor = guessed_key(gradient_N, residual_N, k)
         out = {"numbers_PS": numbers_PS, "counts_P": counts_P}
         _find_candidates(gradient_N, residual_N, k, floor=floor, count=none, **out)
+        # Where the guess was too high: once more, with the guess 0.
         _find_candidates(v_N, None, k, floor=none, count=counts_P.sum(dtype=torch.int32), **out)
         for digit in range(_DIGITS):
             digit_kernel[(tiles,)](v_N, numbers_PS, counts_P, states, digits, k, DIGIT=digit, **steps)

@@ -52,7 +52,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths_n: NDArray[Any]) -> "Packing":
-        """Of sequences laid end to end; their lengths must ascend."""
+        """Describe sequences laid end to end; their lengths must ascend."""
         assert np.all(np.diff(lengths_n) >= 0), "a packed row starts with its shortest sequence"
         distinct, repeats = np.unique(lengths_n, return_counts=True)
         firsts = offsets(distinct * repeats)[:-1]

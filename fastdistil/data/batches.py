@@ -56,8 +56,10 @@ class _Maker:
         if self.layout == "packed":
             shortest_first = np.argsort(lengths_n, kind="stable")
             sequences_n, lengths_n = sequences_n[shortest_first], lengths_n[shortest_first]
+        # The tokens end to end, what the model sees of them, and the labels: where they are and what.
         ids_T = self.corpus.gather(sequences_n)
         if self.table is None:
+            # Every token but a sequence's last predicts the next one.
             seen_T = ids_T
             targets_M = np.delete(np.arange(len(ids_T)), offsets(lengths_n)[1:] - 1)
             labels_M = ids_T[targets_M + 1]
@@ -121,14 +123,17 @@ class Batches:
         assert 0 <= rank < ranks, (rank, ranks)
         _check_fits(corpus, corpus.lengths, data.micro_batch_tokens, "data.micro_batch_tokens")
         table = None if causal else mask_table(mask, facts, corpus.counts)
+        # Of the run: which batches are this rank's.
         self.corpus, self.data, self.seed = corpus, data, seed
         self.rank, self.ranks = rank, ranks
         self.update_ranks = update_ranks or ranks
         self.update_batches = accumulation * self.update_ranks
         self._maker = _Maker(corpus, facts, table, data.layout, seed)
+        # For the counts of the other ranks' batches.
         self._maskable_n = None
         if table is not None and ranks > 1 and not mask.whole_word:
             self._maskable_n = _all_maskable(corpus, table)
+        # The last epoch's plan, and the number of updates of each epoch planned so far. Threads share them.
         self._lock = threading.Lock()
         self._plan: tuple[int, EpochPlan] | None = None
         self._updates: dict[int, int] = {}
@@ -146,6 +151,7 @@ class Batches:
             plan = self._make_plan(epoch)
         if not 0 <= update < self._updates[epoch]:
             raise IndexError(f"epoch {epoch} has {self._updates[epoch]} updates, asked for number {update}")
+        # The update's batches are first ... last - 1; this rank takes every ranks-th.
         first, last = update * self.update_batches, min((update + 1) * self.update_batches, len(plan))
         window = [self._maker.make(plan.sequences(b, b + 1), (epoch, b)) for b in range(first + self.rank, last, self.ranks)]
         if self.ranks == 1:
@@ -247,7 +253,7 @@ def _check_fits(corpus: TokenSequences, lengths_n: NDArray[Any], budget: int, ke
 
 
 def _all_maskable(corpus: TokenSequences, table: MaskTable, chunk: int = 8192) -> NDArray[np.int32]:
-    """TokenSequences of every sequence that may be masked, int32 [n]."""
+    """Count the tokens of every sequence that may be masked, int32 [n]."""
     parts = []
     for first in range(0, len(corpus), chunk):
         sequences = np.arange(first, min(first + chunk, len(corpus)))

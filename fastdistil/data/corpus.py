@@ -78,9 +78,9 @@ class Manifest:
     fingerprint: str
     """vocabulary_fingerprint of the tokenizer."""
     tokenizer_sha256: str
-    """Of the tokenizer's whole definition."""
+    """Checksum of the tokenizer's whole definition."""
     dtype: Annotated[str, Field(pattern="^uint(16|32)$")]
-    """Of the token shards."""
+    """Type of the numbers in the token shards."""
     options: dict[str, Any]
     """PrepareOptions without workers, max_bad_fraction and max_unknown_share."""
     inputs: list[InputFacts]
@@ -96,11 +96,11 @@ class Manifest:
     gutenberg_characters: Whole = 0
     """Characters that strip_gutenberg looked through."""
     gutenberg_removed: Whole = 0
-    """Of these, those of headers, footers and licences."""
+    """Those of gutenberg_characters that were headers, footers and licences."""
     special_spellings: Whole | None = None
     """How often the text spells out a special token such as [MASK]; None where an earlier version did not count."""
     unknown_share: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
-    """Of all tokens but the special ones added, from 0 to 1; None where an earlier version did not count."""
+    """Share of unknown tokens among all but the special ones added, 0 to 1; None where an earlier version did not count."""
 
     @property
     def special_spellings_became(self) -> str:

@@ -140,7 +140,7 @@ class GutenbergText:
     def __init__(self) -> None:
         self.characters = 0
         self.removed = 0
-        """Of `characters`: headers, footers and licences."""
+        """Those of `characters` that were headers, footers and licences."""
         self.half_marked = False
         """Whether a header without its footer, a footer without its header, or licence without either was met."""
 

@@ -120,17 +120,20 @@ def choose_targets(table: MaskTable, ids_T: Ints, lengths_n: NDArray[Any], seque
     ids_T are the unmasked tokens of whole sequences end to end, lengths_n their lengths (at least 1), sequences_n their indices
     in the corpus.
     """
+    # How many targets each sequence gets, and each token's sequence and place in it.
     maskable_n = maskable_counts(table, ids_T, lengths_n)
     wanted_n = target_counts(table, lengths_n, maskable_n, sequences_n, seed=seed, epoch=epoch)
     starts_n = offsets(lengths_n)[:-1]
     segments_T = np.repeat(np.arange(len(lengths_n)), lengths_n)
-    keys_n = hashed(seed, RACE, epoch, sequences_n)
+    keys_n = hashed(seed, RACE, epoch, sequences_n)  # of each sequence's race
     positions_T = np.arange(len(ids_T)) - starts_n[segments_T]
     if not table.mask.whole_word:
+        # Tokens race; those of a sequence stand together in order_T, the first to arrive in front.
         arrivals_T = table.handicap_V[ids_T] + _log_exponential(keys_n[segments_T], positions_T)
         order_T = _by_segment(segments_T, arrivals_T, len(lengths_n))
         return np.sort(order_T[ranges(starts_n, wanted_n)])
 
+    # Words race: each with the mean weight of its tokens.
     words_W = word_starts(table, ids_T, positions_T)
     word_lengths_W = np.diff(words_W, append=len(ids_T))
     handicap_W = np.log(word_lengths_W) - np.logaddexp.reduceat(-table.handicap_V[ids_T], words_W)
@@ -139,6 +142,7 @@ def choose_targets(table: MaskTable, ids_T: Ints, lengths_n: NDArray[Any], seque
     order_W = _by_segment(segments_W, arrivals_W, len(lengths_n))
     # Tokens of the words before this one in its sequence's race: the running sum from the sequence's start.
     before_W = offsets(word_lengths_W[order_W])[:-1] - starts_n[segments_W[order_W]]
+    # How many targets were still missing when a word arrived.
     room_W = wanted_n[segments_W[order_W]] - before_W
     coin_n = uniform(hashed(seed, CROSSING, epoch, sequences_n))
     # room / length is 1 or more for a word that fits, and 0 or less once the target is reached.
@@ -155,11 +159,13 @@ def mask_tokens(
     without special tokens, and the rest stays as it is. Arguments as in `choose_targets`.
     """
     targets_M = choose_targets(table, ids_T, lengths_n, sequences_n, seed=seed, epoch=epoch)
+    # Each target's sequence and place in it: they name its two random numbers.
     starts = offsets(lengths_n)
     segments_M = np.searchsorted(starts, targets_M, side="right") - 1
     positions_M = targets_M - starts[segments_M]
     action_M = uniform(hashed(hashed(seed, ACTION, epoch, sequences_n)[segments_M], positions_M))
     draw_M = uniform(hashed(hashed(seed, RANDOM_ID, epoch, sequences_n)[segments_M], positions_M))
+    # The lower end of action_M becomes the mask token, the upper end a token drawn, and what lies between stays.
     seen_T = ids_T.copy()
     masked_M = action_M < table.mask.mask
     random_M = action_M >= 1.0 - table.mask.random

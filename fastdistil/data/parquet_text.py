@@ -11,7 +11,7 @@ from fastdistil.data.text_inputs import reading
 from fastdistil.errors import UserError
 
 ROWS = 256
-"""Of a batch."""
+"""Rows that are read at a time."""
 
 
 def column_rows(path: Path, column: str) -> Iterator[tuple[bytes, float]]:

@@ -72,7 +72,8 @@ class PrepareOptions:
     max_unknown: float = 1.0
     """Below 1, pieces with at least this share of unknown tokens are dropped; the example: 0.5."""
     max_unknown_share: float = MAX_UNKNOWN_SHARE
-    """Of all tokens that are kept, special ones added aside; judged after each block. Above it, `prepare` raises UserError."""
+    """Above this share of unknown tokens among all but the special ones added, `prepare` raises UserError; judged after
+    each block."""
     max_bad_fraction: float = 0.001
     shard_tokens: int = 64 * 2**20
     """A shard ends with the block that brings it to this many tokens."""

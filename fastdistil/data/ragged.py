@@ -55,5 +55,6 @@ def offsets(lengths_n: NDArray[Any]) -> Ints:
 
 def ranges(starts_n: Ints, lengths_n: NDArray[Any]) -> Ints:
     """start, start + 1, ... of every range laid end to end, int64 [sum of lengths]."""
+    # 0, 1, 2, ... over all ranges, plus what each range's start is beyond its place there.
     ends = offsets(lengths_n)
     return np.repeat(starts_n - ends[:-1], lengths_n) + np.arange(ends[-1])

@@ -38,7 +38,7 @@ IDENTITY = "identity.json"
 
 
 class Cached(NamedTuple):
-    """Of tokens end to end: int64 [T, K], float32 [T, K], float32 [T] or None (see kernels.distill_options.SparseTeacher)."""
+    """Teachers of tokens laid end to end, fields as in kernels.distill_options.SparseTeacher."""
 
     indices_TK: NDArray[np.int64]
     log_probabilities_TK: NDArray[np.float32]
@@ -168,7 +168,10 @@ class TeacherCache:
         return cls(shards, np.array(starts), bounds, causal, tail, identity["vocabulary"])
 
     def rows(self, epoch: int, sequences_n: Ints) -> Cached:
-        """Of the tokens of these sequences, end to end. Raises CorruptData where a shard was shortened since it was opened."""
+        """Read the teacher's lists for the tokens of these sequences, end to end.
+
+        Raises CorruptData where a shard was shortened since it was opened.
+        """
         epoch = 0 if self.causal else epoch
         shards_n = self.starts.searchsorted(sequences_n, side="right") - 1
         begins_n = self.offsets_n[sequences_n] - self.offsets_n[self.starts[shards_n]]

@@ -30,9 +30,9 @@ SUFFIXES: dict[str, TextKind] = {
     ".parquet": "parquet",
 }
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
-"""Of JSON that is one record a line; elsewhere it may be one array."""
+"""Suffixes of JSON that is one record a line; with others it may be one array."""
 COMPRESSIONS = (".gz", ".xz", ".zst")
-"""Of all kinds but parquet, which compresses its own columns."""
+"""Suffixes of compressed files, of all kinds but parquet, which compresses its own columns."""
 READABLE = f"{', '.join(SUFFIXES)} (text and JSON also with {', '.join(COMPRESSIONS)})"
 BACKUPS = ("~", "#", ".bak", ".orig", ".swp", ".tmp")
 

@@ -32,7 +32,7 @@ class TokenFacts:
     vocab_size: int
     mask_id: int | None
     pad_id: int
-    """Of the padding token, else of eos, else of sep."""
+    """Id of the padding token, else of eos, else of sep."""
     special_ids: Ints
     """int64 [k], ascending."""
     continues: npt.NDArray[np.bool_]

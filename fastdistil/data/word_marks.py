@@ -36,6 +36,7 @@ def word_marks(tokenizer: "Tokenizer", vocab_size: int) -> WordMarks:
     """Ask a tokenizer for its marks of words. Costs some 30 ms for 30,000 entries."""
     from tokenizers import models
 
+    # Entries and their ids; an id without an entry stays False.
     ids = tokenizer.get_vocab()
     names = list(ids)
     index = np.fromiter(ids.values(), np.int64, len(ids))
@@ -44,14 +45,17 @@ def word_marks(tokenizer: "Tokenizer", vocab_size: int) -> WordMarks:
     split = pretokens(tokenizer, "aa bb")
     if isinstance(model, models.WordLevel):  # an entry is all that the pre-tokenizer leaves together
         return WordMarks(continues_V, ends_V, len(split) > 1)
+    # A prefix such as ## stands on every part of a word but its first.
     if prefix := getattr(model, "continuing_subword_prefix", None):
         continues_V[index] = [name.startswith(prefix) for name in names]
         return WordMarks(continues_V, ends_V, True)
+    # A suffix such as </w> stands on the last part of every word.
     if suffix := getattr(model, "end_of_word_suffix", None):
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}  # whole words without the suffix
         ends_V[index] = [name.endswith(suffix) or name in added for name in names]
         continues_V[index] = [name not in added for name in names]
         return WordMarks(continues_V, ends_V, True)
+    # What the pre-tokenizer makes of a blank is in the entries; between two x the decoder shows it as white space.
     between = re.search("aa(.+)bb", "".join(split), re.IGNORECASE)
     if between is None:  # the blank is gone before the model could mark it
         return WordMarks(continues_V, ends_V, False)
@@ -109,6 +113,7 @@ def compare_words(tokenizer: "Tokenizer", table: MaskTable, texts: Iterable[str]
         starts = word_starts(table, ids_T, np.arange(len(ids_T))).tolist()
         offsets, pretoken_ids = encoding.offsets, encoding.word_ids  # each access makes a list anew
         for first, last in pairwise([*starts, len(ids_T)]):
+            # The word is tokens first ... last - 1, characters begin ... end - 1.
             begin, end = offsets[first][0], offsets[last - 1][1]
             word = text[begin:end].strip()
             after_blank = first == 0 or text[begin - 1].isspace() or text[begin : begin + 1].isspace()

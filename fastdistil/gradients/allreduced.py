@@ -70,6 +70,7 @@ class Cast(Feedback):
 
     def compress(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> tuple[Tensor, CompressionState]:
         """(payload [N] of `dtype`, state)"""
+        # Where an element is not finite, the factor is nan and so is all that is sent: every rank sees it.
         scale, bound = self._scale_and_bound(state, gradient_N)
         bad = poison(gradient_N)
         finite = bad == 0

@@ -87,7 +87,7 @@ class Buckets:
         self._cuts: list[list[int]] | None = None
         self._flats: dict[torch.dtype, Tensor] = {}
         self.wait_s = 0.0
-        """Of the host, in all `finish` calls: what communication held it up."""
+        """Seconds that the host has waited for communication, in all `finish` calls."""
         self._armed, self._update, self._sent = False, 0, 0
         self._seen: list[int] = []
         self._used: set[int] = set()
@@ -229,7 +229,7 @@ class Buckets:
         return [self._options.bucket_bytes, self._options.first_bucket_bytes, self.world.rings]
 
     def states(self) -> dict[str, Tensor]:
-        """Of this rank's compression: "bucket.name" -> tensor."""
+        """Return the states of this rank's compression: "bucket.name" -> tensor."""
         return {f"{bucket.layout.index}.{name}": value for bucket in self.buckets for name, value in bucket.state.items()}
 
     def load_states(self, states: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CompressionState = dict[str, Tensor]
-"""Of one bucket; {} where there is none."""
+"""The tensors that one bucket keeps between updates; {} where there are none."""
 StateKind = Literal["rank", "chunk", "shared"]
 """rank: each rank has its own, and their sum is what matters. chunk: rank r has part r of a whole, [B of the part, elements of
 a block]. shared: the same on all ranks."""
@@ -40,7 +40,7 @@ class BucketLayout:
     pieces: tuple[tuple[int, tuple[int, ...]], ...]
     """(first element, shape) of every parameter in it. What lies between them is padding."""
     index: int
-    """Of the bucket: for seeds."""
+    """The bucket's number: for seeds."""
 
 
 class Compressor(Protocol):

@@ -22,9 +22,9 @@ PredictedKind = Literal["none", "fp16", "bf16", "int8"]
 SIMPLEST_FIRST: tuple[PredictedKind, ...] = ("none", "fp16", "bf16", "int8")
 
 BACKWARD_SHARE = 0.4
-"""Of a micro-batch's time: a student of half the teacher's depth, forward 1 and backward 2, and the teacher's forward 2."""
+"""Share of a micro-batch's time, for a student of half the teacher's depth: forward 1, backward 2, the teacher's forward 2."""
 HIDING_SHARE = 0.9
-"""Of the last backward: what comes after the first bucket is ready."""
+"""Share of the last backward that comes after the first bucket is ready."""
 WORTH = 0.02
 """A simpler compressor is taken where it costs at most this share of the update more."""
 
@@ -80,7 +80,7 @@ def update_s(micro_batch_s: float, accumulation: int, exposed: float, optimizer_
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredExchange:
-    """Of uncompressed updates in this run."""
+    """What uncompressed updates in this run measured."""
 
     ranks: int
     gradient_bytes: int
@@ -90,11 +90,11 @@ class MeasuredExchange:
     bandwidth_bytes_per_s: float
     """That a rank sends in a ring allreduce, all rings together: 2 (N-1)/N bytes / seconds."""
     latency_s: float
-    """Of a whole allreduce of a few bytes."""
+    """Time of a whole allreduce of a few bytes."""
     engine: str
     device: str
     compress_bytes_per_s: float
-    """Of memory, read and written."""
+    """Memory read and written, per second."""
     buckets: int = 1
 
 
@@ -134,7 +134,7 @@ def predict(measured: MeasuredExchange, kind: PredictedKind) -> UpdatePrediction
 
 
 def touched_bytes(kind: PredictedKind, gradient_bytes: float) -> float:
-    """Of memory, read and written, by compressing and decompressing float32 gradients."""
+    """Return the bytes of memory that compressing and decompressing float32 gradients reads and writes."""
     return _TRAFFIC[kind] * gradient_bytes
 
 

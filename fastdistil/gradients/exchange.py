@@ -66,7 +66,7 @@ class LocalGradients:
         return []
 
     def fields(self) -> dict[str, Any]:
-        """Of a log line, since the last one."""
+        """Return the fields of a log line, counted since the last one."""
         return {}
 
     def state(self) -> dict[str, Any] | None:
@@ -114,6 +114,7 @@ class SharedGradients(LocalGradients):
                 f"world.topology={options.topology} is of allreduce, and compression.kind={self._kind} does not travel by one; "
                 "set world.topology=flat, or compression.kind=fp16"
             )
+        # With "auto" updates leave uncompressed until enough is measured for a choice.
         self._buckets = Buckets(
             self._parameters,
             world,

@@ -43,7 +43,7 @@ class TopK(Feedback):
         return torch.cat([indices_K.view(torch.uint8), values_K.view(torch.uint8)]), state
 
     def decompress(self, payloads: Tensor, layout: BucketLayout, dtype: torch.dtype) -> Tensor:
-        """Of all ranks: their sum, [N]."""
+        """Return the sum of all ranks' payloads, [N]."""
         rows, chosen = payloads.view(self.ranks, -1), chosen_numel(self.density, layout)
         indices_RK, values_RK = _typed(rows[:, : 4 * chosen], torch.int32), _typed(rows[:, 4 * chosen :], dtype)
         return scatter_sum(indices_RK, values_RK, layout.numel)
@@ -96,6 +96,7 @@ class Int8(Feedback):
         numel = part.stop - part.start
         if not numel:
             return torch.zeros(0, dtype=dtype, device=payloads.device)
+        # Parts are padded to blocks; the last ones are shorter.
         codes, scales_RB = self._unpack(payloads, layout)
         codes = codes[:, :numel].contiguous()
         scales_RB = scales_RB[:, : -(-numel // self.block)].contiguous()

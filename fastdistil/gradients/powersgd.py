@@ -41,7 +41,7 @@ class FactorGroup:
     columns: int
     rank: int
     firsts: tuple[int, ...]
-    """Of each, its first element in the bucket."""
+    """The first element of each matrix in the bucket."""
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each matrix [M, N] in a bucket's elements."""
@@ -95,6 +95,7 @@ def _cut(flat: Tensor, shapes: list[tuple[int, int, int]]) -> Iterator[Tensor]:
 def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> FactorPlan:
     """Matrices are the parameters with at least two dimensions, as [first, rest]; those whose factors would not be smaller by
     `min_rate` are sent as they are, like vectors and whatever lies between parameters."""
+    # First elements of the matrices of each shape.
     shapes: dict[tuple[int, int], list[int]] = {}
     for first, shape in pieces:
         rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else (math.prod(shape), 1)
@@ -105,6 +106,7 @@ def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> FactorP
         FactorGroup(rows, columns, min(rank, rows, columns), tuple(sorted(firsts)))
         for (rows, columns), firsts in shapes.items()
     )
+    # What no matrix takes: from 0 to the first one, between them, and to the end.
     taken = sorted((first, first + group.rows * group.columns) for group in groups for first in group.firsts)
     edges = [0, *(edge for span in taken for edge in span), numel]
     spans = tuple((first, end) for first, end in zip(edges[::2], edges[1::2], strict=True) if end > first)
@@ -120,6 +122,7 @@ def orthonormal(columns_BMR: Tensor) -> Tensor:
     made_BMR = torch.zeros_like(columns_BMR)
     negligible = 100 * torch.finfo(columns_BMR.dtype).eps
     for number in range(columns_BMR.shape[2]):
+        # One column of every matrix.
         column_BM1 = columns_BMR[:, :, number : number + 1]
         size_B11 = torch.linalg.vector_norm(column_BM1, dim=1, keepdim=True)
         # Before the products: the squares of tiny gradients would be 0.
@@ -191,12 +194,14 @@ class PowerSGD(Feedback):
             torch.bmm(group.stacked(value_N).mT, left_BMR, out=right_BNR)
         if not self.error_feedback:
             return payload, lefts, state
+        # The residual is the gradient less P Q'; where the sum is not finite, the one before.
         finite, before_N = poison(summed) == 0, state["residual"]
         residual_N = torch.where(finite, value_N, before_N)
         for group, left_BMR, right_BNR in zip(plan.groups, lefts, rights, strict=True):
             sent_BMN = torch.where(finite, left_BMR @ right_BNR.mT, 0.0)
             for rest_MN, sent_MN in zip(group.views(residual_N), sent_BMN, strict=True):
                 rest_MN.sub_(sent_MN)
+        # What was sent as it is leaves none.
         for first, end in plan.rest:
             residual_N[first:end] = torch.where(finite, 0.0, before_N[first:end])
         return payload, lefts, {**state, "residual": residual_N}

@@ -156,5 +156,5 @@ def _grouped(
 
 
 def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Of the keywords a model passes down, those that `packed_attention` takes."""
+    """Return those of the keywords a model passes down that `packed_attention` takes."""
     return {name: keywords[name] for name in ("is_causal", "sliding_window") if keywords.get(name) is not None}

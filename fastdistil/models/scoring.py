@@ -49,6 +49,7 @@ def drawn_positions(corpus: TokenSequences, facts: Facts, count: int | Literal["
     """
     special_V = np.zeros(facts.vocab_size, np.bool_)
     special_V[facts.special_ids] = True
+    # Where sequences start in the corpus laid end to end, how many tokens it has, and how many that are not special.
     starts_n = offsets(corpus.lengths)
     total, ordinary = int(starts_n[-1]), int(corpus.counts[~special_V].sum())
     if ordinary == 0:
@@ -62,6 +63,7 @@ def drawn_positions(corpus: TokenSequences, facts: Facts, count: int | Literal["
         draw = min(total, int(1.1 * draw * total / ordinary) + 64)
         tokens_P = generator.choice(total, draw, replace=False)
         sequences, inverse = np.unique(np.searchsorted(starts_n, tokens_P, side="right") - 1, return_inverse=True)
+        # Only their sequences are read: `here` is where each token lies among those.
         here = tokens_P - starts_n[sequences][inverse] + offsets(corpus.lengths[sequences])[inverse]
         tokens_P = tokens_P[~special_V[corpus.gather(sequences)[here]]]
         if len(tokens_P) >= missing:
@@ -83,10 +85,12 @@ class Windows(NamedTuple):
 
 def sliding_windows(lengths_n: NDArray[Any], size: int, stride: int) -> Windows:
     """Windows of `size` tokens, `stride` apart, until the end of each sequence; none for a sequence of one token."""
+    # Each sequence: the tokens that one window leaves over, and how many windows cover it.
     long_n = np.maximum(lengths_n.astype(np.int64) - size, 0)
     count_n = np.where(lengths_n > 1, 1 - (-long_n // stride), 0)
     sequence_W = np.repeat(np.arange(len(lengths_n)), count_n)
     begin_W = ranges(np.zeros(len(lengths_n), np.int64), count_n) * stride
+    # A sequence's first token has nothing before it; later windows score what the one before did not reach.
     first_W = np.where(begin_W == 0, 1, begin_W - stride + size)
     return Windows(sequence_W, begin_W, first_W, np.minimum(begin_W + size, lengths_n[sequence_W]))
 
@@ -115,14 +119,17 @@ def sequence_sums(
     model: Any, teacher: Any | None, batch: Batch, precision: str, columns: int | None = None
 ) -> NDArray[np.float64]:
     """[4, n] for the n sequences of a batch: cross-entropy, labels, KL, tokens compared with the teacher."""
+    # The rows that are scored: labelled ones; with a teacher all but padding, as it speaks of each.
     rows = batch.label_rows
     if teacher is not None:
         rows = batch.valid_rows if batch.valid_rows is not None else torch.arange(batch.labels_N.shape[0], device=rows.device)
     cross_entropy_R, kl_R = row_losses(model, teacher, batch, rows, precision, columns)
+    # Each row's sequence.
     if batch.packing is not None:
         owner_R = torch.searchsorted(batch.packing.cu_seqlens.long(), rows, right=True) - 1
     else:
         owner_R = rows // batch.ids_BS.shape[1]
+    # The four measures of each row [4, R], then of each sequence [4, n].
     labelled_R = (batch.labels_N.index_select(0, rows) >= 0).double()
     compared_R = torch.ones_like(labelled_R) if teacher is not None else torch.zeros_like(labelled_R)
     values_R = torch.stack([cross_entropy_R, labelled_R, kl_R, compared_R]).cpu()
@@ -139,6 +146,7 @@ def row_losses(
 
     `columns`: the first entries of both vocabularies, over which the KL is taken; None: all.
     """
+    # The model computes as evaluation asks for, the teacher in its own dtype.
     device = batch.ids_BS.device
     autocast = torch.autocast(device.type, language_model.DTYPES[precision], enabled=precision != "fp32")
     own_dtype = torch.autocast(device.type, enabled=False)
@@ -149,6 +157,7 @@ def row_losses(
         teacher_ND = teacher.hidden(batch) if teacher is not None else None
     with autocast:
         hidden_ND = model.hidden(batch)
+        # ROWS logits at a time: both sides' whole matrices are never held.
         for at in range(0, len(rows), ROWS):
             here = slice(at, at + ROWS)
             logits_RV = _logits(model, hidden_ND.index_select(0, rows[here]))
@@ -185,6 +194,7 @@ def score_pieces(
     if int(lengths_P.max()) > batch_tokens:
         raise UserError(f"a text of {int(lengths_P.max())} tokens does not fit into batch_tokens {batch_tokens}; raise it")
     where = torch.device(device) if device is not None else device_of(model)
+    # Pieces of like length share a batch; it begins at starts[i] of the order.
     shortest_first = np.argsort(lengths_P, kind="stable")
     lengths_P = lengths_P[shortest_first]
     starts = ascending_starts(lengths_P, budget_of(model, int(lengths_P[-1]), batch_tokens), layout_of(model))
@@ -210,6 +220,7 @@ def require_finite(
 
     sequences_n: where in the corpus the columns of `sums` belong.
     """
+    # The sequences with any measure that is not finite, and the first one's measures.
     bad = ~np.isfinite(sums).all(0)
     if not bad.any():
         return
