@@ -1,8 +1,9 @@
 """Gradients made in the forward pass and handed over in the backward one.
 
-A fused loss knows its gradient as soon as it knows its value. The op returns both; autograd keeps the gradient and backward
-multiplies it, in place, by what arrives from above, which is 1 where the loss is the end of the graph: a kernel reads that
-number on the device and then touches nothing, so nobody waits. Since the buffer itself is handed over, that works once.
+A fused loss knows its gradient as soon as it knows its value. The op returns both; autograd keeps the
+gradient and backward multiplies it, in place, by what arrives from above, which is 1 where the loss is the
+end of the graph: a kernel reads that number on the device and then touches nothing, so nobody waits. Since
+the buffer itself is handed over, that works once.
 """
 
 from collections.abc import Sequence
@@ -70,8 +71,8 @@ def hand_gradients(ctx: Any, grad_total: Tensor | None) -> list[Tensor | None]:
 
 
 def register_handover(op: Any, *, leaves: int) -> None:
-    """The autograd of an op of distill.py's family: inputs (leaves, ..., options), outputs (total, soft, hard, gradients of the
-    leaves)."""
+    """The autograd of an op of distill.py's family: inputs (leaves, ..., options), outputs (total, soft,
+    hard, gradients of the leaves)."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.inputs = len(inputs)

@@ -4,15 +4,15 @@
     scale = max|v| / 127               code = round_half_even(v / scale)        sent = code * scale
     residual = v - sent                to the last bit: `sent` is computed as the decoder computes it
 
-There is one float32 scale for each block of consecutive elements. Sources: Seide et al. 2014 (error feedback), Alistarh et al.
-2017 (QSGD).
+There is one float32 scale for each block of consecutive elements. Sources: Seide et al. 2014 (error
+feedback), Alistarh et al. 2017 (QSGD).
 
-Nothing that is not finite is hidden: a block that holds inf or nan has the scale nan, decodes to nan, and leaves its residual
-as it was. A block whose scale is 0 sends zeros and stays in the residual.
+Nothing that is not finite is hidden: a block that holds inf or nan has the scale nan, decodes to nan, and
+leaves its residual as it was. A block whose scale is 0 sends zeros and stays in the residual.
 
-The ops are plain functions outside of autograd. Gradients are one-dimensional, contiguous, float32, or float64 but for
-Triton's path; residual_N, if given, is like the gradient and is overwritten. Sums over ranks go in the order 0, 1, ... R-1
-and are the same bits every time.
+The ops are plain functions outside of autograd. Gradients are one-dimensional, contiguous, float32, or
+float64 but for Triton's path; residual_N, if given, is like the gradient and is overwritten. Sums over ranks
+go in the order 0, 1, ... R-1 and are the same bits every time.
 
 Legend: N elements, S elements of a block, B = ceil(N / S) blocks, R ranks.
 """

@@ -1,8 +1,9 @@
-"""The Triton path of block_codes.py: one pass over the gradient, which adds the residual, encodes and writes what is left;
-one pass over the codes of all ranks, which decodes and sums.
+"""The Triton path of block_codes.py: one pass over the gradient, which adds the residual, encodes and writes
+what is left; one pass over the codes of all ranks, which decodes and sums.
 
-A program takes some whole blocks, each in one row of its tile. Tiles that lie within the gradient are loaded without a mask
-(one on N would load element by element where N is no multiple of 16); what remains is a launch of its own.
+A program takes some whole blocks, each in one row of its tile. Tiles that lie within the gradient are loaded
+without a mask (one on N would load element by element where N is no multiple of 16); what remains is a launch
+of its own.
 
 No product is fused into a sum: the residual is v less what the decoder gets, which rounds the product.
 

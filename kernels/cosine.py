@@ -6,13 +6,15 @@
 
     gradient of 1 - c in s:  -(t - (s . t) / (|s|^2 + eps) s) / sqrt((|s|^2 + eps) (|t|^2 + eps));  of mse:  2 (s - t) / D
 
-torch's cosine_embedding_loss with target 1, epsilon included; Sanh et al. 2019 (DistilBERT) use it on the last layer. Moves
-3 N D elements a layer: both states are read and the gradient is written in one pass, as a row fits on the chip. As in
-distill.py the coefficients are arguments, `total` is what to differentiate, and cosine and mse are for the log.
+torch's cosine_embedding_loss with target 1, epsilon included; Sanh et al. 2019 (DistilBERT) use it on the
+last layer. Moves 3 N D elements a layer: both states are read and the gradient is written in one pass, as a
+row fits on the chip. As in distill.py the coefficients are arguments, `total` is what to differentiate, and
+cosine and mse are for the log.
 
-A row of zeros has cosine 0 (loss 1) and, with eps, a gradient of -t / (1e-6 |t|): torch's. A row that is not listed, or has
-weight 0, contributes exactly 0, whatever it holds. Where a squared norm overflows (|s| > 1.8e19 in float32) nothing comes out
-that means anything; torch's own formula ends sooner, at |s| |t| > 1.8e19.
+A row of zeros has cosine 0 (loss 1) and, with eps, a gradient of -t / (1e-6 |t|): torch's. A row that is not
+listed, or has weight 0, contributes exactly 0, whatever it holds. Where a squared norm overflows (|s| >
+1.8e19 in float32) nothing comes out that means anything; torch's own formula ends sooner, at |s| |t| >
+1.8e19.
 
 Legend: L layers, N rows (tokens), M rows that count, D width (it may differ between layers), R rows of a block.
 """
@@ -235,11 +237,13 @@ def cosine_loss(
 ) -> HiddenTerms:
     """Cosine and mean squared error of hidden states, all layers in one launch, with the gradient from the same pass.
 
-    student_states, teacher_states: float, L tensors [N, D] (or one tensor for one layer), one dtype a side; rows may lie apart.
-    rows_M: int64, without repetitions: the rows that count; None: all. weights_N: float. projections: [D_teacher, D_student] a
-    layer, or None, for sides of different widths: a linear map of the student's states, with its own gradient.
-    Only the student's states (and projections) get a gradient, once: anything else needs backend="reference".
-    Raises ValueError for shapes, dtypes and paths that do not fit.
+    student_states, teacher_states: float, L tensors [N, D] (or one tensor for one layer), one dtype a side;
+    rows may lie apart.
+    rows_M: int64, without repetitions: the rows that count; None: all. weights_N: float.
+    projections: [D_teacher, D_student] a layer, or None, for sides of different widths: a linear map of the
+    student's states, with its own gradient.
+    Only the student's states (and projections) get a gradient, once: anything else needs
+    backend="reference". Raises ValueError for shapes, dtypes and paths that do not fit.
     """
     student = [student_states] if isinstance(student_states, Tensor) else list(student_states)
     teacher = [teacher_states] if isinstance(teacher_states, Tensor) else list(teacher_states)

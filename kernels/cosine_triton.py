@@ -1,7 +1,7 @@
 """The Triton path of cosine.py: all layers in one launch, one pass over the states.
 
-A program takes R rows of one layer; a row fits a block, so it is read once and its gradient written once. The layers' pointers
-are a tuple: the program finds its own in a chain that the compiler unrolls.
+A program takes R rows of one layer; a row fits a block, so it is read once and its gradient written once. The
+layers' pointers are a tuple: the program finds its own in a chain that the compiler unrolls.
 
 Legend: L layers, M rows that count, D width, R rows of a program.
 """

@@ -1,8 +1,8 @@
 """Memory and products on the CPU.
 
-The kernel hands out memory page by page as it is first written, at 4 KiB a page, which costs more than the arithmetic on it.
-Asked for in huge pages (2 MiB; Linux, where transparent huge pages are `madvise` or `always`) it does so 512 times less
-often. A hint: where it is not understood, everything works as before.
+The kernel hands out memory page by page as it is first written, at 4 KiB a page, which costs more than the
+arithmetic on it. Asked for in huge pages (2 MiB; Linux, where transparent huge pages are `madvise` or
+`always`) it does so 512 times less often. A hint: where it is not understood, everything works as before.
 """
 
 import ctypes

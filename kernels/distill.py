@@ -12,18 +12,20 @@
 
     Hinton, Vinyals, Dean 2015, section 2 (T^2); Gu et al. 2024, MiniLLM (reverse KL); Agarwal et al. 2024, GKD (JSD).
 
-Value and gradient come from one pass over the logits, so the pass must know how the terms are weighed: the coefficients c are
-arguments, `total` is what to differentiate, and soft, hard are for the log (they carry no gradient). All are sums over
-rows: whoever calls puts the denominators, which one batch does not know, into the coefficients.
+Value and gradient come from one pass over the logits, so the pass must know how the terms are weighed: the
+coefficients c are arguments, `total` is what to differentiate, and soft, hard are for the log (they carry no
+gradient). All are sums over rows: whoever calls puts the denominators, which one batch does not know, into
+the coefficients.
 
-Paths: `reference` (here: eager, any float dtype, differentiable twice: the specification), `triton` (distill_triton.py: a GPU,
-or the CPU under TRITON_INTERPRET=1), `torch` (distill_torch.py: any device, made for the CPU). The fast paths are deterministic
-and never wait for the device.
+Paths: `reference` (here: eager, any float dtype, differentiable twice: the specification), `triton`
+(distill_triton.py: a GPU, or the CPU under TRITON_INTERPRET=1), `torch` (distill_torch.py: any device, made
+for the CPU). The fast paths are deterministic and never wait for the device.
 
-What has no finite value: a row with a +inf or nan logit, or with -inf in all columns of a side, has nan terms and gradients.
-Where q = 0 < p the forward KL is +inf and its gradient finite; where p = 0 < q the reverse KL is +inf and its gradient not
-finite. A label whose student logit is -inf has a hard term of +inf and a finite gradient. A column that is -inf on both sides
-contributes nothing. Rows of weight 0 and rows without label contribute exactly 0, whatever they hold.
+What has no finite value: a row with a +inf or nan logit, or with -inf in all columns of a side, has nan terms
+and gradients. Where q = 0 < p the forward KL is +inf and its gradient finite; where p = 0 < q the reverse KL
+is +inf and its gradient not finite. A label whose student logit is -inf has a hard term of +inf and a finite
+gradient. A column that is -inf on both sides contributes nothing. Rows of weight 0 and rows without label
+contribute exactly 0, whatever they hold.
 
 Legend: N rows (tokens), V vocabulary.
 """
@@ -80,8 +82,8 @@ def divergence_reference(
             rows_N = times(log_q_NV.exp(), log_q_NV - log_p_NV).sum(-1)
         case "jsd":
             p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
-            # From the logarithms: where p and q both underflow, log(m) would be -inf and its gradient nan. Where both are
-            # exactly 0 that holds for logaddexp too.
+            # From the logarithms: where p and q both underflow, log(m) would be -inf and its gradient nan.
+            # Where both are exactly 0 that holds for logaddexp too.
             neither_NV = torch.isneginf(log_p_NV) & torch.isneginf(log_q_NV)
             log_m_NV = torch.logaddexp(
                 log_p_NV.masked_fill(neither_NV, 0.0) + math.log(beta),
@@ -200,14 +202,15 @@ def distill_loss(
 ) -> DistillTerms:
     """Divergence to the teacher and cross-entropy of logits, with the gradient from the same pass.
 
-    student_NV, teacher_NV: float, [N, V] (see `options.columns` where V differs); rows may lie apart, columns must be adjacent.
+    student_NV, teacher_NV: float, [N, V] (see `options.columns` where V differs); rows may lie apart, columns
+    must be adjacent.
     labels_N: int64, 0 to columns - 1, or options.ignore_index where there is none; None: no hard term.
     weights_N: float, of the soft term.
-    Labels out of range: the CPU's path raises ValueError and the reference IndexError; the Triton path, which never looks
-    at labels on the host, gives a hard term of +inf and the gradient of a label that is none of the columns; the torch
-    path on a GPU ends in torch's device-side assertion.
-    Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs backend="reference".
-    Raises ValueError for shapes, dtypes and paths that do not fit.
+    Labels out of range: the CPU's path raises ValueError and the reference IndexError; the Triton path, which
+    never looks at labels on the host, gives a hard term of +inf and the gradient of a label that is none of
+    the columns; the torch path on a GPU ends in torch's device-side assertion.
+    Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs
+    backend="reference". Raises ValueError for shapes, dtypes and paths that do not fit.
     """
     check_rows(student_NV, teacher_NV, Targets(labels_N, weights_N))
     width = options.width(student_NV.shape[1], teacher_NV.shape[1])

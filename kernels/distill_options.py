@@ -42,8 +42,9 @@ class DistillOptions:
     """cap * tanh(logits / cap), after the scale (Gemma 2's final_logit_softcapping)."""
     teacher_softcap: float | None = None
     columns: int | None = None
-    """Only the first `columns` of both vocabularies exist: the others (padding, tokens that one side lacks) have probability
-    0 on both sides and gradient 0, as if their logits were -inf. None: all, and both sides must be equally wide."""
+    """Only the first `columns` of both vocabularies exist: the others (padding, tokens that one side lacks)
+    have probability 0 on both sides and gradient 0, as if their logits were -inf. None: all, and both sides
+    must be equally wide."""
 
     def __post_init__(self) -> None:
         if self.divergence not in get_args(Divergence):
@@ -157,9 +158,9 @@ _FLOAT16_HEADROOM = 64.0
 def low_precision_unit(options: DistillOptions, dtype: torch.dtype) -> tuple[DistillOptions, float]:
     """(options to compute a gradient in `dtype` with, what to multiply it with afterwards, in float32).
 
-    float16 ends at 6e-8: a gradient of 1/V over 16384 tokens would be 0 before a loss scale reaches it. So there the
-    coefficients of the gradient are divided by the largest, and multiplied by a constant that leaves room for weights; the
-    quotient is folded into backward.
+    float16 ends at 6e-8: a gradient of 1/V over 16384 tokens would be 0 before a loss scale reaches it. So
+    there the coefficients of the gradient are divided by the largest, and multiplied by a constant that
+    leaves room for weights; the quotient is folded into backward.
     """
     unit = max(abs(options.soft) * options.temperature, abs(options.hard)) / _FLOAT16_HEADROOM
     if dtype != torch.float16 or unit == 0:

@@ -1,7 +1,8 @@
 """The path of distill.py for the CPU: blocks of rows that stay in the cache, worked on in vectorised sweeps.
 
-Nothing of size [N, V] is made but the gradient. It runs on a GPU too, in large blocks, where it never waits for the device:
-what it looks at on a CPU (which rows have labels, whether something is infinite) it works out for all rows there.
+Nothing of size [N, V] is made but the gradient. It runs on a GPU too, in large blocks, where it never waits
+for the device: what it looks at on a CPU (which rows have labels, whether something is infinite) it works out
+for all rows there.
 
 Legend: N rows (tokens), V vocabulary, R rows of a block, M of them labelled.
 """
@@ -52,8 +53,8 @@ _OFFSET = 8.0
 def _difference(x_RV: Tensor, largest_x_R: Tensor, y_RV: Tensor, largest_y_R: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
     """x - y in out_RV, and what of their largest logits' difference is still to be taken off it, [R].
 
-    Where that difference is large, each side gives up its largest logit first (x and y are overwritten): x - y would round
-    away the digits that the offset takes. Elsewhere two sweeps are saved.
+    Where that difference is large, each side gives up its largest logit first (x and y are overwritten): x -
+    y would round away the digits that the offset takes. Elsewhere two sweeps are saved.
     """
     offset_R = largest_x_R - largest_y_R
     if x_RV.device.type == "cpu" and not bool((offset_R.abs() > _OFFSET).any()):
@@ -122,8 +123,8 @@ def distill_rows_torch(
 ) -> None:
     """Write each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
-    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Without a teacher the soft
-    term is 0.
+    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Without a
+    teacher the soft term is 0.
     """
     rows, device, wide = student_NV.shape[0], student_NV.device, terms_N2.dtype
     width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])

@@ -1,17 +1,20 @@
 """The Triton path of distill.py: one launch that reads both logits once and writes the gradient once, for every vocabulary.
 
-A row is cut into K segments of BLOCK columns, one program each. A program keeps its segment of both sides in registers, adds up
-what it knows of the row (maxima, sums of exponentials, the divergence's mean), publishes that, waits for the row's other
-programs, combines all K parts in one fixed order, and writes the gradient of its segment from registers. No row is too long, no
-program holds more than BLOCK columns, and 3 N V elements move.
+A row is cut into K segments of BLOCK columns, one program each. A program keeps its segment of both sides in
+registers, adds up what it knows of the row (maxima, sums of exponentials, the divergence's mean), publishes
+that, waits for the row's other programs, combines all K parts in one fixed order, and writes the gradient of
+its segment from registers. No row is too long, no program holds more than BLOCK columns, and 3 N V elements
+move.
 
-Waiting is safe because work is numbered by a ticket and not by the program's index. Tickets are drawn when a program starts, so
-the K programs of the first unfinished row have all started as soon as K programs fit on the device together: each publishes
-before it waits, so that row ends, and with it, one after another, all rows. The launcher checks K against the number of
-multiprocessors. Which program gets which ticket changes nothing in the result.
+Waiting is safe because work is numbered by a ticket and not by the program's index. Tickets are drawn when a
+program starts, so the K programs of the first unfinished row have all started as soon as K programs fit on
+the device together: each publishes before it waits, so that row ends, and with it, one after another, all
+rows. The launcher checks K against the number of multiprocessors. Which program gets which ticket changes
+nothing in the result.
 
-Where that cannot be had (the interpreter runs programs one after another; AMD, whose scheduler has not been tried; a K beyond
-the multiprocessors) the same kernel is launched once for each exchange and reads its segment anew: 5 N V elements, 7 for JSD.
+Where that cannot be had (the interpreter runs programs one after another; AMD, whose scheduler has not been
+tried; a K beyond the multiprocessors) the same kernel is launched once for each exchange and reads its
+segment anew: 5 N V elements, 7 for JSD.
 
 Legend: N rows, V vocabulary, K segments of a row, B columns of a segment.
 """
@@ -33,8 +36,8 @@ from fastdistil.kernels.triton_launch import Launch, launch, on_device
 DIVERGENCES: dict[Divergence, int] = {"forward-kl": 0, "reverse-kl": 1, "jsd": 2}
 # Stages of a launch: all of it, or up to one of the exchanges.
 FUSED, FIRST, SECOND, LAST = 0, 1, 2, 3
-# Per segment: max and sum of exponentials of student / T, teacher / T and student, the divergence's unnormalised mean, the
-# label's logit; then JSD's two sums.
+# Per segment: max and sum of exponentials of student / T, teacher / T and student, the divergence's
+# unnormalised mean, the label's logit; then JSD's two sums.
 PARTS = 10
 INTEGERS = (
     *("student_row_stride", "teacher_row_stride", "grad_row_stride"),
@@ -45,8 +48,8 @@ INTEGERS = (
 def tile(width: int) -> tuple[int, int]:
     """(columns of a segment, warps): 8 columns a thread, which are one 16-byte load of bfloat16.
 
-    That leaves registers for two or three programs on a multiprocessor, some of which move data while another waits. Rows
-    beyond 2^16 columns take segments twice as long: each of K programs reads K parts.
+    That leaves registers for two or three programs on a multiprocessor, some of which move data while another
+    waits. Rows beyond 2^16 columns take segments twice as long: each of K programs reads K parts.
     """
     return (2048, 8) if width <= 2**16 else (4096, 16)
 
@@ -149,8 +152,8 @@ def distill_kernel(
     if not HAS_TEACHER:
         weighed = False
 
-    # Columns of a segment begin where 16-byte loads may: rows need not (V = 30522 in bfloat16). So the first segment of a row
-    # begins up to 7 columns before it, and `column` of those is negative.
+    # Columns of a segment begin where 16-byte loads may: rows need not (V = 30522 in bfloat16). So the first
+    # segment of a row begins up to 7 columns before it, and `column` of those is negative.
     start = row * student_row_stride
     aligned = start // 8 * 8 + segment.to(tl.int64) * BLOCK
     lane_B = tl.arange(0, BLOCK)
@@ -191,8 +194,8 @@ def distill_kernel(
                 max_1, sum_1 = _exp_sum(x_B)
         label_x = tl.max(tl.where(column_B == label, x_B, float("-inf")), 0)
         mean = sum_a * 0.0
-        # Each side less its largest before the difference: b - a would round away the digits that an offset between the
-        # sides takes.
+        # Each side less its largest before the difference: b - a would round away the digits that an offset
+        # between the sides takes.
         if DIVERGENCE == 0:
             d_B = b_B - _finite(max_b)
             e_B = tl.exp(d_B)

@@ -2,19 +2,20 @@
 
     student logits = student_hidden_ND @ student_weight_VD.T + student_bias_V          (the teacher likewise, width E)
 
-Rows are taken in chunks. Of each chunk both sides' logits are made, the loss writes its gradient over the student's, and two
-products turn that into the gradients of the hidden states and of the head, before the next chunk uses the same buffers:
+Rows are taken in chunks. Of each chunk both sides' logits are made, the loss writes its gradient over the
+student's, and two products turn that into the gradients of the hidden states and of the head, before the next
+chunk uses the same buffers:
 
     2 N V (3 D + E) floating-point operations (products for gradients nobody wants are left out), the least there is unless
     logits are computed twice; 7 elements moved per logit.
 
-How many rows a chunk has: every chunk reads both heads (V (D + E) elements) and reads and writes the head's gradient (2 V D in
-float32), against products that grow with its rows. On an H200 that overhead is about 255/rows of the products' time: 4096
-rows cost 6%, 32 rows eight times the products. So a chunk has 4096 rows (GPU) or 1024 (CPU), or fewer where two buffers of
-logits would not fit the budget below.
+How many rows a chunk has: every chunk reads both heads (V (D + E) elements) and reads and writes the head's
+gradient (2 V D in float32), against products that grow with its rows. On an H200 that overhead is about
+255/rows of the products' time: 4096 rows cost 6%, 32 rows eight times the products. So a chunk has 4096 rows
+(GPU) or 1024 (CPU), or fewer where two buffers of logits would not fit the budget below.
 
-Autocast: the student's hidden states decide the dtype of its products (under autocast: autocast's), the teacher keeps its own.
-The head's gradient is summed over chunks in float32.
+Autocast: the student's hidden states decide the dtype of its products (under autocast: autocast's), the
+teacher keeps its own. The head's gradient is summed over chunks in float32.
 
 Legend: N rows, C rows of a chunk, D student width, E teacher width, V vocabulary, K tokens of a sparse teacher.
 """
@@ -265,11 +266,12 @@ def linear_distill_loss(
 ) -> DistillTerms:
     """`distill_loss` of the two heads' logits, which never exist whole.
 
-    teacher: its head; or its likeliest tokens (see sparse_distill.py: forward KL only); or None for the hard term alone, as in
-    pre-training, where `options.soft` has no effect. labels_N (int64), weights_N (float): as in `distill_loss`.
+    teacher: its head; or its likeliest tokens (see sparse_distill.py: forward KL only); or None for the hard
+    term alone, as in pre-training, where `options.soft` has no effect. labels_N (int64), weights_N (float):
+    as in `distill_loss`.
     chunk_rows: rows of logits at a time; None: by the law above.
-    Gradients of the student's hidden states, weight and bias: each only if it requires one. Raises ValueError as `distill_loss`
-    does.
+    Gradients of the student's hidden states, weight and bias: each only if it requires one. Raises ValueError
+    as `distill_loss` does.
     """
     targets = Targets(labels_N, weights_N)
     _check(student, teacher, targets)
@@ -370,8 +372,9 @@ def bytes_moved(
 
 
 def workspace_bytes(rows: int, columns: int, student_width: int, itemsizes: int, device: torch.device) -> int:
-    """What the op holds at its worst instant: logits of a chunk, the head's gradient in float32 and, on a CPU, the blocks of
-    the loss; not the hidden states' gradient nor copies of the inputs. `itemsizes` as in `rows_per_chunk`."""
+    """What the op holds at its worst instant: logits of a chunk, the head's gradient in float32 and, on a
+    CPU, the blocks of the loss; not the hidden states' gradient nor copies of the inputs. `itemsizes` as in
+    `rows_per_chunk`."""
     chunk = min(rows, rows_per_chunk(rows, columns, itemsizes, device))
     blocks = 6 * 4 * min(max(BLOCK, columns), chunk * columns) if device.type == "cpu" else 0
     return chunk * columns * itemsizes + 4 * columns * student_width + blocks

@@ -2,22 +2,26 @@
 
     soft = T^2 sum_n w_n [ sum_k p_k (log p_k - log q_k) + p_r (log p_r - log q_r) ]           q = softmax(student / T)
 
-k runs over the K tokens listed for the row, r is one bucket for all others: p_r is the teacher's mass there (its `tail`), q_r
-the student's. p is renormalised so that sum p_k + p_r = 1. It is the divergence of the two distributions after the others have
-been merged, hence at most the dense forward KL (data processing), and equal to it where all V tokens are listed.
+k runs over the K tokens listed for the row, r is one bucket for all others: p_r is the teacher's mass there
+(its `tail`), q_r the student's. p is renormalised so that sum p_k + p_r = 1. It is the divergence of the two
+distributions after the others have been merged, hence at most the dense forward KL (data processing), and
+equal to it where all V tokens are listed.
 
     gradient, times T^2, in the student's logits:       listed  T (q_i - p_i)       others  T (q_i / q_r) (q_r - p_r)
 
-Without a tail p_r = 0: the listed part, renormalised, is the whole teacher, and the others get T q_i. That is a bias towards
-the listed tokens, which a tail does not have (Anshumann et al. 2025, Sparse Logit Sampling, section 3).
+Without a tail p_r = 0: the listed part, renormalised, is the whole teacher, and the others get T q_i. That is
+a bias towards the listed tokens, which a tail does not have (Anshumann et al. 2025, Sparse Logit Sampling,
+section 3).
 
 q_r is a sum over the unlisted columns, not 1 - sum q_k, which cancels where the list holds nearly all of the student's mass.
 
-Hard term, `total`, options and paths: as in distill.py. Only forward KL exists here: the other divergences need p of
-every token that q reaches. `teacher_scale` and `teacher_softcap` are for `top_k`, as log-probabilities come after them.
+Hard term, `total`, options and paths: as in distill.py. Only forward KL exists here: the other divergences
+need p of every token that q reaches. `teacher_scale` and `teacher_softcap` are for `top_k`, as
+log-probabilities come after them.
 
-What has no finite value, beyond distill.py: where q_r = 0 < p_r the soft term is +inf and its gradient finite (0 for the
-others). A row whose teacher has no mass at all has a nan soft term and gradient, unless its weight is 0.
+What has no finite value, beyond distill.py: where q_r = 0 < p_r the soft term is +inf and its gradient finite
+(0 for the others). A row whose teacher has no mass at all has a nan soft term and gradient, unless its weight
+is 0.
 
 Legend: N rows (tokens), V vocabulary, K listed tokens, R rows of a block.
 """
@@ -57,8 +61,9 @@ def top_k(
 ) -> SparseTeacher:
     """The k likeliest tokens of each row of logits, in float32 (float64 for float64), and the mass of the others.
 
-    min_probability: slots of less are unused, except for the likeliest token, and there is no tail: the part above the cut is
-    what is learnt from. scale, softcap, columns: as DistillOptions has them for the teacher. No gradient.
+    min_probability: slots of less are unused, except for the likeliest token, and there is no tail: the part
+    above the cut is what is learnt from. scale, softcap, columns: as DistillOptions has them for the teacher.
+    No gradient.
     """
     checked = DistillOptions(temperature=temperature, teacher_scale=scale, teacher_softcap=softcap, columns=columns)
     if teacher_NV.ndim != 2 or not teacher_NV.is_floating_point():
@@ -225,8 +230,9 @@ def sparse_distill_rows_torch(
 ) -> None:
     """Write each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
-    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Raises ValueError as
-    check_teacher does, and for tokens outside of the vocabulary (on the CPU; looking at them on a GPU would be a wait).
+    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Raises
+    ValueError as check_teacher does, and for tokens outside of the vocabulary (on the CPU; looking at them on
+    a GPU would be a wait).
     """
     check_teacher(student_NV, teacher, options)
     rows, device, wide = student_NV.shape[0], student_NV.device, terms_N2.dtype
@@ -335,8 +341,9 @@ def sparse_distill_loss(
 ) -> DistillTerms:
     """`distill_loss` with a teacher known by its likeliest tokens, at the temperature of the options.
 
-    student_NV: float [N, V], adjacent columns. labels_N, weights_N: as in `distill_loss`, labels out of range included. Only
-    the student's logits get a gradient, once, unless backend="reference". Raises ValueError for what does not fit.
+    student_NV: float [N, V], adjacent columns. labels_N, weights_N: as in `distill_loss`, labels out of range
+    included. Only the student's logits get a gradient, once, unless backend="reference". Raises ValueError
+    for what does not fit.
     """
     check_rows(student_NV, None, Targets(labels_N, weights_N))
     check_teacher(student_NV, teacher, options)

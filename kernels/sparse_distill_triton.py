@@ -1,9 +1,10 @@
 """The Triton path of sparse_distill.py: one program a row, two sweeps over its columns.
 
-The first sweep adds up the student's exponentials, at T over the unlisted columns and, for a labelled row, at 1 over all. The
-second writes the gradient of the unlisted columns. The K listed ones are gathered at the start and written at the end; no
-column is written twice, so the order of a program's writes does not matter. Which columns are listed stands in a bit mask
-[N, V / 32] that the program fills first (subtracting the listed from the sum of all would cancel).
+The first sweep adds up the student's exponentials, at T over the unlisted columns and, for a labelled row, at
+1 over all. The second writes the gradient of the unlisted columns. The K listed ones are gathered at the
+start and written at the end; no column is written twice, so the order of a program's writes does not matter.
+Which columns are listed stands in a bit mask [N, V / 32] that the program fills first (subtracting the listed
+from the sum of all would cancel).
 
 The second read comes from the second-level cache while the rows in flight fit there: 2 N V elements move, 3 where they do not.
 

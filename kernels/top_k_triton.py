@@ -6,8 +6,9 @@
     digit         four times: counts the candidates by 8 more bits of their keys, of those that share the k-th's bits so far
     tally, emit   how many of each tile are above the k-th and equal to it, their sums over the tiles, and so each one's place
 
-Counts are integers, so the order in which programs add them makes no difference: the result is the same bits every time,
-whatever the sample. In the worst case (everything equal) all elements are candidates, which costs six passes.
+Counts are integers, so the order in which programs add them makes no difference: the result is the same bits
+every time, whatever the sample. In the worst case (everything equal) all elements are candidates, which costs
+six passes.
 
 Legend: N elements, K selected, P tiles, S elements worked on at a time.
 """
@@ -76,8 +77,8 @@ def candidates_kernel(
 
 @triton.jit
 def _narrowed(states_ptr, counts_ptr, k, DIGIT: tl.constexpr):
-    """(the bits of the k-th largest key that the first DIGIT digits give, how many are still to be taken of those that share
-    them)."""
+    """(the bits of the k-th largest key that the first DIGIT digits give, how many are still to be taken of
+    those that share them)."""
     prefix = 0
     remaining = k
     if DIGIT > 1:
@@ -97,8 +98,8 @@ def _narrowed(states_ptr, counts_ptr, k, DIGIT: tl.constexpr):
 def digit_kernel(
     v_ptr, numbers_ptr, counts_ptr, states_ptr, digits_ptr, k, DIGIT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr
 ):
-    """Adds to digits[DIGIT, 256]; digit 0 is bits 31 (clear) to 24. states[DIGIT] gets what the digits before give, so that
-    later launches need not go back."""
+    """Adds to digits[DIGIT, 256]; digit 0 is bits 31 (clear) to 24. states[DIGIT] gets what the digits before
+    give, so that later launches need not go back."""
     tile = tl.program_id(0).to(tl.int64)
     prefix, remaining = _narrowed(states_ptr, digits_ptr, k, DIGIT)
     if tile == 0:
@@ -154,8 +155,9 @@ def emit_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The selected elements at their places: all above the k-th key, and the first `remaining` of those equal to it. ends[2,
-    P]: the tallies' sums up to and with a tile. CLEAR: v is the residual, where what is sent becomes 0."""
+    """The selected elements at their places: all above the k-th key, and the first `remaining` of those equal
+    to it. ends[2, P]: the tallies' sums up to and with a tile. CLEAR: v is the residual, where what is sent
+    becomes 0."""
     tile = tl.program_id(0).to(tl.int64)
     kth, remaining = _narrowed(states_ptr, digits_ptr, k, 4)
     count = tl.load(counts_ptr + tile)

@@ -39,8 +39,8 @@ def launch(
     num_warps: int,
     tuples: Mapping[str, Sequence[str | int]] | None = None,
 ) -> Launch:
-    """pointers: argument -> dtype. integers: 32-bit arguments. tuples: argument -> dtypes of pointers, or "i32"; or a number,
-    as Triton makes integers of 1 constants.
+    """pointers: argument -> dtype. integers: 32-bit arguments. tuples: argument -> dtypes of pointers, or
+    "i32"; or a number, as Triton makes integers of 1 constants.
 
     Other arguments that are no constexprs are float32.
     """

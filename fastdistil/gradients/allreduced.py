@@ -49,10 +49,10 @@ def _blocks(tensor_N: Tensor) -> Iterator[slice]:
 class Cast(Feedback):
     """Rounded to 16 bits.
 
-    float16 ends at 65504 and loses digits below 6e-5, and gradients lie anywhere. So they are scaled by a power of two, the
-    same on all ranks without asking: from the largest element of the last sum, `peak`, with room to grow by 2^HEADROOM_BITS
-    before the next one. Each rank keeps to its share of the range, so that no sum of finite gradients overflows: what is above
-    is cut off and waits in the residual.
+    float16 ends at 65504 and loses digits below 6e-5, and gradients lie anywhere. So they are scaled by a
+    power of two, the same on all ranks without asking: from the largest element of the last sum, `peak`, with
+    room to grow by 2^HEADROOM_BITS before the next one. Each rank keeps to its share of the range, so that no
+    sum of finite gradients overflows: what is above is cut off and waits in the residual.
     """
 
     dtype: torch.dtype

@@ -1,20 +1,22 @@
 """Gradients in flat buckets that travel between ranks once an update, overlapping the last backward.
 
-Parameters lie in a row, in the order in which backward finishes them; the row is cut into buckets, the first one small, and
-each parameter's `.grad` is a view into it: what travels is what autograd wrote. Hooks tell when a parameter's gradient is
-whole. On an update's last micro-batch a bucket leaves as soon as it is full, in the buckets' order, which is the same on all
-ranks; `finish` sends the rest and waits. In the micro-batches before, nothing travels.
+Parameters lie in a row, in the order in which backward finishes them; the row is cut into buckets, the first
+one small, and each parameter's `.grad` is a view into it: what travels is what autograd wrote. Hooks tell
+when a parameter's gradient is whole. On an update's last micro-batch a bucket leaves as soon as it is full,
+in the buckets' order, which is the same on all ranks; `finish` sends the rest and waits. In the micro-batches
+before, nothing travels.
 
 The order is the reverse of the model's at first; after the first update it is rank 0's observed one.
 
-What ranks get is the sum of their gradients: losses are divided by the tokens of the whole update, so nothing is averaged.
-A parameter that had no gradient on this rank adds zero. One that had none on any rank has `.grad` None after `finish`, so that
-the optimizer leaves it alone, as on one rank; all ranks know since a bit per parameter is summed with every update. But where
-compression keeps residuals, one that ever had a gradient may be owed a part of it: it keeps what arrived, perhaps zero, which
-AdamW takes for a gradient of zero.
+What ranks get is the sum of their gradients: losses are divided by the tokens of the whole update, so nothing
+is averaged. A parameter that had no gradient on this rank adds zero. One that had none on any rank has
+`.grad` None after `finish`, so that the optimizer leaves it alone, as on one rank; all ranks know since a bit
+per parameter is summed with every update. But where compression keeps residuals, one that ever had a gradient
+may be owed a part of it: it keeps what arrived, perhaps zero, which AdamW takes for a gradient of zero.
 
-An update that is dropped, or that the optimizer leaves out because something was not finite, leaves no trace in compression's
-states: each is copied before it changes. That costs another gradient's memory and five passes over it.
+An update that is dropped, or that the optimizer leaves out because something was not finite, leaves no trace
+in compression's states: each is copied before it changes. That costs another gradient's memory and five
+passes over it.
 
 Legend: P parameters, R ranks.
 """
@@ -64,7 +66,8 @@ class Buckets:
     """The gradients of `parameters` (trainable, each once), for a world of several ranks.
 
     An update: `zero`; backward for each micro-batch but the last; `arm`; the last backward; `finish`. With
-    `every_micro_batch` arm and finish go around each backward. A rank without a micro-batch calls them all the same.
+    `every_micro_batch` arm and finish go around each backward. A rank without a micro-batch calls them all
+    the same.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a compressor of gradients is: (gradient, state) -> (payload, state), and the collectives in between.
 
-Legend: N elements of a bucket (in names of tensors), R ranks, C elements of a rank's part of it, B blocks of a scale,
-K selected elements. A bucket's last parts are shorter than C, or empty.
+Legend: N elements of a bucket (in names of tensors), R ranks, C elements of a rank's part of it, B blocks of
+a scale, K selected elements. A bucket's last parts are shorter than C, or empty.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 CompressionState = dict[str, Tensor]
 """The tensors that one bucket keeps between updates; {} where there are none."""
 StateKind = Literal["rank", "chunk", "shared"]
-"""rank: each rank has its own, and their sum is what matters. chunk: rank r has part r of a whole, [B of the part, elements of
-a block]. shared: the same on all ranks."""
+"""rank: each rank has its own, and their sum is what matters. chunk: rank r has part r of a whole, [B of the
+part, elements of a block]. shared: the same on all ranks."""
 
 
 class Request(NamedTuple):
@@ -24,8 +24,8 @@ class Request(NamedTuple):
 
     kind: Literal["allreduce", "all_to_all", "all_gather"]
     tensor: Tensor
-    """1-D, contiguous. allreduce: the answer is the same tensor, summed. all_to_all, [R * c]: part i goes to rank i, and part
-    j of the answer is from rank j. all_gather, [c]: the answer is [R * c], in rank order."""
+    """1-D, contiguous. allreduce: the answer is the same tensor, summed. all_to_all, [R * c]: part i goes to
+    rank i, and part j of the answer is from rank j. all_gather, [c]: the answer is [R * c], in rank order."""
 
 
 CompressionSteps = Generator[Request, Tensor, tuple[Tensor, CompressionState]]

@@ -7,17 +7,19 @@
     int8       all-to-all, sum, all-gather                   2 (N-1)/N (n + 4n/block)
     top-k      all-gather                                    (N-1) 8k, so it is refused where that is more than `none` sends
 
-Every rank gives its gradient of a bucket, every rank gets the same sum, bit for bit. What a payload leaves out stays on the
-rank as `residual` and is added to its next gradient (error feedback; Seide et al. 2014, Karimireddy et al. 2019). int8
-rounds a second time, the sum: that rest stays with the rank that made it, as `server`. So nothing is lost:
+Every rank gives its gradient of a bucket, every rank gets the same sum, bit for bit. What a payload leaves
+out stays on the rank as `residual` and is added to its next gradient (error feedback; Seide et al. 2014,
+Karimireddy et al. 2019). int8 rounds a second time, the sum: that rest stays with the rank that made it, as
+`server`. So nothing is lost:
 
     sum over updates of what was received  +  all residuals  =  sum over updates and ranks of the gradients
 
 to the last bits, except that fp16 and bf16 payloads are also rounded while they are summed on the way.
 
-A gradient that is not finite makes the sum not finite on every rank, whatever was selected, and states stay finite. Such an
-update is skipped, with its whole gradient, and buckets.py puts the states back as they were before it: what had been owed and
-went with it is owed again. Gradients are float32, or float64 in tests; values that travel unrounded keep their dtype.
+A gradient that is not finite makes the sum not finite on every rank, whatever was selected, and states stay
+finite. Such an update is skipped, with its whole gradient, and buckets.py puts the states back as they were
+before it: what had been owed and went with it is owed again. Gradients are float32, or float64 in tests;
+values that travel unrounded keep their dtype.
 """
 
 from typing import assert_never
@@ -75,8 +77,8 @@ def _check_top_k(density: float, ranks: int) -> None:
 
 
 def starts_at(config: Compression) -> int:
-    """The first update, from 0, that is compressed; what is before it goes uncompressed. At least 1: the first update shows in
-    which order gradients get ready, and buckets are laid out anew after it."""
+    """The first update, from 0, that is compressed; what is before it goes uncompressed. At least 1: the
+    first update shows in which order gradients get ready, and buckets are laid out anew after it."""
     if config.kind == "none":
         return 0
     return max(1, config.warmup_updates)

@@ -29,8 +29,8 @@ WORTH = 0.02
 """A simpler compressor is taken where it costs at most this share of the update more."""
 
 GLOO_FP16_S = 22e-9
-"""Seconds in which Horovod's Gloo sums one float16 element: an allreduce of 16.8M between two ranks, which sum half of them
-each, took 130 to 245 ms where float32 took 37 to 66."""
+"""Seconds in which Horovod's Gloo sums one float16 element: an allreduce of 16.8M between two ranks, which
+sum half of them each, took 130 to 245 ms where float32 took 37 to 66."""
 
 # Of the residual before the update: it is copied, and what holds is chosen.
 _KEPT = 2 * 4 + 3 * 4
@@ -57,8 +57,8 @@ def allreduce_s(
 ) -> float:
     """Seconds of one ring allreduce of `nbytes`.
 
-    `bandwidth_bytes_per_s`: of one ring; several share a link of `link_bytes_per_s`. `latency_s`: of a step between nodes,
-    `local_latency_s` within one (None: the same).
+    `bandwidth_bytes_per_s`: of one ring; several share a link of `link_bytes_per_s`. `latency_s`: of a step
+    between nodes, `local_latency_s` within one (None: the same).
     """
     assert 1 <= nodes <= ranks
     if ranks == 1:
@@ -117,8 +117,8 @@ def predict(measured: MeasuredExchange, kind: PredictedKind) -> UpdatePrediction
     """An update with `kind`, from the measured one without compression."""
     exchange = _exchange_s(measured, kind)
     compress = touched_bytes(kind, measured.gradient_bytes) / measured.compress_bytes_per_s
-    # What is measured has the uncompressed exchange's exposed part in it: with U = c + exposed(c) and c the computing, solved
-    # for c where something was exposed, and where nothing was.
+    # What is measured has the uncompressed exchange's exposed part in it: with U = c + exposed(c) and c the
+    # computing, solved for c where something was exposed, and where nothing was.
     plain = _exchange_s(measured, "none")
     hidden_share = BACKWARD_SHARE * HIDING_SHARE / measured.accumulation
     computing = max((measured.update_s - plain) / (1 - hidden_share), 0.0)

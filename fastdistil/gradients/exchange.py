@@ -78,8 +78,8 @@ class LocalGradients:
         return {}
 
     def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Coordinator) -> list[str]:
-        """After weights and moments. `state`: what `state()` was in a world of any size, None if there was none; on rank 0
-        `read(r)` gives what its rank r's `tensors()` were. Returns what is to be told."""
+        """After weights and moments. `state`: what `state()` was in a world of any size, None if there was
+        none; on rank 0 `read(r)` gives what its rank r's `tensors()` were. Returns what is to be told."""
         if state is None or state["layout"] is None or state["kind"] == "auto":
             return []
         # Ranks that compressed had not sent all yet: it joins the next update's gradient, and is lost if that is skipped.

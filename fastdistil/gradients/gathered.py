@@ -1,5 +1,5 @@
-"""Compressors whose payloads cannot be summed on the way: top-k, which all ranks gather; int8, where each rank decodes and sums
-its part of the bucket.
+"""Compressors whose payloads cannot be summed on the way: top-k, which all ranks gather; int8, where each
+rank decodes and sums its part of the bucket.
 
 Legend: as in compressor.py.
 """
@@ -59,9 +59,9 @@ class TopK(Feedback):
 
 @dataclass(frozen=True)
 class Int8(Feedback):
-    """8 bits an element, and a scale for each block. Each rank sums one part of the bucket: it gets that part's codes from all
-    (all-to-all), rounds the sum again, with a residual of its own, and gives it to all (all-gather). Codes and their scales
-    travel in one buffer of bytes."""
+    """8 bits an element, and a scale for each block. Each rank sums one part of the bucket: it gets that
+    part's codes from all (all-to-all), rounds the sum again, with a residual of its own, and gives it to all
+    (all-gather). Codes and their scales travel in one buffer of bytes."""
 
     rank: int
     block: int

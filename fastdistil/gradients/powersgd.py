@@ -4,8 +4,9 @@
     Q = M' P      summed over ranks, the next update's start
     M ~ P Q'      of the sum over ranks
 
-Source: Vogels, Karimireddy, Jaggi 2019, algorithm 1: one step of power iteration an update, started where the last one ended.
-Each matrix is made orthonormal by itself, also where several of one shape lie in a bucket and where the rank is 1.
+Source: Vogels, Karimireddy, Jaggi 2019, algorithm 1: one step of power iteration an update, started where the
+last one ended. Each matrix is made orthonormal by itself, also where several of one shape lie in a bucket and
+where the rank is 1.
 
 Legend: B matrices of one shape [M, N] in a bucket, R columns of the factors.
 """
@@ -93,8 +94,8 @@ def _cut(flat: Tensor, shapes: list[tuple[int, int, int]]) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=4096)
 def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> FactorPlan:
-    """Matrices are the parameters with at least two dimensions, as [first, rest]; those whose factors would not be smaller by
-    `min_rate` are sent as they are, like vectors and whatever lies between parameters."""
+    """Matrices are the parameters with at least two dimensions, as [first, rest]; those whose factors would
+    not be smaller by `min_rate` are sent as they are, like vectors and whatever lies between parameters."""
     # First elements of the matrices of each shape.
     shapes: dict[tuple[int, int], list[int]] = {}
     for first, shape in pieces:
@@ -116,8 +117,8 @@ def make_plan(numel: int, pieces: Pieces, rank: int, min_rate: float) -> FactorP
 def orthonormal(columns_BMR: Tensor) -> Tensor:
     """Gram-Schmidt, each column twice (Giraud et al. 2005: then orthogonal to the last bits); its own matrix's columns only.
 
-    A column that the ones before it span, up to rounding, becomes 0: its direction would be noise, and not orthogonal to them.
-    What is not finite stays so.
+    A column that the ones before it span, up to rounding, becomes 0: its direction would be noise, and not
+    orthogonal to them. What is not finite stays so.
     """
     made_BMR = torch.zeros_like(columns_BMR)
     negligible = 100 * torch.finfo(columns_BMR.dtype).eps
