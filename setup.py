@@ -20,6 +20,7 @@ setup(
     package_dir={"fastdistil.kernels": "kernels", "fastdistil.profiling": "profiling"},
     package_data={
         "fastdistil": ["py.typed", "recipes/*.yaml"],
+        "fastdistil.install": ["*.patch"],
         "fastdistil.launch": ["templates/*.j2"],
         "fastdistil.profiling.report": ["static/*", "templates/*.j2"],
         "fastdistil.studies": ["networks/*.yaml", "tables/*.yaml"],

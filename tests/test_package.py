@@ -58,6 +58,7 @@ def expected_members() -> set[str]:
     expected |= {f"fastdistil/recipes/{path.name}" for path in (ROOT / "fastdistil" / "recipes").glob("*.yaml")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastdistil" / "studies").glob("*/*.yaml")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastdistil" / "launch" / "templates").iterdir()}
+    expected.add("fastdistil/install/horovod-0.28.1.patch")
     report = ROOT / "profiling" / "report"
     expected |= {f"fastdistil/profiling/report/static/{path.name}" for path in (report / "static").iterdir()}
     expected |= {f"fastdistil/profiling/report/templates/{path.name}" for path in (report / "templates").glob("*.j2")}

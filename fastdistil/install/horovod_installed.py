@@ -1,6 +1,7 @@
 """The Horovod of this environment, seen from outside: what its files say, what a child process can do with it.
 
-Nothing is imported here but the standard library, and Horovod in child processes only: a broken one takes nobody along.
+Nothing is imported here but the standard library, and Horovod in child processes only: a broken one takes
+nobody along.
 """
 
 import ast
@@ -18,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# What Horovod imports at run time; pyproject.toml's extra `horovod` lists the same. setuptools: horovod.runner imports
-# distutils, which Python has not had of its own since 3.12.
-REQUIREMENTS = ("cloudpickle", "packaging", "psutil", "pyyaml", "setuptools")
 STAMP = "fastdistil_build.py"
-CHECK_SECONDS = 300
+"""The file in the package horovod that holds its Build (horovod_build.py)."""
+CHECK_S = 300
 
 PROBE = """
 import json
@@ -30,43 +29,44 @@ import horovod.torch as hvd
 print(json.dumps({"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built(), "nccl": int(hvd.nccl_built())}))
 """
 
-# A rank of the check; NCCL wants a GPU for each, so tensors on GPUs are tried where there are two.
+# A rank of the check. Rank 0 serves the rendezvous and starts rank 1. NCCL wants a GPU for each rank, so tensors on
+# GPUs are tried where there are two.
 RANK = """
+import os, subprocess, sys, threading
+rank = os.environ.setdefault("HOROVOD_RANK", "0")
+os.environ["HOROVOD_LOCAL_RANK"] = rank
+if rank == "0":
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+    server = RendezvousHTTPServer(("127.0.0.1", 0), RendezvousHandler, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"] = str(server.server_address[1])
+    rank_1 = subprocess.Popen(sys.orig_argv, env={**os.environ, "HOROVOD_RANK": "1"})
 import torch
 import horovod.torch as hvd
 hvd.init()
-devices = ["cpu"] + ([f"cuda:{hvd.local_rank()}"] if hvd.nccl_built() and torch.cuda.device_count() >= 2 else [])
+devices = ["cpu"] + ([f"cuda:{rank}"] if hvd.nccl_built() and torch.cuda.device_count() >= 2 else [])
 for device in devices:
     if device != "cpu":
         torch.cuda.set_device(device)
-    own = torch.arange(1000, dtype=torch.float32, device=device) * (hvd.rank() + 1)
-    added = hvd.allreduce(own, op=hvd.Sum, name=device.split(":")[0])
-    assert added.tolist() == [3.0 * i for i in range(1000)], f"wrong sum on {device}: {added[:4].tolist()}..."
+    addend = torch.arange(1000, dtype=torch.float32, device=device) * (hvd.rank() + 1)
+    total = hvd.allreduce(addend, op=hvd.Sum, name=device.split(":")[0])
+    assert total.tolist() == [3.0 * i for i in range(1000)], f"wrong sum on {device}: {total[:4].tolist()}..."
 hvd.shutdown()
+sys.exit(rank_1.wait() if rank == "0" else 0)
 """
-
-CHECK = """
-import os, subprocess, sys
-from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-from horovod.runner.http.http_server import RendezvousServer
-server = RendezvousServer()
-port = server.start()
-slots = get_host_assignments(parse_hosts("localhost:2"), 2)
-server.init(slots)
-ranks = []
-for slot in slots:
-    place = {
-        "RANK": slot.rank, "SIZE": slot.size, "LOCAL_RANK": slot.local_rank, "LOCAL_SIZE": slot.local_size,
-        "CROSS_RANK": slot.cross_rank, "CROSS_SIZE": slot.cross_size, "HOSTNAME": slot.hostname,
-        "GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "GLOO_RENDEZVOUS_PORT": port, "GLOO_IFACE": "lo",
-        "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
-    }
-    environ = {**os.environ, **{"HOROVOD_" + name: str(value) for name, value in place.items()}}
-    ranks.append(subprocess.Popen([sys.executable, "-P", "-c", os.environ["FASTDISTIL_RANK"]], env=environ))
-codes = [rank.wait() for rank in ranks]
-server.stop()
-sys.exit(f"the ranks exited with {codes}" if any(codes) else 0)
-"""
+_RANK_ENVIRONMENT = {
+    "HOROVOD_SIZE": "2",
+    "HOROVOD_LOCAL_SIZE": "2",
+    "HOROVOD_CROSS_RANK": "0",
+    "HOROVOD_CROSS_SIZE": "1",
+    "HOROVOD_HOSTNAME": "localhost",
+    "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+    "HOROVOD_GLOO_IFACE": "lo",
+    "HOROVOD_CONTROLLER": "gloo",
+    "HOROVOD_CPU_OPERATIONS": "gloo",
+    "HOROVOD_CYCLE_TIME": "0.1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Torch:
 
 
 def package_directory(name: str) -> Path | None:
-    """Where a package lies, without importing it."""
+    """Return where a package lies, without importing it."""
     try:
         spec = importlib.util.find_spec(name)
     except ValueError:  # a stand-in in sys.modules
@@ -94,6 +94,7 @@ def package_directory(name: str) -> Path | None:
 
 
 def installed_torch() -> Torch | None:
+    """Return what the installed torch says of itself, without importing it."""
     directory = package_directory("torch")
     if directory is None or not (directory / "version.py").is_file():
         return None
@@ -102,19 +103,18 @@ def installed_torch() -> Torch | None:
 
 
 def installed_build() -> dict[str, str] | None:
-    """The Build of the installed Horovod; None where there is none or it was not built here."""
+    """Return the Build of the installed Horovod; None where there is none or it was not built here."""
     directory = package_directory("horovod")
-    if directory is None or not (directory / STAMP).is_file():
-        return None
     try:
+        assert directory is not None
         build = ast.literal_eval((directory / STAMP).read_text(encoding="utf-8").removeprefix("BUILD = "))
-    except (OSError, ValueError, SyntaxError):  # cut off, say
+    except (AssertionError, OSError, ValueError, SyntaxError):  # cut off, say
         return None
     return build if isinstance(build, dict) else None
 
 
 def state() -> HorovodState:
-    """Whether the installed Horovod fits the installed torch, by what its files say. Cheap: nothing is imported."""
+    """Judge by its files whether the installed Horovod fits the installed torch. Cheap: nothing is imported."""
     directory = package_directory("horovod")
     if directory is None:
         return HorovodState("absent", "not installed")
@@ -131,43 +131,39 @@ def state() -> HorovodState:
 
 
 def probe() -> dict[str, int] | str:
-    """{"gloo": 0 or 1, "mpi": 0 or 1, "nccl": version or 0} of the installed Horovod as a child process sees it, or why not."""
+    """Import the installed Horovod in a child process, and return what it has, or why it does not load.
+
+    What it has is {"gloo": 0 or 1, "mpi": 0 or 1, "nccl": version or 0}.
+    """
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", PROBE], capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
-        )
+        done = _run(PROBE, os.environ)
     except subprocess.TimeoutExpired:
-        return f"importing it takes more than {CHECK_SECONDS} s"
+        return f"importing it takes more than {CHECK_S} s"
     if done.returncode == 0:
         return {name: int(value) for name, value in json.loads(done.stdout.splitlines()[-1]).items()}
     return (done.stderr.strip().splitlines() or [f"importing it ends the process with {done.returncode}"])[-1]
 
 
-def is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def two_ranks(environ: Mapping[str, str]) -> str:
-    """Whether two ranks of the Horovod that a child process finds can add up a tensor: nothing, or what went wrong."""
+    """Let two ranks of the Horovod that `environ` leads to add up a tensor; return what went wrong, or nothing."""
     clean = {name: value for name, value in environ.items() if not name.startswith("HOROVOD_")}
-    clean |= {"FASTDISTIL_RANK": RANK, "HOROVOD_CYCLE_TIME": "0.1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", CHECK]
+    try:
+        done = _run(RANK, clean | _RANK_ENVIRONMENT)
+    except subprocess.TimeoutExpired:
+        return f"not done within {CHECK_S} s"
+    last_lines = (done.stdout + done.stderr).strip().splitlines()[-5:]
+    return " | ".join(last_lines or [f"exit {done.returncode}"]) if done.returncode else ""
+
+
+def _run(script: str, environ: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a Python script for at most CHECK_S. Whatever it started is gone afterwards."""
+    command = [sys.executable, "-P", "-c", script]
     with subprocess.Popen(
-        command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            output, _ = process.communicate(timeout=CHECK_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"not done within {CHECK_SECONDS} s"
+            stdout, stderr = process.communicate(timeout=CHECK_S)
         finally:
-            with_all_its_children(process)
-    return " | ".join(output.strip().splitlines()[-5:] or ["exit"]) if process.returncode else ""
-
-
-def with_all_its_children(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

@@ -1,9 +1,8 @@
-"""Building Horovod: the edits, what a wheel is kept under, the cache, the messages; and the installed one with two ranks.
+"""Building Horovod: the patch, what a wheel is kept under, the cache, the messages; and the installed one with two ranks.
 
 The build itself takes minutes: `make test` runs it, before these tests.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -23,22 +22,24 @@ import pytest
 from fastdistil.errors import UserError
 from fastdistil.install import horovod_build, horovod_installed, horovod_tools
 from fastdistil.install.horovod_build import (
+    IDLE_CYCLES,
+    PATCH,
+    REQUIREMENTS,
     Build,
     BuildFailed,
-    apply_edits,
+    apply_patch,
     cached_wheel,
-    edits_for,
     locked,
     main,
     wanted_build,
 )
 from fastdistil.install.horovod_installed import STAMP, Torch, installed_torch, probe, two_ranks
-from fastdistil.install.horovod_tools import Cuda, find_cuda, first_line, link_libraries, nccl_version
+from fastdistil.install.horovod_tools import Cuda, find_cuda, link_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Build(
     horovod="0.28.1",
-    edits="a hash",
+    patch="a hash",
     torch="2.13.0+cpu",
     torch_revision="cf30153",
     python="cpython-311-x86_64-linux-gnu",
@@ -48,50 +49,17 @@ BUILD = Build(
     cuda="13.0",
     nccl="2.29.7",
 )
-# Lines of Horovod 0.28.1, those that are edited and their neighbours.
-SOURCES = {
-    "CMakeLists.txt": (
-        "project(horovod CXX)\n\nset(CMAKE_CXX_STANDARD 14)\nset(CMAKE_CXX_STANDARD_REQUIRED ON)\n"
-        "include(CheckLanguage)\ncheck_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)\n    find_package(CUDAToolkit)\nendif()\n"
-    ),
-    "horovod/torch/CMakeLists.txt": 'if(NOT Pytorch_VERSION VERSION_LESS "1.5.0")\n    set(CMAKE_CXX_STANDARD 14)\nendif()\n',
-    "setup.py": "if not os.environ.get('HOROVOD_WITHOUT_PYTORCH'):\n    require_list.append('cffi>=1.4.0')\n",
-    "cmake/Modules/FindPytorch.cmake": (
-        'execute_process(COMMAND ${PY_EXE} -c "import torch; from torch.utils.cpp_extension import CUDA_HOME; '
-        'print(True if ((torch.version.cuda is not None) and (CUDA_HOME is not None)) else False)"\n'
-    ),
-    "horovod/common/gloo/gloo_context.cc": (
-        "  gloo_iface_ = gloo_iface;\n  attr device_attr;\n  device_attr.iface = gloo_iface_;\n  auto dev = CreateDevice();\n"
-        "void GlooContext::InitializeForProcessSet(const GlooContext& global_context,\n  }\n\n"
-        "  attr device_attr;\n  device_attr.iface = gloo_iface_;\n  device_attr.ai_family = AF_UNSPEC;\n"
-    ),
-    "horovod/common/parameter_manager.cc": (
-        "  if (fixed) {\n    fixed_values_[variable] = value;\n    ResetBayes();\n  } else {\n"
-        "    Eigen::VectorXd v = TunableParameter::BestValue();\n    v[index_[variable]] = value;\n  }\n"
-    ),
-    "horovod/common/tensor_queue.cc": (
-        "void TensorQueue::FinalizeTensorQueue(const Status& status) {\n  std::lock_guard<std::mutex> guard(mutex_);\n"
-        "  for (auto& e : tensor_table_) {\n    e.second.FinishWithCallback(status);\n  }\n  tensor_table_.clear();\n"
-        "  while (!message_queue_.empty()) {\n    message_queue_.pop();\n  }\n}\n"
-    ),
-    "horovod/common/tensor_queue.h": (
-        "  const TensorTableEntry& GetTensorEntry(const std::string& tensor_name) const;\n\n"
-        "  bool IsTensorPresentInTable (const std::string& tensor_name) const;\n"
-    ),
-    "horovod/common/operations.cc": (
-        "  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {\n"
-        "    std::this_thread::sleep_for(sleep_duration);\n  }\n  state.last_cycle_start = std::chrono::steady_clock::now();\n"
-    ),
-    "horovod/common/ops/cuda/CMakeLists.txt": "set(CMAKE_CUDA_STANDARD 11)\nset(CMAKE_CUDA_STANDARD_REQUIRED ON)\n",
-}
-CUDA = Cuda(Path("/usr/local/cuda"), "13.0", Path("/usr"))
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    for name, text in SOURCES.items():
+    """The lines of Horovod 0.28.1 that the patch expects, apart from one another."""
+    for part in PATCH.read_text().split("\ndiff ")[1:]:
+        name, *lines = part.splitlines()
+        first = next(number for number, line in enumerate(lines) if line.startswith("@@"))
+        kept = ["..." if line.startswith("@@") else line[1:] for line in lines[first:] if re.match("@@|[- ]", line)]
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text("\n".join(kept) + "\n")
     return tmp_path
 
 
@@ -102,30 +70,33 @@ def program(path: Path, script: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("cuda", [None, CUDA], ids=["cpu", "cuda"])
-def test_edits(cuda: Cuda | None, sources: Path) -> None:
-    apply_edits(sources, edits_for(cuda))
-    edited = {name: (sources / name).read_text() for name in SOURCES}
-    top = edited["CMakeLists.txt"]
-    assert "set(CMAKE_CXX_STANDARD 17)" in top
-    assert "set(CMAKE_CXX_STANDARD 17)" in edited["horovod/torch/CMakeLists.txt"]
-    assert "cffi" not in edited["setup.py"]
-    initial, process_set = edited["horovod/common/gloo/gloo_context.cc"].split("InitializeForProcessSet")
-    assert "iface = gloo_iface_;" in initial and "iface = global_context.gloo_iface_;" in process_set
-    manager = edited["horovod/common/parameter_manager.cc"]
-    assert "} else if (fixed_values_.find(variable) == fixed_values_.end()) {\n    Eigen" in manager
-    compile(edited["setup.py"], "setup.py", "exec")
-    assert ("check_language(CUDA)" in top) == (cuda is not None)
-    assert top.count("if(") == 2 * top.count("endif()"), "balanced: each endif() holds an if("
-    assert ("CUDA_STANDARD 17" in edited["horovod/common/ops/cuda/CMakeLists.txt"]) == (cuda is not None)
-    assert ("print(False)" in edited["cmake/Modules/FindPytorch.cmake"]) == (cuda is None)
+def test_patch(sources: Path) -> None:
+    before = {str(path.relative_to(sources)): path.read_text() for path in sources.rglob("*") if path.is_file()}
+    apply_patch(sources, PATCH.read_text())
+    after = {name: (sources / name).read_text() for name in before}
+    assert len(before) == PATCH.read_text().count("\n+++ b/") == 10
+    assert all(before[name] != after[name] for name in before)
+    for name in ("CMakeLists.txt", "horovod/torch/CMakeLists.txt", "horovod/common/ops/cuda/CMakeLists.txt"):
+        assert re.findall(r"STANDARD (\d\d)\)", before[name]) != ["17"] == re.findall(r"STANDARD (\d\d)\)", after[name])
+    top = after["CMakeLists.txt"]
+    assert "if(DEFINED ENV{HOROVOD_GPU})\n    check_language(CUDA)\nendif()\n" in top
+    opened = [len(re.findall(r"\bif\(", text)) - text.count("endif(") for text in (before["CMakeLists.txt"], top)]
+    assert opened[0] == opened[1], "balanced"
+    assert "cffi>=" not in after["setup.py"] and "require_list.append('setuptools')" in after["setup.py"]
+    assert "iface = global_context.gloo_iface_;" in after["horovod/common/gloo/gloo_context.cc"]
+    assert "} else if (fixed_values_.find(variable) ==" in after["horovod/common/parameter_manager.cc"]
+    assert f'GetIntEnvOrDefault("{IDLE_CYCLES}", 1)' in after["horovod/common/operations.cc"]
 
 
-@pytest.mark.parametrize(("text", "times"), [("set(CMAKE_CXX_STANDARD 20)\n", 0), ("set(CMAKE_CXX_STANDARD 14)\n" * 2, 2)])
-def test_other_sources_are_refused(text: str, times: int, sources: Path) -> None:
-    (sources / "CMakeLists.txt").write_text(text)
-    with pytest.raises(BuildFailed, match=rf"STANDARD 14.* once in Horovod's CMakeLists\.txt, found it {times} times"):
-        apply_edits(sources, edits_for(None))
+@pytest.mark.parametrize(("text", "times"), [("a\nb\nd\n", 0), ("a\nb\nc\n" * 2, 2)])
+def test_other_sources_are_refused(text: str, times: int, tmp_path: Path) -> None:
+    patch = "Why.\n\n--- a/file\n+++ b/file\n@@ -9,3 +9,4 @@ where\n a\n-b\n+B\n+-\n c\n@@ -20 +21 @@\n-z\n+y\n\nThe next\n"
+    (tmp_path / "file").write_text("first\na\nb\nc\nlast\nz\n")
+    apply_patch(tmp_path, patch)
+    assert (tmp_path / "file").read_text() == "first\na\nB\n-\nc\nlast\ny\n"
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(BuildFailed, match=rf"wanted 'a.*c.*' once in Horovod's file, found it {times} times"):
+        apply_patch(tmp_path, patch)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Build)])
@@ -179,8 +150,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
 def pip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What pip is asked to install."""
     requirements: list[str] = []
-    monkeypatch.setattr(horovod_build, "is_installed", lambda _: True)
-    monkeypatch.setattr(horovod_build, "pip_install", lambda _log, _environ, *arguments: requirements.append(arguments[-1]))
+    monkeypatch.setattr(horovod_build, "installed_version", lambda _: "1.0")
+    monkeypatch.setattr(horovod_build, "_pip", lambda _log, _environ, *arguments: requirements.append(arguments[-1]))
     return requirements
 
 
@@ -282,7 +253,7 @@ def test_failing_command_shows_what_went_wrong(tmp_path: Path, capsys: pytest.Ca
     script = "print('error: no member named x', flush=True); import subprocess; subprocess.run(['false'], check=True)"
     log = tmp_path / "log"
     with pytest.raises(BuildFailed, match=rf"building failed \(exit 1\); above the end of its log, {log}"):
-        horovod_build.run_logged([sys.executable, "-c", script], log, os.environ, tmp_path, "building")
+        horovod_build.run_logged([sys.executable, "-c", script], log, os.environ, "building", tmp_path)
     assert capsys.readouterr().err == "error: no member named x\n"
     assert "CalledProcessError" in log.read_text()
 
@@ -305,7 +276,7 @@ def test_toolkit_of_torchs_cuda(cuda_home: Path, tmp_path: Path) -> None:
     torch = Torch("2.13.0+cu130", "", "13.0", None)
     named = find_cuda(torch, {"CUDA_HOME": str(cuda_home), "PATH": str(tmp_path)})
     assert named == Cuda(cuda_home, "13.0", cuda_home)
-    assert nccl_version(named.nccl) == "2.29.7"
+    assert isinstance(named, Cuda) and named.nccl_version == "2.29.7"
     assert wanted_build(torch, named, {"PATH": ""}).title.endswith("Gloo, NCCL")
     # A wrapper script on PATH names the toolkit.
     program(tmp_path / "bin/nvcc", f"echo '#$ TOP={cuda_home}/bin/..'")
@@ -330,7 +301,7 @@ def test_installed_one_needs_no_cuda_compiler(
     assert "pip install 'nvidia-cuda-nvcc==99.1.*'" in capsys.readouterr().err
     built = {**asdict(wanted_build(torch, None, elsewhere)), "cuda": "99.1", "nccl": "2.99.0", "compiler": "g++"}
     monkeypatch.setattr(horovod_build, "installed_build", lambda: built)
-    monkeypatch.setattr(horovod_build, "is_installed", lambda _: True)
+    monkeypatch.setattr(horovod_build, "installed_version", lambda _: "1.0")
     monkeypatch.setattr(horovod_build, "probe", dict)
     assert main([], elsewhere) == 0
     assert "Horovod 0.28.1 for torch 2.13.0+cu999 with Gloo, NCCL is installed" in capsys.readouterr().out
@@ -445,27 +416,26 @@ def ends(pid: int, within_s: float = 60) -> bool:
 
 def test_two_ranks_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that hangs ends in time, and its processes with it; one that fails says so."""
-    for name in ("horovod", "horovod/runner", "horovod/runner/common", "horovod/runner/common/util", "horovod/runner/http"):
+    for name in ("horovod", "horovod/runner", "horovod/runner/http"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-    (tmp_path / "horovod/runner/common/util/hosts.py").write_text("get_host_assignments = parse_hosts = None\n")
     server = tmp_path / "horovod/runner/http/http_server.py"
     server.write_text(
         "import subprocess, pathlib\n"
-        "class RendezvousServer:\n"
-        "    def start(self):\n"
-        "        child = subprocess.Popen(['sleep', '1000'])\n"
-        "        written = pathlib.Path(__file__).with_name('writing')\n"
-        "        written.write_text(str(child.pid))\n"
-        "        written.rename(written.with_name('pid'))\n"
-        "        child.wait()\n"
+        "RendezvousHandler = None\n"
+        "def RendezvousHTTPServer(*arguments):\n"
+        "    child = subprocess.Popen(['sleep', '1000'])\n"
+        "    written = pathlib.Path(__file__).with_name('writing')\n"
+        "    written.write_text(str(child.pid))\n"
+        "    written.rename(written.with_name('pid'))\n"
+        "    child.wait()\n"
     )
 
     class Impatient(subprocess.Popen[str]):
         """Its time is over as soon as the child is there."""
 
         def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002
-            assert timeout == horovod_installed.CHECK_SECONDS
+            assert timeout == horovod_installed.CHECK_S
             while not server.with_name("pid").exists():
                 time.sleep(0.01)
             raise subprocess.TimeoutExpired(self.args, timeout)
@@ -492,9 +462,20 @@ def test_two_ranks_of_the_installed_one_add_up(need: Callable[[str, str], None])
 def test_requirements_are_declared_and_pinned() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["optional-dependencies"]["horovod"]
-    assert [re.split("[<>=~]", requirement)[0] for requirement in declared] == list(horovod_installed.REQUIREMENTS)
+    assert [re.split("[<>=~]", requirement)[0] for requirement in declared] == list(REQUIREMENTS)
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert set(horovod_installed.REQUIREMENTS) <= pinned
-    for name in horovod_installed.REQUIREMENTS:
-        assert horovod_installed.is_installed(name) == bool(importlib.metadata.version(name))
-    assert first_line(None) == ""
+    assert set(REQUIREMENTS) <= pinned
+
+
+def test_missing_requirements_are_installed_with_their_constraints(
+    elsewhere: dict[str, str], pip: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = Torch("2.13.0+cpu", "cf30153", None, None)
+    built = asdict(wanted_build(torch, None, elsewhere))
+    monkeypatch.setattr(horovod_build, "installed_build", lambda: built)
+    assert main([], elsewhere) == 0 and pip == []
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(horovod_build, "installed_version", lambda name: None if name == "psutil" else "1.0")
+    monkeypatch.setattr(horovod_build, "_pip", lambda _log, _environ, *arguments: commands.append(arguments))
+    assert main(["--constraint", "pins.txt"], elsewhere) == 0
+    assert commands == [("install", "-c", "pins.txt", "psutil")]
