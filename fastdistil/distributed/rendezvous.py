@@ -156,7 +156,10 @@ def _not_reached(address: str, port: int, timeout_s: float) -> str:
 
 
 def own_address(name: str, nodes: int) -> str:
-    """Of this machine, by a name that the other nodes know it by. Raises UserError where that leads them nowhere."""
+    """Return this machine's address, by a name that the other nodes know it by.
+
+    Raises UserError where that leads them nowhere.
+    """
     address = socket.gethostbyname(name)
     if nodes > 1 and address.startswith("127.") and name != "localhost" and name != address:
         raise UserError(

@@ -16,8 +16,9 @@ from fastdistil.recipe import WorldOptions as Options
 
 _FOREVER = timedelta(days=7)
 GLOO_THREADS = 8
-"""Of a ring: so many buckets under way at once, over one connection; groups that torch makes itself have 2. Beside DDP, which
-uses those: benchmarks/test_exchange.py."""
+"""Threads of a ring: so many buckets are under way at once, over one connection.
+
+Groups that torch makes itself have 2. Beside DDP, which uses those: benchmarks/test_exchange.py."""
 
 
 class TorchWorld(World):

@@ -50,11 +50,11 @@ OnConnect = Callable[[Connect], RankWatch | None]
 
 @dataclass
 class Counters:
-    """Since the start: what this rank sent. Bytes are those of ring and pairwise algorithms, without packet headers."""
+    """What this rank sent since the start. Bytes are those of ring and pairwise algorithms, without packet headers."""
 
     gradient_collectives: int = 0
     ring_bytes: list[int] = field(default_factory=list)
-    """Of gradients, per ring."""
+    """Traffic of gradients, per ring."""
     control_messages: int = 0
     control_bytes: int = 0
 
@@ -63,7 +63,7 @@ class Counters:
         return sum(self.ring_bytes)
 
     def since(self, before: "Counters") -> dict[str, Any]:
-        """As fields of an event."""
+        """Return the counts as fields of an event."""
         return {
             "gradient_collectives": self.gradient_collectives - before.gradient_collectives,
             "gradient_bytes": self.gradient_bytes - before.gradient_bytes,
@@ -159,7 +159,7 @@ class World:
             raise self._lost(handle.name, error) from error
 
     def sum(self, values: Sequence[int], name: str) -> list[int]:
-        """Of every rank's 64-bit integers, on every rank."""
+        """Return the sums of all ranks' 64-bit integers, on every rank."""
         return self.wait(self.sum_async(values, name)).tolist()
 
     def sum_async(self, values: Sequence[int], name: str) -> Handle:
@@ -243,7 +243,7 @@ class World:
         return Handle(name, lambda: True, lambda: sent)
 
     def _splits(self, sent_bytes: int, received_bytes: int, source: int, target: int) -> tuple[list[int], list[int]]:
-        """Of an uneven all-to-all: what this rank sends to each, and receives from each."""
+        """Return what this rank sends to each, and receives from each, in an uneven all-to-all."""
         ranks = range(self.size)
         return [sent_bytes * (r == target) for r in ranks], [received_bytes * (r == source) for r in ranks]
 

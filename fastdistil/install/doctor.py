@@ -52,8 +52,8 @@ class Finding:
 
 def examine(directory: Path = Path()) -> list[Finding]:
     """Look at the installation, the devices and `directory` (where runs would be written). Takes seconds: imports torch."""
-    torch, _ = load_torch()
-    devices = [] if torch is None or missing_parts() else [*processor(torch), *gpus(torch)]
+    torch, _ = _load_torch()
+    devices = [] if torch is None or _missing_parts() else [*processor(torch), *gpus(torch)]
     return [*versions(), *devices, *options(), *disk(directory)]
 
 
@@ -84,17 +84,17 @@ def versions() -> list[Finding]:
     findings = [
         Finding("fastdistil", __version__),
         release("Python", platform.python_version(), PYTHON_TESTED, "make an environment with a newer Python"),
-        torch_release(),
+        _torch_release(),
         library("transformers"),
     ]
     findings += [library(name) for name in ("tokenizers", "safetensors", "numpy")]
-    if missing := missing_parts():
+    if missing := _missing_parts():
         advice = "the links in fastdistil/ were not checked out as links: git config core.symlinks true, and check out again"
         findings.append(Finding("fastdistil's parts", f"{', '.join(missing)} not found", "problem", advice))
     return findings
 
 
-def missing_parts() -> list[str]:
+def _missing_parts() -> list[str]:
     return [name for name in ("kernels", "profiling") if importlib.util.find_spec(f"fastdistil.{name}") is None]
 
 
@@ -123,7 +123,7 @@ def library(name: str) -> Finding:
     return release(name, version, TESTED[name], f"pip install --upgrade {name}")
 
 
-def load_torch() -> tuple[Any, str]:
+def _load_torch() -> tuple[Any, str]:
     """torch, or None and why it does not load: the doctor must outlive a broken one."""
     try:
         import torch
@@ -132,8 +132,8 @@ def load_torch() -> tuple[Any, str]:
     return torch, ""
 
 
-def torch_release() -> Finding:
-    torch, error = load_torch()
+def _torch_release() -> Finding:
+    torch, error = _load_torch()
     if torch is None:
         if installed_version("torch") is None:
             return Finding("torch", "not installed", "problem", "pip install torch")
@@ -248,11 +248,11 @@ def horovod() -> Finding:
         return Finding("horovod", f"{installed.text} does not load: {built}", "problem", HOW_TO_BUILD)
     operations = [name for name, key in (("Gloo", "gloo"), ("MPI", "mpi")) if built[key]]
     if built["nccl"]:
-        operations.append(f"NCCL {nccl_release(built['nccl'])}")
+        operations.append(f"NCCL {_nccl_release(built['nccl'])}")
     return Finding("horovod", f"{installed.text}: {', '.join(operations)}")
 
 
-def nccl_release(code: int) -> str:
+def _nccl_release(code: int) -> str:
     """22907 -> 2.29.7: how NCCL numbers its releases since 2.9."""
     return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
 

@@ -76,7 +76,7 @@ class Attempt:
     """How the ranks ended."""
 
     order: list[RankProcess] = field(default_factory=list)
-    """As they ended."""
+    """The ranks in the order in which they ended."""
     killed: set[int] = field(default_factory=set)
     """Ranks that did not end by themselves in time."""
     stopped: bool = False
@@ -101,7 +101,7 @@ class Attempt:
         return gone or [child for child in self.order if child.code not in (0, LOST, SAVED)]
 
     def exit_code(self) -> int:
-        """Of the command, by the first failing rank."""
+        """Return the exit code of the command, by the first failing rank."""
         cause, codes = self.cause, [child.code for child in self.order]
         if self.insisted:
             return INTERRUPTED
@@ -174,7 +174,7 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
     hosts = list(dict.fromkeys(slot.host for slot in begin.slots))
     if hosts != [None] and shutil.which(begin.ssh[0]) is None:
         raise UserError(f"--hosts starts ranks with {begin.ssh[0]}, which is not here; install it, or set FASTDISTIL_SSH")
-    address = meeting_host(hosts)
+    address = _meeting_host(hosts)
     meeting = {
         "FASTDISTIL_LAUNCHER": "fastdistil",
         "FASTDISTIL_STORE_SECRET": secrets.token_hex(16),
@@ -207,7 +207,7 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
         )
 
 
-def meeting_host(hosts: Sequence[str | None]) -> str:
+def _meeting_host(hosts: Sequence[str | None]) -> str:
     """Rank 0's host, as all the others reach it."""
     if hosts == [None]:
         return "127.0.0.1"

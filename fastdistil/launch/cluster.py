@@ -38,7 +38,7 @@ MAKE_SECRET = """export FASTDISTIL_STORE_SECRET="$(od -An -N16 -tx1 /dev/urandom
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What is asked for."""
+    """The options of `fastdistil cluster`."""
 
     command: Literal["train", "pretrain"]
     recipe: str
@@ -47,7 +47,7 @@ class Cluster:
     run_name: str
     nodes: int
     gpus: str
-    """Of a node: a number, or with a type, as H100:8. 0: one rank of the processor on each node."""
+    """GPUs of a node: a number, or with a type, as H100:8. 0: one rank of the processor on each node."""
     image: str | None = None
     """A container image with fastdistil in it."""
     storage: str | None = None

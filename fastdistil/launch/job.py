@@ -34,14 +34,14 @@ class Job:
     """What `launch` runs."""
 
     command: tuple[str, ...]
-    """Of every rank."""
+    """The command of every rank."""
     slots: tuple[Slot, ...]
     ranks: int
     """At most; slots beyond it are spare."""
     timeout_s: float
     """The recipe's world.timeout_s."""
     environ: Mapping[str, str] = field(default_factory=dict)
-    """Of the ranks, beside the launcher's own."""
+    """Variables of the ranks, beside the launcher's own."""
     elastic: Elastic | None = None
 
 
@@ -55,7 +55,7 @@ def parse_hosts(text: str) -> tuple[Slot, ...]:
                 f"--hosts {shown(text)}: {shown(part)} is not HOST or HOST:RANKS with 1 to {MOST_RANKS:,} ranks; "
                 "wanted e.g. a:8,b:8"
             )
-        name = None if host in own_names() else host
+        name = None if host in _own_names() else host
         if any(slot.host == name for slot in slots):
             raise UserError(f"--hosts {shown(text)} names {shown(host)} twice; give it once, with all its ranks")
         slots += [Slot(name, index) for index in range(int(count or 1))]
@@ -68,7 +68,7 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_RANKS)) and 1 <= int(text) <= MOST_RANKS
 
 
-def own_names() -> set[str]:
+def _own_names() -> set[str]:
     name = socket.gethostname()
     return {"localhost", "127.0.0.1", name, name.partition(".")[0], socket.getfqdn()}
 

@@ -25,7 +25,7 @@ from fastdistil.launch.job import BUG, Job, choose_slots
 from fastdistil.launch.rank_output import RankOutput
 
 
-def refuse_ranks_of_ranks(environ: Mapping[str, str]) -> None:
+def _refuse_ranks_of_ranks(environ: Mapping[str, str]) -> None:
     place = find_rank_info(environ)
     if place is not None and place.size > 1:
         raise UserError(
@@ -40,7 +40,7 @@ def launch(job: Job) -> int:
 
 
 def _run(job: Job) -> tuple[int, Attempt]:
-    refuse_ranks_of_ranks(os.environ)
+    _refuse_ranks_of_ranks(os.environ)
     voices = RankOutput(sys.stderr)
     logs = Path(tempfile.mkdtemp(prefix="fastdistil-"))
     code = BUG

@@ -46,7 +46,7 @@ class Slot:
         return f"slot {self.index} of {self.host or 'this machine'}"
 
 
-def end_group(pid: int, number: int = signal.SIGKILL) -> None:
+def _end_group(pid: int, number: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
@@ -103,7 +103,7 @@ class RankProcess:
         """Whether it has ended since the last call."""
         if self.code is not None or (code := self.process.poll()) is None:
             return False
-        end_group(self.process.pid)  # what it may have started
+        _end_group(self.process.pid)  # what it may have started
         self.code = 128 - code if self.slot.host and 128 < code < 128 + signal.NSIG else code
         return True
 
@@ -121,7 +121,7 @@ class RankProcess:
         if self.slot.host is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(KILL_AFTER_S)  # the word has to arrive
-        end_group(self.process.pid)
+        _end_group(self.process.pid)
         self.process.wait()
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ def start(
             environ = rank_environment(base, variables, devices)
             process = _popen(list(command), stdout, environ)
         else:
-            process = _popen(on_host(ssh, slot.host, remote_line(base)), stdout, None)
+            process = _popen(on_host(ssh, slot.host, _remote_line(base)), stdout, None)
             request = {
                 "command": list(command),
                 "environ": {name: value for name, value in base.items() if CARRIED.fullmatch(name)} | dict(variables),
@@ -201,7 +201,7 @@ def on_host(ssh: Sequence[str], host: str, line: str) -> list[str]:
     return [*ssh, "--", host, line]
 
 
-def remote_line(base: Mapping[str, str]) -> str:
+def _remote_line(base: Mapping[str, str]) -> str:
     """What ssh has the other host's shell run: the same Python in the same directory."""
     path = f"PYTHONPATH={shlex.quote(base['PYTHONPATH'])} " if base.get("PYTHONPATH") else ""
     return f"cd {shlex.quote(str(Path.cwd()))} || exit 2; exec env {path}{shlex.quote(sys.executable)} -m fastdistil.launch"
@@ -217,7 +217,7 @@ def supervise(commands: IO[bytes], base: Mapping[str, str]) -> int:
     child = subprocess.Popen(request["command"], stdin=subprocess.DEVNULL, env=environ, start_new_session=True)
     threading.Thread(target=_obey, args=(commands, child, request["patience_s"]), daemon=True).start()
     code = child.wait()
-    end_group(child.pid)
+    _end_group(child.pid)
     return 128 - code if code < 0 else code
 
 
@@ -225,10 +225,10 @@ def _obey(commands: IO[bytes], child: "subprocess.Popen[bytes]", patience_s: flo
     for line in commands:
         number = int(line)
         if number == signal.SIGKILL:
-            end_group(child.pid)
+            _end_group(child.pid)
         else:
             child.send_signal(number)
     # The launcher is gone, or the way to it.
     child.send_signal(signal.SIGTERM)
     time.sleep(patience_s)
-    end_group(child.pid)
+    _end_group(child.pid)
