@@ -87,6 +87,14 @@ class History:
     memory: MemoryParts | None
     trace: Trace | None
     """The last trace's: which updates, and the kernels that took most of them."""
+    log_lines: int
+    """How many log lines there are; `lines` are fewer where a page that follows a long run keeps some of them (live.py)."""
+    spikes: list[Train]
+    """Log lines that are in no figure and only in the curves: of those that such a page does not keep, what stands out."""
+    tokens: int
+    """Of all log lines."""
+    skipped: int | None
+    """Updates of all log lines; None: not recorded."""
     wall_s: float | None
     """From each start to the last event before the next, superseded ones too; what lies between attempts is left out."""
     outcome: Outcome
@@ -98,6 +106,10 @@ class History:
         kind, devices = self.start.device, self.environment.devices
         name = devices[0].name if devices and str(kind).startswith("cuda") else self.environment.processor
         return name or kind
+
+    @property
+    def curve_lines(self) -> list[Train]:
+        return sorted([*self.lines, *self.spikes], key=lambda line: line.update) if self.spikes else self.lines
 
     @property
     def comparable_lines(self) -> list[Train]:
@@ -122,28 +134,53 @@ def load_history(path: str | Path) -> History:
     directory = Path(path)
     if not (directory / "recipe.yaml").is_file() or not (directory / "events.jsonl").is_file():
         raise UserError(f"{directory} is no run: wanted a directory with recipe.yaml and events.jsonl, e.g. runs/NAME")
-    written = list(read_events(directory / "events.jsonl"))
-    events = effective_events(written)
+    attempts: list[list[float]] = []
+    written = []
+    for event in read_events(directory / "events.jsonl"):
+        written.append(event)
+        extend_attempts(attempts, event)
+    return make_history(directory, redacted(read_recipe(directory / "recipe.yaml")), effective_events(written), attempts)
+
+
+def make_history(
+    directory: Path, recipe: dict[str, Any], events: Sequence[Event], attempts: Sequence[Sequence[float]]
+) -> History:
+    """Sort the effective events of a run by kind; `attempts` as `extend_attempts` leaves it. Raises CorruptData."""
     _check_ranks(events, directory / "events.jsonl")
-    starts, environments = _of(events, Start), _of(events, Environment)
+    starts, environments, lines = _of(events, Start), _of(events, Environment), _of(events, Train)
     memories, traces = _of(events, MemoryParts), _of(events, Trace)
+    spans = [latest - first for first, latest in filter(None, attempts)]
+    skipped = [line.skipped for line in lines if line.skipped is not None]
     return History(
         directory=directory,
         name=directory.resolve().name,
-        recipe=redacted(_recipe(directory / "recipe.yaml")),
+        recipe=recipe,
         start=starts[-1] if starts else Start(),
         starts=starts,
         environment=environments[-1] if environments else Environment(),
         environments=_environments(events),
-        lines=sorted(_of(events, Train), key=lambda line: line.update),
+        lines=sorted(lines, key=lambda line: line.update),
         evaluations=_of(events, Evaluation),
         notes=[replace(note, message=redacted(note.message)) for note in _of(events, Note)],
         checkpoints=_of(events, Checkpoint),
         memory=memories[-1] if memories else None,
         trace=traces[-1] if traces else None,
-        wall_s=_wall_s(written),
+        log_lines=len(lines),
+        spikes=[],
+        tokens=sum(line.tokens or 0 for line in lines),
+        skipped=sum(skipped) if skipped else None,
+        wall_s=math.fsum(spans) if spans else None,
         outcome=_outcome(events),
     )
+
+
+def extend_attempts(attempts: list[list[float]], event: Event) -> None:
+    """Take the next event of a log into [its first, its latest time] of each attempt, i.e. of each start or resume."""
+    if isinstance(event, Start):
+        attempts.append([])
+    if attempts and event.time is not None:
+        first, latest = attempts[-1] or (event.time, event.time)
+        attempts[-1] = [first, max(latest, event.time)]
 
 
 def _check_ranks(events: Sequence[Event], path: Path) -> None:
@@ -181,17 +218,6 @@ def _hardware(environment: Environment) -> tuple[str | None, list[str | None]]:
     return environment.processor, [device.name for device in environment.devices]
 
 
-def _wall_s(events: Iterable[Event]) -> float | None:
-    attempts: list[list[float]] = []
-    for event in events:
-        if isinstance(event, Start):
-            attempts.append([])
-        if attempts and event.time is not None:
-            attempts[-1].append(event.time)
-    spans = [max(times) - times[0] for times in attempts if times]
-    return math.fsum(spans) if spans else None
-
-
 def _outcome(events: Iterable[Event]) -> Outcome:
     outcome: Outcome = "open"
     for event in events:
@@ -207,7 +233,8 @@ def _outcome(events: Iterable[Event]) -> Outcome:
     return outcome
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return a run's recipe.yaml, secrets included. Raises UserError for what is none."""
     with translated("reading the recipe", path):
         try:
             values: dict[str, Any] = read_yaml(path)

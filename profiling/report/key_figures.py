@@ -145,13 +145,12 @@ def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
     start, recipe = history.start, history.recipe
     done = history.lines[-1].update if history.lines else start.update
     planned = start.updates
-    tokens = sum(line.tokens or 0 for line in history.lines)
     student = at(recipe, "student", "path") or at(recipe, "student", "architecture")
     counted = "lines that hold warm-up left out"
     return [
         _text("run.outcome", "outcome", OUTCOMES[history.outcome]),
         Figure("run.updates", "updates", done, detail=f"of {planned:,} planned" if planned else ""),
-        Figure("run.tokens", "tokens", tokens, detail="all ranks and log lines, padding left out"),
+        Figure("run.tokens", "tokens", history.tokens, detail="all ranks and log lines, padding left out"),
         Figure(
             "run.wall_s",
             "wall clock",
@@ -203,8 +202,7 @@ def _learning(history: History) -> list[Figure]:
         for name, label in (("total", "total"), ("soft", "soft"), ("hard", "hard"), ("cosine", "cosine"), ("mse", "mse"))
         if name == "total" or getattr(last, name) is not None
     ]
-    skipped = [line.skipped for line in history.lines if line.skipped is not None]
-    figures.append(Figure("learning.skipped", "skipped updates", sum(skipped) if skipped else None, detail="not finite"))
+    figures.append(Figure("learning.skipped", "skipped updates", history.skipped, detail="not finite"))
     nothing = Evaluation(update=0)
     final = history.evaluations[-1] if history.evaluations else nothing
     best = min(history.evaluations, key=lambda event: real(event.loss), default=nothing)

@@ -82,7 +82,7 @@ def of_lines(*path: str, per_update: bool = False, get: Get | None = None) -> Ca
     """A field of the log lines, or what `get` takes from one; lines without it are left out, so that curves have no holes."""
 
     def points(history: History) -> Points:
-        rows = [(line.update, get(line) if get else at(line, *path), line.updates) for line in history.lines]
+        rows = [(line.update, get(line) if get else at(line, *path), line.updates) for line in history.curve_lines]
         rows = [(update, value, count) for update, value, count in rows if value is not None]
         y = np.array([real(value) / (real(count) if per_update else 1.0) for _, value, count in rows], dtype=np.float64)
         return Points(x=np.array([update for update, _, _ in rows], dtype=np.float64), y=y)

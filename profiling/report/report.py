@@ -175,12 +175,13 @@ def read_runs(runs: Sequence[Path]) -> list[Reported]:
             replace(history, name=str(path)) if history.name in same else history
             for history, path in zip(histories, runs, strict=True)
         ]
-    reported = []
-    for history in histories:
-        history = replace(history, name=svg.without_controls(history.name), environment=_without_hosts(history.environment))
-        summary = summarise(history)
-        reported.append(Reported(history=history, summary=summary, groups=groups(history, summary)))
-    return reported
+    return [sum_up(history) for history in histories]
+
+
+def sum_up(history: History) -> Reported:
+    history = replace(history, name=svg.without_controls(history.name), environment=_without_hosts(history.environment))
+    summary = summarise(history)
+    return Reported(history=history, summary=summary, groups=groups(history, summary))
 
 
 def _without_hosts(environment: Environment) -> Environment:
@@ -307,6 +308,11 @@ def judged_text(difference: float | None, judgement: Judgement) -> str:
 def cautions(run: Reported) -> list[str]:
     """What a reader must know before believing the numbers."""
     history, summary, texts = run.history, run.summary, []
+    if history.log_lines > len(history.lines):
+        texts.append(
+            f"Of {history.log_lines:,} log lines {len(history.lines):,}, evenly spread, are drawn and measured here; "
+            "`fastdistil report` takes all."
+        )
     if history.outcome != "done":
         texts.append(f"The run did not end: {OUTCOMES[history.outcome]}.")
     if len(history.starts) > 1:
@@ -319,9 +325,8 @@ def cautions(run: Reported) -> list[str]:
     if summary["warmup"] and not summary["updates"]:
         texts.append("All that was recorded is warm-up: there are curves, but no figures of speed.")
     texts += [f"MFU is refused: {reason}." for reason in (summary["mfu"] or {}).get("refused", [])]
-    skipped = sum(line.skipped or 0 for line in history.lines)
-    if skipped:
-        texts.append(f"{skipped:,.0f} updates were skipped: a value was not finite.")
+    if history.skipped:
+        texts.append(f"{history.skipped:,.0f} updates were skipped: a value was not finite.")
     memory = summary["memory"] or {}
     if memory.get("retries"):
         texts.append(f"The allocator freed its cache and tried again {memory['retries']} times: memory was nearly full.")
@@ -387,7 +392,7 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str = "report.html.j2") -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -396,15 +401,17 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"svg": Markup, "change": change_text}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
-def as_html(runs: Sequence[Reported]) -> str:
+def as_html(runs: Sequence[Reported], live: str = "") -> str:
+    """`live`: a name of this version of the page, where it is one that goes on (live.py) and no file."""
     histories = [run.history for run in runs]
     by_key = {table.key: table for table in tables(runs)}
     drawn = [(section, by_key[section.key]) for section in sections(histories)]
-    return _template().render(
+    return template().render(
         version=__version__,
+        live=live,
         runs=[_head(index, run) for index, run in enumerate(runs)],
         several=len(runs) > 1,
         uneven=uneven(runs),
