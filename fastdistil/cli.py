@@ -527,7 +527,7 @@ def watch(
         str, typer.Option(metavar="ADDR", help="Another address than this machine's own asks for a token.")
     ] = "127.0.0.1",
 ) -> None:
-    """Show a run in a browser while it goes: progress, losses, speed, ranks, device, log."""
+    """Show a run's report in a browser while it goes, with progress, health and the last log lines on top."""
     from fastdistil.profiling.report.watch import watch as serve
 
     serve(run, host, port)

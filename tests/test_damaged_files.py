@@ -89,7 +89,8 @@ def read_recipe(run: Path) -> None:
 def follow(run: Path) -> None:
     live = Live(run)
     live.refresh()
-    json.dumps(live.changes(), allow_nan=False)
+    live.page()
+    live.strip()
 
 
 def pause(run: Path) -> None:

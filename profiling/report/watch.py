@@ -1,9 +1,10 @@
 """The page of `fastdistil watch`: a run as it goes, served on this machine.
 
-    /             watch.html, and beside it watch.css and watch.js: the only files that are served
-    /api/state    ?since=CURSOR  JSON of what `Live.changes` has since that cursor; 204 if there is nothing new
+    /          the report of the run so far, as a page (live.py)
+    /strip     the top of it: progress, time left, health, the log's last lines
+    /watch.js  puts what is new into the page, in place
 
-The page asks again every few seconds, as often as the log grows (`poll_s`), and not at all while nobody looks at it.
+The page asks for the strip every 2 seconds, and not at all while nobody looks at it.
 
 Who may read: on a loopback address whoever can reach it, by a name that means this machine (any other Host header comes from
 a page elsewhere whose name was pointed here: DNS rebinding). On another address only who has the token of the printed URL,
@@ -11,10 +12,8 @@ which the first answer turns into a cookie, so that it stays in no history and n
 """
 
 import errno
-import hashlib
 import hmac
 import ipaddress
-import json
 import re
 import secrets
 import socket
@@ -31,15 +30,10 @@ from urllib.parse import parse_qs, urlsplit
 from fastdistil.errors import UserError
 from fastdistil.profiling.report.live import Live
 
-STATIC = Path(__file__).parent / "static"
-FILES = {
-    "/": ("watch.html", "text/html; charset=utf-8"),
-    "/watch.css": ("watch.css", "text/css; charset=utf-8"),
-    "/watch.js": ("watch.js", "text/javascript; charset=utf-8"),
-}
+SCRIPT = Path(__file__).parent / "static" / "watch.js"
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -77,7 +71,7 @@ class WatchServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.live, self.lock = Live(directory), threading.Lock()
         self.token = None if loopback else secrets.token_urlsafe(24)
         self.names = {"localhost", host.lower()} if loopback else {"localhost", host.lower(), socket.gethostname().lower()}
-        self.files = {path: _static(name, kind) for path, (name, kind) in FILES.items()}
+        self.script = SCRIPT.read_bytes()
         try:
             super().__init__((address, port), _Answer)
         except OSError as error:
@@ -136,10 +130,10 @@ class _Answer(BaseHTTPRequestHandler):
                 self._take_in()
             else:
                 self._refuse(HTTPStatus.FORBIDDEN, "open the whole URL that fastdistil watch printed, with its token")
-        elif path == "/api/state":
-            self._state(query.get("since", [""])[0])
-        elif (file := self.server.files.get(path)) is not None:
-            self._file(*file)
+        elif path == "/watch.js":
+            self._send(HTTPStatus.OK, "text/javascript; charset=utf-8", self.server.script, **{"Cache-Control": "no-cache"})
+        elif path in ("/", "/strip"):
+            self._live(path)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
@@ -188,25 +182,19 @@ class _Answer(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _state(self, cursor: str) -> None:
+    def _live(self, path: str) -> None:
         with self.server.lock:
             self.server.live.refresh()
-            changes = self.server.live.changes(cursor)
-        if changes is None:
-            self.send_response(HTTPStatus.NO_CONTENT)
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-        else:
-            body = json.dumps(changes, allow_nan=False, separators=(",", ":")).encode()
-            self._send(HTTPStatus.OK, "application/json", body, **{"Cache-Control": "no-store"})
-
-    def _file(self, body: bytes, kind: str, tag: str) -> None:
-        if self.headers.get("If-None-Match") == tag:
+            body, version = self.server.live.page()
+            body = self.server.live.strip() if path == "/strip" else body
+        tag = f'"{version}"'
+        if path == "/" and self.headers.get("If-None-Match") == tag:
             self.send_response(HTTPStatus.NOT_MODIFIED)
             self.send_header("ETag", tag)
             self.end_headers()
         else:
-            self._send(HTTPStatus.OK, kind, body, ETag=tag, **{"Cache-Control": "no-cache"})
+            headers = {"Cache-Control": "no-cache", "ETag": tag} if path == "/" else {"Cache-Control": "no-store"}
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", body, **headers)
 
     def _refuse(self, status: HTTPStatus, why: str, **headers: str) -> None:
         self._send(status, "text/plain; charset=utf-8", f"{why}\n".encode(), **headers)
@@ -234,11 +222,6 @@ def _resolved(host: str) -> tuple[socket.AddressFamily, str]:
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host!r} is no address ({error}); give one of this machine's, e.g. 0.0.0.0 for all") from error
     return family, str(address[0])
-
-
-def _static(name: str, kind: str) -> tuple[bytes, str, str]:
-    body = (STATIC / name).read_bytes()
-    return body, kind, f'"{hashlib.sha256(body).hexdigest()[:16]}"'
 
 
 def _same(presented: str, token: str) -> bool:
