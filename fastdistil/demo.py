@@ -24,14 +24,14 @@ from fastdistil.console import Console
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import PrepareOptions, prepare
 from fastdistil.data.python_docs import python_documents
-from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import FellShort, Stopped, UserError, translated
 from fastdistil.models import language_model, loading, students
 from fastdistil.models.perplexity import HeldOut, held_out
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import choose_run
 from fastdistil.train import Result, train
-from fastdistil.training.inputs import resolve
+from fastdistil.training.inputs import Data, resolve
 from fastdistil.training.memory_plan import show_plan
 
 TEXT_BYTES = 4_000_000
@@ -146,10 +146,9 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result, control: Result) -> list[DemoRow]:
     """Every model on all held-out text; the KL is to the teacher in float32."""
     corpus = Corpus.open(heldout)
-    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
     device = torch.device(recipe.device)
     reference = loading.load_model(str(teacher.run_dir / "student")).to(device)
-    untrained = students.make_student(recipe.student, reference, facts.vocab_size).eval().to(device)
+    untrained = students.make_student(recipe.student, reference, corpus.facts.vocab_size).eval().to(device)
     candidates = (
         ("teacher", reference, teacher.tokens_per_second),
         ("student", loading.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
@@ -162,7 +161,7 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     )
     rows = []
     for name, model, speed in candidates:
-        losses = held_out(model, corpus, facts, teacher=reference, device=device)
+        losses = held_out(model, corpus, corpus.facts, teacher=reference, device=device)
         rows.append(DemoRow(name, language_model.parameter_count(model), losses, speed))
     return rows
 
@@ -213,8 +212,9 @@ def plan_demo(recipe: Recipe, console: rich.console.Console) -> None:
     """--dry-run: both recipes with their estimates."""
     run, _ = choose_run(recipe, "demo", None)
     teacher_recipe = resolve(load_recipe("demo-teacher"))
+    data = Data(vocabulary=VOCABULARY)
     config = loading.config_from(teacher_recipe.student.config or {}, VOCABULARY)
     console.print("# teacher", markup=False)
-    show_plan(teacher_recipe, run.with_name(f"{run.name}-teacher"), console, teacher_config=None, vocabulary=VOCABULARY)
+    show_plan(teacher_recipe, run.with_name(f"{run.name}-teacher"), console, data=data)
     console.print("\n# student (the control's is the same with objective a_ce, a_cos and a_mse 0)", markup=False)
-    show_plan(resolve(recipe), run, console, teacher_config=config, vocabulary=VOCABULARY)
+    show_plan(resolve(recipe), run, console, data=data, teacher=loading.without_weights(config))

@@ -21,10 +21,11 @@ from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import Bos, PrepareOptions, PrepareProgress, check_bos, front_of_pieces, prepare
 from fastdistil.data.text_files import Documents
 from fastdistil.data.text_inputs import TextKind, find_inputs
-from fastdistil.data.tokenizer import FastTokenizer, front_token, has_front, load_tokenizer, token_facts
+from fastdistil.data.tokenizer import front_token, has_front, load_tokenizer, token_facts
 from fastdistil.data.unknown_tokens import MAX_UNKNOWN_SHARE, WARNING_SHARE, check_unknown_share, unknown_share, unknown_text
 from fastdistil.errors import NonFinite, UserError, translated
 from fastdistil.models import language_model, loading
+from fastdistil.models.device import resolve_device
 from fastdistil.models.perplexity import (
     CausalPerplexity,
     HeldOut,
@@ -34,11 +35,8 @@ from fastdistil.models.perplexity import (
     held_out,
     pseudo_perplexity,
 )
-from fastdistil.models.scoring import (
-    Progress,
-)
+from fastdistil.models.scoring import Progress
 from fastdistil.models.vocabularies import disagreement
-from fastdistil.profiling.device import has_fast_bf16
 
 # The command: a model's directory and texts
 
@@ -152,7 +150,7 @@ def evaluate(
     tell = progress if progress is not None else lambda fraction, text: None
     if not corpora:
         raise UserError("nothing to evaluate on; give prepared directories or text files")
-    device, precision = _resolve(options)
+    device, precision = resolve_device(options.device, options.precision, "use --device cpu")
     config, causal = loading.evaluation_config(model_path)
     raw = [path for path in corpora if not _is_prepared(path)]
     for path in raw:
@@ -163,7 +161,7 @@ def evaluate(
         raise UserError(f"bos is for causal models, and {model_path} is a masked one; leave it out")
     opened = {path: _open(path, model_path, causal) for path in corpora if path not in raw}
     for path, corpus in opened.items():
-        has = "no" if beginning(corpus, load_tokenizer(corpus.tokenizer_dir)) is None else "yes"
+        has = "no" if beginning(corpus) is None else "yes"
         if options.bos not in ("auto", has):
             raise UserError(f"bos is {options.bos} and {path} was prepared with bos {has}; prepare it with --bos {options.bos}")
     tell(0.0, f"loading {model_path}")
@@ -171,9 +169,8 @@ def evaluate(
     size = _size(model, options, causal)
     for path, corpus in opened.items():
         lengths_n = np.minimum(corpus.lengths, size) if causal else corpus.lengths
-        tokenizer = load_tokenizer(corpus.tokenizer_dir)
-        checked_facts(model, corpus, lengths_n, token_facts(tokenizer))
-        check_unknown_share(_unknown_share(corpus, tokenizer), options.max_unknown_share, tokenizer, path)
+        checked_facts(model, corpus, lengths_n, corpus.facts)
+        check_unknown_share(_unknown_share(corpus), options.max_unknown_share, corpus.tokenizer, path)
     remarks: dict[str, list[str]] = {path: [] for path in corpora}
     with tempfile.TemporaryDirectory(prefix="fastdistil-") as folder, translated("evaluating", Path(folder)):
         for number, path in enumerate(dict.fromkeys(raw)):
@@ -206,7 +203,7 @@ def _with_text(error: NonFinite, corpus_name: str, corpus: Corpus) -> NonFinite:
     if error.sequence is None:
         return error
     ids = corpus.gather(np.array([error.sequence]))[:24]
-    text = " ".join(str(load_tokenizer(corpus.tokenizer_dir).decode(ids.tolist(), skip_special_tokens=True)).split())
+    text = " ".join(str(corpus.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).split())
     return NonFinite(f"{corpus_name}: {error} (the sequence begins: {text[:80]!r})")
 
 
@@ -232,8 +229,7 @@ def _evaluate_one(
     precision: str,
     share: _Share,
 ) -> CorpusReport:
-    tokenizer = load_tokenizer(corpus.tokenizer_dir)
-    facts = token_facts(tokenizer)
+    tokenizer, facts = corpus.tokenizer, corpus.facts
     begun = time.perf_counter()
     common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": device, "precision": precision}
     heldout, pseudo, causal = None, None, None
@@ -253,17 +249,17 @@ def _evaluate_one(
                 model, corpus, facts, positions=options.positions, seed=options.seed, progress=progress, **common
             )
     seconds = time.perf_counter() - begun
-    unknown, spellings = _unknown_share(corpus, tokenizer), corpus.manifest.special_spellings
+    unknown, spellings = _unknown_share(corpus), corpus.manifest.special_spellings
     notes = [f"warning: {unknown_text(unknown, tokenizer, source)}"] if unknown > WARNING_SHARE else []
     if spellings:
         notes.append(f"{source} spells out {spellings:,} special tokens, {corpus.manifest.special_spellings_became}")
     tokens = int(corpus.lengths.sum())
-    bos = beginning(corpus, tokenizer) if model.causal else None
+    bos = beginning(corpus) if model.causal else None
     return CorpusReport(source, len(corpus), tokens, heldout, pseudo, causal, bos, seconds, unknown, spellings, tuple(notes))
 
 
-def _unknown_share(corpus: Corpus, tokenizer: FastTokenizer) -> float:
-    return unknown_share(tokenizer, corpus.counts, len(corpus), corpus.manifest.options)
+def _unknown_share(corpus: Corpus) -> float:
+    return unknown_share(corpus.tokenizer, corpus.counts, len(corpus), corpus.manifest.options)
 
 
 def _collect(remarks: list[str], place: Path, progress: PrepareProgress) -> None:
@@ -272,20 +268,12 @@ def _collect(remarks: list[str], place: Path, progress: PrepareProgress) -> None
         remarks.append(progress.note)
 
 
-def beginning(corpus: Corpus, tokenizer: FastTokenizer) -> str | None:
+def beginning(corpus: Corpus) -> str | None:
     """Return the BOS or [CLS] in front of every sequence, as it is spelt; None where there is none."""
-    front = front_token(tokenizer)
-    return str(tokenizer.convert_ids_to_tokens(front)) if front is not None and has_front(corpus.manifest.options) else None
-
-
-def _resolve(options: EvaluateOptions) -> tuple[torch.device, str]:
-    gpu = torch.cuda.is_available()
-    if options.device == "cuda" and not gpu:
-        raise UserError("device is cuda and torch finds no GPU; use --device cpu, or see fastdistil doctor")
-    device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and gpu) else "cpu")
-    if options.precision != "auto":
-        return device, options.precision
-    return device, "bf16" if has_fast_bf16(device) else "fp32"
+    front = front_token(corpus.tokenizer)
+    return (
+        str(corpus.tokenizer.convert_ids_to_tokens(front)) if front is not None and has_front(corpus.manifest.options) else None
+    )
 
 
 def _is_prepared(path: str) -> bool:

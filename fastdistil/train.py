@@ -354,12 +354,12 @@ def _assemble(
 def _evaluate(run: Run) -> HeldOut | None:
     """Evaluate on the held-out corpus; a new best is saved and kept. None where there is none, or where one was given up."""
     inputs, evaluation = run.inputs, run.recipe.evaluation
-    if inputs.heldout is None or inputs.facts is None:
+    heldout = inputs.data.heldout
+    if heldout is None:
         return None
     with rolling_back(run):
         # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
         run.guard.read()
-    heldout, facts = inputs.heldout, inputs.facts
     begun = time.perf_counter()
     try:
         with run.aside("evaluation"):
@@ -369,7 +369,7 @@ def _evaluate(run: Run) -> HeldOut | None:
                     held_out(
                         inputs.student,
                         heldout,
-                        facts,
+                        heldout.facts,
                         teacher=inputs.teacher,
                         columns=inputs.columns,
                         max_sequences=evaluation.max_sequences,

@@ -41,13 +41,13 @@ ROOMS = {
     "profiling": "",
     "profiling.report": "errors untrusted redaction recipe events profiling",
     "data": "errors untrusted storage recipe",
-    "models": "errors recipe data kernels",
+    "models": "errors recipe data kernels profiling.device",
     "objective": "recipe data kernels profiling",
     "install": "errors storage profiling",
     "distributed": "errors recipe runs.PAUSE install.horovod_build",
     "gradients": "errors recipe distributed kernels profiling",
     "launch": ("errors untrusted signals streams recipe distributed.rank_info distributed.diagnosis profiling.device"),
-    "evaluate": "errors recipe data models profiling",
+    "evaluate": "errors recipe data models",
     "console": "errors streams data",
     "training": (
         "errors untrusted signals redaction storage recipe events runs kernels profiling data models objective distributed "

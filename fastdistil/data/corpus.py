@@ -13,6 +13,7 @@ Written by prepare.py.
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -23,6 +24,7 @@ from typing_extensions import TypedDict
 
 from fastdistil.data.ragged import Ints, ranges
 from fastdistil.data.range_reader import RangeReader
+from fastdistil.data.tokenizer import FastTokenizer, TokenFacts, load_tokenizer, token_facts
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.storage import canonical, file_sha256, text_sha256
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
@@ -186,6 +188,15 @@ class Corpus:
                 for _ in checks:
                     pass
             return cls(path, manifest)
+
+    @cached_property
+    def tokenizer(self) -> FastTokenizer:
+        """The tokenizer that the corpus was prepared with."""
+        return load_tokenizer(self.tokenizer_dir)
+
+    @cached_property
+    def facts(self) -> TokenFacts:
+        return token_facts(self.tokenizer)
 
     def __len__(self) -> int:
         return len(self.lengths)

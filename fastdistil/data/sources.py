@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from fastdistil.data.batch import NO_LABEL, Batch, Counts, TokenSequences, Window
+from fastdistil.data.batch import NO_LABEL, Batch, Counts, Window
 from fastdistil.data.batches import Batches
 from fastdistil.errors import UserError
 from fastdistil.recipe import Loop
@@ -129,16 +129,12 @@ class CorpusSource:
 
     def __init__(self, batches: Batches, identity: str, device: torch.device) -> None:
         self.identity, self.replayable = identity, True
-        self._batches, self._device = batches, device
-
-    @property
-    def corpus(self) -> TokenSequences:
-        return self._batches.corpus
+        self.batches, self._device = batches, device
 
     @property
     def longest(self) -> int:
         """TokenSequences of the longest sequence."""
-        return int(self._batches.corpus.lengths.max())
+        return int(self.batches.corpus.lengths.max())
 
     def updates(self, loop: Loop) -> int:
         """Exactly as many as `loop.epochs` has; a part of an epoch is rounded to whole updates, at least 1."""
@@ -146,17 +142,21 @@ class CorpusSource:
             return loop.updates
         assert loop.epochs is not None
         full_epochs, part = divmod(loop.epochs, 1.0)
-        total = sum(self._batches.updates_per_epoch(epoch) for epoch in range(int(full_epochs)))
+        total = sum(self.batches.updates_per_epoch(epoch) for epoch in range(int(full_epochs)))
         if part:
-            total += round(part * self._batches.updates_per_epoch(int(full_epochs)))
+            total += round(part * self.batches.updates_per_epoch(int(full_epochs)))
         return max(1, total)
 
     def place(self, update: int) -> tuple[int, int]:
         """(epoch, update in it) of the update number `update`, from 0."""
         epoch = 0
-        while update >= (size := self._batches.updates_per_epoch(epoch)):
+        while update >= (size := self.batches.updates_per_epoch(epoch)):
             update, epoch = update - size, epoch + 1
         return epoch, update
+
+    def epochs(self, loop: Loop) -> int:
+        """Epochs that a run reads from, the last one perhaps in part."""
+        return self.place(self.updates(loop) - 1)[0] + 1
 
     @contextmanager
     def windows(self, first: int, end: int) -> Iterator[Iterator[tuple[Window, Counts]]]:
@@ -164,12 +164,12 @@ class CorpusSource:
             yield iter(())
             return
         pin_for = self._device if self._device.type == "cuda" else None
-        with prefetched(self._batches, *self.place(first), pin_for=pin_for) as entries:
+        with prefetched(self.batches, *self.place(first), pin_for=pin_for) as entries:
             yield ((entry.window, entry.denominators) for entry in itertools.islice(entries, end - first))
 
     def describe(self, update: int) -> str:
         epoch, number = self.place(update - 1)
-        per_update = self._batches.update_batches
+        per_update = self.batches.update_batches
         return f"epoch {epoch}, batches {number * per_update} to {number * per_update + per_update - 1}"
 
 

@@ -14,7 +14,7 @@ from fastdistil.data.batch import TokenSequences
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import Facts
 from fastdistil.data.ragged import Ints
-from fastdistil.data.tokenizer import FastTokenizer, load_tokenizer, token_facts, vocabulary_fingerprint
+from fastdistil.data.tokenizer import FastTokenizer, load_tokenizer, vocabulary_fingerprint
 from fastdistil.errors import UserError
 from fastdistil.models import language_model, loading
 from fastdistil.recipe import Recipe
@@ -67,9 +67,8 @@ def disagreement(path: str, corpus: Corpus, causal: bool) -> str | None:
     tokenizer = load_tokenizer(path)
     if vocabulary_fingerprint(tokenizer) == corpus.manifest.fingerprint:
         return None
-    of_corpus = load_tokenizer(corpus.tokenizer_dir)
-    used = ids_in_use(corpus, token_facts(of_corpus), causal).tolist()
-    differing = differing_ids(tokenizer, of_corpus, used)
+    used = ids_in_use(corpus, corpus.facts, causal).tolist()
+    differing = differing_ids(tokenizer, corpus.tokenizer, used)
     return f"of {len(used)} ids in use {_shown(differing, 'in the corpus')}" if differing else None
 
 
@@ -163,7 +162,7 @@ def shared_columns(
     recipe: Recipe,
     teacher: int | None,
     student: int,
-    corpora: Sequence[tuple[Corpus, Facts]],
+    corpora: Sequence[Corpus],
     causal: bool,
     note: Callable[[str], None],
     *,
@@ -176,10 +175,10 @@ def shared_columns(
     """
     config = recipe.student.config
     advice = "leave student.config.vocab_size out, " if config is not None and "vocab_size" in config else ""
-    for corpus, facts in corpora:
+    for corpus in corpora:
         if teacher is not None:
-            check_rows("the teacher", teacher, corpus, facts, causal)
-        check_rows("the student", student, corpus, facts, causal, advice)
+            check_rows("the teacher", teacher, corpus, corpus.facts, causal)
+        check_rows("the student", student, corpus, corpus.facts, causal, advice)
     if teacher is None or teacher == student:
         return None
     paths = [recipe.student.path, recipe.teacher.path if recipe.teacher is not None else None]
@@ -189,7 +188,7 @@ def shared_columns(
             f"the teacher's vocabulary has {teacher} entries, the student's {student}, and the tokenizers that say which they "
             f"share are not there; put their files beside the weights, or give the student {teacher} entries ({size})"
         )
-    columns = min(teacher, student, corpora[0][1].vocab_size)
+    columns = min(teacher, student, corpora[0].facts.vocab_size)
     note(
         f"the teacher's vocabulary has {teacher} entries, the student's {student}: they are compared in the first {columns}, "
         "those of the corpus' tokenizer; the others are padding"

@@ -24,17 +24,15 @@ from fastdistil.data.batches import Batches, ascending_starts
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.ragged import offsets
 from fastdistil.data.teacher_cache import IDENTITY, check_identity, check_shard, record, shard_name, shard_starts
-from fastdistil.data.tokenizer import load_tokenizer, token_facts
 from fastdistil.errors import CorruptData, DiskFull, NonFinite, UserError
 from fastdistil.kernels.linear_distill import rows_per_chunk
 from fastdistil.kernels.sparse_distill import top_k
-from fastdistil.models import language_model, loading, students
+from fastdistil.models.device import indexed_device
 from fastdistil.models.not_finite import first_not_finite
-from fastdistil.models.vocabularies import check_tokenizers, facts_within, shared_columns
 from fastdistil.recipe import Recipe
 from fastdistil.runs import sole_user
 from fastdistil.storage import canonical, file_sha256, text_sha256, write_atomically
-from fastdistil.training.inputs import cache_identity, epochs_of, indexed_device, make_batches, open_corpus, resolve
+from fastdistil.training.inputs import Models, cache_identity, load_models, open_data, resolve, window_source
 
 
 @dataclass(frozen=True)
@@ -64,28 +62,24 @@ def cache_teacher(
             f"a cache teaches the forward KL only, objective.divergence is {recipe.objective.divergence}; "
             "set it to forward-kl, or train without a cache"
         )
-    device = indexed_device(recipe.device)
-    corpus = open_corpus(recipe.data.train, recipe.data.verify, "data.train")
+    # What the cache is made of is neither held-out text nor another cache.
+    recipe = recipe.with_(data={"heldout": None}, teacher={"cache": None})
+    assert recipe.teacher is not None
     note = partial(progress, 0.0)
-    check_tokenizers(recipe, corpus, note)
-    facts = token_facts(load_tokenizer(str(corpus.tokenizer_dir)))
-    teacher = loading.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note).to(device)
-    vocabulary, longest = language_model.shape(teacher)[0], language_model.max_length(teacher)
-    if longest is not None and int(corpus.lengths.max()) > longest:
+    data = open_data(recipe, note)
+    models = load_models(recipe, data, note, shapes_only=("student",))
+    models.teacher.to(indexed_device(recipe.device))  # type: ignore[union-attr]
+    corpus, vocabulary = data.train, models.teacher_rows
+    assert corpus is not None and vocabulary is not None
+    if recipe.teacher.top_k > (models.columns or vocabulary):
         raise UserError(
-            f"the corpus has sequences of {int(corpus.lengths.max())} tokens, the teacher takes {longest}; "
-            f"prepare it with --max-length {longest}"
+            f"teacher.top_k is {recipe.teacher.top_k}, the teacher has {models.columns or vocabulary} tokens; "
+            "set it to at most that"
         )
-    student = int(students.student_config(recipe.student, teacher.module.config, facts.vocab_size).vocab_size)
-    columns = shared_columns(recipe, vocabulary, student, [(corpus, facts)], teacher.causal, note)
-    if recipe.teacher.top_k > (columns or vocabulary):
-        raise UserError(
-            f"teacher.top_k is {recipe.teacher.top_k}, the teacher has {columns or vocabulary} tokens; set it to at most that"
-        )
-    batches = make_batches(recipe, corpus, facts_within(facts, min(vocabulary, student)), teacher.causal)
-    identity = cache_identity(recipe, corpus, teacher.causal, vocabulary, columns)
+    source = window_source(recipe, data, models, note)
+    identity = cache_identity(recipe, corpus, models)
     directory = out or Path(recipe.data.train) / f"teacher-{text_sha256(canonical(identity))[:12]}"
-    epochs = 1 if teacher.causal else epochs_of(recipe, batches)
+    epochs = 1 if models.causal else source.epochs(recipe.loop)
     starts = shard_starts(corpus)
     work = [(epoch, shard) for epoch in range(epochs) for shard in range(len(starts) - 1)]
     size = epochs * int(corpus.lengths.sum()) * record(vocabulary, recipe.teacher.top_k).itemsize
@@ -105,7 +99,7 @@ def cache_teacher(
         write_atomically(directory / IDENTITY, json.dumps(sealed, indent=1, sort_keys=True) + "\n")
         for done, (epoch, shard) in enumerate(missing):
             progress(done / len(missing), f"epoch {epoch}, shard {shard} ({size / 2**20:,.0f} MiB in all)")
-            values = _shard(recipe, teacher, columns, batches, corpus, epoch, starts[shard], starts[shard + 1], device)
+            values = _shard(recipe, models, source.batches, corpus, epoch, starts[shard], starts[shard + 1])
             _write(directory / shard_name(epoch, shard), values)
     progress(1.0, "done")
     return CacheSummary(directory, epochs, len(work), len(missing), size)
@@ -133,20 +127,19 @@ def _check_space(directory: Path, size: int, share: float) -> None:
 @torch.no_grad()
 def _shard(
     recipe: Recipe,
-    teacher: Any,
-    columns: int | None,
+    models: Models,
     batches: Batches,
     corpus: Corpus,
     epoch: int,
     first: int,
     end: int,
-    device: torch.device,
 ) -> NDArray[Any]:
     """Records [tokens] of the sequences first ... end - 1."""
-    assert recipe.teacher is not None
-    vocabulary, k = language_model.shape(teacher)[0], recipe.teacher.top_k
+    teacher = models.teacher
+    assert recipe.teacher is not None and teacher is not None and models.teacher_rows is not None
+    device = indexed_device(recipe.device)
     bounds = offsets(corpus.lengths)
-    values = np.zeros(int(bounds[end] - bounds[first]), record(vocabulary, k))
+    values = np.zeros(int(bounds[end] - bounds[first]), record(models.teacher_rows, recipe.teacher.top_k))
     order_n = first + np.argsort(corpus.lengths[first:end], kind="stable")
     starts = ascending_starts(corpus.lengths[order_n], recipe.data.micro_batch_tokens, recipe.data.layout)
     for a, b in pairwise(starts):
@@ -156,7 +149,7 @@ def _shard(
         if batch.valid_rows is not None:
             hidden_TE = hidden_TE.index_select(0, batch.valid_rows)
         at_T = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in chosen_n]) - bounds[first]
-        _fill(values, at_T, teacher.transform(hidden_TE), teacher, columns, recipe)
+        _fill(values, at_T, teacher.transform(hidden_TE), teacher, models.columns, recipe)
         if (bad_T := at_T[_holds_nan(values[at_T])]).size:
             sequence = int(np.searchsorted(bounds, bad_T[0] + bounds[first], side="right")) - 1
             reason = first_not_finite(teacher, batch) or "its logits are not finite"

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 
 from fastdistil import __version__
-from fastdistil.data.sources import CorpusSource
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.tokenizer import difference_as_loaded, save_tokenizer
 from fastdistil.errors import printable
 from fastdistil.models import language_model, loading
@@ -38,9 +37,9 @@ def export_student(
     with atomic_directory(target) as directory:
         loading.save_pretrained(inputs.student, directory)
         card = model_card(inputs, recipe, heldout_scores, updates, tokens)
-        if inputs.tokenizer is not None:
-            save_tokenizer(inputs.tokenizer, directory)
-            if (difference := difference_as_loaded(inputs.tokenizer, directory, _texts(inputs))) is not None:
+        if (corpus := inputs.data.first) is not None:
+            save_tokenizer(corpus.tokenizer, directory)
+            if (difference := difference_as_loaded(corpus.tokenizer, directory, _texts(corpus))) is not None:
                 advice = (
                     f"AutoTokenizer makes another tokenizer of these files than the model was trained with ({difference}); "
                     "load them with PreTrainedTokenizerFast.from_pretrained"
@@ -52,13 +51,9 @@ def export_student(
         check_saved(inputs.student, target)
 
 
-def _texts(inputs: Inputs) -> list[str]:
-    """Some texts of the run, as its tokens spell them."""
-    corpus = inputs.source.corpus if isinstance(inputs.source, CorpusSource) else inputs.heldout
-    if corpus is None or inputs.tokenizer is None:
-        return []
-    sequences = np.unique(np.linspace(0, len(corpus) - 1, 20).astype(np.int64))
-    return [inputs.tokenizer.decode(corpus.gather(sequences[[i]]), skip_special_tokens=True) for i in range(len(sequences))]
+def _texts(corpus: Corpus) -> list[str]:
+    """Some texts of a corpus, as its tokens spell them."""
+    return [str(corpus.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in corpus.sample(20)]
 
 
 def model_card(inputs: Inputs, recipe: Recipe, heldout: HeldOut | None, updates: int, tokens: int) -> str:

@@ -1,6 +1,10 @@
-"""From a recipe to what the loop runs on: device and precision resolved, models loaded and checked, windows of batches."""
+"""From a recipe to what it names: device and precision resolved, corpora and models opened and checked, windows of batches.
 
-from collections.abc import Callable, Iterable, Mapping
+`open_data`, `load_models` and `window_source` follow each other. `train`, its dry run and `cache-teacher` call them, so that
+what one of them refuses the others refuse in the same words.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +17,16 @@ from fastdistil.data.corpus import Corpus
 from fastdistil.data.masking import mask_table
 from fastdistil.data.sources import CorpusSource, MappingSource, WindowSource
 from fastdistil.data.teacher_cache import TeacherCache, identity
-from fastdistil.data.tokenizer import TokenFacts, load_tokenizer, token_facts
 from fastdistil.data.word_marks import check_words
 from fastdistil.errors import UserError
 from fastdistil.kernels.backend import chosen_backend
 from fastdistil.models import language_model, loading, students
 from fastdistil.models.compiling import check_compiler
+from fastdistil.models.device import indexed_device, resolve_device
 from fastdistil.models.vocabularies import check_heldout, check_tokenizers, facts_within, shared_columns, teacher_rows
-from fastdistil.profiling.device import has_fast_bf16
 from fastdistil.recipe import Recipe, Teacher
 from fastdistil.storage import canonical, text_sha256
 from fastdistil.training.teacher_identity import teacher_fingerprint
-
-
-@dataclass(frozen=True)
-class Inputs:
-    device: torch.device
-    student: Any
-    teacher: Any | None
-    projection: nn.Linear | None
-    source: WindowSource
-    updates: int
-    heldout: Corpus | None
-    facts: TokenFacts | None
-    """Of the held-out corpus, or of data.train."""
-    tokenizer: Any | None
-    columns: int | None = None
-    """Entries that the vocabularies of teacher and student have in common, where they are not equally wide."""
 
 
 def resolve(recipe: Recipe, own_teacher: bool = False) -> Recipe:
@@ -47,13 +34,9 @@ def resolve(recipe: Recipe, own_teacher: bool = False) -> Recipe:
 
     A teacher given as a module (`own_teacher`) keeps its dtype unless the recipe names one.
     """
-    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda and torch finds no GPU; set device=cpu, or see `fastdistil doctor`")
-    precision = recipe.loop.precision
-    if precision == "auto":
-        precision = "bf16" if has_fast_bf16(torch.device(device)) else "fp32"
-    changes: dict[str, Any] = {"device": device, "loop": {"precision": precision}, "kernels": _kernels(recipe, device)}
+    device, precision = resolve_device(recipe.device, recipe.loop.precision, "set device=cpu")
+    kernels = _kernels(recipe, device.type)
+    changes: dict[str, Any] = {"device": device.type, "loop": {"precision": precision}, "kernels": kernels}
     if recipe.teacher is not None and recipe.teacher.dtype == "auto" and not own_teacher:
         changes["teacher"] = {"dtype": precision}
     return recipe.with_(**changes)
@@ -68,9 +51,49 @@ def _kernels(recipe: Recipe, device: str) -> str:
         raise UserError(f"kernels is {recipe.kernels} and the run's device is {device}: {error}") from error
 
 
-def indexed_device(name: str) -> torch.device:
-    """A device as the things that need one of several GPUs take it: "cuda" is the current one."""
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The corpora that a recipe names."""
+
+    train: Corpus | None = None
+    """None: the micro-batches come from Python, or the corpus is not prepared yet."""
+    heldout: Corpus | None = None
+    vocabulary: int = 0
+    """Entries of the tokenizer's vocabulary; 0 without a corpus."""
+
+    @property
+    def first(self) -> Corpus | None:
+        """The corpus whose tokenizer the student has."""
+        return self.train if self.train is not None else self.heldout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The models that a recipe names; they fit each other and the corpora."""
+
+    student: Any
+    teacher: Any | None
+    """None: there is none, or its cache stands in for it."""
+    teacher_rows: int | None
+    """Entries of the teacher's vocabulary, though only its cache be used."""
+    columns: int | None
+    """Entries that the vocabularies of teacher and student have in common, where they are not equally wide."""
+    projection: nn.Linear | None
+    """Learnt map from the student's width to the teacher's, if the objective has one."""
+
+    @property
+    def causal(self) -> bool:
+        return bool(self.student.causal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Models):
+    """What the loop runs on: the models, on their device, and the windows that they learn from."""
+
+    device: torch.device
+    data: Data
+    source: WindowSource
+    updates: int
 
 
 def load_inputs(
@@ -88,84 +111,122 @@ def load_inputs(
 
     Raises UserError, CorruptData.
     """
+    own = {"own_teacher": teacher is not None, "own_batches": batches is not None}
+    check_recipe(recipe, **own)
+    data = open_data(recipe, note, **own, own_student=student is not None)
+    models = load_models(recipe, data, note, teacher=teacher, student=student)
     device = indexed_device(recipe.device)
-    if recipe.objective.needs_teacher and recipe.teacher is None and teacher is None:
-        raise UserError(
-            "the objective compares with a teacher and the recipe has none; set teacher.path, "
-            "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
-        )
-    check_cached(recipe, own_models=teacher is not None or batches is not None)
-    check_compiler(recipe)
-    corpus = None if batches is not None else open_corpus(recipe.data.train, recipe.data.verify, "data.train")
-    heldout = open_corpus(recipe.data.heldout, recipe.data.verify, "data.heldout") if recipe.data.heldout is not None else None
-    tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
-    facts = token_facts(tokenizer) if tokenizer is not None else None
-    if corpus is not None and heldout is not None:
-        check_heldout(recipe, corpus, heldout)
-    heldout_facts = facts
-    if heldout is not None and (corpus is None or heldout.manifest.fingerprint != corpus.manifest.fingerprint):
-        heldout_tokenizer = load_tokenizer(str(heldout.tokenizer_dir))
-        heldout_facts = token_facts(heldout_tokenizer)
-        if corpus is None:
-            tokenizer, facts = heldout_tokenizer, heldout_facts
-    if corpus is not None:
-        check_tokenizers(recipe, corpus, note, own_teacher=teacher is not None, own_student=student is not None)
-
-    # The same seed gives the same student, whatever was drawn before.
-    torch.manual_seed(recipe.seed)
-    cached = recipe.teacher is not None and recipe.teacher.cache is not None
-    from_layers = recipe.student.layers is not None or recipe.student.every is not None
-    teacher_model = None if cached and not (from_layers and student is None) else _teacher(recipe, teacher, note)
-    vocabulary = facts.vocab_size if facts is not None else 0
-    if student is not None:
-        student_model = language_model.as_language_model(student)
-        if isinstance(student_model, language_model.LanguageModel):
-            students.train_every_embedding(student_model)
-    else:
-        special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
-        student_model = students.make_student(recipe.student, teacher_model, vocabulary, special_ids, note)
-    if cached:
-        teacher_model = None  # it was needed for its layers only
-    own_models = teacher is not None or student is not None
-    rows_t, rows_s = teacher_rows(recipe, teacher_model), language_model.shape(student_model)[0]
-    pairs = ((corpus, facts), (heldout, heldout_facts))
-    corpora = [(opened, ids) for opened, ids in pairs if opened is not None and ids is not None]
-    columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, own_models=own_models)
-    projection = check_models(recipe, teacher_model, student_model, corpus)
-    student_model.float().to(device)
-    if teacher_model is not None:
-        teacher_model.to(device=device).eval().requires_grad_(False)
-    if projection is not None:
-        projection.to(device)
+    models.student.float().to(device)
+    if models.teacher is not None:
+        models.teacher.to(device=device).eval().requires_grad_(False)
+    if models.projection is not None:
+        models.projection.to(device)
     if recipe.loop.compile:
-        for model in (student_model, teacher_model):
+        for model in (models.student, models.teacher):
             if isinstance(model, language_model.LanguageModel):
                 model.compile_backbone()
             elif model is not None:
                 raise UserError("loop.compile is for transformers models; compile your own module yourself and set it to false")
-
-    causal = bool(student_model.causal)
     source: WindowSource
     if batches is not None:
         update_batches = recipe.loop.accumulation * (recipe.world.ranks or ranks)
-        source = MappingSource(batches, causal, language_model.shape(student_model)[0], update_batches, rank, ranks)
+        vocabulary = language_model.shape(models.student)[0]
+        source = MappingSource(batches, models.causal, vocabulary, update_batches, rank, ranks)
     else:
-        assert corpus is not None and facts is not None and tokenizer is not None
-        used_facts = facts_within(facts, min(rows_s, rows_t or rows_s))
-        corpus_batches = make_batches(recipe, corpus, used_facts, causal, rank, ranks)
-        if recipe.mask.whole_word and not causal:
-            table = mask_table(recipe.mask, used_facts, corpus.counts)
-            check_words(tokenizer.backend_tokenizer, table, corpus.sample(200), note)
-        if cached:
-            assert rows_t is not None
-            corpus_batches.learn_from(open_cache(recipe, corpus, causal, rows_t, columns, epochs_of(recipe, corpus_batches)))
-        source = CorpusSource(corpus_batches, text_sha256(canonical(corpus.manifest.files)), device)
-    updates = source.updates(recipe.loop)
-    return Inputs(device, student_model, teacher_model, projection, source, updates, heldout, heldout_facts, tokenizer, columns)
+        source = window_source(recipe, data, models, note, rank=rank, ranks=ranks)
+    return Inputs(**vars(models), device=device, data=data, source=source, updates=source.updates(recipe.loop))
 
 
-def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool, rank: int = 0, ranks: int = 1) -> Batches:
-    return Batches(
+def check_recipe(recipe: Recipe, *, own_teacher: bool = False, own_batches: bool = False) -> None:
+    """Refuse what no training can be made of, before anything is opened; `own_...`: given from Python. Raises UserError."""
+    if recipe.objective.needs_teacher and recipe.teacher is None and not own_teacher:
+        raise UserError(
+            "the objective compares with a teacher and the recipe has none; set teacher.path, "
+            "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
+        )
+    _check_cached(recipe, own_models=own_teacher or own_batches)
+    check_compiler(recipe)
+
+
+def open_data(
+    recipe: Recipe,
+    note: Callable[[str], None],
+    *,
+    own_teacher: bool = False,
+    own_student: bool = False,
+    own_batches: bool = False,
+) -> Data:
+    """Open the corpora that a recipe names, and check that they and the models' tokenizers mean the same tokens.
+
+    `own_...`: given from Python, in the place of what the recipe names. Raises UserError, CorruptData.
+    """
+    verify = recipe.data.verify
+    train = None if own_batches else _open_corpus(recipe.data.train, verify, "data.train")
+    heldout = _open_corpus(recipe.data.heldout, verify, "data.heldout") if recipe.data.heldout is not None else None
+    first = train if train is not None else heldout
+    vocabulary = first.facts.vocab_size if first is not None else 0
+    if train is not None:
+        if heldout is not None:
+            check_heldout(recipe, train, heldout)
+        check_tokenizers(recipe, train, note, own_teacher=own_teacher, own_student=own_student)
+    return Data(train=train, heldout=heldout, vocabulary=vocabulary)
+
+
+def load_models(
+    recipe: Recipe,
+    data: Data,
+    note: Callable[[str], None],
+    *,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+    shapes_only: Sequence[str] = (),
+) -> Models:
+    """Load the models that a recipe names, on the CPU, and check that they can be trained on its data.
+
+    `teacher`, `student`: modules in the place of those. `shapes_only`: which of them are made without weights ("teacher",
+    "student"). Raises UserError.
+    """
+    # The same seed gives the same student, whatever was drawn before.
+    torch.manual_seed(recipe.seed)
+    cached = recipe.teacher is not None and recipe.teacher.cache is not None
+    from_layers = recipe.student.layers is not None or recipe.student.every is not None
+    teacher_model = None
+    if not cached or (from_layers and student is None):
+        teacher_model = _teacher(recipe, teacher, note, weights="teacher" not in shapes_only)
+    special_ids = students.special_ids(data.first.tokenizer) if data.first is not None else students.NO_IDS
+    if student is not None:
+        student_model = language_model.as_language_model(student)
+        if isinstance(student_model, language_model.LanguageModel):
+            students.train_every_embedding(student_model)
+    elif "student" in shapes_only:
+        config = teacher_model.module.config if teacher_model is not None else None
+        student_model = loading.without_weights(students.student_config(recipe.student, config, data.vocabulary, special_ids))
+        if recipe.student.dropout is not None:
+            students.set_dropout(student_model.module, recipe.student.dropout)
+    else:
+        student_model = students.make_student(recipe.student, teacher_model, data.vocabulary, special_ids, note)
+    if cached:
+        teacher_model = None  # it was needed for its layers only
+    own_models = teacher is not None or student is not None
+    rows_t, rows_s = teacher_rows(recipe, teacher_model), language_model.shape(student_model)[0]
+    corpora = [corpus for corpus in (data.train, data.heldout) if corpus is not None]
+    columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, own_models=own_models)
+    projection = _check_models(recipe, teacher_model, student_model, data.train)
+    return Models(student=student_model, teacher=teacher_model, teacher_rows=rows_t, columns=columns, projection=projection)
+
+
+def window_source(
+    recipe: Recipe, data: Data, models: Models, note: Callable[[str], None], *, rank: int = 0, ranks: int = 1
+) -> CorpusSource:
+    """Return where the windows of the training corpus come from, with what the teacher's cache, if there is one, says of them.
+
+    Raises UserError, CorruptData.
+    """
+    corpus, causal, rows_t = data.train, models.causal, models.teacher_rows
+    assert corpus is not None
+    rows_s = language_model.shape(models.student)[0]
+    facts = facts_within(corpus.facts, min(rows_s, rows_t or rows_s))
+    batches = Batches(
         corpus,
         facts,
         recipe.data,
@@ -177,15 +238,25 @@ def make_batches(recipe: Recipe, corpus: Corpus, facts: TokenFacts, causal: bool
         ranks=ranks,
         update_ranks=recipe.world.ranks,
     )
+    if recipe.mask.whole_word and not causal:
+        table = mask_table(recipe.mask, facts, corpus.counts)
+        check_words(corpus.tokenizer.backend_tokenizer, table, corpus.sample(200), note)
+    source = CorpusSource(batches, text_sha256(canonical(corpus.manifest.files)), indexed_device(recipe.device))
+    if recipe.teacher is not None and recipe.teacher.cache is not None:
+        expected = cache_identity(recipe, corpus, models)
+        epochs = source.epochs(recipe.loop)
+        batches.learn_from(TeacherCache.open(Path(recipe.teacher.cache), expected, corpus, epochs, recipe.data.verify))
+    return source
 
 
-def epochs_of(recipe: Recipe, batches: Batches) -> int:
-    """Epochs that a run reads from, the last one perhaps in part."""
-    source = CorpusSource(batches, "", torch.device("cpu"))
-    return source.place(source.updates(recipe.loop) - 1)[0] + 1
+def cache_identity(recipe: Recipe, corpus: Corpus, models: Models) -> dict[str, Any]:
+    """Return what the cache of a recipe's teacher is made of."""
+    assert recipe.teacher is not None and models.teacher_rows is not None
+    fingerprint = teacher_fingerprint(recipe.teacher.path, loading.load_config(recipe.teacher.path))
+    return identity(recipe, corpus, models.causal, fingerprint, models.teacher_rows, models.columns)
 
 
-def check_cached(recipe: Recipe, own_models: bool) -> None:
+def _check_cached(recipe: Recipe, own_models: bool) -> None:
     """What cannot be learnt from a cache, or only from one. Raises UserError."""
     objective = recipe.objective
     if recipe.teacher is None:
@@ -215,36 +286,25 @@ def check_cached(recipe: Recipe, own_models: bool) -> None:
         )
 
 
-def open_cache(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None, epochs: int) -> TeacherCache:
-    """`vocabulary`, `columns`: the teacher's entries, and those that the student shares where it has not as many."""
-    assert recipe.teacher is not None and recipe.teacher.cache is not None
-    identity = cache_identity(recipe, corpus, causal, vocabulary, columns)
-    return TeacherCache.open(Path(recipe.teacher.cache), identity, corpus, epochs, recipe.data.verify)
-
-
-def cache_identity(recipe: Recipe, corpus: Corpus, causal: bool, vocabulary: int, columns: int | None) -> dict[str, Any]:
-    assert recipe.teacher is not None
-    fingerprint = teacher_fingerprint(recipe.teacher.path, loading.load_config(recipe.teacher.path))
-    return identity(recipe, corpus, causal, fingerprint, vocabulary, columns)
-
-
-def open_corpus(path: str | None, verify: str, key: str) -> Corpus:
+def _open_corpus(path: str | None, verify: str, key: str) -> Corpus:
     if not path:
         raise UserError(f"{key} is not set; give a directory written by `fastdistil prepare`, e.g. {key}=corpus/")
     return Corpus.open(path, verify=verify)
 
 
-def _teacher(recipe: Recipe, module: nn.Module | None, note: Callable[[str], None]) -> Any | None:
+def _teacher(recipe: Recipe, module: nn.Module | None, note: Callable[[str], None], *, weights: bool) -> Any | None:
     if module is not None:
         model = language_model.as_language_model(module)
         named = recipe.teacher.dtype if recipe.teacher is not None else "auto"
         return model if named == "auto" else model.to(language_model.DTYPES[named])
     if recipe.teacher is None:
         return None
+    if not weights:
+        return loading.without_weights(loading.load_config(recipe.teacher.path))
     return loading.load_model(recipe.teacher.path, language_model.DTYPES[recipe.teacher.dtype], note)
 
 
-def check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None) -> nn.Linear | None:
+def _check_models(recipe: Recipe, teacher: Any | None, student: Any, corpus: Corpus | None) -> nn.Linear | None:
     """Refuse what cannot be trained; returns the projection if the objective has one."""
     objective = recipe.objective
     if (student.causal and objective.a_mlm) or (not student.causal and objective.a_clm):

@@ -8,13 +8,10 @@ from typing import Any
 import rich.console
 import rich.table
 import torch
+from torch import nn
 
-from fastdistil.data.sources import CorpusSource
-from fastdistil.data.tokenizer import load_tokenizer, token_facts
 from fastdistil.kernels.linear_distill import workspace_bytes
-from fastdistil.models import language_model, loading, students
-from fastdistil.models.compiling import check_compiler
-from fastdistil.models.vocabularies import check_heldout, check_tokenizers, shared_columns, teacher_rows
+from fastdistil.models import language_model
 from fastdistil.profiling.memory_estimate import (
     DiskEstimate,
     MemoryEstimate,
@@ -25,7 +22,7 @@ from fastdistil.profiling.memory_estimate import (
 )
 from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
-from fastdistil.training.inputs import check_cached, check_models, epochs_of, make_batches, open_cache, open_corpus
+from fastdistil.training.inputs import Data, check_recipe, load_models, open_data, window_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,49 +43,27 @@ class MemoryPlan:
 
 
 def make_plan(
-    recipe: Recipe, note: Callable[[str], None], *, teacher_config: Any = None, vocabulary: int | None = None
+    recipe: Recipe, note: Callable[[str], None], *, data: Data | None = None, teacher: nn.Module | None = None
 ) -> MemoryPlan:
     """What a resolved recipe needs, from configurations and the corpus's size alone. Raises UserError.
 
-    `vocabulary` stands in for a corpus, `teacher_config` for a teacher, that do not exist yet.
+    `data`, `teacher` (without weights) stand in for those that do not exist yet.
     """
-    check_cached(recipe, own_models=False)
-    check_compiler(recipe)
-    cached = recipe.teacher is not None and recipe.teacher.cache is not None
-    corpus = open_corpus(recipe.data.train, "size", "data.train") if vocabulary is None else None
-    tokenizer = load_tokenizer(str(corpus.tokenizer_dir)) if corpus is not None else None
-    facts = token_facts(tokenizer) if tokenizer is not None else None
-    special_ids = students.special_ids(tokenizer) if tokenizer is not None else students.NO_IDS
-    vocabulary = facts.vocab_size if facts is not None else vocabulary or 0
-    if teacher_config is None and recipe.teacher is not None:
-        teacher_config = loading.load_config(recipe.teacher.path)
+    check_recipe(recipe, own_teacher=teacher is not None)
+    if data is None:
+        data = open_data(recipe.with_(data={"verify": "size"}), note)
+    models = load_models(recipe, data, note, teacher=teacher, shapes_only=("teacher", "student"))
+    student = transformer_shape(models.student)
+    teacher_shape = transformer_shape(models.teacher) if models.teacher is not None else None
+    corpus, updates = data.train, recipe.loop.updates
     if corpus is not None:
-        check_tokenizers(recipe, corpus, note)
-        if recipe.data.heldout is not None:
-            check_heldout(recipe, corpus, open_corpus(recipe.data.heldout, "size", "data.heldout"))
-    student_config = students.student_config(recipe.student, teacher_config, vocabulary, special_ids)
-    student_model = loading.without_weights(student_config)
-    teacher_model = loading.without_weights(teacher_config) if teacher_config is not None else None
-    rows_t, corpora = teacher_rows(recipe, teacher_model), [(corpus, facts)] if corpus is not None and facts is not None else []
-    columns = shared_columns(recipe, rows_t, language_model.shape(student_model)[0], corpora, student_model.causal, note)
-    check_models(recipe, teacher_model, student_model, corpus)
-    if recipe.student.dropout is not None:
-        students.set_dropout(student_model.module, recipe.student.dropout)
-    student = transformer_shape(student_model)
-    teacher = transformer_shape(teacher_model) if teacher_model is not None and not cached else None
-    updates = recipe.loop.updates
-    if corpus is not None and facts is not None:
-        batches = make_batches(recipe, corpus, facts, student_model.causal)
-        if cached:
-            assert rows_t is not None
-            open_cache(recipe, corpus, student_model.causal, rows_t, columns, epochs_of(recipe, batches))
-        updates = CorpusSource(batches, "", torch.device("cpu")).updates(recipe.loop)
+        updates = window_source(recipe, data, models, note).updates(recipe.loop)
     longest = int(corpus.lengths.max()) if corpus is not None else 512
     return MemoryPlan(
         recipe=recipe,
         student=student,
-        teacher=teacher,
-        memory=estimate_memory(recipe, student, teacher, causal=student_model.causal, longest=longest),
+        teacher=teacher_shape,
+        memory=estimate_memory(recipe, student, teacher_shape, causal=models.causal, longest=longest),
         disk=estimate_disk(student, keep=recipe.checkpoint.keep),
         tokens=corpus.manifest.tokens if corpus is not None else None,
         sequences=len(corpus) if corpus is not None else None,
@@ -97,11 +72,16 @@ def make_plan(
 
 
 def show_plan(
-    recipe: Recipe, directory: Path, console: rich.console.Console, *, teacher_config: Any = None, vocabulary: int | None = None
+    recipe: Recipe,
+    directory: Path,
+    console: rich.console.Console,
+    *,
+    data: Data | None = None,
+    teacher: nn.Module | None = None,
 ) -> None:
     """Print a resolved recipe and `make_plan`'s estimates for it; `directory`: where the run would live. Raises UserError."""
     console.print(recipe.to_yaml(), markup=False, end="", soft_wrap=True)
-    plan = make_plan(recipe, console.print, teacher_config=teacher_config, vocabulary=vocabulary)
+    plan = make_plan(recipe, console.print, data=data, teacher=teacher)
     table = rich.table.Table(
         "estimate", "", title=f"{directory} (nothing was started)", title_justify="left", show_header=False
     )

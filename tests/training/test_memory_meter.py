@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from fastdistil.data.batch import assemble
+from fastdistil.data.corpus import Corpus
 from fastdistil.errors import OutOfMemory, is_out_of_memory
 from fastdistil.gradients.compressor import BucketLayout
 from fastdistil.gradients.compressors import make_compressor
@@ -24,7 +25,7 @@ from fastdistil.profiling.memory import PARTS, MemoryMeter, SavedTensorBytes, he
 from fastdistil.profiling.memory_estimate import MemoryEstimate, student_activation_bytes
 from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
-from fastdistil.training.inputs import load_inputs, open_corpus, resolve
+from fastdistil.training.inputs import load_inputs, resolve
 from fastdistil.training.instruments import Instruments
 from fastdistil.training.memory_advice import out_of_memory
 from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, transformer_shape
@@ -390,7 +391,7 @@ def test_a_plan_is_data(material: Path, tmp_path: Path) -> None:
     assert plan.student == transformer_shape(inputs.student)
     assert plan.teacher == transformer_shape(inputs.teacher)
     assert plan.updates == inputs.updates
-    corpus = open_corpus(recipe.data.train, "size", "data.train")
+    corpus = Corpus.open(recipe.data.train, verify="size")
     assert (plan.tokens, plan.sequences) == (int(corpus.lengths.sum()), len(corpus))
     longest = int(corpus.lengths.max())
     assert plan.memory == estimate_memory(recipe, plan.student, plan.teacher, causal=False, longest=longest)
