@@ -14,10 +14,9 @@ the run directory.
 
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +27,11 @@ from torch import Tensor, nn
 
 from fastdistil.console import Console
 from fastdistil.data.batch import Batch, Counts, Window
-from fastdistil.data.local_copy import cached_corpus
 from fastdistil.data.ragged import update_seed
 from fastdistil.distributed.coordinator import Coordinator, joined
 from fastdistil.distributed.rank_info import RankInfo
-from fastdistil.errors import NonFinite, Stopped, translated
-from fastdistil.events import Evaluation, EventLog, Note, RunDone, RunStopped
+from fastdistil.errors import CorruptData, NonFinite, Stopped, translated
+from fastdistil.events import Evaluation, EventLog, Kernel, Note, RunDone, RunNotFinite, RunStopped, Trace
 from fastdistil.gradients.exchange import make_exchange
 from fastdistil.models import language_model
 from fastdistil.models.perplexity import HeldOut, held_out
@@ -49,19 +47,10 @@ from fastdistil.training.instruments import Instruments, estimate_of, with_teach
 from fastdistil.training.memory_advice import explaining_out_of_memory
 from fastdistil.training.metrics import Imbalance
 from fastdistil.training.optim import LossScale, learning_rate, make_optimizer
-from fastdistil.training.pre_run import run_once_per_node
-from fastdistil.training.reporting import announce, finish_trace, log, start_trace
+from fastdistil.training.pre_run import note_of_node, prepare_node
+from fastdistil.training.reporting import announce, log, write_traces
 from fastdistil.training.run_state import Run
-from fastdistil.training.saving import (
-    give_up_evaluation,
-    learnt_tensors,
-    restore,
-    restore_recipe,
-    resume_command,
-    rolling_back,
-    save,
-    saving_what_is_sound,
-)
+from fastdistil.training.saving import blame_teacher, learnt_tensors, restore, restore_recipe, save
 from fastdistil.training.teacher_identity import identify_teacher
 
 
@@ -101,7 +90,7 @@ def train(
         chosen = team.chief_does("run", lambda: _choose(recipe, recipe_name, resume, team.world.size, console.note))
         directory, continued = Path(chosen["directory"]), chosen["continued"]
         recipe = recipe.with_(world={"ranks": chosen["ranks"]})
-        local = _prepare_node(team, recipe, console.note if team.is_chief else partial(_note_of_node, place))
+        local = prepare_node(team, recipe, console.note if team.is_chief else partial(note_of_node, place))
         if continued and team.is_chief:
             stack.enter_context(sole_user(directory, console.note))
             clear_pause(directory)  # the one that stopped it; a later one is meant for this process
@@ -133,33 +122,14 @@ def train(
         # large teacher is identified, a signal ends the process as it does while loading.
         last.enter_context(signals)
         with translated("training", directory), run.instruments.naming_out_of_memory():
-            with saving_what_is_sound(run):
-                _loop(run)
-            return _finish(run)
-
-
-def _prepare_node(team: Coordinator, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
-    """Run pre_run's commands and make data.cache_dir's copies, once on each node; return the recipe with the copies' paths."""
-    local_rank, barrier = team.world.local_rank, team.world.barrier
-    with team.unhurried("preparing the node"):
-        run_once_per_node(recipe.pre_run, local_rank, barrier, note)
-        if recipe.data.cache_dir is None:
-            return recipe
-        directory, verify = Path(recipe.data.cache_dir), recipe.data.verify
-        corpora = {"train": recipe.data.train, "heldout": recipe.data.heldout}
-        copies = {
-            key: str(cached_corpus(Path(path), directory, local_rank, barrier, note, verify=verify))
-            for key, path in corpora.items()
-            if path
-        }
-    return recipe.with_(data=copies)
-
-
-def _note_of_node(place: RankInfo | None, text: str) -> None:
-    """From another node than rank 0's. Our own launcher puts the rank before what a rank says; others do not."""
-    assert place is not None
-    label = "" if place.launcher == "fastdistil" else f"[rank {place.rank}] "
-    print(f"{label}{text}", file=sys.stderr, flush=True)
+            try:
+                with _saving_what_is_sound(run):
+                    _loop(run)
+                return _finish(run)
+            except NonFinite as error:
+                if error.first is None:  # of an evaluation, which has saved
+                    raise
+                raise _save_before(run, error) from error
 
 
 def _choose(
@@ -184,11 +154,14 @@ def _shapes(inputs: Inputs) -> str:
 def _loop(run: Run) -> None:
     every = run.recipe.evaluation.every, run.recipe.checkpoint.every, run.recipe.logging.every
     evaluate_every, save_every, log_every = every
+    tracer = run.instruments.tracer
     with run.inputs.source.windows(run.update, run.inputs.updates) as windows:
         first = True
         while True:
-            if run.update < run.inputs.updates:
-                start_trace(run)
+            if run.update < run.inputs.updates and tracer.begins(run.update + 1):
+                tracer.wait()
+                with run.aside("trace"):
+                    tracer.start()
             run.team.phase("data", run.update + 1)
             run.instruments.begin()
             requested_s = time.perf_counter()
@@ -206,7 +179,8 @@ def _loop(run: Run) -> None:
             first = False
             run.instruments.end()
             last = run.update == run.inputs.updates
-            finish_trace(run)
+            if tracer.ends(run.update, last=last):
+                _finish_trace(run)
             if (check := run.recipe.world.check_replicas) and run.update % check == 0:
                 run.team.check_replicas(run.parameters, run.update)
             if run.update % log_every == 0 or last:
@@ -215,6 +189,35 @@ def _loop(run: Run) -> None:
                 _evaluate(run)
             if save_every and run.update % save_every == 0 and not last:
                 save(run)
+
+
+@contextmanager
+def _saving_what_is_sound(run: Run) -> Iterator[None]:
+    """Save the last update where the corpus or cache is damaged while it is in use: what was learnt before it is sound.
+
+    A rank alone; of several the others would have to save too, and they go by its end.
+    """
+    try:
+        yield
+    except CorruptData as error:
+        if not run.team.alone or run.update == run.saved_update:
+            raise
+        save(run)
+        run.event(Note(update=run.update, message=str(error)))
+        raise CorruptData(f"{error}; saved after update {run.update}, {run.way_on}") from error
+
+
+def _save_before(run: Run, error: NonFinite) -> NonFinite:
+    """Save the state as it was before the bad update, or (skip) without the skipped ones; return the error that says so."""
+    if error.update is not None:
+        run.take_back(error.update)
+    save(run, skipped=0)  # whoever continues after this may skip as many again
+    with run.aside("finding what is not finite"):
+        teacher = blame_teacher(run.recipe, run.inputs, run.team, error.first)
+    saved = f"saved after update {run.update}"
+    message = f"{error.cause}; {teacher}; {saved}" if teacher else f"{error}; {saved}, {run.way_on}"
+    run.event(RunNotFinite(update=run.update, message=message))
+    return NonFinite(message)
 
 
 def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float) -> bool:
@@ -357,9 +360,8 @@ def _evaluate(run: Run) -> HeldOut | None:
     heldout = inputs.data.heldout
     if heldout is None:
         return None
-    with rolling_back(run):
-        # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
-        run.guard.read()
+    # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
+    run.guard.read()
     begun = time.perf_counter()
     try:
         with run.aside("evaluation"):
@@ -381,7 +383,7 @@ def _evaluate(run: Run) -> HeldOut | None:
                 ),
             )
     except NonFinite as error:
-        give_up_evaluation(run, error)
+        _give_up_evaluation(run, error)
         return None
     losses = HeldOut(**measured)
     run.event(Evaluation(update=run.update, seconds=time.perf_counter() - begun, **asdict(losses)))
@@ -398,6 +400,29 @@ def _evaluate(run: Run) -> HeldOut | None:
     return losses
 
 
+def _give_up_evaluation(run: Run, error: NonFinite) -> None:
+    """Go on without an evaluation that was not finite where updates that are not are skipped; else save and raise NonFinite."""
+    message = f"evaluating after update {run.update}: {error}"
+    if run.recipe.loop.nonfinite == "skip":
+        run.tell(f"{message}; going on without this evaluation (loop.nonfinite=skip)")
+        return
+    save(run)
+    run.event(RunNotFinite(update=run.update, message=message))
+    raise NonFinite(f"{message}; saved, {run.way_on} loop.nonfinite=skip, which leaves such evaluations out") from error
+
+
+def _finish_trace(run: Run) -> None:
+    tracer, directory = run.instruments.tracer, run.directory / "trace"
+    tracer.wait()
+    with run.aside("trace"):
+        kernels = write_traces(tracer, run.team, directory)
+    first, last = run.recipe.profile.trace_steps or (0, 0)
+    last = min(last, run.update)
+    run.event(Trace(update=run.update, first=first, last=last, kernels=kernels))
+    most = f"; most of the time in {kernels[0]['name']} ({kernels[0]['share']:.0%})" if kernels else ""
+    run.tell(f"traced updates {first} to {last}{most}: open {directory}/*.json.gz in ui.perfetto.dev")
+
+
 def _stop(run: Run) -> None:
     """Save the last update's state, evaluate when paused, and leave."""
     assert run.stopping is not None
@@ -408,7 +433,7 @@ def _stop(run: Run) -> None:
         if run.team.is_chief:
             clear_pause(run.directory)
     run.event(RunStopped(update=run.update, why=why))
-    raise Stopped(f"{why}: saved {run.directory} after update {run.update}; continue with {resume_command(run)}")
+    raise Stopped(f"{why}: saved {run.directory} after update {run.update}; {run.way_on}")
 
 
 def _finish(run: Run) -> Result:

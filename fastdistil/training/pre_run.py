@@ -1,4 +1,4 @@
-"""The recipe's commands that run once on every node before training."""
+"""What is done once on every node before training: the recipe's commands, and copies of its corpora."""
 
 import os
 import signal
@@ -8,12 +8,40 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
-from fastdistil.distributed.rank_info import environment_of_no_rank
+from fastdistil.data.local_copy import cached_corpus
+from fastdistil.distributed.coordinator import Coordinator
+from fastdistil.distributed.rank_info import RankInfo, environment_of_no_rank
 from fastdistil.errors import UserError
+from fastdistil.recipe import Recipe
 
 LAST_LINES = 5
+
+
+def prepare_node(team: Coordinator, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+    """Run pre_run's commands and make data.cache_dir's copies, once on each node; return the recipe with the copies' paths."""
+    local_rank, barrier = team.world.local_rank, team.world.barrier
+    with team.unhurried("preparing the node"):
+        run_once_per_node(recipe.pre_run, local_rank, barrier, note)
+        if recipe.data.cache_dir is None:
+            return recipe
+        directory, verify = Path(recipe.data.cache_dir), recipe.data.verify
+        corpora = {"train": recipe.data.train, "heldout": recipe.data.heldout}
+        copies = {
+            key: str(cached_corpus(Path(path), directory, local_rank, barrier, note, verify=verify))
+            for key, path in corpora.items()
+            if path
+        }
+    return recipe.with_(data=copies)
+
+
+def note_of_node(place: RankInfo | None, text: str) -> None:
+    """From another node than rank 0's. Our own launcher puts the rank before what a rank says; others do not."""
+    assert place is not None
+    label = "" if place.launcher == "fastdistil" else f"[rank {place.rank}] "
+    print(f"{label}{text}", file=sys.stderr, flush=True)
 
 
 def run_once_per_node(

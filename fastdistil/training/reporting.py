@@ -2,21 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdistil.distributed.coordinator import Coordinator
 from fastdistil.errors import translated
-from fastdistil.events import Kernel, Resume, Start, Trace, Train, as_fields
+from fastdistil.events import Kernel, Resume, Start, Train, as_fields
 from fastdistil.gradients.compressors import starts_at
 from fastdistil.models import language_model
+from fastdistil.profiling.trace import Tracer
 from fastdistil.recipe import Objective
 from fastdistil.redaction import redacted
 from fastdistil.training.run_state import Run
-from fastdistil.training.saving import count, rolling_back
 
 
 def announce(run: Run) -> None:
@@ -57,10 +59,9 @@ def announce(run: Run) -> None:
 
 
 def log(run: Run) -> None:
-    """The one host sync of a log line."""
-    with rolling_back(run):
-        fields: dict[str, Any] = run.meter.read(run.guard)
-    count(run)
+    """The one host sync of a log line. Raises NonFinite."""
+    fields: dict[str, Any] = run.meter.read(run.guard)
+    run.count()
     fields |= run.instruments.read()
     if not run.team.alone:
         fields |= run.exchange.fields() | run.load.read(fields["step_s"], fields["phases"])
@@ -83,7 +84,7 @@ def log(run: Run) -> None:
         run.histograms_at = run.update
         with run.aside("histograms"):
             if run.board is not None:
-                run.board.histograms(run.update, histograms(run))
+                run.board.histograms(run.update, histograms(run.inputs.student, run.optimizer))
 
 
 def curves(line: Train) -> Iterator[tuple[str, Any]]:
@@ -96,44 +97,25 @@ def curves(line: Train) -> Iterator[tuple[str, Any]]:
             yield f"{group}/{key}", mean(entry) if numbers else entry
 
 
-def histograms(run: Run) -> Iterator[tuple[str, Tensor]]:
+def histograms(student: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """The student's weights, and the first moments of their gradients: what is left of them at a log line."""
-    for name, parameter in run.inputs.student.named_parameters():
+    for name, parameter in student.named_parameters():
         yield f"weights/{name}", parameter
-        if "exp_avg" in (state := run.optimizer.state.get(parameter, {})):
+        if "exp_avg" in (state := optimizer.state.get(parameter, {})):
             yield f"moments/{name}", state["exp_avg"]
 
 
-def start_trace(run: Run) -> None:
-    """Before every update."""
-    tracer = run.instruments.tracer
-    if tracer.begins(run.update + 1):
-        tracer.wait()
-        with run.aside("trace"):
-            tracer.start()
-
-
-def finish_trace(run: Run) -> None:
-    """After every update: all ranks' traces, once the last traced update is done, in the run's directory."""
-    tracer = run.instruments.tracer
-    if not tracer.ends(run.update, last=run.update == run.inputs.updates):
-        return
-    tracer.wait()
-    with run.aside("trace"):
-        data, kernels = tracer.stop()
-        for rank, trace in enumerate(run.team.collect_bytes(data, "trace")):
-            path = run.directory / "trace" / f"rank-{rank}.json.gz"
-            if not run.team.is_chief:
-                continue
-            with translated("writing a trace", path):
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(trace)
-    first, last = run.recipe.profile.trace_steps or (0, 0)
-    traced = tuple(Kernel(**kernel) for kernel in kernels)
-    run.event(Trace(update=run.update, first=first, last=min(last, run.update), kernels=traced))
-    most = f"; most of the time in {kernels[0]['name']} ({kernels[0]['share']:.0%})" if kernels else ""
-    where = f"open {run.directory / 'trace'}/*.json.gz in ui.perfetto.dev"
-    run.tell(f"traced updates {first} to {min(last, run.update)}{most}: {where}")
+def write_traces(tracer: Tracer, team: Coordinator, directory: Path) -> tuple[Kernel, ...]:
+    """Stop tracing and write every rank's trace; return the kernels that took the most time on this one. All ranks call it."""
+    data, kernels = tracer.stop()
+    for rank, trace in enumerate(team.collect_bytes(data, "trace")):
+        path = directory / f"rank-{rank}.json.gz"
+        if not team.is_chief:
+            continue
+        with translated("writing a trace", path):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(trace)
+    return tuple(Kernel(**kernel) for kernel in kernels)
 
 
 def _watched(objective: Objective) -> list[str]:

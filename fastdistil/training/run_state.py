@@ -17,7 +17,7 @@ from fastdistil.events import Event, EventLog, Note
 from fastdistil.gradients.exchange import Exchange
 from fastdistil.models import language_model
 from fastdistil.recipe import Recipe
-from fastdistil.runs import PAUSE, pause_requested
+from fastdistil.runs import PAUSE, RECIPE, pause_requested
 from fastdistil.training import metrics
 from fastdistil.training.guards import FiniteGuard, Signals
 from fastdistil.training.inputs import Inputs
@@ -78,12 +78,28 @@ class Run:
             reason = PAUSE
         return self.team.stop_wanted(reason)
 
+    @property
+    def way_on(self) -> str:
+        """What continues this run, whatever it was started with; --resume auto does too, beside the same arguments."""
+        command = "train" if self.recipe.teacher is not None else "pretrain"
+        return f"continue with fastdistil {command} {self.directory / RECIPE} --resume {self.directory}"
+
     def agree_to_stop(self, counts: Counts) -> bool:
         """The same answer on all ranks, which all ask; whoever is fast waits here for whoever is slow."""
         pause = self.team.is_chief and pause_requested(self.directory)
         with self.instruments.span("exposed"):
             self.stopping = self.team.decide(self.signals.requested, pause, counts)
         return self.stopping.stop
+
+    def count(self) -> None:
+        """Count the tokens of updates that are no longer to be taken back."""
+        self.tokens += sum(self.unread)
+        self.unread.clear()
+
+    def take_back(self, update: int) -> None:
+        """Be again where it was before an update that was not applied, nor any after it."""
+        self.unread = self.unread[: len(self.unread) - (self.update - update + 1)]
+        self.update = update - 1
 
     def tell(self, text: str) -> None:
         """To a person, and to whoever reads the log."""

@@ -1,12 +1,11 @@
-"""A run's state into checkpoints and back: saving, continuing, and what is saved when an update was not finite.
+"""A run's state into checkpoints and back, and what the teacher has to do with an update that was not finite.
 
 Every function here is called by all ranks; rank 0 alone reads and writes. What learns becomes flat names and tensors
 (`learnt_tensors`).
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +14,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch
-from fastdistil.errors import CorruptData, NonFinite, UserError, translated
-from fastdistil.events import Checkpoint, Note, RunNotFinite
+from fastdistil.distributed.coordinator import Coordinator
+from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.events import Checkpoint
 from fastdistil.models import language_model
 from fastdistil.models.not_finite import first_not_finite
-from fastdistil.recipe import CompressionKind
+from fastdistil.recipe import CompressionKind, Recipe
 from fastdistil.runs import RECIPE, has_text, is_run
 from fastdistil.storage import write_atomically
 from fastdistil.training import checkpoint
 from fastdistil.training.guards import FiniteGuard
+from fastdistil.training.inputs import Inputs
 from fastdistil.training.run_state import Run
 from fastdistil.training.teacher_identity import continue_with_teacher, identify_teacher
 from fastdistil.untrusted import Amount, Fields, Whole, check, reason
@@ -77,12 +78,16 @@ class SavedState(Fields):
     recipe: str | None = None
 
 
-def save(run: Run) -> None:
-    if run.saved_update == run.update:
+def save(run: Run, *, skipped: int | None = None) -> None:
+    """Write a checkpoint of the last update, unless there is one.
+
+    `skipped`: the updates that were, for whoever continues; None: the guard is read, which raises NonFinite.
+    """
+    if run.saved_update == run.update:  # perhaps with what several ranks owed
         return
-    with rolling_back(run):
+    if skipped is None:
         skipped = run.guard.read()
-    count(run)
+    run.count()
     with run.aside("checkpoint"):
         _write_checkpoint(run, skipped)
 
@@ -127,12 +132,12 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
     checkpoints: list[checkpoint.Loaded] = []
 
     def read() -> dict[str, Any] | None:
-        loaded = _newest(run, path)
+        loaded = _newest(run.directory, path, run.inputs.device, run.console.note)
         if loaded is None:
             run.console.note(f"{run.directory} has no checkpoint yet: starting at its first update")
             run.teacher = identify_teacher(run.recipe, teacher)
             return None
-        _check_loaded(run, loaded)
+        _check_loaded(loaded, scaled=run.loss_scale is not None)
         if loaded.state["corpus"] != run.inputs.source.identity:
             raise UserError(
                 f"{loaded.path} was trained on another corpus than {run.recipe.data.train}; "
@@ -168,85 +173,49 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
     run.console.note(f"continuing {run.directory} after update {run.update}")
 
 
-def _check_loaded(run: Run, loaded: checkpoint.Loaded) -> None:
-    """Raise CorruptData unless a checkpoint holds all that a run continues from."""
+def _check_loaded(loaded: checkpoint.Loaded, *, scaled: bool) -> None:
+    """Raise CorruptData unless a checkpoint holds all that a run continues from; `scaled`: it scales its losses."""
     try:
         check(SavedState, loaded.state)
         if missing := [group for group in LEARNT if group not in loaded.tensors]:
             raise ValueError(f"{missing[0]}.safetensors is missing")
-        if run.loss_scale is not None and loaded.state["loss_scale"] is None:
+        if scaled and loaded.state["loss_scale"] is None:
             raise ValueError("loss_scale is null")
     except ValueError as error:
         raise CorruptData(f"{loaded.path} holds no state of this run ({reason(error)}); start anew") from error
 
 
-def _newest(run: Run, path: Path | None) -> checkpoint.Loaded | None:
+def _newest(run: Path, path: Path | None, device: torch.device, note: Callable[[str], None]) -> checkpoint.Loaded | None:
     # What ranks owe is read as it is sent to them, one rank's at a time.
     if path is not None and path.parent.name == "checkpoints":
-        return checkpoint.load(path, run.inputs.device, LEARNT)
-    return checkpoint.latest(run.directory / "checkpoints", run.console.note, run.inputs.device, LEARNT)
+        return checkpoint.load(path, device, LEARNT)
+    return checkpoint.latest(run / "checkpoints", note, device, LEARNT)
 
 
-@contextmanager
-def rolling_back(run: Run) -> Iterator[None]:
-    """Around a read of the guard. On NonFinite, save: the state is as before the bad update, or (skip) without the skipped."""
-    try:
-        yield
-    except NonFinite as error:
-        if error.update is not None:
-            good = error.update - 1
-            run.unread = run.unread[: len(run.unread) - (run.update - good)]
-            run.update = good
-        count(run)
-        if run.saved_update != run.update:  # else it is there, perhaps with what several ranks owed
-            with run.aside("checkpoint"):
-                _write_checkpoint(run, skipped=0)  # whoever continues after this may skip as many again
-        with run.aside("finding what is not finite"):
-            teacher = _blame_teacher(run, error.first)
-        if teacher:
-            message = f"{error.cause}; {teacher}; saved after update {run.update}"
-        else:
-            message = f"{error}; saved after update {run.update}, continue with {resume_command(run)}"
-        run.event(RunNotFinite(update=run.update, message=message))
-        raise NonFinite(message) from error
-
-
-def give_up_evaluation(run: Run, error: NonFinite) -> None:
-    """Go on without an evaluation that was not finite where updates that are not are skipped; else save and raise NonFinite."""
-    message = f"evaluating after update {run.update}: {error}"
-    if run.recipe.loop.nonfinite == "skip":
-        run.tell(f"{message}; going on without this evaluation (loop.nonfinite=skip)")
-        return
-    save(run)
-    run.event(RunNotFinite(update=run.update, message=message))
-    way_out = f"continue with {resume_command(run)} loop.nonfinite=skip, which leaves such evaluations out"
-    raise NonFinite(f"{message}; saved, {way_out}") from error
-
-
-def _blame_teacher(run: Run, update: int | None) -> str:
+def blame_teacher(recipe: Recipe, inputs: Inputs, team: Coordinator, update: int | None) -> str:
     """What the teacher, or its cache, has to do with an update that was not finite; empty where it has nothing.
 
     All ranks call this, each looks at its own batches, and all get the first rank's answer that is one.
     """
-    reason_here = _teacher_on_own_batches(run, update) or ""
-    if run.team.alone:
+    reason_here = _teacher_on_own_batches(recipe, inputs, update) or ""
+    if team.alone:
         return reason_here
-    answers = [answer.decode() for answer in run.team.collect_bytes(reason_here.encode(), "nonfinite")]
-    return run.team.chief_does("blame", lambda: next(filter(None, answers), ""))
+    answers = [answer.decode() for answer in team.collect_bytes(reason_here.encode(), "nonfinite")]
+    return team.chief_does("blame", lambda: next(filter(None, answers), ""))
 
 
-def _teacher_on_own_batches(run: Run, update: int | None) -> str | None:
-    config, teacher, source = run.recipe.teacher, run.inputs.teacher, run.inputs.source
+def _teacher_on_own_batches(recipe: Recipe, inputs: Inputs, update: int | None) -> str | None:
+    config, teacher, source = recipe.teacher, inputs.teacher, inputs.source
     batches: list[Batch] = []
     if update is not None and source.replayable and (teacher is not None or config is not None):
         with source.windows(update - 1, update) as windows:
             window, _ = next(windows, ([], None))
-        batches = [batch.to(run.inputs.device) for batch in window]
+        batches = [batch.to(inputs.device) for batch in window]
     if config is not None and config.cache is not None:
         if any(batch.cached_log_probabilities_NK is not None and _has_nan(batch) for batch in batches):
             return f"the teacher's cache {config.cache} holds nan there; run fastdistil cache-teacher with this recipe again"
         return None
-    if teacher is None or not run.recipe.objective.needs_teacher:
+    if teacher is None or not recipe.objective.needs_teacher:
         return None
     on_batches = (first_not_finite(teacher, batch) for batch in batches)
     reason = next(filter(None, on_batches), None) if batches else first_not_finite(teacher, None)
@@ -258,34 +227,6 @@ def _teacher_on_own_batches(run: Run, update: int | None) -> str | None:
 def _has_nan(batch: Batch) -> bool:
     values = (batch.cached_log_probabilities_NK, batch.cached_tail_N)
     return any(bool(tensor.isnan().any()) for tensor in values if tensor is not None)
-
-
-@contextmanager
-def saving_what_is_sound(run: Run) -> Iterator[None]:
-    """Save the last update where the corpus or cache is damaged while it is in use: what was learnt before it is sound.
-
-    A rank alone; of several the others would have to save too, and they go by its end.
-    """
-    try:
-        yield
-    except CorruptData as error:
-        if run.team.world.size > 1 or run.update == run.saved_update:
-            raise
-        save(run)
-        run.event(Note(update=run.update, message=str(error)))
-        raise CorruptData(f"{error}; saved after update {run.update}, continue with {resume_command(run)}") from error
-
-
-def count(run: Run) -> None:
-    """What was read is no longer to be taken back."""
-    run.tokens += sum(run.unread)
-    run.unread.clear()
-
-
-def resume_command(run: Run) -> str:
-    """What continues this run, whatever it was started with; --resume auto does too, beside the same arguments."""
-    command = "train" if run.recipe.teacher is not None else "pretrain"
-    return f"fastdistil {command} {run.directory / 'recipe.yaml'} --resume {run.directory}"
 
 
 Modules = Mapping[str, nn.Module | None]
