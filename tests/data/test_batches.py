@@ -433,7 +433,11 @@ def test_prefetching_is_bounded():
             assert next(windows).denominators.tokens == taken - 1
             source.wait_until_made(taken + 3)
             assert source.made <= taken + 4  # three ready, one in the making
-    assert not windows._thread.is_alive()
+    assert not making_windows()
+
+
+def making_windows():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastdistil-batches")]
 
 
 def test_what_the_thread_raises_reaches_the_consumer_in_its_turn():
@@ -447,12 +451,11 @@ def test_what_the_thread_raises_reaches_the_consumer_in_its_turn():
 
 def test_closing_ends_the_thread_wherever_it_is():
     full = Counting(10, prefetch=1)
-    windows = prefetched(full)
-    full.wait_until_made(2)  # one ready, one waiting for room
-    windows.close()
-    assert not windows._thread.is_alive()
+    with prefetched(full) as windows:
+        full.wait_until_made(2)  # one ready, one that waits for room
+        assert making_windows()
+    assert not making_windows()
     assert list(windows) == []
-    windows.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
