@@ -143,11 +143,8 @@ def side(several):
         nonlocal update
         exchange.begin(update)
         for number in range(50):
-            if exchange.leaves_in(number, 50):
-                exchange.arm()
             per = denominators(recipe.objective, counts, counts)
-            loss_terms(recipe.objective, student, teacher, batch, per).total.backward()
-            exchange.between(number, 50)
+            exchange.backward(loss_terms(recipe.objective, student, teacher, batch, per).total, number, 50)
         exchange.finish({"total": torch.zeros(())})
         nn.utils.clip_grad_norm_(student.parameters(), 5.0, foreach=True)
         optimizer.step()

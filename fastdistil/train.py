@@ -241,14 +241,13 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
                 exchange.drop()
                 return False
             agreed = True
-        if leaves:
-            exchange.arm()
-            agreed = False
+        agreed = agreed and not leaves
         if number < len(window):
             tokens += window[number].counts.tokens
-            for name, term in _forward_backward(run, window[number], update_counts)._asdict().items():
+            for name, term in _forward_backward(run, window[number], update_counts, number, rounds)._asdict().items():
                 sums[name] = sums[name] + term.detach()
-        exchange.between(number, rounds)
+        else:
+            exchange.backward(None, number, rounds)
     run.team.phase("exchange", run.update + 1)
     sums = exchange.finish(sums)
     run.team.phase("optimizer", run.update + 1)
@@ -263,7 +262,8 @@ def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float)
     return True
 
 
-def _forward_backward(run: Run, on_host: Batch, update_counts: Counts) -> LossTerms:
+def _forward_backward(run: Run, on_host: Batch, update_counts: Counts, number: int, rounds: int) -> LossTerms:
+    """Micro-batch `number` of an update's `rounds`."""
     inputs, objective, span = run.inputs, run.recipe.objective, run.instruments.span
     run.team.phase("forward", run.update + 1)
     with span("transfer"):
@@ -283,7 +283,7 @@ def _forward_backward(run: Run, on_host: Batch, update_counts: Counts) -> LossTe
         )
     run.team.phase("backward", run.update + 1)
     with span("backward"):
-        torch.autograd.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale)
+        run.exchange.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale, number, rounds)
     return terms
 
 

@@ -44,11 +44,10 @@ class LocalGradients:
         """Whether gradients travel in round `number` of an update's: all ranks agree to go on before it."""
         return False
 
-    def arm(self) -> None:
-        """Right before such a round's backward."""
-
-    def between(self, number: int, rounds: int) -> None:
-        """After each round's backward."""
+    def backward(self, total: Tensor | None, number: int, rounds: int) -> None:
+        """Backward of round `number`; gradients leave in it if they do so. None: this rank has no micro-batch in it."""
+        if total is not None:
+            torch.autograd.backward(total)
 
     def finish(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """After the last: gradients, and the scalars `sums`, become those of all ranks."""
@@ -144,10 +143,10 @@ class SharedGradients(LocalGradients):
     def leaves_in(self, number: int, rounds: int) -> bool:
         return self._every or number == rounds - 1
 
-    def arm(self) -> None:
-        self._buckets.arm(self._update)
-
-    def between(self, number: int, rounds: int) -> None:
+    def backward(self, total: Tensor | None, number: int, rounds: int) -> None:
+        if self.leaves_in(number, rounds):
+            self._buckets.arm(self._update)
+        super().backward(total, number, rounds)
         if self._every and number < rounds - 1:
             self._buckets.finish(last=False)
 

@@ -306,7 +306,7 @@ def test_buckets_that_stay_are_told_of() -> None:
                 tensors = states[1]
                 notes[kind] = exchange.restore(states[0], lambda _: tensors, Coordinator(world, None))  # noqa: B023
             exchange.begin(0)
-            exchange.arm()
+            exchange.backward(None, 0, 1)
             exchange.finish({})
             exchange.done(1, torch.zeros(()))
             states = [exchange.state(), exchange.tensors()]
@@ -317,6 +317,19 @@ def test_buckets_that_stay_are_told_of() -> None:
     assert sizes["{kind: int8, block: 16}", 0.002] == sizes["{kind: int8, block: 16}", 0.001]
 
 
+@pytest.mark.parametrize(("sync", "exchanges"), [("delayed", 1), ("every-micro-batch", 4)])
+def test_rounds_add_up_also_without_a_micro_batch(sync: str, exchanges: int) -> None:
+    recipe = load_recipe("distilbert", [*RECIPE, f"world.sync={sync}"])
+    world, weight = BesideSilence(), nn.Parameter(torch.zeros(40, 16))
+    exchange = make_exchange(recipe, world, torch.optim.AdamW([weight]))
+    exchange.begin(0)
+    for number, scale in enumerate((1.0, 2.0, None, 4.0)):
+        exchange.backward(None if scale is None else (scale * weight).sum(), number, 4)
+    exchange.finish({})
+    assert weight.grad is not None and weight.grad.eq(7.0).all()
+    assert world.counters.gradient_collectives == exchanges * exchange.fields()["buckets"]
+
+
 def test_one_rank_owes_what_two_had_not_sent() -> None:
     """Until its next update, memory alone holds it: a checkpoint written before then would lose it."""
     recipe = load_recipe("distilbert", [*RECIPE, "compression={kind: top-k, density: 0.1, warmup_updates: 0}"])
@@ -325,9 +338,8 @@ def test_one_rank_owes_what_two_had_not_sent() -> None:
     true_sum, received = torch.zeros(40, 16), torch.zeros(40, 16)
     for update in range(3):
         two.begin(update)
-        two.arm()
         gradient = torch.randn(40, 16)
-        (weight * gradient).sum().backward()
+        two.backward((weight * gradient).sum(), 0, 1)
         two.finish({})
         assert weight.grad is not None
         true_sum, received = true_sum + gradient, received + weight.grad
@@ -341,7 +353,7 @@ def test_one_rank_owes_what_two_had_not_sent() -> None:
     assert one.owes and "2 ranks" in note
     for scale, owed in ((3.0, true_sum - received), (5.0, torch.zeros(40, 16))):
         one.begin(3)
-        (scale * alone).sum().backward()
+        one.backward((scale * alone).sum(), 0, 1)
         one.finish({})
         assert alone.grad is not None and not one.owes
         torch.testing.assert_close(alone.grad, scale + owed, rtol=1e-5, atol=1e-5)
