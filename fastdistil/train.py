@@ -419,7 +419,7 @@ def _finish_trace(run: Run) -> None:
     first, last = run.recipe.profile.trace_steps or (0, 0)
     last = min(last, run.update)
     run.event(Trace(update=run.update, first=first, last=last, kernels=kernels))
-    most = f"; most of the time in {kernels[0]['name']} ({kernels[0]['share']:.0%})" if kernels else ""
+    most = f"; most of the time in {kernels[0].name} ({kernels[0].share:.0%})" if kernels else ""
     run.tell(f"traced updates {first} to {last}{most}: open {directory}/*.json.gz in ui.perfetto.dev")
 
 

@@ -88,40 +88,42 @@ def save(run: Run, *, skipped: int | None = None) -> None:
     if skipped is None:
         skipped = run.guard.read()
     run.count()
-    with run.aside("checkpoint"):
-        _write_checkpoint(run, skipped)
-
-
-def _write_checkpoint(run: Run, skipped: int) -> None:
-    begun = time.perf_counter()
-    residuals = run.exchange.tensors()
-    owed = run.team.fetch_each(residuals, "residuals") if residuals else iter(())
-    if not run.team.is_chief:
-        run.saved_update = run.update
-        for _ in owed:
-            pass
-        return
-    tensors: dict[str, Any] = dict(learnt_tensors(run.modules, run.optimizer))
-    if residuals:
-        size = sum(tensor.nbytes for tensor in residuals.values())
-        for rank in range(run.team.world.size):  # one rank's at a time in memory
-            tensors[f"rank-{rank}"] = checkpoint.Deferred(size, lambda: next(owed))
     state = {
         "tokens": run.tokens,
         "best_update": run.best_update,
         "best_loss": run.best_loss,
         "corpus": run.inputs.source.identity,
         "teacher": run.teacher,
-        "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see runs.restore_recipe
+        "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see restore_recipe
         "skipped": skipped,
         "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
         "exchange": run.exchange.state(),
     }
     protect = frozenset() if run.best_update is None else frozenset({run.best_update})
-    keep = run.recipe.checkpoint.keep
-    path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
-    run.event(Checkpoint(update=run.update, seconds=time.perf_counter() - begun, path=path.name))
+    with run.aside("checkpoint"):
+        begun = time.perf_counter()
+        tensors = _tensors_to_write(run.team, learnt_tensors(run.modules, run.optimizer), run.exchange.tensors())
+        if run.team.is_chief:
+            keep = run.recipe.checkpoint.keep
+            path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
+            run.event(Checkpoint(update=run.update, seconds=time.perf_counter() - begun, path=path.name))
     run.saved_update = run.update
+
+
+def _tensors_to_write(team: Coordinator, learnt: Mapping[str, Any], residuals: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The groups of a checkpoint: what was learnt, and what each rank owes, fetched when it is written.
+
+    Ranks other than 0 send what they owe before this returns.
+    """
+    if not residuals:
+        return dict(learnt)
+    owed = team.fetch_each(residuals, "residuals")
+    if not team.is_chief:
+        for _ in owed:
+            pass
+        return {}
+    size = sum(tensor.nbytes for tensor in residuals.values())
+    return {**learnt, **{f"rank-{rank}": checkpoint.Deferred(size, lambda: next(owed)) for rank in range(team.world.size)}}
 
 
 def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
