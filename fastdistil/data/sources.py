@@ -91,11 +91,6 @@ class CorpusSource:
         self.identity, self.replayable = identity, True
         self.batches, self._device = batches, device
 
-    @property
-    def longest(self) -> int:
-        """TokenSequences of the longest sequence."""
-        return int(self.batches.corpus.lengths.max())
-
     def updates(self, loop: Loop) -> int:
         """Exactly as many as `loop.epochs` has; a part of an epoch is rounded to whole updates, at least 1."""
         if loop.updates is not None:

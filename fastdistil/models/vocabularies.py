@@ -111,22 +111,15 @@ def facts_within(facts: _Facts, rows: int) -> _Facts:
     return cast(_Facts, replace(cast(Any, facts), pad_id=pad_id, special_ids=special_ids))
 
 
-def check_tokenizers(
-    recipe: Recipe,
-    corpus: Corpus,
-    note: Callable[[str], None],
-    *,
-    own_teacher: bool = False,
-    own_student: bool = False,
-) -> None:
+def check_tokenizers(recipe: Recipe, corpus: Corpus, note: Callable[[str], None], own: Sequence[str] = ()) -> None:
     """Refuse teachers and students for which the corpus' ids mean other tokens; without a tokenizer they cannot be checked.
 
-    `own_teacher`, `own_student`: given as modules, in the place of those that the recipe names. Raises UserError.
+    `own`: which of them ("teacher", "student") are modules, in the place of those that the recipe names. Raises UserError.
     """
     paths = {}
-    if recipe.teacher is not None and not own_teacher:
+    if recipe.teacher is not None and "teacher" not in own:
         paths["the teacher"] = recipe.teacher.path
-    if recipe.student.path is not None and not own_student:
+    if recipe.student.path is not None and "student" not in own:
         paths["the student's model"] = recipe.student.path
     for who, path in paths.items():
         causal = language_model.family_of(loading.load_config(path)).causal  # a missing model is no missing tokenizer

@@ -111,9 +111,10 @@ def load_inputs(
 
     Raises UserError, CorruptData.
     """
-    own = {"own_teacher": teacher is not None, "own_batches": batches is not None}
-    check_recipe(recipe, **own)
-    data = open_data(recipe, note, **own, own_student=student is not None)
+    provided = {"teacher": teacher, "student": student, "batches": batches}
+    own = [name for name, value in provided.items() if value is not None]
+    check_recipe(recipe, own)
+    data = open_data(recipe, note, own)
     models = load_models(recipe, data, note, teacher=teacher, student=student)
     device = indexed_device(recipe.device)
     models.student.float().to(device)
@@ -137,38 +138,32 @@ def load_inputs(
     return Inputs(**vars(models), device=device, data=data, source=source, updates=source.updates(recipe.loop))
 
 
-def check_recipe(recipe: Recipe, *, own_teacher: bool = False, own_batches: bool = False) -> None:
-    """Refuse what no training can be made of, before anything is opened; `own_...`: given from Python. Raises UserError."""
-    if recipe.objective.needs_teacher and recipe.teacher is None and not own_teacher:
+def check_recipe(recipe: Recipe, own: Sequence[str] = ()) -> None:
+    """Refuse what no training can be made of, before anything is opened; `own`: see `open_data`. Raises UserError."""
+    if recipe.objective.needs_teacher and recipe.teacher is None and "teacher" not in own:
         raise UserError(
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
-    _check_cached(recipe, own_models=own_teacher or own_batches)
+    _check_cached(recipe, own_models="teacher" in own or "batches" in own)
     check_compiler(recipe)
 
 
-def open_data(
-    recipe: Recipe,
-    note: Callable[[str], None],
-    *,
-    own_teacher: bool = False,
-    own_student: bool = False,
-    own_batches: bool = False,
-) -> Data:
+def open_data(recipe: Recipe, note: Callable[[str], None], own: Sequence[str] = ()) -> Data:
     """Open the corpora that a recipe names, and check that they and the models' tokenizers mean the same tokens.
 
-    `own_...`: given from Python, in the place of what the recipe names. Raises UserError, CorruptData.
+    `own`: what Python gives in the place of what the recipe names ("teacher", "student", "batches"). Raises UserError,
+    CorruptData.
     """
     verify = recipe.data.verify
-    train = None if own_batches else _open_corpus(recipe.data.train, verify, "data.train")
+    train = None if "batches" in own else _open_corpus(recipe.data.train, verify, "data.train")
     heldout = _open_corpus(recipe.data.heldout, verify, "data.heldout") if recipe.data.heldout is not None else None
     first = train if train is not None else heldout
     vocabulary = first.facts.vocab_size if first is not None else 0
     if train is not None:
         if heldout is not None:
             check_heldout(recipe, train, heldout)
-        check_tokenizers(recipe, train, note, own_teacher=own_teacher, own_student=own_student)
+        check_tokenizers(recipe, train, note, own)
     return Data(train=train, heldout=heldout, vocabulary=vocabulary)
 
 

@@ -209,7 +209,8 @@ def estimate_of(inputs: Inputs, recipe: Recipe) -> MemoryEstimate | None:
         return None
     if inputs.teacher is not None and not isinstance(inputs.teacher, language_model.LanguageModel):
         return None
-    longest = getattr(inputs.source, "longest", None) or recipe.data.micro_batch_tokens
+    train = inputs.data.train
+    longest = int(train.lengths.max()) if train is not None else recipe.data.micro_batch_tokens
     teacher = transformer_shape(inputs.teacher) if inputs.teacher is not None else None
     return estimate_memory(recipe, transformer_shape(inputs.student), teacher, causal=inputs.student.causal, longest=longest)
 

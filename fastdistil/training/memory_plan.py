@@ -49,7 +49,7 @@ def make_plan(
 
     `data`, `teacher` (without weights) stand in for those that do not exist yet.
     """
-    check_recipe(recipe, own_teacher=teacher is not None)
+    check_recipe(recipe, ["teacher"] if teacher is not None else [])
     if data is None:
         data = open_data(recipe.with_(data={"verify": "size"}), note)
     models = load_models(recipe, data, note, teacher=teacher, shapes_only=("teacher", "student"))

@@ -25,7 +25,7 @@ from fastdistil.profiling.memory import PARTS, MemoryMeter, SavedTensorBytes, he
 from fastdistil.profiling.memory_estimate import MemoryEstimate, student_activation_bytes
 from fastdistil.profiling.quantities import size_text
 from fastdistil.recipe import Recipe
-from fastdistil.training.inputs import load_inputs, resolve
+from fastdistil.training.inputs import Data, load_inputs, resolve
 from fastdistil.training.instruments import Instruments
 from fastdistil.training.memory_advice import out_of_memory
 from fastdistil.training.memory_plan import estimate_memory, make_plan, show_plan, transformer_shape
@@ -189,7 +189,7 @@ def test_peaks_of_phases(allocator: Allocator) -> None:
 def test_parts_are_of_the_update_that_was_watched(warmup: int, peak: int, allocator: Allocator) -> None:
     """Restoring holds weights and moments twice, an evaluation its own; a first update may have no moments yet, and then it is
     the run's peak."""
-    inputs: Any = SimpleNamespace(device=CPU, student=bert(), teacher=None, projection=None, source=None)
+    inputs: Any = SimpleNamespace(device=CPU, student=bert(), teacher=None, projection=None, data=Data())
     instruments = Instruments(small_recipe(profile={"warmup": warmup}), inputs, chief=False, tell=print)
     instruments._chief, instruments.memory, inputs.device = True, MemoryMeter(GPU), GPU
     allocator.hold(900_000_000)
