@@ -97,7 +97,7 @@ class Run:
         self.unread.clear()
 
     def take_back(self, update: int) -> None:
-        """Be again where it was before an update that was not applied, nor any after it."""
+        """Go back to before an update that was not applied; those after it were not either."""
         self.unread = self.unread[: len(self.unread) - (self.update - update + 1)]
         self.update = update - 1
 

@@ -376,3 +376,22 @@ def test_an_id_in_use_that_the_model_lacks_is_refused_and_the_advices_work(mater
     largest_heldout = int(np.flatnonzero(Corpus.open(material / "heldout").counts)[-1])
     assert largest_heldout <= largest
     quiet(run(material, tmp_path, f"student.path={student}", name="path"))
+
+
+def test_a_dry_run_refuses_in_a_run_s_words(material: Path, tmp_path: Path) -> None:
+    """An id that held-out text alone uses, and a teacher that is not there."""
+    (tmp_path / "few.txt").write_text("a a a a")
+    options = PrepareOptions(tokenizer=str(material / "tokenizer"), max_length=48, workers=1)
+    prepare([str(tmp_path / "few.txt")], tmp_path / "few", options)
+    few, largest = (int(np.flatnonzero(Corpus.open(p).counts)[-1]) for p in (tmp_path / "few", material / "heldout"))
+    assert few < largest
+    config = f"student.config={json.dumps({**CONFIG, 'vocab_size': few + 1})}"
+    corpora = [f"data.train={tmp_path / 'few'}", f"data.heldout={material / 'heldout'}", "teacher=null"]
+    alone = run(material, tmp_path, *corpora, config, "objective.a_ce=0", "objective.projection=false")
+    for recipe, words in (
+        (alone, f"token id {largest} is in use"),
+        (run(material, tmp_path, "teacher=null"), "recipe has none"),
+    ):
+        for refuse in (lambda: quiet(recipe), lambda: make_plan(resolve(recipe), print)):  # noqa: B023
+            with pytest.raises(UserError, match=words):
+                refuse()
