@@ -443,6 +443,6 @@ def _describe(problem: Any) -> str:
 
 
 def cacheable(objective: Mapping[str, Any]) -> bool:
-    """Whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_cached)."""
+    """Whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_recipe)."""
     hidden = objective.get("a_cos") or objective.get("a_mse")
     return bool(objective.get("a_ce") and not hidden and objective.get("divergence") == "forward-kl")
