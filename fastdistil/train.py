@@ -31,7 +31,7 @@ from fastdistil.data.ragged import update_seed
 from fastdistil.distributed.coordinator import Coordinator, joined
 from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.errors import CorruptData, NonFinite, Stopped, translated
-from fastdistil.events import Evaluation, EventLog, Kernel, Note, RunDone, RunNotFinite, RunStopped, Trace
+from fastdistil.events import Evaluation, EventLog, Note, RunDone, RunNotFinite, RunStopped, Trace
 from fastdistil.gradients.exchange import make_exchange
 from fastdistil.models import language_model
 from fastdistil.models.perplexity import HeldOut, held_out
