@@ -27,15 +27,14 @@ WIDE, NARROW = 1200, 380
 
 # Writes each event that it reads to the run's log, as training does, and holds the run meanwhile.
 WRITER = """
-import json, sys
+import sys
 from pathlib import Path
-from fastdistil.events import EventLog
+from fastdistil.events import EventLog, parse_event
 from fastdistil.runs import sole_user
 run = Path(sys.argv[1])
 with sole_user(run), EventLog(run / "events.jsonl") as log:
     for line in sys.stdin:
-        event = json.loads(line)
-        log.write(event.pop("event"), **event)
+        log.write(parse_event(line.encode()))
         print("written", flush=True)
 """
 

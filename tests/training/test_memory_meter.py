@@ -203,10 +203,11 @@ def test_parts_are_of_the_update_that_was_watched(warmup: int, peak: int, alloca
         instruments.end()
     allocator.hold(800_000_000)
     optimizer = torch.optim.AdamW(inputs.student.parameters())
-    measurement = instruments.parts(optimizer, {})
+    measurement = instruments.parts(4, optimizer, {})
     assert measurement is not None
-    assert measurement["peak_bytes"] == peak
-    assert measurement["parts"]["activations_and_logits"] == peak - measurement["parts"]["student_weights"]
+    assert measurement.peak_bytes == peak
+    assert measurement.parts is not None
+    assert measurement.parts["activations_and_logits"] == peak - (measurement.parts["student_weights"] or 0)
     assert instruments.memory.peak_bytes() == 900_000_000
 
 
