@@ -24,7 +24,7 @@ probability 1 - 2^(1 - n), 93.75% of 5 and 96.9% of 6."""
 MAX_SAMPLES = 2000
 """Of longer series the last ones are used."""
 RESAMPLES = 10_000
-_CHUNK = 1_000
+_CHUNK = 50
 
 Statistic = Literal["median", "mean"]
 SampleSeries = NDArray[np.float64]
@@ -61,13 +61,22 @@ def _resampled(series: SampleSeries, statistic: Statistic, random: np.random.Gen
     n = len(series)
     length = block_length(series.argsort().argsort().astype(np.float64) if statistic == "median" else series)
     blocks = -(-n // length)
-    estimate = np.median if statistic == "median" else np.mean
+    estimate = _medians if statistic == "median" else np.mean
+    begins_at = np.lib.stride_tricks.sliding_window_view(np.concatenate([series, series[: length - 1]]), length)
     estimates = []
     for _ in range(RESAMPLES // _CHUNK):
-        starts = random.integers(n, size=(_CHUNK, blocks, 1))
-        places = (starts + np.arange(length)) % n
-        estimates.append(estimate(series[places.reshape(_CHUNK, -1)[:, :n]], axis=1))
+        starts = random.integers(n, size=(_CHUNK, blocks))
+        estimates.append(estimate(begins_at[starts].reshape(_CHUNK, -1)[:, :n], axis=1))
     return np.concatenate(estimates)
+
+
+def _medians(samples: SampleSeries, axis: Literal[1]) -> SampleSeries:
+    """np.median of finite numbers, whose order is lost, in a fourth of its time: it selects two order statistics and copies,
+    where one and a maximum do."""
+    middle = samples.shape[axis] // 2
+    samples.partition(middle, axis=axis)
+    upper: SampleSeries = samples[:, middle]
+    return upper.copy() if samples.shape[axis] % 2 else (samples[:, :middle].max(axis=axis) + upper) / 2
 
 
 def block_length(series: SampleSeries) -> int:

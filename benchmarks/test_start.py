@@ -1,0 +1,67 @@
+"""How long the commands that read runs take to start, against Python's own start: wanted under 0.6 s on two idle cores.
+
+Each round starts the interpreter alone and every command once, in turn; medians are printed and kept in `extra_info`. The runs
+have 600 updates. `report` and `compare` are measured to their end, `watch` to the first byte of its page.
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from tests.event_streams import Stream, write_run
+
+ROUNDS = 9
+WANTED_S = 0.6
+COMMAND = (sys.executable, "-m", "fastdistil")
+
+
+def seconds_of(command: list[str]) -> float:
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    return time.perf_counter() - begun
+
+
+def seconds_to_the_first_page(run: Path) -> float:
+    begun = time.perf_counter()
+    command = [*COMMAND, "watch", str(run), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        address = next(word for line in process.stdout for word in line.split() if word.startswith("http://"))
+        with urllib.request.urlopen(address) as page:
+            page.read(1)
+        return time.perf_counter() - begun
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+def test_commands_that_read_runs_start_at_once(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, Stream(lines=60, seed=seed)) for seed, name in enumerate("ab"))
+    commands = {
+        "python": [sys.executable, "-c", ""],
+        "fastdistil report --help": [*COMMAND, "report", "--help"],
+        "fastdistil compare --help": [*COMMAND, "compare", "--help"],
+        "fastdistil report RUN": [*COMMAND, "report", str(a), "--out", str(tmp_path / "report.html")],
+        "fastdistil compare A B": [*COMMAND, "compare", str(a), str(b), "--anyway"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in (*commands, "fastdistil watch RUN")}
+
+    def measure() -> None:
+        for name, command in commands.items():
+            times[name].append(seconds_of(command))
+        times["fastdistil watch RUN"].append(seconds_to_the_first_page(a))
+
+    benchmark.pedantic(measure, rounds=ROUNDS, warmup_rounds=1)
+    print(f"\nmedians of {ROUNDS}, {os.cpu_count()} cores; wanted below {WANTED_S} s")
+    for name, seconds in times.items():
+        median = statistics.median(seconds[1:])
+        benchmark.extra_info[name] = median
+        print(f"{name:28} {median:.3f} s")
