@@ -394,9 +394,9 @@ def as_fields(value: Any) -> Any:
     match value:
         case None | bool() | str():
             return value
-        case numbers.Integral():
+        case int() | numbers.Integral():  # the plain type is known in a tenth of the time
             return int(value)
-        case numbers.Real():
+        case float() | numbers.Real():
             return float(value) if math.isfinite(value) else str(float(value))
         case Mapping():
             return {str(key): as_fields(item) for key, item in value.items()}

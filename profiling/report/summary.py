@@ -118,7 +118,8 @@ def measured_updates(lines: Iterable[Train]) -> Updates:
         steps += seconds[first:]
         phases = line.phases if seconds else {}
         for name in phases.keys() | columns.keys():
-            column = columns.setdefault(name, [0.0] * before)
+            if (column := columns.get(name)) is None:
+                column = columns[name] = [0.0] * before
             column += phases[name][first:] if name in phases else [0.0] * len(seconds[first:])
     return Updates(numbers, steps, columns, warmup)
 
@@ -351,5 +352,5 @@ def _waited_for_slowest_s(line: Train) -> float:
 
 
 def _losses(line: Train) -> dict[str, Any]:
-    fields = as_fields(line)
-    return {name: fields[name] for name in ("update", "total", "soft", "hard", "cosine", "mse") if name in fields}
+    losses = {name: getattr(line, name) for name in ("total", "soft", "hard", "cosine", "mse")}
+    return {"update": line.update, **{name: as_fields(loss) for name, loss in losses.items() if loss is not None}}
