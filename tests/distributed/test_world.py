@@ -119,11 +119,9 @@ for port in sys.argv[2:]:
 """
 
 
-def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]]) -> None:
+def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]], reserve_port: Callable[[], int]) -> None:
     """As a notebook does that trains twice."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [server.getsockname()[1] for server in (one, other)]
-    assert run_ranks(TWICE, 2, engine, *ports) == ["[3]\n[3]\n"] * 2
+    assert run_ranks(TWICE, 2, engine, reserve_port(), reserve_port()) == ["[3]\n[3]\n"] * 2
 
 
 def test_bytes_that_a_rank_sends() -> None:
