@@ -19,6 +19,7 @@ from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
+import torch
 from fastdistil import train
 from fastdistil.errors import FastdistilError
 from fastdistil.distributed.rank_info import find_rank_info
@@ -32,16 +33,22 @@ def counted(run, window, counts, waited_s):
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "STOP":
             time.sleep(1.5)  # longer than between two words to the others: they know where this is
-        if how in ("TERM", "INT", "STOP"):
-            os.kill(os.getpid(), getattr(signal, "SIG" + how))
+        if how in ("TERM", "INT", "STOP", "ELSEWHERE"):
+            os.kill(os.getpid(), getattr(signal, "SIG" + how, signal.SIGTERM))
         if how == "RAISE":
             raise RuntimeError("planted")
         if how == "SLEEP":
             time.sleep(600)
         if how == "PAUSE":
             (run.directory / "PAUSE").touch()
+        if how == "FLIP":
+            happened = step(run, window, counts, waited_s)
+            run.parameters[-1].detach().view(-1).view(torch.int32)[3] ^= 1
+            return happened
     return step(run, window, counts, waited_s)
 train.train_step = counted
+if how == "ELSEWHERE" and place.rank == on:
+    os.chdir(Path(sys.argv[1]).parent / "elsewhere")
 if how == "LATE":  # rank 0 signals the other, which waits for it to leave, while it writes the student
     from fastdistil.distributed import coordinator
     leaving, leave, export = Path(sys.argv[1]).parent / "leaving", coordinator._leave, train.export_student
@@ -309,6 +316,37 @@ def test_a_lost_rank_is_named_and_the_others_end(
     assert took_s < 6 + 50, took_s  # starting Python and torch on a busy machine included
     assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 2
     all_well(train_ranks(recipe, 2, resume="auto"))
+
+
+def test_a_weight_that_differs_in_one_bit_is_found_at_the_next_comparison(
+    engine: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+) -> None:
+    """Rank 1's lowest bit, after update 3: all ranks end at update 4, and no checkpoint holds it."""
+    recipe = small(material, tmp_path, f"world.engine={engine}", "world.check_replicas=2", "evaluation.every=null")
+    for code, err in train_ranks(recipe, 2, "FLIP", 3):
+        assert code == 14, err
+        assert "after update 4 the weights of rank 1 are not those of rank 0" in err, err
+    assert [line[0] for line in learnt(tmp_path / "run")] == [1, 2, 3]
+    assert list_updates(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_rank_0_alone_uses_the_run_directory(
+    material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rank 1 runs a file is in its way. The run saves, is stopped, goes on and writes the student."""
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "runs").write_text("in the way")
+    compression = "compression={kind: int8, warmup_updates: 1, block: 64}"  # of which every rank's state is saved
+    recipe = small(material, Path("runs"), "world.engine=torch", compression)
+    assert [code for code, _ in train_ranks(recipe, 2, "ELSEWHERE", 4)] == [75, 75]
+    run = tmp_path / "runs" / "run"
+    assert any(name.startswith("rank-1.") for name in saved_state(run, 3))
+    all_well(train_ranks(recipe, 2, "ELSEWHERE", resume="auto"))
+    assert [line[0] for line in learnt(run)] == list(range(1, 9))
+    assert (run / "student" / "model.safetensors").is_file()
+    assert [path.name for path in elsewhere.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize("difference", ["recipe", "corpus"])
