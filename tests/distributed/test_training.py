@@ -1,10 +1,10 @@
 """Whole runs with several ranks: what they learn, how they stop, how they continue, and what they say when one is lost."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,30 +290,27 @@ def test_a_signal_while_rank_0_still_saves_harms_nothing(
 @pytest.mark.parametrize(
     ("how", "on", "says"),
     [
-        ("KILL", 1, "rank 1"),
-        ("KILL", 0, "rank 0"),
-        ("STOP", 1, "rank 1"),
-        pytest.param("STOP", 0, "rank 0", marks=pytest.mark.slow),
-        pytest.param("SLEEP", 1, "rank 1", marks=pytest.mark.slow),
-        ("RAISE", 1, "planted"),
+        ("KILL", 1, "rank 1 is silent for"),
+        ("KILL", 0, "rank 0 is gone"),
+        ("STOP", 1, "rank 1 is silent for"),
+        pytest.param("STOP", 0, "rank 0 is silent for", marks=pytest.mark.slow),
+        pytest.param("SLEEP", 1, "rank 1 does not get on for", marks=pytest.mark.slow),
+        ("RAISE", 1, "rank 1 failed: RuntimeError: planted"),
     ],
 )
 def test_a_lost_rank_is_named_and_the_others_end(
     how: str, on: int, says: str, engine: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
 ) -> None:
-    """Within the timeout and a few seconds, with exit code 12, its last phase and stack; the last checkpoint is whole."""
+    """With exit code 12, the lost rank's last phase and its stack; the last checkpoint is whole."""
     if how in ("SLEEP", "STOP") and engine == "horovod" and on == 0:
         pytest.skip("the same as with torch, which is tried")
     recipe = small(material, tmp_path, f"world.engine={engine}", "world.timeout_s=6", "evaluation.every=null")
-    begun = time.monotonic()
     ended = train_ranks(recipe, 2, how, 4, on)
-    took_s = time.monotonic() - begun
     code, err = ended[1 - on]
     assert code == 12, err
-    assert f"rank {on}" in err and says in err, err
-    if how in ("STOP", "SLEEP"):
-        assert "update 4" in err and "counted" in err, err
-    assert took_s < 6 + 50, took_s  # starting Python and torch on a busy machine included
+    # Whoever is killed last said where it was some moments before.
+    update, function = (r"(, update \d)?", r"\w+") if how == "KILL" else (", update 4", "counted")
+    assert re.search(rf"{says}.*; its last phase: \w+{update}; its stack: in \S+:\d+ {function} < ", err), err
     assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 2
     all_well(train_ranks(recipe, 2, resume="auto"))
 
