@@ -1,5 +1,7 @@
 """Whole runs with several ranks: what they learn, how they stop, how they continue, and what they say when one is lost."""
 
+import gzip
+import json
 import os
 import re
 import signal
@@ -163,6 +165,18 @@ def test_auto_measures_decides_once_and_says_why(
     assert f"auto: {kind}:" in note["message"]
     # What was measured with is not counted as gradients.
     assert [line["gradient_collectives"] for line in lines[:4]] == [line["buckets"] for line in lines[:4]]
+
+
+def test_every_rank_writes_its_trace(material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]) -> None:
+    """Of two updates: each names its own rank and holds that rank's collectives."""
+    options = ["world.engine=torch", "loop.updates=4", "evaluation.every=null", "profile.warmup=1"]
+    all_well(train_ranks(small(material, tmp_path, "profile.trace_steps=[2,3]", *options), 2))
+    folder = tmp_path / "run" / "trace"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-1.json.gz"]
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((folder / f"rank-{rank}.json.gz").read_bytes()))
+        assert trace["distributedInfo"]["rank"] == rank
+        assert any("allreduce" in event["name"] for event in trace["traceEvents"] if "name" in event)
 
 
 DIFFERING = """
