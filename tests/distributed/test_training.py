@@ -16,7 +16,7 @@ from fastdistil import events as event_log
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.training.checkpoint import list_updates
 from tests.distributed.conftest import Start
-from tests.small_run import assert_same_bits, events, learnt, saved_state, small
+from tests.small_run import assert_same_bits, events, learnt, quiet, saved_state, small
 
 DRIVER = """
 import os, signal, sys, time
@@ -414,6 +414,46 @@ def test_np_starts_ranks_and_prints_once(engine: str, material: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: 3 updates") == 1 and done.stdout.count("update 3/3") == 1
     assert len(events(tmp_path / "run")) == 3
+
+
+def test_hosts_train_over_ssh(material: Path, tmp_path: Path) -> None:
+    """Two addresses of this machine, and for ssh a shell: two nodes of a rank each, which learn what one rank does."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\necho "$2" >> "$0.hosts"\nshift 2\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    path = tmp_path / "r.yaml"
+    path.write_text(small(material, tmp_path / "two", "world.engine=torch", "student.dropout=0", "loop.updates=3").to_yaml())
+    done = cli("train", path, "--hosts", "127.0.0.2:1,127.0.0.3:1", environment={"FASTDISTIL_SSH": str(ssh)})
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "ssh.hosts").read_text().split()) == ["127.0.0.2", "127.0.0.3"]
+    (start,) = events(tmp_path / "two" / "run", "start")
+    assert (start["ranks"], start["nodes"]) == (2, 2)
+    quiet(small(material, tmp_path / "one", "student.dropout=0", "loop.updates=3", "loop.accumulation=4"))
+    for of_two, of_one in zip(learnt(tmp_path / "two" / "run"), learnt(tmp_path / "one" / "run"), strict=True):
+        assert of_two == pytest.approx(of_one, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_scale_measures_real_ranks(material: Path, tmp_path: Path) -> None:
+    """Two points, two rounds of which the second goes backwards: every run is there, with the same threads for each rank."""
+    path = tmp_path / "r.yaml"
+    path.write_text(small(material, tmp_path / "runs", "world.engine=torch", "name=null").to_yaml())
+    out = tmp_path / "study"
+    environment = {"OMP_NUM_THREADS": "1"}
+    options = ("--np", "1,2", "--rounds", 2, "--steps", 3, "--no-ceiling", "--out", out)
+    done = cli("scale", path, *options, environment=environment)
+    assert done.returncode == 0, done.stderr
+    study = json.loads((out / "scale.json").read_text())
+    one, two = study["points"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    for point in (one, two):
+        assert [len(seconds) for seconds in point["step_s"]] == [3, 3], "rounds, and measured updates of each"
+        assert min(min(seconds) for seconds in point["step_s"]) > 0
+    assert one["efficiency"] == [1, 1], "by round"
+    assert len(two["efficiency"]) == 2 and min(two["efficiency"]) > 0
+    assert set(two["lost_s"]) >= {"exposed", "imbalance"}
+    assert "<svg" in (out / "scale.html").read_text()
+    assert "tokens/s" in done.stdout
 
 
 def test_distil_starts_ranks_from_python(material: Path, tmp_path: Path) -> None:
