@@ -6,7 +6,8 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK_THREADS = 1
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that nobody else is given inside the block: bound, but not listened at, so that a rank 0 can."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def environment(rank: int, size: int, port: int, address: str = "127.0.0.1", **more: str) -> dict[str, str]:
@@ -65,9 +69,9 @@ def together(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], timeou
 
 def run_program(program: str, ranks: int, *arguments: object) -> list[dict[str, Any]]:
     """A program's last line of output, JSON, by rank."""
-    port = free_port()
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    outputs = together([(command, environment(rank, ranks, port)) for rank in range(ranks)])
+    with reserved_port() as port:
+        outputs = together([(command, environment(rank, ranks, port)) for rank in range(ranks)])
     return [json.loads(out.splitlines()[-1]) for out in outputs]
 
 

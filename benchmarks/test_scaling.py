@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .ranks import alone, environment, free_port, has_horovod, in_lockstep, together, tokens_per_s, train_command
+from .ranks import alone, environment, has_horovod, in_lockstep, reserved_port, together, tokens_per_s, train_command
 
 ROUNDS = int(os.environ.get("FASTDISTIL_SCALING_ROUNDS", "5"))
 UPDATES, ACCUMULATION = 6, 8
@@ -54,8 +54,8 @@ def test_weak_scaling(benchmark: Any, engine: str, demo_material: Path, tmp_path
             case "side_by_side":
                 together([(command(name), alone()) for name in ("a", "b")])
             case _:
-                port = free_port()
-                together([(command("a", f"world.engine={engine}"), environment(rank, 2, port)) for rank in range(2)])
+                with reserved_port() as port:
+                    together([(command("a", f"world.engine={engine}"), environment(rank, 2, port)) for rank in range(2)])
         return sum(tokens_per_s(run) for run in (tmp_path / "a", tmp_path / "b") if run.exists())
 
     speeds_by_side: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Never
 
 import pytest
 import torch
@@ -199,7 +201,7 @@ def broken_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "missing": ([str(folder / "missing.txt")], "missing.txt"),
         "empty": ([str(folder / "empty.txt")], "empty"),
-        "blank": ([str(folder / "blank.txt")], ""),
+        "blank": ([str(folder / "blank.txt")], "no usable sequence"),
         "binary": ([str(folder / "binary.txt")], "binary.txt"),
         "latin": ([str(folder / "latin.txt")], "UTF-8"),
         "utf16": ([str(folder / "utf16.txt")], "UTF-16"),
@@ -269,13 +271,13 @@ def test_places_that_cannot_be_written(run: Run, material: Path, tmp_path: Path)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_read_only_place(run: Run, material: Path, tmp_path: Path) -> None:
+def test_a_read_only_place(run: Run, material: Path, tmp_path: Path, need: Callable[[str, str], Never]) -> None:
     assert prepared(run, material)[0] == 0
     place = tmp_path / "place"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(place)], capture_output=True, check=False)
     if mounted.returncode != 0:
-        pytest.skip("mounting a read-only file system needs root")
+        need("root-network", "mounting a read-only file system needs root")
     try:
         assert_refused(
             run("train", "distilbert", *overrides(material), f"runs_dir={place / 'runs'}"), 2, "place", "you can write to"
@@ -285,14 +287,14 @@ def test_a_read_only_place(run: Run, material: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk(run: Run, material: Path, tmp_path: Path) -> None:
+def test_a_full_disk(run: Run, material: Path, tmp_path: Path, need: Callable[[str, str], Never]) -> None:
     """On a real file system of one megabyte."""
     assert prepared(run, material)[0] == 0
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True, check=False)
     if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
+        need("root-network", "mounting a small file system needs root")
     try:
         assert_refused(
             run("train", "distilbert", *overrides(material), f"runs_dir={disk / 'runs'}", "checkpoint.every=1"), 13, "full"

@@ -395,14 +395,20 @@ def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: 
 @pytest.mark.parametrize("layout", ["packed", "length-grouped"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_follows_fp32(layout: str, precision: str, material: Path, tmp_path: Path) -> None:
-    """Master weights stay float32, and the losses stay within the precision of float32's."""
-    common = [f"data.layout={layout}", "evaluation.every=null", "student.dropout=0"]
+    """Master weights stay float32 and move as float32's do; the losses stay within the precision of float32's."""
+    common = [f"data.layout={layout}", "evaluation.every=null", "student.dropout=0", "checkpoint.keep=9"]
     quiet(small(material, tmp_path / "fp32", *common))
     result = quiet(small(material, tmp_path / precision, f"loop.precision={precision}", "teacher.dtype=fp32", *common))
     assert {p.dtype for p in result.student.parameters()} == {torch.float32}
     wide, low = (learnt(tmp_path / name / "run") for name in ("fp32", precision))
     for a, b in zip(wide, low, strict=True):
         assert a[1] == pytest.approx(b[1], rel=0.02)
+    moves = []
+    for name in ("fp32", precision):
+        early, late = (saved_state(tmp_path / name / "run", update) for update in (2, 8))
+        moves.append(torch.cat([(late[key] - early[key]).flatten() for key in late if key.startswith("model.")]))
+    assert moves[0].norm() == pytest.approx(float(moves[1].norm()), rel=0.05)
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9
 
 
 def test_deterministic_algorithms_run_every_step(material: Path, tmp_path: Path) -> None:

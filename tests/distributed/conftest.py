@@ -1,5 +1,6 @@
 """Real ranks: processes on this machine, each told its place as a launcher does."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -16,10 +17,22 @@ Start = Callable[..., list[ForkedProcess]]
 RunRanks = Callable[..., list[str]]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def reserve_port() -> Iterator[Callable[[], int]]:
+    """reserve_port() -> a port of 127.0.0.1 that nobody is given before the test ends, and that a rank 0 can listen at.
+
+    It stays bound here. The kernel gives a bound port to nobody who leaves the choice to it, and lets another socket that has
+    SO_REUSEADDR, as every server has, bind and listen there as long as this one does not listen.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def reserve() -> int:
+            holder = stack.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+            return int(holder.getsockname()[1])
+
+        yield reserve
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -37,12 +50,12 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def start_ranks(fork_server: ForkServer) -> Iterator[Start]:
+def start_ranks(fork_server: ForkServer, reserve_port: Callable[[], int]) -> Iterator[Start]:
     """start_ranks([sys.executable, script, ...], ranks) -> processes; all of them are gone when the test ends."""
     started: list[ForkedProcess] = []
 
     def start(command: list[str], ranks: int, port: int | None = None) -> list[ForkedProcess]:
-        port = port or free_port()
+        port = port or reserve_port()
         processes = [fork_server.popen(command, rank_environment(rank, ranks, port)) for rank in range(ranks)]
         started.extend(processes)
         return processes

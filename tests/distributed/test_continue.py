@@ -9,7 +9,6 @@ import torch
 from fastdistil.console import Console
 from fastdistil.recipe import Recipe
 from fastdistil.train import train
-from tests.distributed.conftest import free_port
 from tests.small_run import assert_same_bits, events, learnt, saved_state, small
 
 # Recipes one after the other, each in a world of its own; with an update to stop at, rank 1 gets SIGTERM in it.
@@ -41,7 +40,7 @@ Continue = Callable[..., None]
 
 
 @pytest.fixture
-def run_recipes(run_ranks: Callable[..., list[str]], tmp_path: Path) -> Continue:
+def run_recipes(run_ranks: Callable[..., list[str]], reserve_port: Callable[[], int], tmp_path: Path) -> Continue:
     """run_recipes(recipes, ranks, stop_in=0, resume="")"""
 
     def run(recipes: list[Recipe], ranks: int, stop_in: int = 0, resume: str = "") -> None:
@@ -49,7 +48,7 @@ def run_recipes(run_ranks: Callable[..., list[str]], tmp_path: Path) -> Continue
         for number, recipe in enumerate(recipes):
             path = tmp_path / f"asked-{number}.yaml"
             path.write_text(recipe.to_yaml())
-            arguments.append(f"{free_port()}:{path}")
+            arguments.append(f"{reserve_port()}:{path}")
         run_ranks(RUNS, ranks, stop_in, resume, *arguments)
 
     return run

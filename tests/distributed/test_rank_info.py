@@ -2,9 +2,12 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Never
 
 import pytest
 
@@ -273,11 +276,9 @@ def test_torchrun_starts_ranks_again(tmp_path: Path) -> None:
     assert done.stdout.count("sum [3]") == 2
 
 
-def test_mpirun_itself() -> None:
-    import shutil
-
+def test_mpirun_itself(need: Callable[[str, str], Never]) -> None:
     if shutil.which("mpirun") is None:
-        pytest.skip("no mpirun on this machine")
+        need("mpi", "no mpirun on this machine; on Debian: apt install openmpi-bin")
     done = subprocess.run(
         ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "-c", PROGRAM],
         capture_output=True,

@@ -119,11 +119,9 @@ for port in sys.argv[2:]:
 """
 
 
-def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]]) -> None:
+def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]], reserve_port: Callable[[], int]) -> None:
     """As a notebook does that trains twice."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [server.getsockname()[1] for server in (one, other)]
-    assert run_ranks(TWICE, 2, engine, *ports) == ["[3]\n[3]\n"] * 2
+    assert run_ranks(TWICE, 2, engine, reserve_port(), reserve_port()) == ["[3]\n[3]\n"] * 2
 
 
 def test_bytes_that_a_rank_sends() -> None:
@@ -248,12 +246,15 @@ coordinator.choose_interface = horovod_world.choose_interface = die
 
 def test_a_rank_that_stands_still_before_all_have_met_is_named(start_ranks: Start, tmp_path: Path) -> None:
     """Rank 0, which serves the store: the others are in a call that never returns."""
-    plant = """
+    plant = f"""
 open_store = coordinator.open_store
 def stop(*given):
-    connect = open_store(*given)
+    connect, connected = open_store(*given), {str(tmp_path / "connected")!r}
+    if place.rank == 1:
+        open(connected, "w").close()
+    while not os.path.exists(connected):
+        time.sleep(0.01)
     if place.rank == 0:
-        time.sleep(1)  # the other is connected
         os.kill(os.getpid(), signal.SIGSTOP)
     return connect
 coordinator.open_store = stop

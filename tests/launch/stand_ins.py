@@ -48,7 +48,7 @@ def wait():
         signal.pause()
 
 def wait_for(name):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (folder / name).exists():
         assert time.monotonic() < deadline, name
         time.sleep(0.01)
@@ -96,7 +96,7 @@ class Ranks:
         return [int(start["environ"]["WORLD_SIZE"]) for start in self.starts if start["environ"]["RANK"] == "0"]
 
     def wait_for(self, condition: Callable[[], object], event: str = "the ranks") -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain for {event}"
             time.sleep(0.01)

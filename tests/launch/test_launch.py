@@ -189,7 +189,7 @@ from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.recipe import load_recipe
 from fastdistil.distributed.coordinator import joined
 
-settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=10", "world.engine=torch"]
+settings = ["device=cpu", "data.train=none", "teacher.path=none", "world.timeout_s=60", "world.engine=torch"]
 try:
     with joined(find_rank_info(), load_recipe("distilbert", settings), print) as team:
         team.world.barrier()
@@ -211,7 +211,7 @@ def test_ranks_without_a_store_show_no_stacks_of_torch(
     if level is not None:
         monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", level)
     ranks.plan(default=LOSES_RANK_0)
-    assert launch(ranks.job(2)) == 12
+    assert launch(ranks.job(2, timeout_s=60.0)) == 12
     err = capsys.readouterr().err
     assert "rank 0 is gone" in err
     assert ("frame #0" in err) == (level is not None)
@@ -250,7 +250,7 @@ def test_a_signal_is_passed_on_and_ranks_have_time_to_save(
     with background(ranks, ranks.job(2, hosts)) as launcher:
         ranks.ready(2)
         launcher.send_signal(number)
-        out, _ = launcher.communicate(timeout=30)
+        out, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 75
     assert out == f"saved by {number.name}\n"
     assert ranks.alive() == []
@@ -261,7 +261,7 @@ def test_a_signal_before_training_is_an_interruption(ranks: Ranks) -> None:
     with background(ranks, ranks.job(2)) as launcher:
         ranks.ready(2)
         launcher.send_signal(signal.SIGTERM)
-        _, err = launcher.communicate(timeout=30)
+        _, err = launcher.communicate(timeout=120)
     assert (launcher.returncode, err) == (130, "fastdistil: stopped before it trained: there was nothing to save\n")
     assert ranks.alive() == []
 
@@ -285,7 +285,7 @@ def test_a_save_may_take_as_long_as_it_does(ranks: Ranks) -> None:
         assert launcher.stderr is not None
         said = launcher.stderr.readline()
         (ranks.folder / "go").touch()
-        err = launcher.communicate(timeout=30)[1]
+        err = launcher.communicate(timeout=120)[1]
     assert said == (
         "fastdistil: still waiting for ranks 0, 2, told to stop 0 s ago: a large save takes its time; "
         "a second Ctrl-C or SIGTERM kills\n"
@@ -307,7 +307,7 @@ def test_a_second_signal_ends_ranks_that_hear_nothing(ranks: Ranks, stuck: str, 
         assert "still waiting" in launcher.stderr.readline()
         assert len(ranks.alive()) == count
         launcher.send_signal(signal.SIGTERM)
-        launcher.communicate(timeout=30)
+        launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     assert ranks.alive() == []
 
@@ -320,7 +320,7 @@ def test_a_second_interrupt_kills(ranks: Ranks) -> None:
         launcher.send_signal(signal.SIGINT)
         ranks.wait_for(lambda: len(list(ranks.folder.glob("heard-*"))) == 2)
         launcher.send_signal(signal.SIGINT)
-        launcher.communicate(timeout=30)
+        launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     assert ranks.alive() == []
 
@@ -331,7 +331,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(ranks: Ranks, ssh: Path, hosts
     with background(ranks, ranks.job(2, hosts)) as launcher:
         ranks.ready(2)
         launcher.kill()
-        launcher.communicate(timeout=30)
+        launcher.communicate(timeout=120)
         ranks.wait_for(lambda: not ranks.alive(), "the ranks to end")
 
 

@@ -121,7 +121,7 @@ except KeyboardInterrupt:
         caller.send_signal(signal.SIGINT)
         wait_until(lambda: len(list(tmp_path.glob("heard-*"))) == 2)
         caller.send_signal(signal.SIGINT)
-        out, _ = caller.communicate(timeout=30)
+        out, _ = caller.communicate(timeout=120)
     finally:
         caller.kill()
         survivors = [pid for pid in pids if running(pid)]
@@ -132,7 +132,7 @@ except KeyboardInterrupt:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

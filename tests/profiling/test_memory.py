@@ -272,13 +272,16 @@ def test_file_pages_are_not_anonymous(tmp_path: Path) -> None:
     assert after.anonymous_bytes - before.anonymous_bytes < 8 << 20
 
 
-def test_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_has_no_device_memory() -> None:
     assert device_memory(torch.device("cpu")) is None
-    if torch.cuda.is_available():
-        block = torch.empty(1 << 20, device="cuda")
-        memory = device_memory(block.device)
-        assert memory is not None
-        assert memory.peak_allocated_bytes >= memory.allocated_bytes >= block.nbytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_device_memory() -> None:
+    block = torch.empty(1 << 20, device="cuda")
+    memory = device_memory(block.device)
+    assert memory is not None
+    assert memory.peak_allocated_bytes >= memory.allocated_bytes >= block.nbytes
 
 
 def test_disk_of_a_run(tmp_path: Path) -> None:
@@ -298,5 +301,6 @@ def test_disk_of_a_run(tmp_path: Path) -> None:
     written = sum(file.stat().st_size for file in path.iterdir())
     disk = estimate_disk(shape_of(model), keep=3)
     assert disk.checkpoint == pytest.approx(written, rel=0.05)
-    assert disk.checkpoints == 5 * disk.checkpoint
+    # Three to keep, the best one, and the one that is written before an older one goes.
+    assert disk.checkpoints == pytest.approx(5 * written, rel=0.05)
     assert disk.total == disk.checkpoints + disk.student

@@ -118,6 +118,7 @@ class FakeEvent:
 
 def test_on_a_gpu_events_are_read_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "made", 0)
     spans = Spans(torch.device("cuda"))
     for _ in range(3):
         spans.begin()

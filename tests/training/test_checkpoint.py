@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import torch
@@ -409,12 +409,12 @@ def test_unreadable_sectors_count_as_corrupt(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, need: Callable[[str, str], Never]) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
+        need("root-network", "mounting a small file system needs root")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -476,13 +476,13 @@ def test_files_in_the_way_are_errors_of_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "step-00000001").read_text() == "precious"
 
 
-def test_a_read_only_place_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_read_only_place_is_an_error_of_one_line(tmp_path: Path, need: Callable[[str, str], Never]) -> None:
     place = tmp_path / "disk"
     put(place, 1)
     if os.geteuid() == 0:  # whom permissions do not bind
         bound = subprocess.run(["mount", "--bind", str(place), str(place)], capture_output=True, check=False)
         if bound.returncode:
-            pytest.skip("root may not mount here")
+            need("root-network", "root may not mount here")
         subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
     else:
         place.chmod(0o500)

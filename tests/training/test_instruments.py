@@ -14,7 +14,7 @@ from fastdistil.errors import OutOfMemory
 from fastdistil.profiling import trace
 from fastdistil.training import instruments
 from fastdistil.training.metrics import TensorBoard
-from tests.small_run import events, quiet, small
+from tests.small_run import events, quiet, saved_state, small
 
 
 def test_running_out_of_memory_says_which_keys_help(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +132,33 @@ def test_histograms_are_no_part_of_training(
     monkeypatch.setattr(TensorBoard, "histograms", lambda self, update, tensors: at.append((update, ranges[-1])))
     quiet(small(material, tmp_path, "logging.tensorboard=true", "logging.histograms=3", "logging.every=2"))
     assert at == [(4, "histograms"), (6, "histograms")]
+
+
+def test_tensorboard_gets_histograms_of_weights_and_moments(material: Path, tmp_path: Path) -> None:
+    """The extremes and the sum of each are those of the checkpoint of the same update."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = ["logging.histograms=4", "logging.every=4", "checkpoint.every=4", "evaluation.every=null"]
+    result = quiet(small(material, tmp_path, "logging.tensorboard=true", *overrides))
+    read = EventAccumulator(str(result.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    names = [name for name, _ in result.student.named_parameters()]
+    tags = {f"{kind}/module.{name}" for kind in ("weights", "moments") for name in names}
+    assert set(read.Tags()["histograms"]) == tags
+    for update in (4, 8):
+        state = saved_state(result.run_dir, update)
+        moments = sum(float(tensor.sum()) for name, tensor in state.items() if name.endswith(".exp_avg"))
+        in_histograms = 0.0
+        for name in names:
+            weights, moment = (
+                next(event.histogram_value for event in read.Histograms(f"{kind}/module.{name}") if event.step == update)
+                for kind in ("weights", "moments")
+            )
+            saved = state[f"model.student.{name}"].double()
+            assert [weights.min, weights.max, weights.num] == [saved.min(), saved.max(), saved.numel()], name
+            assert weights.sum == pytest.approx(float(saved.sum()), rel=1e-6, abs=1e-6), name
+            in_histograms += moment.sum
+        assert in_histograms == pytest.approx(moments, rel=1e-4)
 
 
 def test_peaks_are_measured_when_all_ranks_have_loaded(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

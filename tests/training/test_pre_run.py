@@ -247,7 +247,7 @@ def started(corpus: Path, cache: Path) -> Iterator[tuple[subprocess.Popen[str], 
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
