@@ -21,10 +21,9 @@ from fastdistil.recipe import Compression
 PredictedKind = Literal["none", "fp16", "bf16", "int8"]
 SIMPLEST_FIRST: tuple[PredictedKind, ...] = ("none", "fp16", "bf16", "int8")
 
-BACKWARD_SHARE = 0.4
-"""Share of a micro-batch's time, for a student of half the teacher's depth: forward 1, backward 2, the teacher's forward 2."""
-HIDING_SHARE = 0.9
-"""Share of the last backward that comes after the first bucket is ready."""
+HIDES = 0.4 * 0.9
+"""Share of a micro-batch's time that hides an exchange: backward is 0.4 of it for a student of half the teacher's depth
+(forward 1, backward 2, the teacher's forward 2), and 0.9 of backward comes after the first bucket is ready."""
 WORTH = 0.02
 """A simpler compressor is taken where it costs at most this share of the update more."""
 
@@ -120,7 +119,7 @@ def predict(measured: MeasuredExchange, kind: PredictedKind) -> UpdatePrediction
     # What is measured has the uncompressed exchange's exposed part in it: with U = c + exposed(c) and c the
     # computing, solved for c where something was exposed, and where nothing was.
     plain = _exchange_s(measured, "none")
-    hidden_share = BACKWARD_SHARE * HIDING_SHARE / measured.accumulation
+    hidden_share = HIDES / measured.accumulation
     computing = max((measured.update_s - plain) / (1 - hidden_share), 0.0)
     if hidden_share * computing > plain:
         computing = measured.update_s

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fastdistil.errors import UserError
-from fastdistil.gradients.cost_model import BACKWARD_SHARE, HIDING_SHARE, PredictedKind, exposed_s, touched_bytes, wire
+from fastdistil.gradients.cost_model import HIDES, PredictedKind, touched_bytes, wire
 from fastdistil.untrusted import Text
 
 Floats = NDArray[np.float64]
@@ -35,13 +35,12 @@ Floats = NDArray[np.float64]
 Count = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 Seconds = Annotated[float, Field(strict=True, ge=0, le=1e9)]
 Bytes = Annotated[float, Field(strict=True, ge=0, le=1e18)]
-MOST_RINGS = 8
+_MOST_RINGS = 8
 """Different numbers of rings in one fit: each is a parameter, and solutions are sought among all subsets of the parameters."""
-HIDES = BACKWARD_SHARE * HIDING_SHARE
 OPEN = 1e-6
 """Singular values below this share of the largest are 0, and parts of a unit vector below it."""
 
-MEANING = {
+_MEANING = {
     "micro_batch_s": "a micro-batch (s)",
     "fixed_s": "once an update (s)",
     "straggler_s": "standard deviation of a micro-batch between ranks (s)",
@@ -51,7 +50,7 @@ MEANING = {
     "link_share": "time of a byte on the link over 1 / its bandwidth",
     "memory_byte_s": "a byte of memory touched by compression (s)",
 }
-REMEDY = {
+_REMEDY = {
     "micro_batch_s": "another accumulation (--mode both)",
     "fixed_s": "another accumulation (--mode both)",
     "straggler_s": "more rank counts",
@@ -71,7 +70,7 @@ class TimingSample:
     worked_s: Seconds | None = None
     """Mean over ranks."""
     imbalance_s: Seconds | None = None
-    """Of the slowest rank over the mean."""
+    """What the slowest rank works beyond the mean."""
     waited_s: Seconds | None = None
     """What even the slowest rank waited."""
 
@@ -91,18 +90,18 @@ class Point:
     accumulation: Count
     """Micro-batches of a rank."""
     exchanges: Count
-    """Of an update: 1, or one a micro-batch."""
+    """Exchanges of an update: 1, or one a micro-batch."""
     sent_bytes: Bytes
-    """By a rank in an exchange."""
+    """Bytes that a rank sends in an exchange."""
     collectives: Annotated[int, Field(strict=True, ge=0, le=10**9)]
-    """Of an exchange."""
+    """Collectives of an exchange."""
     hops: Annotated[int, Field(strict=True, ge=0, le=10**12)]
     """Steps of its rings, one after another."""
     touched_bytes: Bytes = 0.0
-    """Of memory, by compressing an exchange."""
+    """Bytes of memory that compressing an exchange touches."""
     slowdown: Annotated[float, Field(strict=True, ge=1e-3, le=1e6)] = 1.0
     link_bytes_per_s: Annotated[float, Field(strict=True, ge=1, le=1e18)] | None = None
-    """Of the rings together between nodes, where it is known."""
+    """Bandwidth of the rings together between nodes, where it is known."""
     name: Text = ""
     samples: tuple[TimingSample, ...] = ()
 
@@ -119,7 +118,7 @@ class Workload:
     exchanges: Count
 
     def point(self, ranks: int, nodes: int, *, rings: int = 1, kind: PredictedKind = "none", slowdown: float = 1.0) -> Point:
-        """Of an update over other ranks or with another compression."""
+        """Return an update over other ranks or with another compression."""
         sent, requests = wire(kind, ranks, self.gradient_bytes, self.engine)
         return Point(
             ranks=ranks,
@@ -137,7 +136,7 @@ class Workload:
 
 @cache
 def expected_max(count: int) -> float:
-    """Of `count` independent standard normals: 0 for one, 1.42 for 8."""
+    """Return the expected largest of `count` independent standard normals: 0 for one, 1.42 for 8."""
     x = np.linspace(0.0, 12.0, 12001)
     below = np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in x])
     # The mean is the integral of 1 - F over x > 0 less that of F over x < 0; F is the N-th power of the normal's.
@@ -163,11 +162,11 @@ class Parameter:
     @property
     def meaning(self) -> str:
         base, _, rings = self.name.partition("@")
-        return MEANING[base] + (f", {rings} ring{'s' if rings != '1' else ''}" if rings else "")
+        return _MEANING[base] + (f", {rings} ring{'s' if rings != '1' else ''}" if rings else "")
 
     @property
     def remedy(self) -> str:
-        return REMEDY[self.name.partition("@")[0]]
+        return _REMEDY[self.name.partition("@")[0]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ class Fit:
     """Standard deviation of one measured number over the update's seconds."""
     freedom: int
     singular_values: tuple[float, ...]
-    """Of the Jacobian with columns of length 1, largest first."""
+    """Singular values of the Jacobian with columns of length 1, largest first."""
     rank: int
     predicted_s: tuple[float, ...]
     """By point."""
@@ -208,58 +207,29 @@ def fit(points: Sequence[Point], *, on_cpu: bool) -> Fit:
     assert all(point.samples for point in points)
     if not points:
         raise UserError("no points to calibrate the model on: all are marked oversubscribed, or none was measured")
-    if (rings := len({point.rings for point in points if point.ranks > 1})) > MOST_RINGS:
-        raise UserError(f"the points have {rings} numbers of rings, one fit takes {MOST_RINGS}; give fewer studies")
+    if (rings := len({point.rings for point in points if point.ranks > 1})) > _MOST_RINGS:
+        raise UserError(f"the points have {rings} numbers of rings, one fit takes {_MOST_RINGS}; give fewer studies")
     names = _names(points)
-    exposed = [True] * len(points)
-    trials: list[tuple[float, list[bool]]] = []
-    while exposed not in [before for _, before in trials]:
-        vertices, rss = _solve(*_system(points, exposed, on_cpu))
-        trials.append((rss, exposed))
-        values = dict(zip(names, _on_side(points, exposed, on_cpu, vertices).mean(axis=0), strict=True))
-        exposed = [bool(_is_exposed(point, values, on_cpu)) for point in points]
-    if exposed != trials[-1][1]:  # going round in circles: the best of them
-        exposed = min(trials, key=lambda trial: trial[0])[1]
-    return _judged(points, exposed, on_cpu)
-
-
-def _on_side(points: Sequence[Point], exposed: Sequence[bool], on_cpu: bool, vertices: Floats) -> Floats:
-    """Those where every point is on its side of the max; the others as far as the sides allow. All, if none is."""
-    names = _names(points)
-
-    def holds(values: Floats) -> bool:
-        named = dict(zip(names, values, strict=True))
-        for point, side in zip(points, exposed, strict=True):
-            unhidden, tail = (_weighted(_terms(point, is_exposed, on_cpu)[2], named) for is_exposed in (True, False))
-            if (unhidden - tail if side else tail - unhidden) < -1e-9 * point.samples[0].step_s:
-                return False
-        return True
-
-    inside = [values for values in vertices if holds(values)]
-    if not inside or len(inside) == len(vertices):
-        return vertices
-    centre = np.mean(inside, axis=0)
-    cut = []
-    for values in vertices:
-        good, bad = 0.0, 1.0
-        for _ in range(0 if holds(values) else 40):
-            middle = (good + bad) / 2
-            good, bad = (middle, bad) if holds(centre + middle * (values - centre)) else (good, middle)
-        if bad < 1.0:
-            cut.append(centre + good * (values - centre))
-    return np.array([*inside, *cut])
-
-
-def _judged(points: Sequence[Point], exposed: list[bool], on_cpu: bool) -> Fit:
-    names = _names(points)
-    jacobian, observed = _system(points, exposed, on_cpu)
-    vertices, rss = _solve(jacobian, observed)
-    vertices = _on_side(points, exposed, on_cpu, vertices)
+    # [points, parts, parameters], the parts as _terms returns them.
+    terms = np.array([[[part.get(name, 0.0) for name in names] for part in _terms(point, on_cpu)] for point in points])
+    first_s = np.array([point.samples[0].step_s for point in points])
+    beyond = (terms[:, 2] - terms[:, 3]) / first_s[:, None]  # times the parameters: at least 0 where a point is exposed
+    sides = last = (True,) * len(points)
+    solutions: dict[tuple[bool, ...], tuple[Floats, float]] = {}
+    while sides not in solutions:
+        vertices, rss = _solve(*_system(points, terms, sides))
+        vertices = _on_side(beyond * np.where(sides, 1.0, -1.0)[:, None], vertices)
+        solutions[sides], last = (vertices, rss), sides
+        sides = tuple((beyond @ vertices.mean(axis=0) >= 0).tolist())
+    if sides != last:  # going round in circles: the best of them
+        sides = min(solutions, key=lambda trial: solutions[trial][1])
+    vertices, rss = solutions[sides]
+    jacobian, observed = _system(points, terms, sides)
     lengths = np.linalg.norm(jacobian, axis=0)
     assert (lengths > 0).all(), names
     _, singular, rows = np.linalg.svd(jacobian / lengths, full_matrices=True)
     rank = int((singular > OPEN * singular[0]).sum())
-    open_parts = np.linalg.norm(rows[rank:], axis=0)
+    determined: list[bool] = (np.linalg.norm(rows[rank:], axis=0) <= OPEN).tolist()
     freedom = len(observed) - rank
     residual = math.sqrt(rss / freedom) if freedom > 0 else None
     covariance = None
@@ -267,26 +237,44 @@ def _judged(points: Sequence[Point], exposed: list[bool], on_cpu: bool) -> Fit:
         inverse = (rows[:rank].T / singular[:rank] ** 2) @ rows[:rank]
         covariance = residual**2 * inverse / np.outer(lengths, lengths)
     centre = vertices.mean(axis=0)
-    parameters = []
-    for index, name in enumerate(names):
-        determined = bool(open_parts[index] <= OPEN)
-        sd = None if covariance is None or not determined else math.sqrt(covariance[index, index])
-        low, high = float(vertices[:, index].min()), float(vertices[:, index].max())
-        parameters.append(Parameter(name=name, value=float(centre[index]) if determined else None, sd=sd, low=low, high=high))
     values = dict(zip(names, centre, strict=True))
     return Fit(
         points=tuple(points),
         on_cpu=on_cpu,
         names=names,
-        parameters=tuple(parameters),
+        parameters=tuple(
+            Parameter(
+                name=name,
+                value=float(centre[index]) if determined[index] else None,
+                sd=None if covariance is None or not determined[index] else math.sqrt(covariance[index, index]),
+                low=float(vertices[:, index].min()),
+                high=float(vertices[:, index].max()),
+            )
+            for index, name in enumerate(names)
+        ),
         vertices=vertices,
         covariance=covariance,
         residual=residual,
         freedom=freedom,
-        singular_values=tuple(float(value) for value in singular),
+        singular_values=tuple(singular.tolist()),
         rank=rank,
         predicted_s=tuple(sum(seconds(point, values, on_cpu)) for point in points),
     )
+
+
+def _on_side(slopes: Floats, vertices: Floats) -> Floats:
+    """Return the vertices, those beyond a point's side of the max moved to its border; as they are, if all are beyond.
+
+    `slopes` [points, parameters]: times the parameters at least 0 on a point's side.
+    """
+    slack = vertices @ slopes.T  # [v, points]
+    inside = slack.min(axis=1) >= -1e-9
+    if not inside.any():
+        return vertices
+    centre, room = vertices[inside].mean(axis=0), slack[inside].mean(axis=0)
+    # Slack falls evenly on the way from the centre to a vertex; this share of the way it is not below 0.
+    shares = np.divide(room, room - slack, out=np.ones_like(slack), where=slack < -1e-9).clip(0).min(axis=1)
+    return np.where(inside[:, None], vertices, centre + shares[:, None] * (vertices - centre))
 
 
 def _names(points: Sequence[Point]) -> tuple[str, ...]:
@@ -303,68 +291,45 @@ def _names(points: Sequence[Point]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _terms(point: Point, exposed: bool, on_cpu: bool) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Coefficients of the parameters in (own work, imbalance, waits of the slowest)."""
+def _terms(point: Point, on_cpu: bool) -> tuple[dict[str, float], ...]:
+    """Return the parameters' coefficients in own work, imbalance, and the slowest's waits: exposed, and for the last bucket."""
     work = {"micro_batch_s": point.accumulation * point.slowdown, "fixed_s": point.slowdown}
     if point.ranks == 1:
-        return work, {}, {}
-    compress = {"memory_byte_s": point.touched_bytes} if point.touched_bytes else {}
+        return work, {}, {}, {}
     imbalance = {"straggler_s": math.sqrt(point.accumulation) * expected_max(point.ranks) * point.slowdown}
-    waits: dict[str, float] = {
-        "collective_s": point.collectives,
-        "hop_s": point.hops,
+    exchange = {
+        "collective_s": float(point.collectives),
+        "hop_s": float(point.hops),
         f"byte_s@{point.rings}": point.sent_bytes,
+        "link_share": point.sent_bytes / point.link_bytes_per_s if point.link_bytes_per_s else 0.0,
     }
-    if point.link_bytes_per_s:
-        waits["link_share"] = point.sent_bytes / point.link_bytes_per_s
-    if exposed:
-        waits["micro_batch_s"] = -HIDES * point.slowdown
-        if not on_cpu:
-            waits |= compress
-    else:
-        waits = {name: value / point.collectives for name, value in waits.items()}
+    last_bucket = {name: point.exchanges * value / point.collectives for name, value in exchange.items()}
     if on_cpu:
-        work |= {name: point.exchanges * value for name, value in compress.items()}
-    return work, imbalance, {name: point.exchanges * value for name, value in waits.items()}
-
-
-def _is_exposed(point: Point, values: Mapping[str, float], on_cpu: bool) -> bool:
-    unhidden, tail = (_weighted(_terms(point, exposed, on_cpu)[2], values) for exposed in (True, False))
-    return unhidden >= tail
+        work["memory_byte_s"] = point.exchanges * point.touched_bytes
+    else:
+        exchange["memory_byte_s"] = point.touched_bytes
+    exchange["micro_batch_s"] = -HIDES * point.slowdown
+    return work, imbalance, {name: point.exchanges * value for name, value in exchange.items()}, last_bucket
 
 
 def seconds(point: Point, values: Mapping[str, float], on_cpu: bool) -> tuple[float, float, float]:
-    """Seconds of (own work, imbalance, waits of the slowest)."""
-    work, imbalance, waits = _terms(point, True, on_cpu)
-    hidden = _terms(point, False, on_cpu)[2]
-    # exposed_s(t, hiding, tail), with both sides linear in the parameters
-    waited = exposed_s(_weighted(waits, values), 0.0, _weighted(hidden, values))
-    return _weighted(work, values), _weighted(imbalance, values), waited
+    """Return the seconds of own work, of imbalance, and of waits of the slowest. Parameters that `values` lacks are 0."""
+    work, imbalance, exposed, last_bucket = (
+        sum(weight * values.get(name, 0.0) for name, weight in part.items()) for part in _terms(point, on_cpu)
+    )
+    return work, imbalance, max(exposed, last_bucket)
 
 
-def _weighted(terms: Mapping[str, float], values: Mapping[str, float]) -> float:
-    return sum(weight * values[name] for name, weight in terms.items())
-
-
-def _system(points: Sequence[Point], exposed: Sequence[bool], on_cpu: bool) -> tuple[Floats, Floats]:
+def _system(points: Sequence[Point], terms: Floats, sides: Sequence[bool]) -> tuple[Floats, Floats]:
     """(Jacobian [rows, parameters], observed [rows]); every row over its update's seconds."""
-    names = _names(points)
-    column = {name: index for index, name in enumerate(names)}
-    rows, observed = [], []
-    for point, side in zip(points, exposed, strict=True):
-        terms = _terms(point, side, on_cpu)
+    rows: list[Floats] = []
+    observed: list[float] = []
+    for point, (work, imbalance, exposed, last_bucket), side in zip(points, terms, sides, strict=True):
+        parts = np.stack([work, imbalance, exposed if side else last_bucket])
         for sample in point.samples:
             recorded = sample.recorded if point.ranks > 1 else None
-            pairs = (
-                [((0, 1, 2), sample.step_s)] if recorded is None else [((part,), value) for part, value in enumerate(recorded)]
-            )
-            for chosen, value in pairs:
-                row = np.zeros(len(names))
-                for part in chosen:
-                    for name, weight in terms[part].items():
-                        row[column[name]] += weight
-                rows.append(row / sample.step_s)
-                observed.append(value / sample.step_s)
+            rows += list((parts if recorded else parts.sum(axis=0, keepdims=True)) / sample.step_s)
+            observed += [value / sample.step_s for value in recorded or (sample.step_s,)]
     return np.array(rows), np.array(observed)
 
 
@@ -375,26 +340,21 @@ def _solve(jacobian: Floats, observed: Floats) -> tuple[Floats, float]:
     """
     count = jacobian.shape[1]
     lengths = np.where((norms := np.linalg.norm(jacobian, axis=0)) > 0, norms, 1.0)
-    scaled = jacobian / lengths
-    basis, upper = np.linalg.qr(scaled)
+    basis, upper = np.linalg.qr(jacobian / lengths)
     projected = basis.T @ observed
-    outside = float(observed @ observed - projected @ projected)
-    solutions: list[tuple[float, Floats]] = []
-    most = int(np.linalg.matrix_rank(scaled, tol=OPEN))
-    for size in range(most + 1):
+    total = float(observed @ observed)
+    outside = max(0.0, total - float(projected @ projected))
+    solutions: list[tuple[float, Floats]] = [(float(projected @ projected), np.zeros(count))]
+    for size in range(1, int(np.linalg.matrix_rank(upper, tol=OPEN)) + 1):
         for support in itertools.combinations(range(count), size):
             part = upper[:, support]
-            if size and np.linalg.svd(part, compute_uv=False)[-1] <= OPEN:
-                continue
-            solution = np.linalg.lstsq(part, projected, rcond=None)[0] if size else np.zeros(0)
-            if (solution < -1e-12).any():
+            solution, _, rank, _ = np.linalg.lstsq(part, projected, rcond=OPEN)
+            if rank < size or (solution < -1e-12).any():
                 continue
             missing = projected - part @ solution
             values = np.zeros(count)
             values[list(support)] = np.maximum(solution, 0.0)
             solutions.append((float(missing @ missing), values))
     least = min(rss for rss, _ in solutions)
-    scale = float(observed @ observed)
-    close = [values for rss, values in solutions if rss <= least * (1 + 1e-9) + 1e-16 * scale]
-    distinct = np.unique(np.round(np.array(close), 14), axis=0)
-    return distinct / lengths, max(least + max(outside, 0.0), 0.0)
+    close = [values for rss, values in solutions if rss <= least * (1 + 1e-9) + 1e-16 * total]
+    return np.unique(np.round(np.array(close), 14), axis=0) / lengths, least + outside

@@ -1,13 +1,14 @@
 """What a calibrated model says of updates that were not measured: their seconds with a band, and where compression pays."""
 
 import math
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastdistil.gradients.cost_model import WORTH, PredictedKind, allreduce_s, exposed_s, update_s
-from fastdistil.studies.cost_fit import HIDES, MEANING, Fit, Floats, Point, Workload, seconds
+from fastdistil.gradients.cost_model import WORTH, PredictedKind, allreduce_s
+from fastdistil.studies.cost_fit import Fit, Floats, Point, Workload, seconds
 from fastdistil.studies.networks import Constant, Network, Side
 
 
@@ -38,7 +39,7 @@ def predict(model: Fit, point: Point, network: Network | None = None, assumed: S
     centre = model.vertices.mean(axis=0)
     parts = np.array([parts_of(values) for values in model.vertices])
     work, imbalance, exposed = (float(value) for value in parts.mean(axis=0))
-    step = update_s(work, 1, exposed, imbalance)
+    step = work + imbalance + exposed
     low = min(sum(parts_of(values, "low")) for values in model.vertices)
     high = max(sum(parts_of(values, "high")) for values in model.vertices)
     if model.covariance is None or model.residual is None:
@@ -81,33 +82,25 @@ def _assumptions(model: Fit, point: Point) -> list[str]:
 def _predicted(
     model: Fit, point: Point, values: Mapping[str, float], network: Network | None, side: Side
 ) -> tuple[float, float, float]:
-    """Seconds of (own work, imbalance, waits). `low`: the fast end of what the network may be."""
-    parameters = {**dict.fromkeys(MEANING, 0.0), **values}
-    if point.ranks == 1:
-        return seconds(point, parameters, model.on_cpu)
+    """Return the seconds of own work, imbalance and waits. `low`: the fast end of what the network may be."""
+    parameters = dict(values)
     key = f"byte_s@{point.rings}"
-    if key not in parameters:  # a ring count that was not measured: the nearest that was
-        rings = [int(name.partition("@")[2]) for name in model.names if name.startswith("byte_s@")]
-        parameters[key] = parameters[f"byte_s@{min(rings, key=lambda other: abs(other - point.rings))}"] if rings else 0.0
-    if network is None:
+    rings = [int(name.partition("@")[2]) for name in model.names if name.startswith("byte_s@")]
+    if rings:  # where as many were not measured, the nearest number that was
+        parameters[key] = parameters[f"byte_s@{min(rings, key=lambda other: abs(other - point.rings))}"]
+    if network is None or point.ranks == 1:
         return seconds(point, parameters, model.on_cpu)
+    # The network's own latency and bandwidth in the place of the measured ones.
     quick: Side = {"low": "high", "value": "value", "high": "low"}[side]  # type: ignore[assignment]
-    bandwidth = network.bandwidth(point.rings, point.nodes, quick)
-    local = (network.local_latency_s or network.latency_s).at(side)
-    # Latencies alone, of one ring's steps; then all steps of all buckets.
-    latency = allreduce_s(point.ranks, point.nodes, 0.0, bandwidth, network.latency_s.at(side), local_latency_s=local)
-    latency *= point.hops / (2 * (point.ranks - 1))
-    engine_s, link = parameters[key] * point.sent_bytes, point.sent_bytes / bandwidth
+    local_latency_s = (network.local_latency_s or network.latency_s).at(side)
+    latency_s = allreduce_s(point.ranks, point.nodes, 0.0, 1.0, network.latency_s.at(side), local_latency_s=local_latency_s)
+    parameters["hop_s"] = latency_s / (2 * (point.ranks - 1))
+    engine, link = parameters.get(key, 0.0), 1 / network.bandwidth(point.rings, point.nodes, quick)
     if "link_share" in values:
-        carried = engine_s + values["link_share"] * link
+        parameters[key] = engine + values["link_share"] * link
     else:  # whether the engine's own time for a byte overlaps with the link's is not known
-        carried = engine_s + link if side == "high" else max(engine_s, link)
-    compress = parameters["memory_byte_s"] * point.touched_bytes
-    exchange = point.collectives * parameters["collective_s"] + latency + carried
-    hides = HIDES * parameters["micro_batch_s"] * point.slowdown
-    waited = exposed_s(exchange + (0.0 if model.on_cpu else compress), hides, exchange / point.collectives)
-    work, imbalance, _ = seconds(replace(point, link_bytes_per_s=None), parameters, model.on_cpu)
-    return work, imbalance, point.exchanges * waited
+        parameters[key] = engine + link if side == "high" else max(engine, link)
+    return seconds(replace(point, link_bytes_per_s=None), parameters, model.on_cpu)
 
 
 def student_t(freedom: int) -> float:
@@ -135,38 +128,34 @@ class BreakEven:
 FOREVER = 10**6
 FASTEST = 1e13
 """Bytes a second, the most that is looked at."""
+_BANDWIDTH_STEPS = 10**6
+"""From 1e5 bytes a second to FASTEST, each 0.002% more than the one before."""
 
 
 def break_even(
     model: Fit, work: Workload, kind: PredictedKind, ranks: int, nodes: int, network: Network, rings: int = 1
 ) -> BreakEven:
-    def pays(accumulation: int, chosen: Network) -> bool:
-        scaled = accumulation if work.exchanges > 1 else 1
-        there = replace(work, accumulation=accumulation, exchanges=scaled)
+    """Predict up to how many micro-batches, and below which bandwidth, `kind` pays."""
+
+    def pays(accumulation: int, bytes_per_s: float | None = None) -> bool:
+        there = replace(work, accumulation=accumulation, exchanges=accumulation if work.exchanges > 1 else 1)
+        link = network
+        if bytes_per_s is not None:
+            limits = {"flow_bytes_per_s": None, "local_bytes_per_s": None}
+            link = network.model_copy(update={"link_bytes_per_s": Constant(value=bytes_per_s, source="asked"), **limits})
         plain, small = (
-            predict(model, there.point(ranks, nodes, rings=rings, kind=choice), chosen).step_s for choice in ("none", kind)
+            predict(model, there.point(ranks, nodes, rings=rings, kind=choice), link).step_s for choice in ("none", kind)
         )
         return small < (1 - WORTH) * plain
 
-    most: int | None = None
-    if pays(1, network):
-        most, too_many = (FOREVER, FOREVER) if pays(FOREVER, network) else (1, FOREVER)
-        while too_many - most > 1:
-            middle = (most + too_many) // 2
-            most, too_many = (middle, too_many) if pays(middle, network) else (most, middle)
+    def bandwidth(step: int) -> float:
+        return 1e5 * math.pow(FASTEST / 1e5, step / _BANDWIDTH_STEPS)
 
-    def at(bandwidth: float) -> Network:
-        limits = {"link_bytes_per_s": Constant(value=bandwidth, source="asked"), "flow_bytes_per_s": None}
-        return network.model_copy(update={**limits, "local_bytes_per_s": None})
-
-    slow, fast = 1e5, FASTEST
-    widest: float | None = None
-    if pays(work.accumulation, at(fast)):
-        widest = fast
-    elif pays(work.accumulation, at(slow)):
-        for _ in range(60):
-            between = math.sqrt(slow * fast)
-            slow, fast = (between, fast) if pays(work.accumulation, at(between)) else (slow, between)
-        widest = slow
-    free = not any(parameter.name == "memory_byte_s" and parameter.value is not None for parameter in model.parameters)
-    return BreakEven(kind=kind, most_accumulation=most, most_bytes_per_s=widest, free=free)
+    most = FOREVER if pays(FOREVER) else bisect(range(1, FOREVER), False, key=lambda count: not pays(count))
+    steps = bisect(range(_BANDWIDTH_STEPS + 1), False, key=lambda step: not pays(work.accumulation, bandwidth(step)))
+    return BreakEven(
+        kind=kind,
+        most_accumulation=most or None,
+        most_bytes_per_s=bandwidth(steps - 1) if steps else None,
+        free=not any(parameter.name == "memory_byte_s" and parameter.value is not None for parameter in model.parameters),
+    )
