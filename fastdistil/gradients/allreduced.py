@@ -119,6 +119,11 @@ class Cast(Feedback):
     def wire_bytes(self, layout: BucketLayout) -> int:
         return ring_allreduce_bytes(self.ranks, 2 * layout.numel)
 
+    def touched_bytes(self, layout: BucketLayout) -> int:
+        # A look at all for `poison`; gradient, residual in and out, payload; payload, gradient.
+        compress = 4 + (3 if self.error_feedback else 1) * 4 + 2
+        return super().touched_bytes(layout) + (compress + 2 + 4) * layout.numel
+
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """float32 from its bits: pow is not exact everywhere, and all ranks must agree."""

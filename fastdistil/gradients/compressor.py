@@ -73,6 +73,10 @@ class Compressor(Protocol):
         """Collectives that it makes for a bucket."""
         return 1
 
+    def touched_bytes(self, layout: BucketLayout) -> int:
+        """Bytes of memory that compressing and decompressing float32 gradients reads and writes, of what `auto` may choose."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Feedback(Compressor):
@@ -87,6 +91,10 @@ class Feedback(Compressor):
 
     def start(self, layout: BucketLayout, like: Tensor) -> CompressionState:
         return {"residual": like.new_zeros(layout.numel)} if self.error_feedback else {}
+
+    def touched_bytes(self, layout: BucketLayout) -> int:
+        """Bytes of the residual before the update, in float32: it is copied, and what holds is chosen (Buckets.settle)."""
+        return (2 + 3) * 4 * layout.numel if self.error_feedback else 0
 
 
 def part_numel(numel: int, ranks: int, unit: int) -> int:

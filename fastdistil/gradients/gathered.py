@@ -21,7 +21,7 @@ from fastdistil.gradients.compressor import (
     chosen_numel,
     part_numel,
 )
-from fastdistil.kernels.block_codes import dequantize_int8, dequantize_sum_int8, quantize_int8
+from fastdistil.kernels.block_codes import bytes_moved, dequantize_int8, dequantize_sum_int8, quantize_int8
 from fastdistil.kernels.top_k import scatter_sum, top_k_select
 
 
@@ -127,6 +127,17 @@ class Int8(Feedback):
 
     def requests(self, layout: BucketLayout) -> int:
         return 2
+
+    def touched_bytes(self, layout: BucketLayout) -> int:
+        part, feedback = min(self.part_numel(layout), layout.numel), self.error_feedback
+        return super().touched_bytes(layout) + sum(
+            (
+                bytes_moved("quantize_int8", layout.numel, block=self.block, residual=feedback),
+                bytes_moved("dequantize_sum_int8", part, block=self.block, ranks=self.ranks),
+                bytes_moved("quantize_int8", part, block=self.block, residual=feedback),
+                bytes_moved("dequantize_int8", layout.numel, block=self.block),
+            )
+        )
 
     def _part_bytes(self, layout: BucketLayout) -> int:
         numel = self.part_numel(layout)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fastdistil.errors import UserError
-from fastdistil.gradients.cost_model import HIDES, PredictedKind, touched_bytes, wire
+from fastdistil.gradients.cost_model import HIDES, PredictedKind, exchange_cost
 from fastdistil.untrusted import Text
 
 Floats = NDArray[np.float64]
@@ -119,17 +119,17 @@ class Workload:
 
     def point(self, ranks: int, nodes: int, *, rings: int = 1, kind: PredictedKind = "none", slowdown: float = 1.0) -> Point:
         """Return an update over other ranks or with another compression."""
-        sent, requests = wire(kind, ranks, self.gradient_bytes, self.engine)
+        cost = exchange_cost(kind, ranks, self.gradient_bytes, self.engine)
         return Point(
             ranks=ranks,
             nodes=nodes,
             rings=rings,
             accumulation=self.accumulation,
             exchanges=self.exchanges,
-            sent_bytes=sent,
-            collectives=self.buckets * requests,
+            sent_bytes=cost.sent_bytes,
+            collectives=self.buckets * cost.collectives,
             hops=self.buckets * 2 * (ranks - 1),  # an all-to-all and an all-gather have half as many each
-            touched_bytes=touched_bytes(kind, self.gradient_bytes) if ranks > 1 else 0.0,
+            touched_bytes=cost.touched_bytes if ranks > 1 else 0.0,
             slowdown=slowdown,
         )
 

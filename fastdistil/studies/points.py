@@ -22,6 +22,7 @@ from typing import Literal
 
 from fastdistil.errors import UserError
 from fastdistil.events import Environment, Start, Train
+from fastdistil.gradients.cost_model import SIMPLEST_FIRST, exchange_cost
 from fastdistil.profiling.report.history import History
 from fastdistil.studies.cost_fit import Point, TimingSample
 from fastdistil.untrusted import real
@@ -35,8 +36,6 @@ LOSSES = {
     "shared": "sharing the machine",
     "compute": "slower compute",
 }
-MODELLED = ("none", "fp16", "bf16", "int8")
-"""Compressors of which cost_model.py knows what they send and touch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,7 @@ class MeasuredPoints:
     @property
     def modelled(self) -> bool:
         """Whether the point takes part in the fit."""
-        return not self.oversubscribed and self.setting.compression in MODELLED
+        return not self.oversubscribed and self.setting.compression in SIMPLEST_FIRST
 
 
 def efficiencies(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
@@ -254,9 +253,11 @@ def _losses(point: MeasuredPoints, baseline: MeasuredPoints, number: int) -> Los
     return Losses(step_s=run.step_s, ideal_s=ideal, seconds=seconds)
 
 
-def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: float) -> Point:
-    """What the cost model sees of it. `touched_bytes`: by compressing an exchange."""
-    setting, line = point.setting, point.rounds[0].last_line
+def model_point(point: MeasuredPoints, baseline: MeasuredPoints) -> Point:
+    """Return what the cost model sees of a point that is `modelled`."""
+    setting, line, start = point.setting, point.rounds[0].last_line, point.rounds[0].start
+    kind = next(kind for kind in SIMPLEST_FIRST if kind == setting.compression)
+    cost = exchange_cost(kind, setting.ranks, 4 * (start.student_parameters or 0), start.engine or "alone")
     several = setting.ranks > 1
     exchanges = setting.accumulation if setting.sync == "every-micro-batch" and several else 1
     buckets = line.buckets or 0 if several else 0
@@ -274,7 +275,7 @@ def model_point(point: MeasuredPoints, baseline: MeasuredPoints, touched_bytes: 
         sent_bytes=real(line.gradient_bytes) / exchanges if several else 0.0,
         collectives=round(real(line.gradient_collectives) / exchanges) if several else 0,
         hops=buckets * 2 * (setting.ranks - 1),
-        touched_bytes=touched_bytes if several else 0.0,
+        touched_bytes=cost.touched_bytes if several else 0.0,
         slowdown=slowdown(point, baseline),
         link_bytes_per_s=point.link_bytes_per_s if point.nodes > 1 else None,
         name=setting.name,

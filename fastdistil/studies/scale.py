@@ -13,12 +13,12 @@ import rich.console
 import rich.table
 
 from fastdistil.errors import UserError, printable, translated
-from fastdistil.gradients.cost_model import WORTH, PredictedKind
+from fastdistil.gradients.cost_model import SIMPLEST_FIRST, WORTH, PredictedKind
 from fastdistil.runs import next_free
 from fastdistil.studies import minutes_table
 from fastdistil.studies.cost_fit import Fit, Point, Workload, fit
 from fastdistil.studies.networks import Network, load_network
-from fastdistil.studies.points import LOSSES, MODELLED, MeasuredPoints, Mode, ceilings, efficiencies, losses
+from fastdistil.studies.points import LOSSES, MeasuredPoints, Mode, ceilings, efficiencies, losses
 from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, ScalingPrediction, break_even, predict
 from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure, page
 from fastdistil.studies.scale_runs import Study, as_json, baseline_of, load_points, measure, model_points, workload
@@ -52,7 +52,7 @@ def question(predict_text: str | None, network: str | None, compression: Sequenc
     return Question(
         ranks=numbers(predict_text, "--predict") if predict_text else (),
         networks=tuple(networks) or (("the measured network", None),),
-        compression=tuple(kind for kind in dict.fromkeys(("none", *compression)) if kind in MODELLED),
+        compression=tuple(kind for kind in dict.fromkeys(("none", *compression)) if kind in SIMPLEST_FIRST),
         rings=tuple(rings),
     )
 
@@ -111,8 +111,8 @@ def command(options: ScaleOptions) -> None:
     query = question(options.predict, options.network, compression, rings)
     if options.points is not None:
         options.refuse_all_but("points", "out", "predict", *(("network", "compression", "rings") if query.ranks else ()))
-        if unknown := [kind for kind in compression if kind not in MODELLED]:
-            raise UserError(f"--compression {','.join(unknown)} is not in the model, which has {', '.join(MODELLED)}")
+        if unknown := [kind for kind in compression if kind not in SIMPLEST_FIRST]:
+            raise UserError(f"--compression {','.join(unknown)} is not in the model, which has {', '.join(SIMPLEST_FIRST)}")
         paths = [Path(path) for path in options.points.split(",")]
         if len({path.resolve() for path in paths}) < len(paths):
             raise UserError(f"--points {options.points} has a study twice, which would count its measurements twice")

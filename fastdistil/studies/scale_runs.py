@@ -19,7 +19,6 @@ from typing import Any, get_args
 
 from fastdistil import __version__
 from fastdistil.errors import FastdistilError, UserError, translated
-from fastdistil.gradients.cost_model import touched_bytes
 from fastdistil.launch.job import Job, choose_slots
 from fastdistil.launch.launcher import launch
 from fastdistil.launch.rank_process import Slot
@@ -30,7 +29,6 @@ from fastdistil.redaction import redacted
 from fastdistil.studies.cost_fit import Point, Workload
 from fastdistil.studies.networks import Network
 from fastdistil.studies.points import (
-    MODELLED,
     MeasuredPoints,
     Mode,
     Round,
@@ -286,14 +284,8 @@ def workload(points: Sequence[MeasuredPoints], accumulation: int) -> Workload:
 
 
 def model_points(points: Sequence[MeasuredPoints], baseline: int | None) -> list[Point]:
-    modelled = []
-    for point in points:
-        if point.modelled:
-            kind, base = point.setting.compression, baseline_of(points, point, baseline)
-            size = 4 * (point.rounds[0].start.student_parameters or 0)
-            assert kind in MODELLED
-            modelled.append(model_point(point, base, touched_bytes(kind, size)))  # type: ignore[arg-type]
-    return modelled
+    """Return what the cost model sees of the points that it is fitted to."""
+    return [model_point(point, baseline_of(points, point, baseline)) for point in points if point.modelled]
 
 
 def as_json(study: Study, recipe: Recipe, points: Sequence[MeasuredPoints], baseline: int | None) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_a_rank_that_is_waited_for_is_no_communication(tmp_path: Path) -> None:
         assert lost.seconds["control"] == (None if gradients == 0 else pytest.approx(0.0))
         assert lost.seconds["imbalance"] == pytest.approx(0.25)
         assert two.slowest == (1, 2, 2)
-        assert model_point(two, one, 0.0).samples[0].recorded == pytest.approx((1.25, 0.25, 0.1))
+        assert model_point(two, one).samples[0].recorded == pytest.approx((1.25, 0.25, 0.1))
     assert one.slowest is None
 
 
@@ -261,7 +261,7 @@ def test_what_the_model_sees(tmp_path: Path) -> None:
     every = Setting(ranks=2, accumulation=4, mode="weak", sync="every-micro-batch")
     fields = {"buckets": 2, "gradient_collectives": 8, "gradient_bytes": 16000, "exchange_wait_s": 0.3}
     two = measured(every, run(tmp_path / "2", [1.6], 2000, **fields, rank_worked_s=[1.3, 1.1]))
-    point = model_point(two, one, 0.0)
+    point = model_point(two, one)
     assert (point.exchanges, point.sent_bytes, point.collectives, point.hops) == (4, 4000, 2, 4)
     (sample,) = point.samples
     assert sample.recorded == pytest.approx((1.2, 0.1, 0.3))
