@@ -11,14 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastdistil.errors import UserError
 from fastdistil.gradients.cost_model import allreduce_s
-from fastdistil.studies.cost_fit import OPEN
 from fastdistil.studies.networks import load_named
-from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure
+from fastdistil.studies.scale_plot import Grid, ScaleCurve, ScalePlot, figure
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -95,37 +93,18 @@ def explaining_bandwidth(table: MinutesTable, row: MinutesRow, base: MinutesRow,
     return Band(*(bandwidth(share) for share in (reached.value, reached.low, reached.high))) if reached.value < 1 else None
 
 
-def determined(table: MinutesTable, base: MinutesRow, micro_batch_s: float) -> int:
-    """Rank of the Jacobian of log(overhead) by log(micro-batch time) and log(bandwidth), over all rows: of 2 unknowns."""
-    bandwidth = 1e9
-
-    def log_overhead(row: MinutesRow, values: tuple[float, float]) -> float:
-        seconds, per_s = np.exp(values[0]), np.exp(values[1])
-        exchange = allreduce_s(row.gpus, row.gpus, float(table.gradient_bytes or 1), per_s, 0.0)
-        return float(np.log(exchange / ((table.accumulation or 1) * seconds)))
-
-    at = (float(np.log(micro_batch_s)), float(np.log(bandwidth)))
-    step = 1e-4
-    rows = [row for row in table.rows if row.gpus > base.gpus]
-    slopes = [
-        [
-            (log_overhead(row, (at[0] + step, at[1])) - log_overhead(row, at)) / step,
-            (log_overhead(row, (at[0], at[1] + step)) - log_overhead(row, at)) / step,
-        ]
-        for row in rows
-    ]
-    return int(np.linalg.matrix_rank(np.array(slopes), tol=OPEN * 10))
-
-
 def default_base(table: MinutesTable) -> MinutesRow:
     """The fastest of those with the fewest GPUs: the same software as the rows above it."""
     fewest = min(row.gpus for row in table.rows)
     return min((row for row in table.rows if row.gpus == fewest), key=lambda row: row.minutes)
 
 
-def study(table: MinutesTable, ideal_from: int | None) -> tuple[list[Grid], str, dict[str, object]]:
-    """(tables, SVG, values) of a given table. `ideal_from`: number of the row, from 1, that the plot's line starts at beside
-    the default's; None: the slower one before it of as many GPUs, if there is one."""
+def study(table: MinutesTable, ideal_from: int | None) -> tuple[Grid, ScalePlot, dict[str, object]]:
+    """(the table with what follows from it, plot, values). Raises UserError.
+
+    `ideal_from`: number of the row, from 1, where the plot's second ideal line starts; None: at the slower row of as many GPUs
+    as the default's, if there is one.
+    """
     base = default_base(table)
     if ideal_from is not None and not 1 <= ideal_from <= len(table.rows):
         raise UserError(f"--baseline {ideal_from}: the table has rows 1 to {len(table.rows)}")
@@ -161,19 +140,16 @@ def study(table: MinutesTable, ideal_from: int | None) -> tuple[list[Grid], str,
     by_rings: dict[str, list[MinutesRow]] = {}
     for row in table.rows:
         if row.gpus > base.gpus:
-            by_rings.setdefault(str(row.rings), []).append(row)
+            by_rings.setdefault(f"the table, rings: {row.rings}", [base]).append(row)
     curves = [
-        ScaleCurve(
-            name=f"the table, rings: {rings}", points=tuple(_speed(row, start, table.rounding) for row in (base, *ring_rows))
-        )
-        for rings, ring_rows in by_rings.items()
+        ScaleCurve(name=name, points=tuple(_speed(row, start, table.rounding) for row in ring_rows))
+        for name, ring_rows in by_rings.items()
     ]
-    ideals = [
-        Ideal(name=f"linear from row {number[id(reference)]}", ranks=reference.gpus, speed=start.minutes / reference.minutes)
-        for reference in bases
-    ]
-    svg = figure(curves, ideals, "GPUs", f"speed over row {number[id(start)]}")
-    return [grid], svg, {"table": table.title, "rounding_minutes": table.rounding, "rows": values}
+    ideals = {
+        f"linear from row {number[id(reference)]}": (reference.gpus, start.minutes / reference.minutes) for reference in bases
+    }
+    plot = figure(curves, ideals, "GPUs", f"speed over row {number[id(start)]}")
+    return grid, plot, {"table": table.title, "rounding_minutes": table.rounding, "rows": values}
 
 
 def _speed(row: MinutesRow, start: MinutesRow, off: float) -> tuple[float, float, float, float]:
@@ -193,13 +169,11 @@ def _notes(table: MinutesTable, base: MinutesRow, bases: list[MinutesRow], readi
                 f"another program, not a better network; row {number[id(base)]} is the same program on {base.gpus} GPUs."
             )
     if readings:
-        rank = determined(table, base, readings[0])
-        if rank < 2:
-            notes.append(
-                f"Micro-batch time and bandwidth are not both identifiable: the Jacobian of the overheads has rank {rank} of "
-                "2, as only their product enters. Each bandwidth holds for its own reading of the micro-batch; a measured step "
-                "time would decide."
-            )
+        notes.append(
+            "Micro-batch time and bandwidth are not both identifiable: the Jacobian of the overheads has rank 1 of 2, as only "
+            "their product enters. Each bandwidth holds for its own reading of the micro-batch; a measured step time would "
+            "decide."
+        )
     for rings in dict.fromkeys(str(row.rings) for row in table.rows):
         mine = sorted((row for row in table.rows if str(row.rings) == rings and row.gpus > base.gpus), key=lambda row: row.gpus)
         for few, many in pairwise(mine):

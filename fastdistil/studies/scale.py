@@ -20,7 +20,7 @@ from fastdistil.studies.cost_fit import Fit, Point, Workload, fit
 from fastdistil.studies.networks import Network, load_network
 from fastdistil.studies.points import LOSSES, MeasuredPoints, Mode, ceilings, efficiencies, losses
 from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, ScalingPrediction, break_even, predict
-from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure, page
+from fastdistil.studies.scale_plot import Grid, ScaleCurve, ScalePlot, figure, page
 from fastdistil.studies.scale_runs import Study, as_json, baseline_of, load_points, measure, model_points, workload
 from fastdistil.untrusted import shown
 
@@ -172,15 +172,9 @@ def run_study(study: Study, query: Question, baseline: int | None, console: rich
     left_out = [name for name, point in measured.items() if not point.modelled]
     if left_out:
         shown[0] = replace(shown[0], notes=(*shown[0].notes, f"Not in the model's fit: {'; '.join(left_out)}."))
-    ideal = Ideal(name=f"linear from {base.setting.name}", ranks=base.setting.ranks, speed=1.0)
-    _write(
-        study.out,
-        title,
-        values,
-        [*shown, *model_grids],
-        figure(curves, [ideal], "ranks", f"speed over {base.setting.name}"),
-        console,
-    )
+    ideals = {f"linear from {base.setting.name}": (base.setting.ranks, 1.0)}
+    plot = figure(curves, ideals, "ranks", f"speed over {base.setting.name}")
+    _write(study.out, title, values, [*shown, *model_grids], plot, console)
 
 
 def run_given(paths: Sequence[Path], query: Question, out: Path, console: rich.console.Console) -> None:
@@ -199,8 +193,8 @@ def run_given(paths: Sequence[Path], query: Question, out: Path, console: rich.c
     grids, curves, model_values = _model(model, work, query, reference)
     grids[0] = replace(grids[0], title=f"{grids[0].title}, on {_described(ran)}")
     values = {"studies": [str(path) for path in paths], **ran, **model_values}
-    svg = figure(curves, [Ideal(name="linear", ranks=1, speed=1.0)], "ranks", "speed over 1 rank") if curves else ""
-    _write(out, f"Scaling on {_device(ran)}: the model on earlier studies", values, grids, svg, console)
+    plot = figure(curves, {"linear": (1, 1.0)}, "ranks", "speed over 1 rank") if curves else None
+    _write(out, f"Scaling on {_device(ran)}: the model on earlier studies", values, grids, plot, console)
 
 
 def _alike(paths: Sequence[Path], studies: Sequence[tuple[list[Point], Workload, dict[str, Any]]]) -> dict[str, Any]:
@@ -238,21 +232,20 @@ def _described(ran: Mapping[str, Any]) -> str:
 def run_table(name: str, baseline: int | None, out: Path | None, console: rich.console.Console) -> None:
     """A given table. Raises UserError."""
     table = minutes_table.load_table(name)
-    grids, svg, values = minutes_table.study(table, baseline)
+    grid, plot, values = minutes_table.study(table, baseline)
     if out is None:
-        for grid in grids:
-            show(grid, console)
+        show(grid, console)
     else:
-        _write(out, f"Scaling of {table.title}", values, grids, svg, console)
+        _write(out, f"Scaling of {table.title}", values, [grid], plot, console)
 
 
 def _write(
-    out: Path, title: str, values: dict[str, Any], grids: Sequence[Grid], svg: str, console: rich.console.Console
+    out: Path, title: str, values: dict[str, Any], grids: Sequence[Grid], plot: ScalePlot | None, console: rich.console.Console
 ) -> None:
     with translated("writing the study", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "scale.json").write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
-        (out / "scale.html").write_text(printable(page(title, svg, grids)), encoding="utf-8")
+        (out / "scale.html").write_text(printable(page(title, plot, grids)), encoding="utf-8")
     for grid in grids:
         show(grid, console)
     console.print(f"{out / 'scale.json'} has every number, {out / 'scale.html'} the plot", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import itertools
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -72,6 +72,14 @@ class ChartSeries:
     style: int = 0
     low: Floats | None = None
     high: Floats | None = None
+    bar: str = "± one standard error"
+    """What the error bars hold."""
+    predicted: bool = False
+    """Not measured: the line and its dots have this class too."""
+
+    @property
+    def classes(self) -> str:
+        return f"s{self.style % STYLES}{' predicted' * self.predicted}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +137,7 @@ def _drawable(one: ChartSeries, log: bool) -> ChartSeries:
         return one
     positive = [None if part is None else np.where(part > 0, part, np.nan) for part in (one.y, one.low, one.high)]
     assert positive[0] is not None
-    return ChartSeries(name=one.name, x=one.x, y=positive[0], style=one.style, low=positive[1], high=positive[2])
+    return replace(one, y=positive[0], low=positive[1], high=positive[2])
 
 
 def _ends(values: Floats) -> list[float]:
@@ -164,14 +172,16 @@ def _frame(
     left = 12 + _CHARACTER * max(len(name) for name in names)
     right, bottom = width - _RIGHT, height - _BOTTOM
     y_of = _scale(*bounds, bottom, _TOP, y.log)
-    if x_low == x_high and not tight:
+    if x.log:
+        x_low, x_high = x_low / 1.08, x_high * 1.08
+    elif x_low == x_high and not tight:
         x_low, x_high = x_low - 1, x_high + 1
     elif 0 < x_low < 0.3 * x_high and not tight:
         x_low = 0.0
-    x_of = _scale(x_low, x_high, left, right, log=False)
+    x_of = _scale(x_low, x_high, left, right, x.log)
     x_factor, x_unit = readable(x.unit, x_high)
     room = max(2, int((right - left) / 64))
-    enclosing = nice_ticks(x_low * x_factor, x_high * x_factor, room)
+    enclosing = (log_ticks if x.log else nice_ticks)(x_low * x_factor, x_high * x_factor, room)
     x_ticks = [tick for tick in enclosing if x_low * x_factor - 1e-9 <= tick <= x_high * x_factor + 1e-9]
     if not x.unit:  # updates, ranks: there is none between two
         x_ticks = [float(round(tick)) for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
@@ -210,7 +220,7 @@ def _scale(low: float, high: float, start: float, end: float, log: bool) -> Call
 
 
 def _line(one: ChartSeries, plot: Plot, left: float, right: float, unit: str) -> str:
-    style = f"s{one.style % STYLES}"
+    style = one.classes
     count = max(1, int((plot.right - plot.left) / COLUMN_WIDTH))
     tooltip = f"<title>{_text(_description(one, unit))}</title>"
     if len(one.x) <= count:
@@ -260,7 +270,7 @@ def _bars_of_error(one: ChartSeries, plot: Plot) -> str:
         for at, low, high in ends
         if math.isfinite(low) and math.isfinite(high)
     )
-    return f'<path class="error s{one.style % STYLES}" d="{bars}"/>'
+    return f'<path class="error {one.classes}" d="{bars}"/>'
 
 
 def _readings(series: Sequence[ChartSeries], plot: Plot, left: float, right: float, x: Axis, y: Axis) -> str:
@@ -282,7 +292,7 @@ def _readings(series: Sequence[ChartSeries], plot: Plot, left: float, right: flo
                     shown += f" to {quantity(ends[1], y.unit)}"
                 if one.low is not None and one.high is not None and values.size == 1:
                     bar = [quantity(float(part[index == column][0]), y.unit) for part in (one.low, one.high)]
-                    shown += f" (± one standard error: {bar[0]} to {bar[1]})"
+                    shown += f" ({one.bar}: {bar[0]} to {bar[1]})"
                 lines.append(f"{one.name}: {shown}")
         if lines:
             where = _place(min(places), x)
@@ -470,9 +480,10 @@ def rank_chart(values: Floats, *, y: Axis, style: int = 0, mark: int | None = No
     return _svg(width, height, f"{title}. {summary}", parts)
 
 
-def swatch(style: int) -> str:
+def swatch(style: int, predicted: bool = False) -> str:
     """A short piece of a series' line, for a legend."""
-    return f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path class="line s{style % STYLES}" d="M1 4H25"/></svg>'
+    classes = f"line s{style % STYLES}{' predicted' * predicted}"
+    return f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path class="{classes}" d="M1 4H25"/></svg>'
 
 
 def patch(name: str) -> str:

@@ -18,7 +18,6 @@ from fastdistil.recipe import load_recipe
 from fastdistil.studies import scale_runs
 from fastdistil.studies.minutes_table import (
     default_base,
-    determined,
     efficiency,
     explaining_bandwidth,
     load_table,
@@ -36,7 +35,7 @@ from fastdistil.studies.points import (
     read_round,
 )
 from fastdistil.studies.scale import ScaleOptions, command, question, run_given
-from fastdistil.studies.scale_plot import Grid, Ideal, ScaleCurve, figure, page
+from fastdistil.studies.scale_plot import Grid, ScaleCurve, ScalePlot, figure, page
 from fastdistil.studies.scale_runs import Study, _measured, as_json, settings
 
 
@@ -348,14 +347,12 @@ def test_the_2020_table() -> None:
             assert bandwidth_range is not None
             assert round(bandwidth_range.value / 1e9, 2) == bandwidth
             assert bandwidth_range.low < bandwidth_range.value < bandwidth_range.high
-    assert determined(table, base, 0.05) == 1
 
 
 def test_the_2020_table_from_both_rows() -> None:
     table = load_table("distilbert-2020")
     assert study(table, None) == study(table, 2)  # both without being asked
-    grids, svg, values = study(table, None)
-    (grid,) = grids
+    grid, plot, values = study(table, None)
     text = "\n".join(grid.notes)
     assert "157% of linear" in text
     assert "not both identifiable" in text
@@ -363,8 +360,8 @@ def test_the_2020_table_from_both_rows() -> None:
     last = dict(zip(grid.columns, grid.rows[-1], strict=True))
     assert last["% of linear from row 2"].startswith("157.0 (")
     assert last["% of linear from row 3"] == "79.7 (78.3 to 81.2)"
-    assert "linear from row 2" in svg
-    assert "linear from row 3" in svg
+    names = [name for _, name in plot.legend]
+    assert names == ["the table, rings: 1", "the table, rings: several", "linear from row 2", "linear from row 3"]
     rows = values["rows"]
     assert isinstance(rows, list)
     assert rows[-1]["efficiency"][3]["value"] == pytest.approx(0.797, abs=5e-4)
@@ -389,8 +386,8 @@ def test_a_table_that_is_none_is_refused(text: str, complaint: str, tmp_path: Pa
 
 def test_the_plots_bars_are_as_wide_as_the_rounding(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("rounding: 2\nrows: [{gpus: 8, minutes: 20}, {gpus: 16, minutes: 10}]")
-    _, svg, _ = study(load_table(str(tmp_path / "t.yaml")), None)
-    assert "16, 2 (1.67 to 2.5)" in svg  # 20 / 10, 20 / 12, 20 / 8
+    _, plot, _ = study(load_table(str(tmp_path / "t.yaml")), None)
+    assert "2.000 (range: 1.667 to 2.500)" in plot.chart  # 20 / 10, 20 / 12, 20 / 8
 
 
 # --- the plot
@@ -408,26 +405,32 @@ class _Elements(HTMLParser):
 def test_the_plot_marks_predictions_and_lies_where_the_numbers_are() -> None:
     solid = ScaleCurve(name="measured: weak", points=((1, 1, 1, 1), (2, 1.8, 1.7, 1.9), (4, 3.0, 2.9, 3.1)))
     hollow = ScaleCurve(name="predicted: p3dn", points=((64, 40, 30, 50),), predicted=True)
-    svg = figure([solid, hollow], [Ideal(name="linear", ranks=1, speed=1)], "ranks", "speed")
+    plot = figure([solid, hollow], {"linear": (1, 1)}, "ranks", "speed")
+    assert [("predicted" in swatch, name) for swatch, name in plot.legend] == [
+        (False, "measured: weak"),
+        (True, "predicted: p3dn"),
+        (False, "linear"),
+    ]
     elements = _Elements()
-    elements.feed(svg)
-    groups = [values["class"] for tag, values in elements.found if tag == "g" and values.get("class")]
-    assert groups[:2] == ["s0", "s1 predicted"]
-    ideal = next(values for tag, values in elements.found if tag == "line" and values["class"] == "ideal")
-    dots = [values for tag, values in elements.found if tag == "circle" and values["class"] == "dot"]
+    elements.feed(plot.chart)
+    classes = [values["class"] for tag, values in elements.found if tag == "path"]
+    assert [name for name in classes if name and name.startswith("line")] == ["line s0", "line s1 predicted", "line s2"]
+    dots = [values for tag, values in elements.found if tag == "circle"]
+    assert [dot["class"] for dot in dots] == ["dot s0"] * 3 + ["dot s1 predicted"] + ["dot s2"] * 2
+    x, y = ([float(dot[name] or 0) for dot in dots] for name in ("cx", "cy"))
     # The first point is on the ideal line; a doubling of ranks is as wide everywhere, and 1.8 of it lies below.
-    assert (dots[0]["cx"], dots[0]["cy"]) == (ideal["x1"], ideal["y1"])
-    x = [float(dot["cx"] or 0) for dot in dots]
+    assert (x[0], y[0]) == (x[4], y[4])
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
     assert x[3] - x[2] == pytest.approx(4 * (x[1] - x[0]), abs=0.4)
-    slope = (float(ideal["y2"] or 0) - float(ideal["y1"] or 0)) / (float(ideal["x2"] or 0) - float(ideal["x1"] or 0))
-    assert float(dots[1]["cy"] or 0) > float(ideal["y1"] or 0) + slope * (x[1] - x[0])
+    assert x[5] == x[3]
+    slope = (y[5] - y[4]) / (x[5] - x[4])
+    assert y[1] > y[4] + slope * (x[1] - x[4])
 
 
 def test_the_page_works_offline_in_light_and_dark() -> None:
     grid = Grid(title="PREDICTED <b>", columns=("a", "b"), rows=(("1 < 2", "x"),), predicted=True)
-    text = page("Scaling of x & y", "<svg></svg>", [grid])
-    assert "http" not in text
+    text = page("Scaling of x & y", ScalePlot("<svg></svg>", ()), [grid])
+    assert "://" not in text
     assert "<script" not in text
     assert "prefers-color-scheme: dark" in text
     assert '<table class="predicted">' in text
