@@ -113,22 +113,19 @@ def study(table: MinutesTable, ideal_from: int | None) -> tuple[Grid, ScalePlot,
     number = {id(row): index for index, row in enumerate(table.rows, 1)}
     bases = list({id(row): row for row in (start, base)}.values())
     readings = table.micro_batch_s if table.accumulation and table.gradient_bytes else ()
-    columns = ["row", "GPUs", "minutes", "rings"]
-    columns += [f"% of linear from row {number[id(reference)]}" for reference in bases]
-    columns += ["overhead over ideal", *(f"GB/s if a micro-batch takes {s * 1e3:g} ms" for s in readings)]
     rows, values = [], []
     for row in table.rows:
         above = row.gpus > base.gpus
-        reached = efficiency(table, row, base)
-        cells = [f"{number[id(row)]}", f"{row.gpus}", f"{row.minutes:g}", f"{row.rings}"]
-        cells += [
-            efficiency(table, row, reference).text(times=100) if row.gpus > reference.gpus or row is reference else ""
-            for reference in bases
-        ]
-        cells.append(f"{1 / reached.value - 1:.3f}" if above else "")
+        cells = {"row": f"{number[id(row)]}", "GPUs": f"{row.gpus}", "minutes": f"{row.minutes:g}", "rings": f"{row.rings}"}
+        for reference in bases:
+            text = efficiency(table, row, reference).text(times=100)
+            compared = row.gpus > reference.gpus or row is reference
+            cells[f"% of linear from row {number[id(reference)]}"] = text if compared else ""
+        cells["overhead over ideal"] = f"{1 / efficiency(table, row, base).value - 1:.3f}" if above else ""
         bands = [explaining_bandwidth(table, row, base, s) if above else None for s in readings]
-        cells += [band.text(".2f", 1e-9) if band else "" for band in bands]
-        rows.append(tuple(cells))
+        for s, band in zip(readings, bands, strict=True):
+            cells[f"GB/s if a micro-batch takes {s * 1e3:g} ms"] = band.text(".2f", 1e-9) if band else ""
+        rows.append(cells)
         values.append(
             {
                 **row.model_dump(),
@@ -136,7 +133,7 @@ def study(table: MinutesTable, ideal_from: int | None) -> tuple[Grid, ScalePlot,
                 "explaining_bytes_per_s": {s: band.__dict__ for s, band in zip(readings, bands, strict=True) if band},
             }
         )
-    grid = Grid(title=table.title, columns=tuple(columns), rows=tuple(rows), notes=tuple(_notes(table, base, bases, readings)))
+    grid = Grid(title=table.title, rows=rows, notes=_notes(table, base, bases, readings))
     by_rings: dict[str, list[MinutesRow]] = {}
     for row in table.rows:
         if row.gpus > base.gpus:

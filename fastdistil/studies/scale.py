@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Question:
     ranks: tuple[int, ...] = ()
     networks: tuple[tuple[str, Network | None], ...] = ()
     """By name as given; None: the measured one."""
-    compression: tuple[str, ...] = ("none",)
+    compression: tuple[PredictedKind, ...] = ("none",)
     rings: tuple[int, ...] = (1,)
 
 
@@ -52,7 +53,7 @@ def question(predict_text: str | None, network: str | None, compression: Sequenc
     return Question(
         ranks=numbers(predict_text, "--predict") if predict_text else (),
         networks=tuple(networks) or (("the measured network", None),),
-        compression=tuple(kind for kind in dict.fromkeys(("none", *compression)) if kind in SIMPLEST_FIRST),
+        compression=tuple(kind for kind in SIMPLEST_FIRST if kind in ("none", *compression)),
         rings=tuple(rings),
     )
 
@@ -152,29 +153,22 @@ def run_study(study: Study, query: Question, baseline: int | None, console: rich
     """Measure, show and write down. Raises FastdistilError."""
     points, recipe = measure(study, lambda text: console.print(text, markup=False, soft_wrap=True))
     values = as_json(study, recipe, points, baseline)
-    shown = _measured_grids(points, baseline, values)
-    measured = {point.setting.name: point for point in points}
-    title = f"Scaling of {study.recipe}"
-    model_grids, curves = [], _measured_curves(points, baseline)
-    chosen = model_points(points, baseline)
+    grids, curves = _measured_grids(points, baseline, values), _measured_curves(points, baseline)
     base = baseline_of(points, points[0], baseline)
-    reference = statistics.median(base.tokens_per_s) / base.setting.ranks
-    work = workload(points, recipe.loop.accumulation)
-    tokens = statistics.median(update.tokens for run in base.rounds for update in run.updates)
-    per_micro_batch = tokens / (base.setting.ranks * base.setting.accumulation)
-    if chosen:
-        on_cpu = (base.rounds[0].start.device or "cpu").startswith("cpu")
-        model = fit(chosen, on_cpu=on_cpu)
-        more, predicted, model_values = _model(model, work, query, reference / per_micro_batch)
-        model_grids += more
+    if chosen := model_points(points, baseline):
+        model = fit(chosen, on_cpu=(base.rounds[0].start.device or "cpu").startswith("cpu"))
+        tokens = statistics.median(update.tokens for run in base.rounds for update in run.updates)
+        update_s = tokens / statistics.median(base.tokens_per_s)
+        work = workload(points, recipe.loop.accumulation)
+        model_grids, predicted, model_values = _model(
+            model, work, query, update_s * work.accumulation / base.setting.accumulation
+        )
+        grids += model_grids
         curves += predicted
         values |= model_values
-    left_out = [name for name, point in measured.items() if not point.modelled]
-    if left_out:
-        shown[0] = replace(shown[0], notes=(*shown[0].notes, f"Not in the model's fit: {'; '.join(left_out)}."))
     ideals = {f"linear from {base.setting.name}": (base.setting.ranks, 1.0)}
     plot = figure(curves, ideals, "ranks", f"speed over {base.setting.name}")
-    _write(study.out, title, values, [*shown, *model_grids], plot, console)
+    _write(study.out, f"Scaling of {study.recipe}", values, grids, plot, console)
 
 
 def run_given(paths: Sequence[Path], query: Question, out: Path, console: rich.console.Console) -> None:
@@ -189,8 +183,7 @@ def run_given(paths: Sequence[Path], query: Question, out: Path, console: rich.c
     model = fit([point for points, _, _ in studies for point in points], on_cpu=on_cpu)
     single = [point for point in model.points if point.ranks == 1 and point.accumulation == work.accumulation]
     steps = [sample.step_s for point in single for sample in point.samples]
-    reference = work.accumulation / statistics.median(steps) if steps else None
-    grids, curves, model_values = _model(model, work, query, reference)
+    grids, curves, model_values = _model(model, work, query, statistics.median(steps) if steps else None)
     grids[0] = replace(grids[0], title=f"{grids[0].title}, on {_described(ran)}")
     values = {"studies": [str(path) for path in paths], **ran, **model_values}
     plot = figure(curves, {"linear": (1, 1.0)}, "ranks", "speed over 1 rank") if curves else None
@@ -258,7 +251,7 @@ def show(grid: Grid, console: rich.console.Console) -> None:
     for index, column in enumerate(grid.columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in grid.rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
     console.print(table)
     for note in grid.notes:
         console.print(note, markup=False, soft_wrap=True)
@@ -268,7 +261,10 @@ def show(grid: Grid, console: rich.console.Console) -> None:
 
 
 def _range(values: Sequence[float], form: str, times: float = 1.0) -> str:
+    """Write the median, and the least and most of several; nothing for no value."""
     scaled = [value * times for value in values]
+    if not scaled:
+        return ""
     middle = f"{statistics.median(scaled):{form}}"
     return middle if len(scaled) == 1 else f"{middle} ({min(scaled):{form}} to {max(scaled):{form}})"
 
@@ -285,51 +281,44 @@ def _measured_grids(points: Sequence[MeasuredPoints], baseline: int | None, valu
         efficiency, ceiling, lost = efficiencies(point, base), ceilings(point, base), losses(point, base)
         times = point.setting.ranks / base.setting.ranks
         startups = [run.startup_s for run in point.rounds if run.startup_s is not None]
-        of_ceiling = [ratio / most for ratio, most in zip(efficiency, ceiling, strict=bool(ceiling))] if ceiling else []
+        of_ceiling = [ratio / most for ratio, most in zip(efficiency, ceiling, strict=True)] if ceiling else []
         rows.append(
-            (
-                point.setting.name + (" (baseline)" if point is base else ""),
-                str(point.setting.accumulation),
-                _range([run.step_s for run in point.rounds], ",.1f", 1e3),
-                _range(point.tokens_per_s, ",.0f"),
-                _range([ratio * times for ratio in efficiency], ".2f"),
-                _range(efficiency, ".1f", 100),
-                _range(ceiling, ".1f", 100) if ceiling else "",
-                _range(of_ceiling, ".1f", 100) if of_ceiling else "",
-                _range(startups, ".1f") if startups else "",
-                "oversubscribed" if point.oversubscribed else "",
-            )
+            {
+                "point": point.setting.name + (" (baseline)" if point is base else ""),
+                "micro-batches a rank": str(point.setting.accumulation),
+                "update, ms": _range([run.step_s for run in point.rounds], ",.1f", 1e3),
+                "tokens/s": _range(point.tokens_per_s, ",.0f"),
+                "speed-up": _range([ratio * times for ratio in efficiency], ".2f"),
+                "efficiency, % of linear": _range(efficiency, ".1f", 100),
+                "ceiling, %": _range(ceiling, ".1f", 100),
+                "of the ceiling, %": _range(of_ceiling, ".1f", 100),
+                "start-up, s": _range(startups, ".1f"),
+                "": "oversubscribed" if point.oversubscribed else "",
+            }
         )
-        share = {name: None if value is None else value / lost.step_s for name, value in lost.seconds.items()}
         record |= {"baseline": base.setting.name, "efficiency": efficiency, "ceiling": ceiling, "lost_s": dict(lost.seconds)}
         record |= {"ideal_s": lost.ideal_s, "cause": lost.cause if point is not base else None}
         if point is not base:
-            cells = ["not recorded" if value is None else f"{value:.1%}" for value in share.values()]
-            lost_share = 1 - lost.ideal_s / lost.step_s
-            cells.append(LOSSES[lost.cause] if lost.cause else "nothing")
-            slowest = "{} (in {} of {} updates)".format(*point.slowest) if point.slowest else "not recorded"
-            lost_rows.append((point.setting.name, f"{lost_share:.1%}", *cells, slowest))
-    columns: tuple[str, ...] = (
-        "point",
-        "micro-batches a rank",
-        "update, ms",
-        "tokens/s",
-        "speed-up",
-        "efficiency, % of linear",
-    )
-    columns += ("ceiling, %", "of the ceiling, %", "start-up, s", "")
+            shares = {
+                LOSSES[name]: "not recorded" if value is None else f"{value / lost.step_s:.1%}"
+                for name, value in lost.seconds.items()
+            }
+            lost_rows.append(
+                {
+                    "point": point.setting.name,
+                    "lost of an update": f"{1 - lost.ideal_s / lost.step_s:.1%}",
+                    **shares,
+                    "mostly": LOSSES[lost.cause] if lost.cause else "nothing",
+                    "slowest rank": "{} (in {} of {} updates)".format(*point.slowest) if point.slowest else "not recorded",
+                }
+            )
     notes = ["Efficiency: tokens/s over the baseline's times ranks. Ceiling: the same for unconnected runs side by side."]
     notes.append("Start-up: from the launch to the first update: imports, models, the ranks' meeting; in no other column.")
-    grids = [Grid(title=title, columns=columns, rows=tuple(rows), notes=tuple(notes))]
+    if left_out := [point.setting.name for point in points if not point.modelled]:
+        notes.append(f"Not in the model's fit: {'; '.join(left_out)}.")
+    grids = [Grid(title=title, rows=rows, notes=notes)]
     if lost_rows:
-        names = ("point", "lost of an update", *LOSSES.values(), "mostly", "slowest rank")
-        grids.append(
-            Grid(
-                title="Measured: where the time beyond the ideal goes, shares of an update",
-                columns=names,
-                rows=tuple(lost_rows),
-            )
-        )
+        grids.append(Grid(title="Measured: where the time beyond the ideal goes, shares of an update", rows=lost_rows))
     return grids
 
 
@@ -355,67 +344,62 @@ def _measured_curves(points: Sequence[MeasuredPoints], baseline: int | None) -> 
 
 
 def _model(
-    model: Fit, work: Workload, query: Question, reference: float | None
+    model: Fit, work: Workload, query: Question, ideal_s: float | None
 ) -> tuple[list[Grid], list[ScaleCurve], dict[str, Any]]:
-    """(tables, curves, JSON); predictions are marked as such. `reference`: micro-batches a second of one rank at the baseline;
-    None without one."""
-    grids = [_parameter_grid(model), _residual_grid(model)]
+    """(tables, curves, JSON); predictions are marked as such. `ideal_s`: of one rank's update; None without a baseline."""
     places: dict[str, list[tuple[float, float, float, float]]] = {}
-    rows, notes, rests = [], [], []
+    rows, break_even_rows, notes = [], [], []
     predictions: list[dict[str, Any]] = []
     break_evens: list[dict[str, Any]] = []
-    sure = not any(parameter.name == "memory_byte_s" and parameter.vague for parameter in model.parameters)
-    for name, network, kind, rings, ranks in _questions(query):
+    for (name, network), kind, rings, ranks in product(query.networks, query.compression, query.rings, query.ranks):
         prediction = _predict(model, work, network, kind, rings, ranks)
-        asked_for = {"predicted": True, "network_name": name}
+        marks = {"predicted": True, "network_name": name}
         label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
-        ideal = None if reference is None else work.accumulation / reference
         # The fast end of a wide band may be no time at all: then the efficiency has no upper end.
         ends = (prediction.step_s, prediction.high_s, prediction.low_s)
-        shares = [ideal / seconds if seconds > 0 else math.inf for seconds in ends] if ideal else None
+        shares = [ideal_s / seconds if seconds > 0 else math.inf for seconds in ends] if ideal_s else None
         finite = [share if share < math.inf else None for share in shares] if shares else [None] * 3  # JSON has no infinity
-        written = dict(zip(("efficiency", "efficiency_low", "efficiency_high"), finite, strict=True))
-        predictions.append({**asked_for, "compression": kind, **asdict(prediction), **written})
-        band = f"{prediction.step_s * 1e3:,.1f} ({prediction.low_s * 1e3:,.1f} to {prediction.high_s * 1e3:,.1f})"
+        efficiency = dict(zip(("efficiency", "efficiency_low", "efficiency_high"), finite, strict=True))
+        predictions.append({**marks, "compression": kind, **asdict(prediction), **efficiency})
         most = "no upper end" if shares is None or shares[2] == math.inf else f"{shares[2]:.1%}"
-        efficiency = f"{shares[0]:.1%} ({shares[1]:.1%} to {most})" if shares else "no baseline"
-        parts = [f"{value * 1e3:,.1f}" for value in (prediction.work_s, prediction.imbalance_s, prediction.exposed_s)]
-        rows.append((label, str(ranks), band, efficiency, *parts))
+        rows.append(
+            {
+                "predicted, not measured": label,
+                "ranks": str(ranks),
+                "update, ms (band)": f"{_ms(prediction.step_s)} ({_ms(prediction.low_s)} to {_ms(prediction.high_s)})",
+                "efficiency (band)": f"{shares[0]:.1%} ({shares[1]:.1%} to {most})" if shares else "no baseline",
+                "own work, ms": _ms(prediction.work_s),
+                "imbalance, ms": _ms(prediction.imbalance_s),
+                "exposed, ms": _ms(prediction.exposed_s),
+            }
+        )
         notes += [f"Band: {prediction.band}.", *(f"Assumed: {assumption}." for assumption in prediction.assumed)]
         if shares:
-            places.setdefault(label, []).append(
-                (ranks, ranks * shares[0], ranks * shares[1], ranks * min(shares[2], 2 * shares[0]))
-            )
+            place = (ranks, ranks * shares[0], ranks * shares[1], ranks * min(shares[2], 2 * shares[0]))
+            places.setdefault(label, []).append(place)
         if network is not None and kind == "none" and ranks > 1:
             for small in SMALLER:
                 estimate = break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)
-                rests.append((f"predicted: {name}, {ranks} ranks, {small}", *_break_even_cells(estimate, sure)))
-                break_evens.append({**asked_for, "ranks": ranks, "rings": rings, **asdict(estimate)})
+                label = f"predicted: {name}, {ranks} ranks, {small}"
+                break_even_rows.append({"predicted, not measured": label, **_break_even_cells(estimate, model)})
+                break_evens.append({**marks, "ranks": ranks, "rings": rings, **asdict(estimate)})
+    grids = [_parameter_grid(model), _residual_grid(model)]
     if rows:
         title = (
             f"PREDICTED, not measured: {work.accumulation} micro-batches a rank and update, computed as on the measured device"
         )
-        names: tuple[str, ...] = ("predicted, not measured", "ranks", "update, ms (band)", "efficiency (band)")
-        names += ("own work, ms", "imbalance, ms", "exposed, ms")
-        grids.append(Grid(title=title, columns=names, rows=tuple(rows), predicted=True, notes=tuple(dict.fromkeys(notes))))
-    if rests:
+        grids.append(Grid(title=title, rows=rows, predicted=True, notes=list(dict.fromkeys(notes))))
+    if break_even_rows:
         title = f"PREDICTED: where compression saves over {WORTH:.0%} of an update"
-        names = ("predicted, not measured", "pays up to micro-batches an update", "pays below bandwidth, GB/s", "")
-        grids.append(Grid(title=title, columns=names, rows=tuple(rests), predicted=True))
-    drawn = [ScaleCurve(name=name, points=tuple(curve), predicted=True) for name, curve in places.items()]
-    looked = {"most_accumulation": FOREVER, "most_bytes_per_s": FASTEST}
-    values = {"model": _fit_json(model), "predictions": predictions, "break_even": break_evens, "break_even_looked_to": looked}
-    return grids, drawn, values
+        grids.append(Grid(title=title, rows=break_even_rows, predicted=True))
+    curves = [ScaleCurve(name=name, points=tuple(curve), predicted=True) for name, curve in places.items()]
+    limits = {"most_accumulation": FOREVER, "most_bytes_per_s": FASTEST}
+    values = {"model": _fit_json(model), "predictions": predictions, "break_even": break_evens, "break_even_looked_to": limits}
+    return grids, curves, values
 
 
-def _questions(query: Question) -> list[tuple[str, Network | None, PredictedKind, int, int]]:
-    return [
-        (name, network, kind, rings, ranks)  # type: ignore[misc]
-        for name, network in query.networks
-        for kind in query.compression
-        for rings in query.rings
-        for ranks in query.ranks
-    ]
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}"
 
 
 def _nodes(network: Network, ranks: int) -> int:
@@ -453,10 +437,11 @@ def _parameter_grid(model: Fit) -> Grid:
     for parameter in model.parameters:
         if parameter.value is None:
             value = f"cannot be determined ({parameter.low:.3g} to {parameter.high:.3g} fit as well)"
-            rows.append((parameter.meaning, value, "", f"measure {parameter.remedy}"))
+            error, remark = "", f"measure {parameter.remedy}"
         else:
-            sd = "" if parameter.sd is None else f"{parameter.sd:.2g}"
-            rows.append((parameter.meaning, f"{parameter.value:.4g}", sd, "not told from 0" if parameter.vague else ""))
+            value, error = f"{parameter.value:.4g}", "" if parameter.sd is None else f"{parameter.sd:.2g}"
+            remark = "not told from 0" if parameter.vague else ""
+        rows.append({"parameter": parameter.meaning, "value": value, "± s.e.": error, "": remark})
     singular = ", ".join(f"{value:.2g}" for value in model.singular_values)
     notes = [f"Jacobian: rank {model.rank} of {len(model.names)} parameters; singular values {singular}."]
     if model.undetermined:
@@ -464,45 +449,38 @@ def _parameter_grid(model: Fit) -> Grid:
         notes.append(
             f"These points cannot determine: {open_ones}. Predictions take all values that fit as well into their band."
         )
-    if model.residual is not None and model.residual > BUSY:
+    if model.residual is None:
+        notes.append("As many numbers fitted as measured: there is no residual to judge by.")
+    elif model.residual > BUSY:
         notes.append(
             f"A residual of {model.residual:.0%}: a busy machine, or costs that the model does not have; measure again."
         )
-    if model.residual is None:
-        notes.append("As many numbers fitted as measured: there is no residual to judge by.")
-    return Grid(
-        title="The cost model, calibrated on the measured points",
-        columns=("parameter", "value", "± s.e.", ""),
-        rows=tuple(rows),
-        notes=tuple(notes),
-    )
+    return Grid(title="The cost model, calibrated on the measured points", rows=rows, notes=notes)
 
 
 def _residual_grid(model: Fit) -> Grid:
     rows = []
     for point, fitted in zip(model.points, model.predicted_s, strict=True):
         measured = statistics.median(sample.step_s for sample in point.samples)
-        rows.append((point.name, f"{measured * 1e3:,.1f}", f"{fitted * 1e3:,.1f}", f"{fitted / measured - 1:+.1%}"))
-    spread = (
-        ""
-        if model.residual is None
-        else f"; residual {model.residual:.2%} of an update a number, {model.freedom} degrees of freedom"
-    )
-    return Grid(title=f"Its fit{spread}", columns=("point", "measured, ms", "fitted, ms", "residual"), rows=tuple(rows))
+        residual = f"{fitted / measured - 1:+.1%}"
+        rows.append({"point": point.name, "measured, ms": _ms(measured), "fitted, ms": _ms(fitted), "residual": residual})
+    title = "Its fit"
+    if model.residual is not None:
+        title += f"; residual {model.residual:.2%} of an update a number, {model.freedom} degrees of freedom"
+    return Grid(title=title, rows=rows)
 
 
-def _break_even_cells(estimate: BreakEven, sure: bool) -> tuple[str, str, str]:
-    most, widest = estimate.most_accumulation, estimate.most_bytes_per_s
-    up_to = "never" if most is None else "any number" if most == FOREVER else f"{most:,}"
-    below = "never" if widest is None else "any" if widest == FASTEST else f"{widest / 1e9:.3g}"
-    note = (
-        "at most: no point measured what compressing costs"
-        if estimate.free
-        else ""
-        if sure
-        else "what compressing costs is not told from 0"
-    )
-    return up_to, below, note
+def _break_even_cells(estimate: BreakEven, model: Fit) -> dict[str, str]:
+    most, widest, remark = estimate.most_accumulation, estimate.most_bytes_per_s, ""
+    if estimate.free:
+        remark = "at most: no point measured what compressing costs"
+    elif any(parameter.name == "memory_byte_s" and parameter.vague for parameter in model.parameters):
+        remark = "what compressing costs is not told from 0"
+    return {
+        "pays up to micro-batches an update": "never" if most is None else "any number" if most == FOREVER else f"{most:,}",
+        "pays below bandwidth, GB/s": "never" if widest is None else "any" if widest == FASTEST else f"{widest / 1e9:.3g}",
+        "": remark,
+    }
 
 
 def _fit_json(model: Fit) -> dict[str, Any]:

@@ -26,13 +26,16 @@ class ScaleCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table of text."""
+    """A table of text: each row is column -> cell, of the same columns."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[Mapping[str, str]]
     predicted: bool = False
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.rows[0])
 
 
 class ScalePlot(NamedTuple):

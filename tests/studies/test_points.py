@@ -357,7 +357,7 @@ def test_the_2020_table_from_both_rows() -> None:
     assert "157% of linear" in text
     assert "not both identifiable" in text
     assert "rank 1 of 2" in text
-    last = dict(zip(grid.columns, grid.rows[-1], strict=True))
+    last = grid.rows[-1]
     assert last["% of linear from row 2"].startswith("157.0 (")
     assert last["% of linear from row 3"] == "79.7 (78.3 to 81.2)"
     names = [name for _, name in plot.legend]
@@ -428,7 +428,7 @@ def test_the_plot_marks_predictions_and_lies_where_the_numbers_are() -> None:
 
 
 def test_the_page_works_offline_in_light_and_dark() -> None:
-    grid = Grid(title="PREDICTED <b>", columns=("a", "b"), rows=(("1 < 2", "x"),), predicted=True)
+    grid = Grid(title="PREDICTED <b>", rows=[{"a": "1 < 2", "b": "x"}], predicted=True)
     text = page("Scaling of x & y", ScalePlot("<svg></svg>", ()), [grid])
     assert "://" not in text
     assert "<script" not in text
