@@ -52,6 +52,10 @@ class Network(BaseModel):
     local_latency_s: Constant | None = None
     """None: as between nodes."""
 
+    def nodes(self, ranks: int) -> int:
+        """Return how many nodes so many ranks are on."""
+        return -(-ranks // self.ranks_per_node)
+
     def bandwidth(self, rings: int, nodes: int, side: Side = "value") -> float:
         """Bytes a second of `rings` rings together."""
         local = self.local_bytes_per_s.at(side) if self.local_bytes_per_s else math.inf

@@ -49,7 +49,7 @@ def predict(model: Fit, point: Point, network: Network | None = None, assumed: S
         base = sum(parts_of(centre))
         slopes = np.array([(sum(parts_of(centre + nudge)) - base) / nudge.sum() for nudge in np.diag(nudges)])
         variance = float(slopes @ model.covariance @ slopes) + model.numbers(point) * (model.residual * step) ** 2
-        margin = student_t(model.freedom) * math.sqrt(max(0.0, variance))
+        margin = _student_t(model.freedom) * math.sqrt(max(0.0, variance))
         low, high = max(0.0, low - margin), high + margin
         band = "95%, by residuals and the parameters' covariance, and what the points leave open and the network's own range"
     return ScalingPrediction(
@@ -64,6 +64,27 @@ def predict(model: Fit, point: Point, network: Network | None = None, assumed: S
         exposed_s=exposed,
         assumed=(*assumed, *_assumptions(model, point)),
     )
+
+
+def predict_workload(
+    model: Fit, work: Workload, network: Network | None, kind: PredictedKind, rings: int, ranks: int
+) -> ScalingPrediction:
+    """Predict an update of the workload, its ranks placed as the network's are, or as the measured ones were."""
+    several = [point for point in model.points if point.ranks > 1]
+    here = max((point.ranks // point.nodes for point in several), default=1)
+    nodes = network.nodes(ranks) if network is not None else -(-ranks // here)
+    local = -(-ranks // nodes)
+    slowdowns = {point.ranks // point.nodes: point.slowdown for point in model.points}
+    nearest = local if local in slowdowns else max((count for count in slowdowns if count < local), default=max(slowdowns))
+    slowdown, assumed = slowdowns[nearest], []
+    if nearest != local > 1:
+        assumed.append(f"{local} ranks on a machine compute as {nearest} do on this one ({slowdown:.3f} times one's time)")
+    point = work.point(ranks, nodes, rings=rings, kind=kind, slowdown=slowdown)
+    if network is None:
+        assumed.append("more ranks are connected as the measured ones are")
+        link = next((other.link_bytes_per_s for other in several if other.link_bytes_per_s and other.rings == rings), None)
+        point = replace(point, link_bytes_per_s=link)
+    return predict(model, point, network, assumed)
 
 
 def _assumptions(model: Fit, point: Point) -> list[str]:
@@ -103,7 +124,7 @@ def _predicted(
     return seconds(replace(point, link_bytes_per_s=None), parameters, model.on_cpu)
 
 
-def student_t(freedom: int) -> float:
+def _student_t(freedom: int) -> float:
     """Two-sided 95% quantile, to 1%."""
     table = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
     return table[freedom] if freedom in table else 1.96 + 2.37 / freedom + 2.82 / freedom**2 + 2.6 / freedom**3

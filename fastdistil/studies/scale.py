@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,8 +19,8 @@ from fastdistil.studies import minutes_table
 from fastdistil.studies.cost_fit import Fit, Point, Workload, fit
 from fastdistil.studies.networks import Network, load_network
 from fastdistil.studies.points import LOSSES, MeasuredPoints, Mode, ceilings, efficiencies, losses
-from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, ScalingPrediction, break_even, predict
-from fastdistil.studies.scale_plot import Grid, ScaleCurve, ScalePlot, figure, page
+from fastdistil.studies.predict import FASTEST, FOREVER, BreakEven, break_even, predict_workload
+from fastdistil.studies.scale_plot import Grid, ScaleCurve, ScalePlot, figure, page, show
 from fastdistil.studies.scale_runs import Study, as_json, baseline_of, load_points, measure, model_points, workload
 from fastdistil.untrusted import shown
 
@@ -244,19 +243,6 @@ def _write(
     console.print(f"{out / 'scale.json'} has every number, {out / 'scale.html'} the plot", markup=False, soft_wrap=True)
 
 
-def show(grid: Grid, console: rich.console.Console) -> None:
-    # A file has no width of its own.
-    console = console if console.is_terminal else rich.console.Console(width=int(os.environ.get("COLUMNS", "160")))
-    table = rich.table.Table(title=grid.title, title_justify="left", title_style="bold")
-    for index, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in grid.rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
-    console.print(table)
-    for note in grid.notes:
-        console.print(note, markup=False, soft_wrap=True)
-
-
 # --- measured
 
 
@@ -352,7 +338,7 @@ def _model(
     predictions: list[dict[str, Any]] = []
     break_evens: list[dict[str, Any]] = []
     for (name, network), kind, rings, ranks in product(query.networks, query.compression, query.rings, query.ranks):
-        prediction = _predict(model, work, network, kind, rings, ranks)
+        prediction = predict_workload(model, work, network, kind, rings, ranks)
         marks = {"predicted": True, "network_name": name}
         label = f"predicted: {name}, {kind}" + (f", {rings} rings" if rings > 1 else "")
         # The fast end of a wide band may be no time at all: then the efficiency has no upper end.
@@ -379,7 +365,7 @@ def _model(
             places.setdefault(label, []).append(place)
         if network is not None and kind == "none" and ranks > 1:
             for small in SMALLER:
-                estimate = break_even(model, work, small, ranks, _nodes(network, ranks), network, rings)
+                estimate = break_even(model, work, small, ranks, network.nodes(ranks), network, rings)
                 label = f"predicted: {name}, {ranks} ranks, {small}"
                 break_even_rows.append({"predicted, not measured": label, **_break_even_cells(estimate, model)})
                 break_evens.append({**marks, "ranks": ranks, "rings": rings, **asdict(estimate)})
@@ -400,36 +386,6 @@ def _model(
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f}"
-
-
-def _nodes(network: Network, ranks: int) -> int:
-    return -(-ranks // network.ranks_per_node)
-
-
-def _predict(
-    model: Fit, work: Workload, network: Network | None, kind: PredictedKind, rings: int, ranks: int
-) -> ScalingPrediction:
-    several = [point for point in model.points if point.ranks > 1]
-    if network is not None:
-        nodes = _nodes(network, ranks)
-    else:
-        here = max((point.ranks // point.nodes for point in several), default=1)
-        nodes = -(-ranks // here)
-    local = -(-ranks // nodes)
-    assumed = []
-    measured = {point.ranks // point.nodes: point.slowdown for point in model.points}
-    slowdown = measured.get(local)
-    if slowdown is None:
-        nearest = max((count for count in measured if count <= local), default=max(measured))
-        slowdown = measured[nearest]
-        if local > 1:
-            assumed.append(f"{local} ranks on a machine compute as {nearest} do on this one ({slowdown:.3f} times one's time)")
-    point = work.point(ranks, nodes, rings=rings, kind=kind, slowdown=slowdown)
-    link = next((other.link_bytes_per_s for other in several if other.link_bytes_per_s and other.rings == rings), None)
-    if network is None:
-        assumed.append("more ranks are connected as the measured ones are")
-        point = replace(point, link_bytes_per_s=link)
-    return predict(model, point, network, assumed)
 
 
 def _parameter_grid(model: Fit) -> Grid:

@@ -4,11 +4,14 @@ Both axes are logarithmic, so that the ideal is a straight line from its startin
 solid; what was predicted is hollow and dashed, and its name says so.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import rich.console
+import rich.table
 
 from fastdistil import __version__
 from fastdistil.profiling.report.report import template
@@ -67,3 +70,17 @@ def page(title: str, plot: ScalePlot | None, grids: Sequence[Grid]) -> str:
     chart, legend = plot or ("", ())
     values = {"title": title, "chart": chart, "legend": legend, "grids": grids, "version": __version__}
     return template("scale.html.j2").render(**values, live="", phase_names=())
+
+
+def show(grid: Grid, console: rich.console.Console) -> None:
+    """Print a table and its notes."""
+    # A file has no width of its own.
+    console = console if console.is_terminal else rich.console.Console(width=int(os.environ.get("COLUMNS", "160")))
+    table = rich.table.Table(title=grid.title, title_justify="left", title_style="bold")
+    for index, column in enumerate(grid.columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
+    console.print(table)
+    for note in grid.notes:
+        console.print(note, markup=False, soft_wrap=True)

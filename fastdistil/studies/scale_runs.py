@@ -70,8 +70,6 @@ def settings(study: Study, accumulation: int) -> list[Setting]:
     for ranks, mode, rings, compression, sync in product(
         sorted(set(study.ranks)), study.modes, study.rings, study.compression, study.sync
     ):
-        if ranks < 1:
-            raise UserError(f"--np counts ranks from 1, got {ranks}")
         if compression not in (kinds := get_args(Compression.model_fields["kind"].annotation)):
             raise UserError(f"--compression {compression} is none of {', '.join(kinds)}")
         if sync not in (ways := get_args(WorldOptions.model_fields["sync"].annotation)):
@@ -104,8 +102,7 @@ def measure(study: Study, tell: Callable[[str], None]) -> tuple[list[MeasuredPoi
         choose_slots(setting.ranks, study.hosts)
     threads = _threads(planned, study)
     runner = _Runner(study, "train" if recipe.teacher is not None else "pretrain", threads)
-    alone = replace(planned[0], ranks=1, rings=1, compression="none", sync="delayed", mode=None)
-    alone = replace(alone, accumulation=recipe.loop.accumulation)
+    alone = Setting(ranks=1, accumulation=recipe.loop.accumulation)
     crowds = (
         sorted({setting.ranks for setting in planned if setting.ranks > 1}) if study.ceiling and study.hosts is None else []
     )
@@ -197,14 +194,13 @@ class _Runner:
         return self._run(setting, slots[:ranks], folder / "run")
 
     def side_by_side(self, setting: Setting, count: int, folder: Path) -> tuple[Round, ...]:
-        rounds: dict[int, Round] = {}
-        failed: list[BaseException] = []
+        results: dict[int, Round | BaseException] = {}
 
         def run(index: int) -> None:
             try:
-                rounds[index] = self._run(setting, (Slot(None, index),), folder / f"run-{index + 1}")
+                results[index] = self._run(setting, (Slot(None, index),), folder / f"run-{index + 1}")
             except BaseException as error:  # noqa: BLE001 (raised below, by the thread that waits for this one)
-                failed.append(error)
+                results[index] = error
 
         # Threads that end with this process, and their runs with them (rank_process.tie_to_launcher).
         threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(count)]
@@ -212,9 +208,12 @@ class _Runner:
             thread.start()
         for thread in threads:
             thread.join()
-        if failed:
-            raise failed[0]
-        return tuple(rounds[index] for index in range(count))
+        rounds = []
+        for index in range(count):
+            if isinstance(result := results[index], BaseException):
+                raise result
+            rounds.append(result)
+        return tuple(rounds)
 
     def _run(self, setting: Setting, slots: Sequence[Slot], run: Path) -> Round:
         command = (*self._start, *_overrides(setting, self._study, run))
