@@ -30,14 +30,14 @@ def test_waiting_for_others_is_not_work() -> None:
     """This rank is the fast one: it waited for 3 of 10 s. On a GPU, whose host waits for nothing, spans know that as well."""
     load = Imbalance(TwoRanks())  # type: ignore[arg-type]
     load.add(100, 0.25)
-    record = load.read({"step_s": [4.0, 6.0], "phases": {"student": [2.0, 2.0], "exposed": [2.0, 1.0]}})
+    record = load.read([4.0, 6.0], {"student": [2.0, 2.0], "exposed": [2.0, 1.0]})
     assert record["slowest_rank"] == 1
     assert abs(record["imbalance_time"] - (10 / 8.5 - 1)) < 1e-12  # 7 and 10 s of work
     assert record["imbalance_tokens"] == 300 / 200 - 1
     assert record["rank_tokens"] == [100, 300] and record["rank_data_wait_s"] == [0.25, 0.5]
     assert record["rank_worked_s"] == [7.0, 10.0]
     assert record["rank_0_waited_s"] == 2.0, "2 and 5 s of its own work beside 8 and 2 s; it waited for 2 s and 1 s in all"
-    record = load.read({"step_s": [2.0], "phases": {}})
+    record = load.read([2.0], {})
     assert record["rank_worked_s"] == [2.0, 10.0] and record["rank_tokens"] == [0, 300], "afresh"
     assert record["rank_0_waited_s"] == 0.0
 
