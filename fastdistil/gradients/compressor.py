@@ -47,9 +47,9 @@ class Compressor(Protocol):
     """`exchange` may overwrite `gradient` and the tensors of `state`. Nothing in it waits for the device."""
 
     linear: ClassVar[bool] = True
-    """Whether payloads can be summed on the way: then they travel by allreduce, else by all-to-all and all-gather."""
+    """True if payloads can be summed on the way: they travel by allreduce, else by all-to-all and all-gather."""
     whole_parameters: ClassVar[bool] = False
-    """Whether a parameter must not be cut by the border of a bucket."""
+    """True if a parameter must not be cut by the border of a bucket."""
 
     @property
     def state_kinds(self) -> Mapping[str, StateKind]:

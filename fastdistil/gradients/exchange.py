@@ -30,7 +30,7 @@ class LocalGradients:
 
     @property
     def owes(self) -> bool:
-        """Whether memory alone holds what the next update is to bring."""
+        """True if memory alone holds what the next update is to bring."""
         return bool(self._owed)
 
     def excluded(self, seconds: float) -> None:
@@ -41,7 +41,7 @@ class LocalGradients:
         self._optimizer.zero_grad(set_to_none=True)
 
     def leaves_in(self, number: int, rounds: int) -> bool:
-        """Whether gradients travel in round `number` of an update's: all ranks agree to go on before it."""
+        """Return whether gradients travel in round `number` of an update's: all ranks agree to go on before it."""
         return False
 
     def backward(self, total: Tensor | None, number: int, rounds: int) -> None:

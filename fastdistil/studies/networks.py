@@ -44,9 +44,9 @@ class Network(BaseModel):
     link_bytes_per_s: Constant
     """Between two nodes, all rings together."""
     flow_bytes_per_s: Constant | None = None
-    """Of one ring, where that is less than the link."""
+    """Bandwidth of one ring, where that is less than the link's."""
     latency_s: Constant
-    """Of a ring's step between nodes."""
+    """Time of a ring's step between nodes."""
     local_bytes_per_s: Constant | None = None
     """Within a node; None: not what limits."""
     local_latency_s: Constant | None = None

@@ -47,7 +47,7 @@ class Setting:
     compression: str = "none"
     sync: str = "delayed"
     accumulation: int = 1
-    """Of each rank."""
+    """Micro-batches of each rank."""
     mode: Mode | None = None
 
     @property
@@ -64,7 +64,7 @@ class Update:
 
     step_s: float
     tokens: int
-    """Of all ranks."""
+    """Tokens of all ranks."""
     exposed_s: float
     """What rank 0 waited for others, slower ranks included."""
     gradients_s: float | None = None
@@ -75,7 +75,7 @@ class Update:
 
     @property
     def parts(self) -> dict[str, float | None]:
-        """Of LOSSES, those that an update tells by itself, and `worked`, the mean of the ranks'."""
+        """Those of LOSSES that an update tells by itself, and `worked`, the mean of the ranks'."""
         parts: dict[str, float | None] = {"compression": self.compression_s}
         if self.worked_s is None:
             return parts | {"exposed": self.exposed_s, "control": None, "imbalance": None, "worked": None}
@@ -94,7 +94,7 @@ class Round:
     start: Start
     """The run's start event."""
     environment: Environment
-    """Of rank 0's machine."""
+    """Rank 0's machine."""
     device: str | None
     """Its name."""
     last_line: Train
@@ -183,7 +183,7 @@ class MeasuredPoints:
 
     @property
     def modelled(self) -> bool:
-        """Whether the point takes part in the fit."""
+        """Return whether the point takes part in the fit."""
         return not self.oversubscribed and self.setting.compression in SIMPLEST_FIRST
 
 
@@ -203,7 +203,7 @@ def ceilings(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
 
 
 def slowdown(point: MeasuredPoints, baseline: MeasuredPoints) -> float:
-    """Of computing, by sharing the machine; 1 where it was not measured."""
+    """Return how much slower ranks compute that share the machine; 1 where it was not measured."""
     shares = ceilings(point, baseline)
     return 1 / statistics.median(shares) if shares else 1.0
 

@@ -143,7 +143,7 @@ class BreakEven:
     most_bytes_per_s: float | None
     """Bandwidth below which it pays; None: at none; FASTEST: as far as was looked."""
     free: bool
-    """Whether compressing is taken to cost nothing, as no point measured it: both numbers are then upper limits."""
+    """True if compressing is taken to cost nothing, as no point measured it: both numbers are then upper limits."""
 
 
 FOREVER = 10**6

@@ -67,7 +67,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleOptions:
-    """As the command line gives them, with its defaults."""
+    """The options of the command line, with its defaults."""
 
     recipe: str | None = None
     overrides: Sequence[str] = ()

@@ -41,7 +41,6 @@ from fastdistil.untrusted import Fields, Text, Whole, converted, read_json, real
 
 WARMUP = 2
 """First updates of each run that are not counted: allocations, connections, the order of buckets."""
-SHAPE = ("micro_batch_tokens", "student_parameters", "teacher_parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +143,10 @@ def _measured(
 
 
 def _threads(planned: Sequence[Setting], study: Study) -> int:
-    """Of each rank, the same at all points. Hosts are taken to have this machine's cores where OMP_NUM_THREADS is not set."""
+    """Return the threads of each rank, the same at all points.
+
+    Hosts are taken to have this machine's cores where OMP_NUM_THREADS is not set.
+    """
     omp_threads = os.environ.get("OMP_NUM_THREADS", "")
     if omp_threads.isdecimal() and int(omp_threads):
         return int(omp_threads)
@@ -341,13 +343,13 @@ def _point_json(point: MeasuredPoints) -> dict[str, Any]:
     }
 
 
-class _Device(Fields):
+class _Device(Fields, extra="ignore"):
     kind: Text | None
     name: Text | None
     threads_per_rank: Whole | None
 
 
-class _Shape(Fields):
+class _Shape(Fields, extra="ignore"):
     micro_batch_tokens: Whole
     student_parameters: Whole
     teacher_parameters: Whole
@@ -374,12 +376,7 @@ def load_points(path: Path) -> tuple[list[Point], Workload, dict[str, Any]]:
             raise UserError(f"no study at {path}; give the scale.json that `fastdistil scale` wrote") from error
         except ValueError as error:
             raise UserError(f"{path} is not a scale.json of this version ({reason(error)})") from error
-    ran = {
-        "device": {name: getattr(study.device, name) for name in ("kind", "name", "threads_per_rank")},
-        "dtype": study.dtype,
-        "shape": {name: getattr(study.shape, name) for name in SHAPE},
-    }
-    return list(study.model_points), study.workload, ran
+    return list(study.model_points), study.workload, study.model_dump(include={"device", "dtype", "shape"})
 
 
 def _check_point(point: Point, place: str) -> None:
