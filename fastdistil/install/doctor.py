@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ TESTED = {
     "triton": ((3, 6), (3, 7)),
     "transformers": ((5, 17), (5, 23)),
 }
-PYTHON_TESTED = ((3, 11), (3, 13))
+_PYTHON_TESTED = ((3, 11), (3, 13))
 GIB = 2**30
 
 
@@ -83,11 +83,10 @@ def as_json(findings: Iterable[Finding]) -> str:
 def versions() -> list[Finding]:
     findings = [
         Finding("fastdistil", __version__),
-        release("Python", platform.python_version(), PYTHON_TESTED, "make an environment with a newer Python"),
+        release("Python", platform.python_version(), _PYTHON_TESTED, "make an environment with a newer Python"),
         _torch_release(),
-        library("transformers"),
+        *map(package, ("transformers", "tokenizers", "safetensors", "numpy")),
     ]
-    findings += [library(name) for name in ("tokenizers", "safetensors", "numpy")]
     if missing := _missing_parts():
         advice = "the links in fastdistil/ were not checked out as links: git config core.symlinks true, and check out again"
         findings.append(Finding("fastdistil's parts", f"{', '.join(missing)} not found", "problem", advice))
@@ -112,19 +111,21 @@ def release(name: str, version: str, tested: tuple[tuple[int, int], tuple[int, i
     return Finding(name, version)
 
 
-def library(name: str) -> Finding:
-    """A Python package that fastdistil needs, by the metadata of its installation."""
+def package(name: str, advice: str = "", absent: Status = "problem") -> Finding:
+    """Look a Python package up by the metadata of its installation; `absent` is what its absence means."""
     version = installed_version(name)
-    if version is None or importlib.util.find_spec(name) is None:
-        state = "not installed" if version is None else f"{version} is listed but its files are missing"
-        return Finding(name, state, "problem", f"pip install --force-reinstall {name}" if version else f"pip install {name}")
+    if version is None:
+        return Finding(name, "not installed", absent, f"{advice}pip install {name}")
+    if importlib.util.find_spec(name) is None:
+        advice = f"pip install --force-reinstall {name}"
+        return Finding(name, f"{version} is listed but its files are missing", "problem", advice)
     if name not in TESTED:
         return Finding(name, version)
     return release(name, version, TESTED[name], f"pip install --upgrade {name}")
 
 
 def _load_torch() -> tuple[Any, str]:
-    """torch, or None and why it does not load: the doctor must outlive a broken one."""
+    """Return torch, or None and why it does not load: the doctor must outlive a broken one."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:
@@ -135,14 +136,13 @@ def _load_torch() -> tuple[Any, str]:
 def _torch_release() -> Finding:
     torch, error = _load_torch()
     if torch is None:
-        if installed_version("torch") is None:
-            return Finding("torch", "not installed", "problem", "pip install torch")
-        return Finding(
-            "torch", f"{installed_version('torch')} does not load: {error}", "problem", "pip install --force-reinstall torch"
-        )
+        listed = package("torch")
+        if listed.status == "problem":
+            return listed
+        return Finding("torch", f"{listed.value} does not load: {error}", "problem", "pip install --force-reinstall torch")
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
     judged = release("torch", torch.__version__, TESTED["torch"], "pip install --upgrade torch")
-    return Finding("torch", f"{judged.value} ({kind} build)", judged.status, judged.advice)
+    return replace(judged, value=f"{judged.value} ({kind} build)")
 
 
 def processor(torch: Any) -> list[Finding]:
@@ -162,14 +162,10 @@ def processor(torch: Any) -> list[Finding]:
 
 
 def gpus(torch: Any) -> list[Finding]:
-    package, names, driver = nvml_gpus()
-    findings = [package]
+    clocks, names, driver = nvml_gpus()
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(usable):
-        findings.append(gpu(torch, index, driver))
-    if not usable:
-        findings.append(unused_gpus(torch, names, driver))
-    return [*findings, triton(gpu_usable=usable > 0)]
+    devices = [gpu(torch, index, driver) for index in range(usable)] or [unused_gpus(torch, names, driver)]
+    return [clocks, *devices, package("triton", "the GPU kernels need it: ", absent="problem" if usable else "absent")]
 
 
 def gpu(torch: Any, index: int, driver: str | None) -> Finding:
@@ -184,7 +180,7 @@ def gpu(torch: Any, index: int, driver: str | None) -> Finding:
 
 
 def unused_gpus(torch: Any, names: list[str], driver: str | None) -> Finding:
-    """Why torch offers no GPU: there is none, or its build or the driver does not fit."""
+    """Say why torch offers no GPU: there is none, or its build or the driver does not fit."""
     if not names:
         return Finding("GPU", "none found", "absent", "everything works on the processor; a GPU needs NVIDIA's driver")
     value = f"{', '.join(names)} (driver {driver}), but torch cannot use {'it' if len(names) == 1 else 'them'}"
@@ -195,7 +191,7 @@ def unused_gpus(torch: Any, names: list[str], driver: str | None) -> Finding:
 
 
 def nvml_gpus() -> tuple[Finding, list[str], str | None]:
-    """nvidia-ml-py, names of the GPUs that the driver knows, and the driver's version; no names where there is no driver."""
+    """Return nvidia-ml-py, the names of the GPUs that the driver knows, and its version; no names where there is no driver."""
     try:
         pynvml = nvml.library()
     except nvml.NvmlError as error:
@@ -215,24 +211,13 @@ def nvml_gpus() -> tuple[Finding, list[str], str | None]:
         pynvml.nvmlShutdown()
 
 
-def triton(gpu_usable: bool) -> Finding:
-    version = installed_version("triton")
-    if version is None:
-        status: Status = "problem" if gpu_usable else "absent"
-        return Finding("triton", "not installed", status, "the GPU kernels need it: pip install triton")
-    return release("triton", version, TESTED["triton"], "it comes with torch: pip install --upgrade torch")
-
-
 def options() -> list[Finding]:
-    advice_by_name = {
-        "tensorboard": "logging.tensorboard needs it: pip install tensorboard",
-        "pyarrow": "preparing .parquet and .zst files needs it: pip install pyarrow",
-    }
-    findings = []
-    for name, advice in advice_by_name.items():
-        version = installed_version(name)
-        findings.append(Finding(name, version) if version else Finding(name, "not installed", "absent", advice))
-    return [horovod(), *findings, compiler()]
+    return [
+        horovod(),
+        package("tensorboard", "logging.tensorboard needs it: ", absent="absent"),
+        package("pyarrow", "preparing .parquet and .zst files needs it: ", absent="absent"),
+        compiler(),
+    ]
 
 
 def horovod() -> Finding:
@@ -258,13 +243,12 @@ def _nccl_release(code: int) -> str:
 
 
 def compiler() -> Finding:
-    """torch.compile on the processor wants a C++ compiler, triton's launcher a C compiler and Python's headers."""
-    cxx = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    cc = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    """Find what torch.compile on the processor (C++) and triton's launcher (C, Python's headers) are compiled with."""
+    cc = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    cxx = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    lacking = [
-        name for name, there in (("a C compiler", cc), ("a C++ compiler", cxx), ("Python's headers", headers)) if not there
-    ]
+    parts = {"a C compiler": cc, "a C++ compiler": cxx, "Python's headers": headers}
+    lacking = [name for name, present in parts.items() if not present]
     if lacking:
         advice = "loop.compile and the GPU kernels need it (Debian, Ubuntu: apt install g++ python3-dev)"
         return Finding("compiler", f"missing: {', '.join(lacking)}", "absent", advice)

@@ -80,9 +80,9 @@ def plant(folder: Path, name: str, version: str) -> None:
 def test_library_whose_files_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path, "fastdistil-absent-thing", "1.0")
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor.library("fastdistil-absent-thing").status == "problem"
-    assert "files are missing" in doctor.library("fastdistil-absent-thing").value
-    missing = doctor.library("fastdistil-other-thing")
+    assert doctor.package("fastdistil-absent-thing").status == "problem"
+    assert "files are missing" in doctor.package("fastdistil-absent-thing").value
+    missing = doctor.package("fastdistil-other-thing")
     assert (missing.value, missing.status) == ("not installed", "problem")
 
 
@@ -140,8 +140,7 @@ def test_nothing_optional_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert named[name].status == "absent"
         assert named[name].advice
     assert "a C compiler, a C++ compiler" in named["compiler"].value
-    assert doctor.triton(gpu_usable=False).status == "absent"
-    assert doctor.triton(gpu_usable=True).status == "problem"
+    assert doctor.package("triton", absent="absent").status == "absent"
     assert doctor.exit_code(named.values()) == 0
 
 
