@@ -9,16 +9,14 @@ insists with a second signal.
 import contextlib
 import random
 import secrets
-import shlex
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -26,18 +24,14 @@ from fastdistil.distributed.diagnosis import rank_list
 from fastdistil.distributed.rank_info import FIRST_PORT, PORTS
 from fastdistil.errors import UserError
 from fastdistil.launch.rank_output import RankOutput
-from fastdistil.launch.rank_process import KILL_AFTER_S, RankProcess, Slot, start
+from fastdistil.launch.rank_process import KILL_AFTER_S, Launch, RankProcess, start
 from fastdistil.signals import stop_signals
 
-SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-"""What reaches another host; FASTDISTIL_SSH replaces it. No passwords are asked for, and a dead connection is noticed."""
 POLL_S = 0.05
 END_S = 10.0
 """Beyond world.timeout_s, for ranks to end by themselves when another one has failed."""
 SAVE_S = 30.0
 """Beyond world.timeout_s: ranks that need longer to save, when a signal stops them, are spoken of."""
-ORPHAN_S = 600.0
-"""Beyond world.timeout_s, for a rank on another host to save when the launcher is gone: no user is left to insist."""
 SAME_SIGNAL_S = 1.0
 """SIGTERMs within it are one: timeout(1) and others signal the launcher and then its group."""
 BAD_INPUT, LOST, SAVED, INTERRUPTED, SSH_FAILED = 2, 12, 75, 130, 255
@@ -135,22 +129,6 @@ class Attempt:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """What `run_ranks` starts: `command` in every slot, rank 0 in the first."""
-
-    command: Sequence[str]
-    slots: Sequence[Slot]
-    timeout_s: float
-    logs: Path
-    """Directory for the standard output of ranks other than 0."""
-    environ: Mapping[str, str]
-
-    @property
-    def ssh(self) -> list[str]:
-        return shlex.split(self.environ.get("FASTDISTIL_SSH") or SSH)
-
-
 def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough: Callable[[], bool] = lambda: False) -> Attempt:
     """Start all ranks and wait until all have ended; none is left behind, whatever happens here.
 
@@ -166,7 +144,6 @@ def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough:
         _kill([child for child in ranks if child.code is None and child.process.poll() is None])
         for child in ranks:
             child.close()
-        voices.flush(now=True)
     return attempt
 
 
@@ -191,20 +168,8 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
             "GROUP_RANK": str(hosts.index(slot.host)),
             "GROUP_WORLD_SIZE": str(len(hosts)),
         }
-        ranks.append(
-            start(
-                rank,
-                slot,
-                begin.command,
-                variables,
-                base=begin.environ,
-                devices=None if here == list(range(len(here))) else here,
-                patience_s=begin.timeout_s + ORPHAN_S,
-                log=begin.logs / f"rank-{rank}.log",
-                voices=voices,
-                ssh=begin.ssh,
-            )
-        )
+        devices = None if here == list(range(len(here))) else here
+        ranks.append(start(rank, begin, variables, devices, voices))
 
 
 def _meeting_host(hosts: Sequence[str | None]) -> str:
@@ -261,7 +226,6 @@ def _watch(
             attempt.insisted = interrupts.insisted
             attempt.killed |= set(alive)
             _kill(running)
-        voices.flush()
         time.sleep(POLL_S)
 
 

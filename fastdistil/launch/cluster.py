@@ -32,7 +32,7 @@ _TEMPLATES = {"slurm": "slurm.sh.j2", "mpijob": "mpijob.yaml.j2", "skypilot": "s
 SAVE_S = 120
 """What a run is given to save before it is killed."""
 PORT = 29500
-MAKE_SECRET = """export FASTDISTIL_STORE_SECRET="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')\""""  # noqa: S105 - none yet
+_MAKE_SECRET = """export FASTDISTIL_STORE_SECRET="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')\""""  # noqa: S105 - none yet
 """A line of a script: the ranks it starts share what nobody else knows (rendezvous.py)."""
 
 
@@ -151,7 +151,7 @@ def cluster_file(kind: ClusterKind, cluster: Cluster) -> str:
         recipe_text=None if recipe is None or kind == "slurm" else recipe.read_text(encoding="utf-8"),
         save_s=SAVE_S,
         port=PORT,
-        make_secret=MAKE_SECRET,
+        make_secret=_MAKE_SECRET,
         stored=lambda mount: _stored(cluster, mount),
     )
 

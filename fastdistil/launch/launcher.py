@@ -19,10 +19,11 @@ from typing import Any
 
 from fastdistil.distributed.rank_info import find_rank_info
 from fastdistil.errors import UserError
-from fastdistil.launch.attempt import INTERRUPTED, LOST, SAVED, Attempt, Interrupts, Launch, run_ranks
+from fastdistil.launch.attempt import INTERRUPTED, LOST, SAVED, Attempt, Interrupts, run_ranks
 from fastdistil.launch.elastic import RESTARTS, AbsentSlots, worth_a_restart
 from fastdistil.launch.job import BUG, Job, choose_slots
 from fastdistil.launch.rank_output import RankOutput
+from fastdistil.launch.rank_process import Launch
 
 
 def _refuse_ranks_of_ranks(environ: Mapping[str, str]) -> None:

@@ -28,9 +28,13 @@ from fastdistil.profiling.device import usable_cores
 from fastdistil.streams import lasting
 
 # What a rank on another host is told of the launcher's environment; the rest (PATH, HOME, ...) is that host's own.
-CARRIED = re.compile(
+_CARRIED = re.compile(
     r"(FASTDISTIL|HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|TORCH|PYTORCH|TRITON|NCCL|GLOO|HOROVOD|OMP|MKL|CUBLAS)_.*"
 )
+SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+"""What reaches another host; FASTDISTIL_SSH replaces it. No passwords are asked for, and a dead connection is noticed."""
+_ORPHAN_S = 600.0
+"""Beyond world.timeout_s, for a rank on another host to save when the launcher is gone: no user is left to insist."""
 KILL_AFTER_S = 5.0
 """Between a last SIGTERM and SIGKILL."""
 
@@ -44,6 +48,22 @@ class Slot:
 
     def __str__(self) -> str:
         return f"slot {self.index} of {self.host or 'this machine'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What `run_ranks` starts: `command` in every slot, rank 0 in the first."""
+
+    command: Sequence[str]
+    slots: Sequence[Slot]
+    timeout_s: float
+    logs: Path
+    """Directory for the standard output of ranks other than 0."""
+    environ: Mapping[str, str]
+
+    @property
+    def ssh(self) -> list[str]:
+        return shlex.split(self.environ.get("FASTDISTIL_SSH") or SSH)
 
 
 def _end_group(pid: int, number: int = signal.SIGKILL) -> None:
@@ -134,33 +154,23 @@ class RankProcess:
 
 
 def start(
-    rank: int,
-    slot: Slot,
-    command: Sequence[str],
-    variables: Mapping[str, str],
-    *,
-    base: Mapping[str, str],
-    devices: Sequence[int] | None,
-    patience_s: float,
-    log: Path,
-    voices: "RankOutput",
-    ssh: Sequence[str],
+    rank: int, begin: Launch, variables: Mapping[str, str], devices: Sequence[int] | None, voices: RankOutput
 ) -> RankProcess:
-    """Start a rank. Rank 0 has our standard output; the others' goes to `log`."""
+    """Start a rank. Rank 0 has our standard output; the others' goes to a file in `begin.logs`."""
+    slot, base = begin.slots[rank], begin.environ
     # A notebook's cell and a test's capture replace sys.stdout, which a child's descriptor knows nothing of.
     piped = rank == 0 and not _is_standard_output(sys.stdout)
-    with contextlib.nullcontext() if rank == 0 else log.open("wb") as file:
+    with contextlib.nullcontext() if rank == 0 else (begin.logs / f"rank-{rank}.log").open("wb") as file:
         stdout: Any = subprocess.PIPE if piped else file
         if slot.host is None:
-            environ = rank_environment(base, variables, devices)
-            process = _popen(list(command), stdout, environ)
+            process = _popen(list(begin.command), stdout, rank_environment(base, variables, devices))
         else:
-            process = _popen(on_host(ssh, slot.host, _remote_line(base)), stdout, None)
+            process = _popen(on_host(begin.ssh, slot.host, _remote_line(base)), stdout, None)
             request = {
-                "command": list(command),
-                "environ": {name: value for name, value in base.items() if CARRIED.fullmatch(name)} | dict(variables),
+                "command": list(begin.command),
+                "environ": {name: value for name, value in base.items() if _CARRIED.fullmatch(name)} | dict(variables),
                 "devices": devices,
-                "patience_s": patience_s,
+                "patience_s": begin.timeout_s + _ORPHAN_S,
             }
             assert process.stdin is not None
             with contextlib.suppress(OSError):  # ssh has ended: its exit code says more
