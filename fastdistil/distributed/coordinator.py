@@ -92,7 +92,7 @@ _VALID = 2**48 - 59
 _COLUMNS = 1024
 
 
-class UpdateCounts(Protocol):
+class _UpdateCounts(Protocol):
     """What an update counts over all ranks, see data.batch.Counts."""
 
     @property
@@ -144,7 +144,7 @@ class Coordinator:
             self.monitor.request_stop(reason)
         return reason
 
-    def decide(self, signal: str | None, pause: bool, counts: UpdateCounts) -> Decision:
+    def decide(self, signal: str | None, pause: bool, counts: _UpdateCounts) -> Decision:
         """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE.
 
         `counts` of the update over all ranks, as this rank knows them. Raises UserError where ranks know different ones: their

@@ -10,11 +10,11 @@ from itertools import groupby, islice
 from types import CodeType
 from typing import Literal, NamedTuple
 
-STACK_FRAMES = 12
+_STACK_FRAMES = 12
 
 RankStatus = Literal["running", "waiting", "unhurried", "finished", "ended"]
 """waiting: for other ranks; unhurried: need not get on within the timeout; finished: in good order; ended: by a verdict."""
-LIVE = ("running", "waiting", "unhurried")
+_LIVE = ("running", "waiting", "unhurried")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class View:
 
     @property
     def live(self) -> bool:
-        return self.beat is None or self.beat.kind in LIVE
+        return self.beat is None or self.beat.kind in _LIVE
 
 
 class Verdict(NamedTuple):
@@ -121,5 +121,5 @@ def rank_list(ranks: Iterable[int]) -> str:
 
 def compact_stack(frames: Iterable[tuple[CodeType, int]]) -> str:
     """Return (code, line), innermost first, as "in batches.py:88 window < train.py:142 train_step"."""
-    calls = [f"{code.co_filename.rpartition('/')[2]}:{line} {code.co_name}" for code, line in islice(frames, STACK_FRAMES)]
+    calls = [f"{code.co_filename.rpartition('/')[2]}:{line} {code.co_name}" for code, line in islice(frames, _STACK_FRAMES)]
     return f"in {' < '.join(calls)}" if calls else "not known"

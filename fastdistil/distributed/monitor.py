@@ -21,7 +21,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,9 +33,9 @@ from fastdistil.errors import RankLost, UserError
 
 GRACE_S = 5.0
 """From a verdict until a process that has not ended by itself is ended."""
-LINGER_S = 3.0
+_LINGER_S = 3.0
 """After a verdict rank 0, which serves the store, stays at most this long for the others to hear it."""
-FOREIGN_BEATS = 20
+_FOREIGN_BEATS = 20
 """Beats from one look for what others than the run's ranks wrote to the next."""
 VERDICT, STOP = "monitor/verdict", "monitor/stop"
 _BEAT, _VERDICT, _AGREED = TypeAdapter(Beat), TypeAdapter(Verdict), TypeAdapter(dict[str, str])
@@ -120,31 +120,28 @@ class Monitor:
     # What the training loop says
 
     def phase(self, name: str, update: int | None = None) -> None:
-        """Progress. `update` stays what it was where none is given."""
-        now = self._now
-        self._now = _Now(now.changes + 1, name, now.update if update is None else update, now.kind, now.waits_for)
+        """Note progress. `update` stays what it was where none is given."""
+        self._change(phase=name, update=self._now.update if update is None else update)
+
+    def waiting(self, operation: str) -> AbstractContextManager[None]:
+        """Return the block around a wait for other ranks: a rank inside is not to blame."""
+        return self._during(kind="waiting", waits_for=operation)
+
+    def unhurried(self, name: str) -> AbstractContextManager[None]:
+        """Return the block around an evaluation, a checkpoint, loading: signs of life are wanted, progress is not."""
+        return self._during(kind="unhurried", phase=name, waits_for="")
 
     @contextmanager
-    def waiting(self, operation: str) -> Iterator[None]:
-        """Around a wait for other ranks: a rank inside is not to blame."""
+    def _during(self, **fields: Any) -> Iterator[None]:
         before = self._now
-        self._now = _Now(before.changes + 1, before.phase, before.update, "waiting", operation)
+        self._change(**fields)
         try:
             yield
         finally:
-            now = self._now
-            self._now = _Now(now.changes + 1, now.phase, now.update, before.kind, before.waits_for)
+            self._change(phase=before.phase, kind=before.kind, waits_for=before.waits_for)
 
-    @contextmanager
-    def unhurried(self, name: str) -> Iterator[None]:
-        """Around an evaluation, a checkpoint, loading: signs of life are wanted, progress is not."""
-        before = self._now
-        self._now = _Now(before.changes + 1, name, before.update, "unhurried")
-        try:
-            yield
-        finally:
-            now = self._now
-            self._now = _Now(now.changes + 1, before.phase, now.update, before.kind, before.waits_for)
+    def _change(self, **fields: Any) -> None:
+        self._now = self._now._replace(changes=self._now.changes + 1, **fields)
 
     def request_stop(self, why: str) -> None:
         """All ranks' `stop_requested` becomes "WHY on rank R" within about two beats. Safe within a signal handler."""
@@ -156,7 +153,7 @@ class Monitor:
             raise self._lost()
 
     def failed(self, error: BaseException) -> None:
-        """This rank is about to end by `error`: tell the others. `close` then stays LINGER_S at most until they know."""
+        """This rank is about to end by `error`: tell the others. `close` then stays _LINGER_S at most until they know."""
         frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
         beat = replace(self._beat(), stack=compact_stack(reversed(frames)))
         self._exit_code = getattr(error, "exit_code", 1)
@@ -174,13 +171,12 @@ class Monitor:
         if not self._ended.wait(self.timeout_s):
             words = f"a collective failed on rank {self._rank}, but every rank answers: {self._broken}; {self._beat().where()}"
             self._settle(Verdict(None, words))
-            self._tell(LINGER_S)
+            self._tell(_LINGER_S)
         return self._lost()
 
     def finished(self) -> None:
         """This rank's work is done. Rank 0, whose end would end the store, waits for all. Raises RankLost if one is lost."""
-        now = self._now
-        self._now = _Now(now.changes + 1, now.phase, now.update, "finished")
+        self._change(kind="finished", waits_for="")
         self._tell(self.timeout_s)
         self.check()
         while self._rank == 0 and not all(view.beat and view.beat.kind == "finished" for view in self._views.values()):
@@ -193,7 +189,7 @@ class Monitor:
             self._linger()
         self._closed = True
         self._hurry.set()
-        self._courier.join(LINGER_S)  # an interpreter that ends while a thread is inside torch's store may abort
+        self._courier.join(_LINGER_S)  # an interpreter that ends while a thread is inside torch's store may abort
 
     # The verdict
 
@@ -224,7 +220,7 @@ class Monitor:
     def _linger(self) -> None:
         if self._rank != 0 and self._verdict is not None and self._verdict.rank == 0:
             return  # it does not answer
-        deadline = time.monotonic() + min(LINGER_S, self.timeout_s)
+        deadline = time.monotonic() + min(_LINGER_S, self.timeout_s)
         self._tell(deadline - time.monotonic())
         while self._rank == 0 and self._some_listen() and self._courier.is_alive() and time.monotonic() < deadline:
             time.sleep(min(self._beat_s, 0.1))
@@ -342,7 +338,7 @@ class Monitor:
                 store.set(VERDICT, json.dumps(verdict))  # what is no rank's keeps none back
             elif heard is not None and verdict is None:
                 self._settle(heard)
-        if self._rank == 0 and self._beats % FOREIGN_BEATS == 1:
+        if self._rank == 0 and self._beats % _FOREIGN_BEATS == 1:
             self._tell_of_strangers(store)
         return closed or (self._rank != 0 and beat.kind in ("finished", "ended"))
 
@@ -412,7 +408,7 @@ def _agree(store: SharedStore, rank: int, size: int, facts: Mapping[str, str], m
     differing = {name: ranks for name, ranks in by_name.items() if ranks}
     store.set(result, json.dumps(differing))
     if differing:  # all will raise, and the store goes with rank 0: not before the others have heard
-        until = time.monotonic() + LINGER_S
+        until = time.monotonic() + _LINGER_S
         while store.add(heard, 0) < size - 1 and time.monotonic() < until:
             time.sleep(0.02)
     return differing

@@ -18,7 +18,7 @@ Launcher = Literal["fastdistil", "torchrun", "horovodrun", "mpirun", "slurm", "e
 # Below the range from which Linux gives ports to clients (32768 on), so that they are rarely taken.
 FIRST_PORT, PORTS = 20000, 10000
 # Slurm numbers the batch script and an interactive shell like steps, from the top: neither is one of srun's ranks.
-SLURM_SHELLS = frozenset({"4294967290", "4294967291"})
+_SLURM_SHELLS = frozenset({"4294967290", "4294967291"})
 # Set for each rank by one launcher or another: a launcher of ranks must not pass on its own.
 RANK_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|FASTDISTIL_LAUNCHER"
@@ -86,7 +86,7 @@ def _find_place(environ: Mapping[str, str]) -> RankInfo | None:
     # srun sets the first two as well; the others are those of MPICH's and Intel's mpirun.
     if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
         return _from_mpirun(environ, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "4294967291") not in SLURM_SHELLS:
+    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "4294967291") not in _SLURM_SHELLS:
         return _from_slurm(environ)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_torch_names(environ, "environment")

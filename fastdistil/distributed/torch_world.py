@@ -15,7 +15,7 @@ from fastdistil.distributed.world import Collective, Handle, RankWatch, World, s
 from fastdistil.recipe import WorldOptions as Options
 
 _FOREVER = timedelta(days=7)
-GLOO_THREADS = 8
+_GLOO_THREADS = 8
 """Threads of a ring: so many buckets are under way at once, over one connection.
 
 Groups that torch makes itself have 2. Beside DDP, which uses those: benchmarks/test_exchange.py."""
@@ -91,7 +91,7 @@ def _torch_handle(name: str, work: Any, result: Tensor) -> Handle:
 
 
 def _threaded_gloo() -> str:
-    """The name of a backend like Gloo's own, with GLOO_THREADS: new_group leaves no choice."""
+    """The name of a backend like Gloo's own, with _GLOO_THREADS: new_group leaves no choice."""
     name = "fastdistil_gloo"
     if name not in dist.Backend.backend_list:
         dist.Backend.register_backend(name, _make_gloo, devices=["cpu"])
@@ -103,7 +103,7 @@ def _make_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     interfaces = [interface for interface in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if interface]
     options = gloo._Options()
     options._devices = [gloo.create_device(interface=interface) for interface in interfaces] or [gloo.create_default_device()]
-    options._threads, options._timeout = GLOO_THREADS, timeout
+    options._threads, options._timeout = _GLOO_THREADS, timeout
     return gloo(store, rank, size, options)
 
 
