@@ -45,17 +45,14 @@ from fastdistil.kernels.distill_options import (
     DistillOptions,
     DistillTerms,
     Divergence,
+    SparseTeacher,
     Targets,
     low_precision_unit,
     pack,
+    times,
     unpack,
 )
 from fastdistil.kernels.distill_torch import distill_rows_torch
-
-
-def times(p: Tensor, difference: Tensor) -> Tensor:
-    """p * difference with 0 * inf = 0, as the limit has it, in the gradient too."""
-    return p * torch.where(p > 0, difference, 0)
 
 
 def capped(logits_NV: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -93,34 +90,60 @@ def divergence_reference(
     return temperature**2 * rows_N
 
 
+def sparse_divergence_reference(student_NV: Tensor, teacher: SparseTeacher, *, temperature: float = 1.0) -> Tensor:
+    """Return sparse_distill.py's bracket times temperature squared, [N], float32 or wider; differentiable in the student."""
+    wide = torch.promote_types(student_NV.dtype, torch.float32)
+    # Normalised first: differences of log_softmax keep the digits that a common offset of the logits takes.
+    log_q_NV = (student_NV.to(wide) / temperature).log_softmax(-1)
+    log_p_NK, tail_N = teacher.normalised(wide)
+    indices_NK = teacher.indices_NK.long()
+    listed_N = times(log_p_NK.exp(), log_p_NK - log_q_NV.gather(1, indices_NK)).sum(-1)
+    # Added up, as an unused slot may name a token that another slot lists.
+    used_NK = (~torch.isneginf(log_p_NK)).int()
+    others_NV = torch.zeros_like(log_q_NV, dtype=torch.int32).scatter_add(1, indices_NK, used_NK) == 0
+    rest_NV = log_q_NV.masked_fill(~others_NV, -math.inf)
+    # The gradient of the logarithm of an empty sum would be nan.
+    empty_N = torch.isneginf(rest_NV).all(-1)
+    log_q_rest_N = rest_NV.masked_fill(empty_N[:, None], 0.0).logsumexp(-1).masked_fill(empty_N, -math.inf)
+    return temperature**2 * (listed_N + times(tail_N, tail_N.log() - log_q_rest_N))
+
+
 def distill_loss_reference(
     student_NV: Tensor,
-    teacher_NV: Tensor | None,
+    teacher: Tensor | SparseTeacher | None,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
     options: DistillOptions,
 ) -> DistillTerms:
-    """The specification of `distill_loss`; differentiable in both logits and the weights, twice.
+    """Specify `distill_loss` and `sparse_distill_loss`; differentiable in logits and weights, twice.
 
     Without a teacher the soft term is 0.
     """
-    width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
+    width = options.width(student_NV.shape[1], teacher.shape[1] if isinstance(teacher, Tensor) else None)
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     student_NV = student_NV[:, :width].to(wide)
     zero = student_NV.new_zeros(())
     soft, hard = zero, zero
+
     # Rows that do not enter a term are replaced before its arithmetic: 0 times the gradient of a nan would be nan.
-    if teacher_NV is not None:
-        soft_NV, teacher_NV = student_NV, teacher_NV[:, :width].to(wide)
-        if weights_N is not None:
-            out_N1 = (weights_N == 0)[:, None]
-            soft_NV, teacher_NV = soft_NV.masked_fill(out_N1, 0.0), teacher_NV.masked_fill(out_N1, 0.0)
-        soft_NV = capped(soft_NV, options.student_scale, options.student_softcap)
-        teacher_NV = capped(teacher_NV, options.teacher_scale, options.teacher_softcap)
-        rows_N = divergence_reference(
-            soft_NV, teacher_NV, temperature=options.temperature, divergence=options.divergence, beta=options.beta
-        )
+    def weighed(tensor: Tensor) -> Tensor:
+        if weights_N is None:
+            return tensor
+        out_N = weights_N == 0
+        return tensor.masked_fill(out_N if tensor.ndim == 1 else out_N[:, None], 0.0)
+
+    if teacher is not None:
+        soft_NV = capped(weighed(student_NV), options.student_scale, options.student_softcap)
+        if isinstance(teacher, SparseTeacher):
+            tail_N = None if teacher.tail_N is None else weighed(teacher.tail_N)
+            listed = SparseTeacher(teacher.indices_NK, weighed(teacher.log_probabilities_NK), tail_N)
+            rows_N = sparse_divergence_reference(soft_NV, listed, temperature=options.temperature)
+        else:
+            teacher_NV = capped(weighed(teacher[:, :width].to(wide)), options.teacher_scale, options.teacher_softcap)
+            rows_N = divergence_reference(
+                soft_NV, teacher_NV, temperature=options.temperature, divergence=options.divergence, beta=options.beta
+            )
         soft = rows_N.sum() if weights_N is None else (weights_N * rows_N).sum()
     if labels_N is not None:
         labelled_N = labels_N != options.ignore_index
@@ -140,10 +163,14 @@ def _terms(soft: Tensor, hard: Tensor, options: DistillOptions) -> DistillTerms:
 # ---- the op ----
 
 
-def rows_function(backend: str) -> Any:
-    """distill_rows_torch, or its Triton counterpart with the same arguments."""
+def rows_function(backend: str, teacher: object) -> Any:
+    """Return distill_rows_torch, or its Triton counterpart for this kind of teacher, with the same arguments."""
     if backend == "torch":
         return distill_rows_torch
+    if isinstance(teacher, SparseTeacher):
+        from fastdistil.kernels.sparse_distill_triton import sparse_distill_rows_triton
+
+        return sparse_distill_rows_triton
     from fastdistil.kernels.distill_triton import distill_rows_triton
 
     return distill_rows_triton
@@ -152,24 +179,18 @@ def rows_function(backend: str) -> Any:
 @torch.library.custom_op(
     "fastdistil::distill",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? weights, bool need_grad, str backend, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor student, Tensor? teacher, Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, "
+    f"Tensor? weights, bool need_grad, str backend, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _distill(
-    student_NV: Tensor,
-    teacher_NV: Tensor,
-    labels_N: Tensor | None,
-    weights_N: Tensor | None,
-    need_grad: bool,
-    backend: str,
-    *packed: Any,
-) -> tuple[Tensor, ...]:
-    options = unpack(packed)
+def _distill(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    teacher, sparse, targets, (need_grad, backend) = arguments[0], arguments[1:4], arguments[4:6], arguments[6:8]
+    options = unpack(arguments[8:])
+    teacher = SparseTeacher(*sparse) if teacher is None else teacher
     terms_N2 = student_NV.new_empty(student_NV.shape[0], 2, dtype=torch.promote_types(student_NV.dtype, torch.float32))
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
-    targets = Targets(labels_N, weights_N)
-    rows_function(backend)(student_NV, teacher_NV, targets, scaled, terms_N2=terms_N2, grad_NV=grad_NV)
+    write_rows = rows_function(backend, teacher)
+    write_rows(student_NV, teacher, Targets(*targets), scaled, terms_N2=terms_N2, grad_NV=grad_NV)
     return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
@@ -180,12 +201,10 @@ def sum_terms(terms_N2: Tensor, options: DistillOptions) -> DistillTerms:
 
 
 @_distill.register_fake
-def _(
-    student_NV: Tensor, teacher_NV: Tensor, labels_N: Any, weights_N: Any, need_grad: bool, backend: str, *packed: Any
-) -> Any:
+def _(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(3))
-    return *scalars, student_NV.new_empty(student_NV.shape if need_grad else 0)
+    return *scalars, student_NV.new_empty(student_NV.shape if arguments[6] else 0)
 
 
 register_handover(_distill, leaves=1)
@@ -193,17 +212,17 @@ register_handover(_distill, leaves=1)
 
 def distill_loss(
     student_NV: Tensor,
-    teacher_NV: Tensor,
+    teacher: Tensor | SparseTeacher,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
     options: DistillOptions,
     backend: Backend = "auto",
 ) -> DistillTerms:
-    """Divergence to the teacher and cross-entropy of logits, with the gradient from the same pass.
+    """Return the divergence to the teacher and the cross-entropy of logits, with the gradient from the same pass.
 
-    student_NV, teacher_NV: float, [N, V] (see `options.columns` where V differs); rows may lie apart, columns
-    must be adjacent.
+    student_NV, teacher: float, [N, V] (see `options.columns` where V differs); rows may lie apart, columns
+    must be adjacent. A list of the teacher's likeliest tokens: see sparse_distill.py.
     labels_N: int64, 0 to columns - 1, or options.ignore_index where there is none; None: no hard term.
     weights_N: float, of the soft term.
     Labels out of range: the CPU's path raises ValueError and the reference IndexError; the Triton path, which
@@ -212,21 +231,25 @@ def distill_loss(
     Only the student's logits get a gradient, once: differentiating twice, or the teacher, needs
     backend="reference". Raises ValueError for shapes, dtypes and paths that do not fit.
     """
+    listed = teacher if isinstance(teacher, SparseTeacher) else None
+    teacher_NV = teacher if isinstance(teacher, Tensor) else None
     check_rows(student_NV, teacher_NV, Targets(labels_N, weights_N))
-    width = options.width(student_NV.shape[1], teacher_NV.shape[1])
+    if listed is not None:
+        check_teacher(student_NV, listed, options)
+    width = options.width(student_NV.shape[1], None if teacher_NV is None else teacher_NV.shape[1])
     if backend == "reference":
-        return distill_loss_reference(student_NV, teacher_NV, labels_N, weights_N, options=options)
-    if torch.is_grad_enabled() and (teacher_NV.requires_grad or (weights_N is not None and weights_N.requires_grad)):
+        return distill_loss_reference(student_NV, teacher, labels_N, weights_N, options=options)
+    constants = (teacher_NV, *(listed or ()), weights_N)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in constants):
         raise ValueError(
             "only the student's logits get a gradient: detach the teacher's and the weights, or use backend='reference'"
         )
     for name, logits in (("student", student_NV), ("teacher", teacher_NV)):
-        if logits.stride(1) != 1 and width > 1:
+        if logits is not None and logits.stride(1) != 1 and width > 1:
             raise ValueError(f"the {name}'s logits have strides {logits.stride()}; adjacent columns are needed: .contiguous()")
-    need_grad = torch.is_grad_enabled() and student_NV.requires_grad
-    *terms, _ = _distill(
-        student_NV, teacher_NV, labels_N, weights_N, need_grad, chosen_backend(backend, student_NV.device), *pack(options)
-    )
+    need_grad, chosen = torch.is_grad_enabled() and student_NV.requires_grad, chosen_backend(backend, student_NV.device)
+    teachers = (teacher_NV, *(listed or (None, None, None)))
+    *terms, _ = _distill(student_NV, *teachers, labels_N, weights_N, need_grad, chosen, *pack(options))
     return DistillTerms(*terms)
 
 
@@ -251,6 +274,39 @@ def check_rows(student: Tensor, teacher: Tensor | None, targets: Targets) -> Non
         raise ValueError(f"labels must be int64, got {labels_N.dtype}")
     if weights_N is not None and not weights_N.is_floating_point():
         raise ValueError(f"weights must be floating-point, got {weights_N.dtype}")
+
+
+def check_teacher(student: Tensor, teacher: SparseTeacher, options: DistillOptions) -> None:
+    """Check what a sparse teacher asks beyond check_rows. Raises ValueError."""
+    if options.divergence != "forward-kl":
+        raise ValueError(
+            f"a sparse teacher has a forward KL only, got divergence {options.divergence!r}: the others need the teacher's "
+            "probability of every token; use divergence='forward-kl' or whole teacher logits"
+        )
+    if options.teacher_scale != 1.0 or options.teacher_softcap is not None:
+        raise ValueError(
+            f"teacher_scale is {options.teacher_scale} and teacher_softcap {options.teacher_softcap}, which act on logits, and "
+            "a sparse teacher has log-probabilities: give both to top_k, and leave 1.0 and None here"
+        )
+    # The list's shapes, dtypes and device.
+    indices, log_probabilities, tail = teacher
+    rows = student.shape[0]
+    if indices.ndim != 2 or indices.shape[0] != rows or indices.shape[1] < 1 or indices.shape != log_probabilities.shape:
+        raise ValueError(
+            f"indices and log-probabilities must both be [{rows}, K] with K at least 1, got {list(indices.shape)} and "
+            f"{list(log_probabilities.shape)}"
+        )
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"indices must be int64 or int32, got {indices.dtype}; .long()")
+    floats = {"log-probabilities": log_probabilities} | ({} if tail is None else {"the tail": tail})
+    for name, tensor in floats.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
+    if tail is not None and tail.shape != (rows,):
+        raise ValueError(f"the tail must be [{rows}], one mass a row, got {list(tail.shape)}")
+    for name, tensor in ({"indices": indices} | floats).items():
+        if tensor.device != student.device:
+            raise ValueError(f"{name} must be on {student.device} as the student's logits are, got {tensor.device}")
 
 
 # ---- what it costs ----

@@ -63,8 +63,12 @@ class DistillOptions:
         if self.columns is not None and self.columns < 1:
             raise ValueError(f"columns must be at least 1, or None for all; got {self.columns}")
 
-    def width(self, student_V: int, teacher_V: int) -> int:
-        """Columns that exist. Raises ValueError when the sides differ and nothing was said about it."""
+    def width(self, student_V: int, teacher_V: int | None = None) -> int:
+        """Return how many columns exist; teacher_V is None where there are no teacher's logits.
+
+        Raises ValueError when the sides differ and nothing was said about it.
+        """
+        teacher_V = student_V if teacher_V is None else teacher_V
         if self.columns is None:
             if student_V != teacher_V:
                 raise ValueError(
@@ -100,6 +104,11 @@ class Head(NamedTuple):
     """Float [V]."""
 
 
+def times(p: Tensor, difference: Tensor) -> Tensor:
+    """Return p * difference with 0 * inf = 0, as the limit has it, in the gradient too."""
+    return p * torch.where(p > 0, difference, 0)
+
+
 class SparseTeacher(NamedTuple):
     """A teacher's distribution at the loss's temperature. No token may be listed twice in a row."""
 
@@ -113,6 +122,16 @@ class SparseTeacher(NamedTuple):
     def rows(self, rows: slice | Tensor) -> "SparseTeacher":
         indices, log_probabilities, tail = self
         return SparseTeacher(take_rows(indices, rows), take_rows(log_probabilities, rows), take_rows(tail, rows))
+
+    def normalised(self, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return (log p_NK, p_r [N]) that sum to 1 in each row; nan where there is no mass."""
+        log_p_NK = self.log_probabilities_NK.to(wide)
+        log_total_N = log_p_NK.logsumexp(-1)
+        if self.tail_N is None:
+            return log_p_NK - log_total_N[:, None], torch.zeros_like(log_total_N)
+        log_tail_N = self.tail_N.to(wide).log()
+        log_total_N = torch.logaddexp(log_total_N, log_tail_N)
+        return log_p_NK - log_total_N[:, None], (log_tail_N - log_total_N).exp()
 
 
 class Targets(NamedTuple):

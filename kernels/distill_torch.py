@@ -1,12 +1,13 @@
-"""The path of distill.py for the CPU: blocks of rows that stay in the cache, worked on in vectorised sweeps.
+"""The path of distill.py and sparse_distill.py for the CPU: blocks of rows that stay in the cache, in vectorised sweeps.
 
 Nothing of size [N, V] is made but the gradient. It runs on a GPU too, in large blocks, where it never waits
 for the device: what it looks at on a CPU (which rows have labels, whether something is infinite) it works out
 for all rows there.
 
-Legend: N rows (tokens), V vocabulary, R rows of a block, M of them labelled.
+Legend: N rows (tokens), V vocabulary, K listed tokens, R rows of a block, M of them labelled.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.kernels.cpu import buffer
-from fastdistil.kernels.distill_options import DistillOptions, Targets, take_rows
+from fastdistil.kernels.distill_options import DistillOptions, SparseTeacher, Targets, take_rows, times
 
 # Elements of one block's buffer: in float32 six of 2 MiB, which the third-level cache holds.
 BLOCK = 2**19
@@ -93,13 +94,45 @@ def _soft_block(block: list[Tensor], options: DistillOptions) -> tuple[Tensor, T
             return beta * teacher_R + (1 - beta) * student_R, q.mul_(a.sub_(student_R[:, None])).mul_(1 - beta)
 
 
-def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: DistillOptions, terms_R2: Tensor) -> Tensor:
-    """The soft term of a block, whose logits at temperature 1 are in block[0] and block[1]; its gradient in the student's."""
+def _sparse_soft_block(a_RV: Tensor, out_RV: Tensor, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
+    """Return (D of each row [R], its gradient in student / T [R, V], in out_RV) from student / T in a_RV (overwritten)."""
+    log_p_RK, tail_R = teacher.normalised(a_RV.dtype)
+    indices_RK, unused_RK = teacher.indices_NK.long(), torch.isneginf(log_p_RK)
+    a_RK = a_RV.gather(1, indices_RK).masked_fill_(unused_RK, -math.inf)
+    # Listed columns leave the sum. Added and not written, as an unused slot may name a token that another slot lists.
+    a_RV.scatter_add_(1, indices_RK, torch.where(unused_RK, 0.0, -math.inf).to(a_RV.dtype))
+    largest_R, log_largest_R = softmax(a_RV, out_RV)
+    empty_R = torch.isneginf(largest_R)
+    # Logits and their log sums less the largest of the rest, of which no difference below knows.
+    a_RK -= largest_R.masked_fill(empty_R, 0.0)[:, None]
+    lse_rest_R = (-log_largest_R).masked_fill(empty_R, -math.inf)
+    lse_R = torch.logaddexp(lse_rest_R, a_RK.logsumexp(-1))
+    lse_R = lse_R.masked_fill(torch.isinf(lse_R), math.nan)  # a logit of +inf, or -inf in all columns
+    log_q_RK, log_q_rest_R = a_RK - lse_R[:, None], lse_rest_R - lse_R
+    p_RK = log_p_RK.exp()
+    soft_R = times(p_RK, log_p_RK - log_q_RK).sum(-1) + times(tail_R, tail_R.log() - log_q_rest_R)
+    # Where p is nan, so is everything: times takes nan for 0.
+    soft_R = soft_R + (lse_R + p_RK.sum(-1)) * 0.0
+    rest_R = log_q_rest_R.exp() - tail_R
+    out_RV.mul_(rest_R[:, None])
+    if a_RV.device.type != "cpu" or bool(empty_R.any()):
+        out_RV.masked_fill_((empty_R & ~torch.isnan(rest_R))[:, None], 0.0)
+    g_RK = (log_q_RK.exp() - p_RK).masked_fill_(unused_RK, 0.0)
+    return soft_R, out_RV.scatter_add_(1, indices_RK, g_RK)
+
+
+def _weighed_soft_block(
+    block: list[Tensor], listed: SparseTeacher | None, weights_R: Tensor | None, options: DistillOptions, terms_R2: Tensor
+) -> Tensor:
+    """Write a block's soft term into terms_R2 and return its gradient in the student's logits at temperature 1.
+
+    Those are in block[0], and the teacher's in block[1] unless it is a list.
+    """
     temperature = options.temperature
     if temperature != 1.0:
-        block[0].mul_(1 / temperature)
-        block[1].mul_(1 / temperature)
-    soft_R, g_RV = _soft_block(block, options)
+        for logits_RV in block[: 2 if listed is None else 1]:
+            logits_RV.mul_(1 / temperature)
+    soft_R, g_RV = _soft_block(block, options) if listed is None else _sparse_soft_block(block[0], block[1], listed)
     soft_R = soft_R * temperature**2
     if weights_R is not None:
         soft_R = torch.where(weights_R == 0, 0, weights_R * soft_R)
@@ -114,7 +147,7 @@ def _weighed_soft_block(block: list[Tensor], weights_R: Tensor | None, options: 
 
 def distill_rows_torch(
     student_NV: Tensor,
-    teacher_NV: Tensor | None,
+    teacher: Tensor | SparseTeacher | None,
     targets: Targets,
     options: DistillOptions,
     *,
@@ -123,29 +156,35 @@ def distill_rows_torch(
 ) -> None:
     """Write each row's (soft, hard) into terms_N2 and the gradient of its part of `total` into grad_NV.
 
-    grad_NV may be student_NV itself, whose logits are then gone. terms_N2 has the wide dtype. Without a
-    teacher the soft term is 0.
+    teacher: logits [N, V], a list, or None, and then the soft term is 0. grad_NV may be student_NV itself, whose
+    logits are then gone. terms_N2 has the wide dtype. Raises ValueError for labels and tokens of a list that are
+    outside of the vocabulary (on the CPU; looking at them on a GPU would be a wait).
     """
     rows, device, wide = student_NV.shape[0], student_NV.device, terms_N2.dtype
-    width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
+    width = options.width(student_NV.shape[1], teacher.shape[1] if isinstance(teacher, Tensor) else None)
     if rows == 0:
         return
-    # Six buffers of a block, which every block uses anew: both sides' logits, what _soft_block makes, the hard gradient.
+    if isinstance(teacher, SparseTeacher) and device.type == "cpu":
+        advice = "; make the list with top_k(..., columns=...) where the teacher's vocabulary is wider"
+        _check_range("the teacher's tokens must lie in 0 ... {last}, got {wrong}" + advice, teacher.indices_NK, width)
+    # Buffers of a block, which every block uses anew: the sides' logits, what the soft block makes, last the hard gradient.
     largest = next(blocks(rows, width, device))[1]
-    buffers = [buffer((largest, width), wide, device) for _ in range(6)]
+    buffers = [buffer((largest, width), wide, device) for _ in range(6 if isinstance(teacher, Tensor) else 3)]
     for at_R, labels_R in _selections(targets.labels_N, options.ignore_index, rows, width, device):
         student_RV, terms_R2 = take_rows(student_NV[:, :width], at_R), terms_N2[at_R]
         block = [spare[: len(student_RV)] for spare in buffers]
-        hard = hard_rows(student_RV, labels_R, options, terms_R2, block[0], block[5])
+        hard = _hard_rows(student_RV, labels_R, options, terms_R2, block[0], block[-1])
         # The soft term, and its gradient in the student's capped logits.
-        if teacher_NV is None:
+        if teacher is None:
             terms_R2[:, 0] = 0.0
-            g_RV = block[2].zero_()
+            g_RV = block[1].zero_()
         else:
             load(block[0], student_RV, options.student_scale, options.student_softcap)
-            load(block[1], take_rows(teacher_NV[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
+            listed = teacher.rows(at_R) if isinstance(teacher, SparseTeacher) else None
+            if isinstance(teacher, Tensor):
+                load(block[1], take_rows(teacher[:, :width], at_R), options.teacher_scale, options.teacher_softcap)
             weights_R = None if targets.weights_N is None else targets.weights_N[at_R].to(wide)
-            g_RV = _weighed_soft_block(block, weights_R, options, terms_R2)
+            g_RV = _weighed_soft_block(block, listed, weights_R, options, terms_R2)
         # Numbered rows were copied: back to their places.
         if not isinstance(at_R, slice):
             terms_N2[at_R] = terms_R2
@@ -155,7 +194,7 @@ def distill_rows_torch(
         if hard is not None:
             g_RV.index_add_(0, *hard)
         if options.student_softcap is not None:
-            cap_gradient(g_RV, load(block[0], student_RV, options.student_scale, options.student_softcap), options)
+            _cap_gradient(g_RV, load(block[0], student_RV, options.student_scale, options.student_softcap), options)
         if options.student_scale != 1.0:
             g_RV.mul_(options.student_scale)
         if isinstance(at_R, slice):
@@ -166,7 +205,7 @@ def distill_rows_torch(
         grad_NV[:, width:].zero_()
 
 
-def cap_gradient(g_RV: Tensor, x_RV: Tensor, options: DistillOptions) -> None:
+def _cap_gradient(g_RV: Tensor, x_RV: Tensor, options: DistillOptions) -> None:
     """The gradient in capped logits x (overwritten) into that in the logits before: d cap tanh(x / cap) = 1 - tanh^2."""
     assert options.student_softcap is not None
     none_RV = g_RV == 0
@@ -200,7 +239,7 @@ def _selections(
             yield at_R, labels_N[at_R] if has else None
 
 
-def hard_rows(
+def _hard_rows(
     student_RV: Tensor, labels_R: Tensor | None, options: DistillOptions, terms_R2: Tensor, x_RV: Tensor, q_RV: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The labelled rows' hard terms into terms_R2; (their numbers [M], their gradient [M, V]), None without any.
@@ -223,7 +262,8 @@ def hard_rows(
     has_M = labelled_R.index_select(0, rows_M)
     target_M1 = labels_R.index_select(0, rows_M).where(has_M, 0)[:, None]
     if labels_R.device.type == "cpu":
-        check_labels(target_M1, student_RV.shape[1])
+        message = "labels must lie in 0 ... {last} or be options.ignore_index, got {wrong}"
+        _check_range(message, target_M1, student_RV.shape[1])
     x_M = x_MV.gather(1, target_M1).squeeze(1)
     largest_M, log_q_M = softmax(x_MV, q_MV)
     terms_R2[:, 1].index_copy_(0, rows_M, torch.where(has_M, largest_M - x_M - log_q_M, 0))
@@ -237,13 +277,11 @@ def hard_rows(
     return rows_M, q_MV
 
 
-def check_labels(labels: Tensor, width: int) -> None:
-    """Refuse labels out of range, of rows that have one; on the CPU only, as looking at them on a GPU would be a wait.
+def _check_range(message: str, columns: Tensor, width: int) -> None:
+    """Refuse numbers of columns out of range; on the CPU only, as looking at them on a GPU would be a wait.
 
-    Raises ValueError. What happens to them on a GPU is said in `distill_loss`.
+    Raises ValueError. What happens to labels out of range on a GPU is said in `distill_loss`.
     """
-    least, largest = int(labels.min()), int(labels.max())
+    least, largest = int(columns.min()), int(columns.max())
     if least < 0 or largest >= width:
-        raise ValueError(
-            f"labels must lie in 0 ... {width - 1} or be options.ignore_index, got {least if least < 0 else largest}"
-        )
+        raise ValueError(message.format(last=width - 1, wrong=least if least < 0 else largest))

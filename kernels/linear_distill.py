@@ -29,7 +29,7 @@ from torch.nn.functional import linear
 from fastdistil.kernels.autograd import register_handover
 from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.cpu import buffer, product
-from fastdistil.kernels.distill import check_rows, distill_loss_reference, rows_function, sum_terms
+from fastdistil.kernels.distill import check_rows, check_teacher, distill_loss_reference, rows_function, sum_terms
 from fastdistil.kernels.distill_options import (
     OPTIONS_SCHEMA,
     DistillOptions,
@@ -43,7 +43,6 @@ from fastdistil.kernels.distill_options import (
     unpack,
 )
 from fastdistil.kernels.distill_torch import BLOCK
-from fastdistil.kernels.sparse_distill import sparse_distill_reference, sparse_rows_function
 
 # Bytes of both sides' logits of one chunk.
 _BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
@@ -211,7 +210,7 @@ def _linear_distill(*arguments: Any) -> tuple[Tensor, ...]:
     rows, wide = student.hidden.shape[0], torch.promote_types(student.hidden.dtype, torch.float32)
     terms_N2 = student.hidden.new_empty(rows, 2, dtype=wide)
     width, largest = options.columns or student.weight.shape[0], min(chunk_rows, rows)
-    write_rows = (sparse_rows_function if isinstance(teacher, SparseTeacher) else rows_function)(backend)
+    write_rows = rows_function(backend, teacher)
     with torch.autocast(student.hidden.device.type, enabled=False):
         student_side = _StudentSide(student, width, largest, needed)
         teacher_side = _TeacherSide(teacher, width, largest) if isinstance(teacher, Head) else teacher
@@ -274,7 +273,7 @@ def linear_distill_loss(
     as `distill_loss` does.
     """
     targets = Targets(labels_N, weights_N)
-    _check(student, teacher, targets)
+    _check(student, teacher, targets, options)
     device = student.hidden.device
     # Rows that enter no term, and the dtype of the student's products.
     out_N = _rows_out(teacher is not None, targets, options.ignore_index)
@@ -286,8 +285,7 @@ def linear_distill_loss(
         student = student._replace(hidden=student.hidden.to(torch.get_autocast_dtype(device.type)))
     grad = torch.is_grad_enabled()
     needed = NeededGradients(*(grad and tensor is not None and tensor.requires_grad for tensor in student))
-    columns = student.weight.shape[0]
-    width = options.width(columns, teacher.weight.shape[0] if isinstance(teacher, Head) else columns)
+    width = options.width(student.weight.shape[0], teacher.weight.shape[0] if isinstance(teacher, Head) else None)
     if grad and any(tensor is not None and tensor.requires_grad for tensor in (*(teacher or ()), weights_N)):
         raise ValueError(
             "the teacher and the weights get no gradient: compute the teacher's hidden states under torch.no_grad() and detach "
@@ -326,25 +324,23 @@ def _reference(student: Head, teacher: Head | SparseTeacher | None, targets: Tar
     hidden_ND, weight_VD, bias_V = student
     student_NV = linear(hidden_ND, weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype))
     with torch.autocast(student_NV.device.type, enabled=False):
-        if isinstance(teacher, SparseTeacher):
-            return sparse_distill_reference(student_NV, teacher, *targets, options=options)
-        teacher_NV = None if teacher is None else linear(*teacher)
-        return distill_loss_reference(student_NV, teacher_NV, *targets, options=options)
+        logits_or_list = linear(*teacher) if isinstance(teacher, Head) else teacher
+        return distill_loss_reference(student_NV, logits_or_list, *targets, options=options)
 
 
-def _check(student: Head, teacher: Head | SparseTeacher | None, targets: Targets) -> None:
+def _check(student: Head, teacher: Head | SparseTeacher | None, targets: Targets, options: DistillOptions) -> None:
     """Check shapes, dtypes and devices. Raises ValueError."""
     if teacher is None and targets.labels_N is None:
         raise ValueError("a loss needs a teacher or labels, got neither; give a Head or a SparseTeacher, or labels_N")
     _check_head("student", student)
-    teacher_rows = teacher.log_probabilities_NK if isinstance(teacher, SparseTeacher) else None
-    if isinstance(teacher, Head):
+    if isinstance(teacher, SparseTeacher):
+        check_teacher(student.hidden, teacher, options)
+    elif teacher is not None:
         _check_head("teacher", teacher)
-        teacher_rows = teacher.hidden
         dtypes = [tensor.dtype for tensor in teacher if tensor is not None]
         if len(set(dtypes)) > 1:
             raise ValueError(f"the teacher's hidden states, weight and bias must have one dtype, got {dtypes}")
-    check_rows(student.hidden, teacher_rows, targets)
+    check_rows(student.hidden, teacher.hidden if isinstance(teacher, Head) else None, targets)
 
 
 def _check_head(name: str, head: Head) -> None:

@@ -383,7 +383,7 @@ def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     student, teacher = logits(4, 30, torch.float32)
     options = DistillOptions(**EVERYTHING)
     tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    arguments = (student.requires_grad_(), teacher, some_labels(4, 30), None, True, backend, *pack(options))
+    arguments = (student.requires_grad_(), teacher, None, None, None, some_labels(4, 30), None, True, backend, *pack(options))
     torch.library.opcheck(distill._distill, arguments, test_utils=tests)
 
 

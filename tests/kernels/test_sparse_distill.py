@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistil.kernels import sparse_distill as module
-from fastdistil.kernels.distill import distill_loss
+from fastdistil.kernels import distill
+from fastdistil.kernels.distill import distill_loss, rows_function
 from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, SparseTeacher, Targets, pack
 from fastdistil.kernels.sparse_distill import bytes_moved, flops, sparse_distill_loss, top_k
 
@@ -200,7 +200,7 @@ def test_a_token_outside_of_the_vocabulary_does_no_harm_on_a_gpu() -> None:
         assert math.isnan(float(terms.soft))
         storage = torch.full((5, 20), 9.0, dtype=torch.float64)
         terms_N2 = torch.empty(3, 2, dtype=torch.float64)
-        rows = module.sparse_rows_function("triton")
+        rows = rows_function("triton", teacher)
         rows(student, teacher, Targets(), DistillOptions(), terms_N2=terms_N2, grad_NV=storage[1:4])
         assert bool((storage[[0, 4]] == 9.0).all())
         assert bool(terms_N2[[0, 2]].isfinite().all())
@@ -241,7 +241,7 @@ def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     student, teacher_NV = logits(4, 30, torch.float32)
     teacher = top_k(teacher_NV, 5, temperature=2.0)
     arguments = (some_labels(4, 30), None, True, backend, *pack(DistillOptions(**EVERYTHING)))
-    torch.library.opcheck(module._sparse_distill, (student.requires_grad_(), *teacher, *arguments))
+    torch.library.opcheck(distill._distill, (student.requires_grad_(), None, *teacher, *arguments))
 
 
 @pytest.mark.parametrize("backend", PATHS)
