@@ -105,8 +105,8 @@ def quantize_int8(
 def dequantize_int8(
     codes_N: Tensor, scales_B: Tensor, *, block: int = 1024, out: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
-    """codes * scales, [N], float32, or in `out` and its dtype."""
-    return _decoded_int8(codes_N[None], scales_B[None], block, torch.float32, out, backend)
+    """Return codes * scales, [N], float32, or in `out` and its dtype."""
+    return dequantize_sum_int8(codes_N[None], scales_B[None], block=block, out=out, backend=backend)
 
 
 @torch.no_grad()
@@ -115,16 +115,11 @@ def dequantize_sum_int8(
     scales_RB: Tensor,
     *,
     block: int = 1024,
+    out: Tensor | None = None,
     backend: Backend = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The ranks' decoded gradients, summed in the ranks' order, [N]. Rows may lie apart."""
-    return _decoded_int8(codes_RN, scales_RB, block, dtype, None, backend)
-
-
-def _decoded_int8(
-    codes_RN: Tensor, scales_RB: Tensor, block: int, dtype: torch.dtype, out: Tensor | None, backend: Backend
-) -> Tensor:
+    """Return the ranks' decoded gradients, summed in the ranks' order, [N], in `out` if given. Rows may lie apart."""
     chosen, numel = chosen_backend_or_reference(backend, codes_RN.device), codes_RN.shape[1]
     _check_block(block)
     _check_coded(codes_RN, scales_RB, block)

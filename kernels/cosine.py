@@ -304,8 +304,3 @@ def _check(student: list[Tensor], teacher: list[Tensor], rows_M: Tensor | None, 
 def bytes_moved(rows: int, width: int, itemsize: int, *, layers: int = 1, gradient: bool = True) -> int:
     """Bytes that must cross the memory bus: both sides' states read once, the gradient written once."""
     return (3 if gradient else 2) * layers * rows * width * itemsize
-
-
-def flops(rows: int, width: int, *, layers: int = 1, gradient: bool = True) -> int:
-    """Three dot products and, for the gradient, two products and a sum an element."""
-    return layers * rows * width * (6 + (3 if gradient else 0))

@@ -315,8 +315,3 @@ def check_teacher(student: Tensor, teacher: SparseTeacher, options: DistillOptio
 def bytes_moved(rows: int, columns: int, itemsize: int, *, gradient: bool = True) -> int:
     """Bytes that must cross the memory bus: both logits read once, the gradient written once."""
     return (3 if gradient else 2) * rows * columns * itemsize
-
-
-def flops(rows: int, columns: int, *, gradient: bool = True, labelled: int = 0) -> int:
-    """Arithmetic of the element-wise part, an exponential counted as one: an order of magnitude; no GPU is bound by it."""
-    return rows * columns * (14 if gradient else 10) + labelled * columns * (4 if gradient else 2)

@@ -356,17 +356,6 @@ def _check_head(name: str, head: Head) -> None:
 # ---- what it costs ----
 
 
-def bytes_moved(
-    rows: int, columns: int, student_width: int, teacher_width: int, itemsize: int, *, chunk_rows: int, weight_itemsize: int = 4
-) -> int:
-    """Bytes that cross the memory bus at least: logits and their gradient (7 elements each), heads, the head's gradient."""
-    chunks = -(-rows // chunk_rows)
-    heads = chunks * columns * (2 * student_width + teacher_width) * itemsize
-    head_gradient = (2 * chunks - 1) * columns * student_width * weight_itemsize
-    hidden = rows * (3 * student_width + teacher_width) * itemsize
-    return 7 * rows * columns * itemsize + heads + head_gradient + hidden
-
-
 def workspace_bytes(rows: int, columns: int, student_width: int, itemsizes: int, device: torch.device) -> int:
     """What the op holds at its worst instant: logits of a chunk, the head's gradient in float32 and, on a
     CPU, the blocks of the loss; not the hidden states' gradient nor copies of the inputs. `itemsizes` as in

@@ -107,8 +107,3 @@ def sparse_distill_loss(
 def bytes_moved(rows: int, columns: int, listed: int, itemsize: int, *, gradient: bool = True) -> int:
     """Bytes that must cross the memory bus: the logits read once, the gradient written once, the list (int64, float32) read."""
     return (2 if gradient else 1) * rows * columns * itemsize + rows * (listed * 12 + 4)
-
-
-def flops(rows: int, columns: int, listed: int, *, gradient: bool = True) -> int:
-    """Arithmetic of the element-wise part, an exponential counted as one."""
-    return rows * columns * (6 if gradient else 4) + 8 * rows * listed

@@ -37,8 +37,8 @@ def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, backe
 
 
 @torch.no_grad()
-def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, backend: Backend = "auto") -> Tensor:
-    """The ranks' selected elements at their places, summed in the ranks' order, [N]; a rank names no place twice.
+def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int) -> Tensor:
+    """Return the ranks' selected elements at their places, summed in the ranks' order, [N]; a rank names no place twice.
 
     One index_add_ a rank on every device: its places differ, so that no two of its additions meet, in whatever order.
     """
@@ -47,8 +47,6 @@ def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int, *, backend: B
             f"indices must be int32 [R, K] and values [R, K]; got {indices_RK.dtype} {list(indices_RK.shape)} and "
             f"{list(values_RK.shape)}"
         )
-    if backend == "reference":
-        return scatter_sum_reference(indices_RK, values_RK, numel)
     total_N = buffer((numel,), values_RK.dtype, values_RK.device).zero_()
     for indices_K, values_K in zip(indices_RK, values_RK, strict=True):
         total_N.index_add_(0, indices_K, values_K)
@@ -61,11 +59,3 @@ def top_k_select_reference(gradient_N: Tensor, residual_N: Tensor | None, k: int
     magnitudes_N = v_N.abs().where(v_N.isfinite(), torch.inf)
     indices_K = magnitudes_N.sort(descending=True, stable=True).indices[:k].sort().values
     return indices_K.int(), v_N[indices_K], v_N.index_fill(0, indices_K, 0.0)
-
-
-def scatter_sum_reference(indices_RK: Tensor, values_RK: Tensor, numel: int) -> Tensor:
-    """[N], of the values' dtype."""
-    total_N = values_RK.new_zeros(numel)
-    for indices_K, values_K in zip(indices_RK, values_RK, strict=True):
-        total_N[indices_K.long()] += values_K
-    return total_N

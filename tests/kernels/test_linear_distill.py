@@ -13,7 +13,6 @@ from fastdistil.kernels.distill_options import DistillOptions, DistillTerms, Hea
 from fastdistil.kernels.linear_distill import (
     NeededGradients,
     OpArguments,
-    bytes_moved,
     flops,
     linear_distill_loss,
     rows_per_chunk,
@@ -324,6 +323,3 @@ def test_mistakes_are_told() -> None:
 def test_costs() -> None:
     assert flops(10, 100, 4, 6) == 2 * 10 * 100 * (3 * 4 + 6)
     assert flops(10, 100, 4, 6, hidden=False, weight=False) == 2 * 10 * 100 * (4 + 6)
-    one = bytes_moved(10, 100, 4, 6, 2, chunk_rows=10)
-    assert one == 7 * 10 * 100 * 2 + 100 * (2 * 4 + 6) * 2 + 100 * 4 * 4 + 10 * (3 * 4 + 6) * 2
-    assert bytes_moved(10, 100, 4, 6, 2, chunk_rows=5) == one + 100 * (2 * 4 + 6) * 2 + 2 * 100 * 4 * 4
