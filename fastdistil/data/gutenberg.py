@@ -39,13 +39,11 @@ WINDOW = 1 << 16
 LONGEST_RUN = 1 << 21
 """A run that grows beyond this is judged as it is, so that memory is bounded."""
 
-MarkKind = Literal["title", "start", "small end", "end", "heading", "phrase"]
-
 
 class Mark(NamedTuple):
     start: int
     end: int
-    kind: MarkKind
+    kind: Literal["title", "start", "small end", "end", "heading", "phrase"]
     certain: bool = False
     """A paragraph by itself, of the usual form."""
     loose: bool = False
@@ -89,17 +87,15 @@ TITLE = re.compile(
     | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-OPENINGS = (
-    r"Welcome To The World of Free Plain Vanilla Electronic",
-    r"Copyright laws are changing all over the world",
-    r"This e(?:Book|book|text) is for the use of anyone anywhere",
-)
 PHRASES = (
-    r"Gutenberg(?:-tm\b|-TM\b|\(tm\)|™)",
-    r"GUTENBERG(?:-tm\b|-TM\b|\(tm\)|™)",
+    (
+        r"(?P<opening>Welcome To The World of Free Plain Vanilla Electronic|Copyright laws are changing all over the world"
+        r"|This e(?:Book|book|text) is for the use of anyone anywhere)"
+    ),
+    r"(?:Gutenberg|GUTENBERG)(?:-tm\b|-TM\b|\(tm\)|™)",
     r"Project\s+Gutenberg\s+(?:License|Literary\s+Archive|Association|file\.|at the bottom)",
-    r"Literary\s+Archive\s+Foundation",
     r"Project\s+Gutenberg\s+(?:[Ee]-?[Tt]exts|[Ee]-?[Bb]ooks)\b",
+    r"Literary\s+Archive\s+Foundation",
     r"\bgutenberg\.(?:org|net)\b",
     r"promo\.net/pg",
     r"\b[Ss]mall [Pp]rint\b",
@@ -130,7 +126,7 @@ PHRASES = (
     r"\bRelease [Dd]ate:",
     r"electronic works?\b",
 )
-PHRASE = re.compile(f"(?P<opening>{'|'.join(OPENINGS)})|{'|'.join(PHRASES)}")
+PHRASE = re.compile("|".join(PHRASES))
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
@@ -146,7 +142,7 @@ class GutenbergText:
 
     def strip(self, texts: Iterable[str]) -> Iterator[str]:
         """Yield what the works of one text hold; the chunks of `texts` end anywhere, and so do those that come back."""
-        work = Works()
+        work = _Works()
         context, pending, enough = "", "", WINDOW
         for text in texts:
             self.characters += len(text)
@@ -160,71 +156,64 @@ class GutenbergText:
         yield self._body(context + pending, len(context), work, final=True)[0]
         self.half_marked |= work.half_marked()
 
-    def _body(self, text: str, begin: int, work: "Works", final: bool) -> tuple[str, int]:
+    def _body(self, text: str, begin: int, work: "_Works", final: bool) -> tuple[str, int]:
         """Return what is decided of `text` from `begin` on, stripped, and the position that it is decided up to.
 
         The text before `begin` was decided before; the text behind the position needs what follows it.
         """
         decided = len(text) if final else max(len(text) - GAP - LOOKAHEAD, begin)
-        marks = [mark for mark in find_marks(text) if mark.start >= begin]
         spans: list[Span] = []
-        for run in runs(marks):
+        for run in _runs([mark for mark in find_marks(text) if mark.start >= begin]):
             ends_text = final and len(text) - run[-1].end <= GAP
             if run[-1].end > decided and not final and len(text) - begin < LONGEST_RUN:
                 at_beginning = work.at_beginning and run[0].start <= 2 * FRINGE
-                decided = 0 if at_beginning else last_line_start(text, min(decided, run[0].start))
+                decided = 0 if at_beginning else _line_start(text, min(decided, run[0].start))
                 break
-            spans += Run(text, run, work.at_beginning and not spans, ends_text).spans()
+            spans += _Run(text, run, work.at_beginning and not spans, ends_text).spans()
         else:
             if not final:
-                decided = last_line_start(text, decided)
+                decided = _line_start(text, decided)
         decided = max(decided, spans[-1].end if spans else begin)
         bodies = []
         at = begin
-        for span in spans:
+        for span in [*spans, Span(decided, decided, ())]:
             bodies.append(text[at : span.start])
             work.add(bodies[-1], span)
             self.removed += span.end - max(span.start, at)
             at = span.end
-        bodies.append(text[at:decided])
-        work.body_characters += len(bodies[-1].strip())
         work.at_beginning &= decided == 0
         return "".join(bodies), decided
 
 
-class Works:
+class _Works:
     """Whether each work of a text has a header and a footer."""
 
     def __init__(self) -> None:
         self.at_beginning = True
         self._marked = False
-        self.body_characters = 0
+        self._body_characters = 0
         """Since the last header or footer."""
         self._header_open = False
         self._incomplete = False
 
     def add(self, body: str, span: Span) -> None:
         """Count the text up to a span, and the span."""
-        self.body_characters += len(body.strip())
+        self._body_characters += len(body.strip())
         for part in span.parts:
             if part == "header":
-                self._incomplete |= self.body_characters > (GAP if self._header_open else FRINGE)
-                self._header_open = self._marked = True
-            elif part == "footer":
-                self._incomplete |= not self._header_open
-                self._header_open = False
-                self._marked = True
+                self._incomplete |= self._body_characters > (GAP if self._header_open else FRINGE)
             else:
-                self._incomplete = True
-            self.body_characters = 0
+                self._incomplete |= part == "unclosed" or not self._header_open
+            self._header_open, self._marked = part == "header", True
+            self._body_characters = 0
 
     def half_marked(self) -> bool:
         """Tell whether a header lacks its footer, or a footer its header."""
-        missing = self._header_open or self.body_characters > FRINGE
+        missing = self._header_open or self._body_characters > FRINGE
         return self._incomplete or (self._marked and missing)
 
 
-class Run:
+class _Run:
     """Marks close to each other, and what they say of the text between them."""
 
     def __init__(self, text: str, marks: list[Mark], begins_text: bool, ends_text: bool) -> None:
@@ -272,8 +261,8 @@ class Run:
         if "header" in previous.parts and not titled and mark.start - previous.end <= GAP:
             self._spans[-1] = previous._replace(end=mark.end)  # two start lines with a transcriber's note between them
         else:
-            near_beginning = self._begins_text and not self._spans
-            near_beginning &= start <= (TITLE_CHARACTERS if self._opening else 2 * FRINGE)
+            longest = TITLE_CHARACTERS if self._opening else 2 * FRINGE
+            near_beginning = self._begins_text and not self._spans and start <= longest
             if self._opening or near_beginning or (mark.certain and mark.kind == "start"):
                 self._spans.append(Span(0 if near_beginning else start, mark.end, ("header",)))
         self._opening = []
@@ -284,24 +273,25 @@ class Run:
         if heads and len(self._opening) >= 3:
             prose = any(mark.kind == "title" and mark.possessive for mark in self._opening)
             start = heads[0].start if prose else self._opening[0].start
-            end = blank_line(self._text, self._opening[-1].end) or self._opening[-1].end
+            end = _blank_line(self._text, self._opening[-1].end) or self._opening[-1].end
             self._spans.append(Span(start, end, ("unclosed",)))
         self._opening = []
 
     def _open_footer(self, index: int, mark: Mark) -> None:
         """Begin a footer with its end line, unless that is a mention."""
         self._close_unclosed()
-        following = self._marks[index + 1] if index + 1 < len(self._marks) else None
         if mark.loose:
-            ends_text = self._ends_text and following is None and self._is_blank(mark.end, len(self._text))
-            before_end = following is not None and following.kind == "end" and self._is_blank(mark.end, following.start)
-            if not ends_text and not before_end:
+            following = next(iter(self._marks[index + 1 :]), None)
+            before_end = self._ends_text if following is None else following.kind == "end"
+            if not before_end or not self._is_blank(mark.end, len(self._text) if following is None else following.start):
                 return
         self._footer, self._footer_end, self._confirmed = mark, mark.end, False
 
     def _in_footer(self, index: int, mark: Mark) -> None:
         """Extend the footer by a mark, or end it where the next work begins."""
         assert self._footer is not None
+        # A title begins the next work where a start line follows before any end line.
+        following = (other.kind for other in self._marks[index + 1 :] if other.kind in ("start", "small end", "end"))
         if mark.kind == "end":
             if self._is_blank(self._footer_end, mark.start):
                 certain, starred = self._footer.certain or mark.certain, self._footer.starred or mark.starred
@@ -317,12 +307,12 @@ class Run:
             else:
                 self._close_footer()
                 self._close_header(mark)
-        elif mark.kind == "title" and self._leads_to_start(index):
+        elif mark.kind == "title" and next(following, "end") != "end":
             self._confirmed = True
             self._close_footer()
             self._open_header(mark)
         else:
-            self._footer_end = max(self._footer_end, near_end(self._text, mark.end))
+            self._footer_end = max(self._footer_end, _near_end(self._text, mark.end))
             self._confirmed = True
 
     def _close_footer(self) -> None:
@@ -332,43 +322,32 @@ class Run:
             self._spans.append(Span(self._footer.start, self._footer_end, ("footer",)))
         self._footer = None
 
-    def _leads_to_start(self, index: int) -> bool:
-        """Tell whether a start line follows before any end line."""
-        for mark in self._marks[index + 1 :]:
-            if mark.kind in ("start", "small end"):
-                return True
-            if mark.kind == "end":
-                return False
-        return False
-
     def _is_blank(self, start: int, end: int) -> bool:
         return not self._text[start:end].strip()
 
 
-def runs(marks: list[Mark]) -> Iterator[list[Mark]]:
-    """Yield the marks in groups with less than GAP characters between one and the next."""
-    run: list[Mark] = []
+def _runs(marks: list[Mark]) -> list[list[Mark]]:
+    """Return the marks in groups with less than GAP characters between one and the next."""
+    groups: list[list[Mark]] = []
     for mark in marks:
-        if run and mark.start - run[-1].end > GAP:
-            yield run
-            run = []
-        run.append(mark)
-    if run:
-        yield run
+        if not groups or mark.start - groups[-1][-1].end > GAP:
+            groups.append([])
+        groups[-1].append(mark)
+    return groups
 
 
 def find_marks(text: str) -> list[Mark]:
     """Return the marks of a text in order, none within another."""
     names = sorted(match.start() for name in NAMES for match in name.finditer(text))
     marks: list[Mark] = []
-    for line in sorted({line_start(text, name) for name in names}):
+    for line in sorted({_line_start(text, name) for name in names}):
         behind_end = bool(marks) and marks[-1].kind in ("end", "small end") and line <= marks[-1].end
-        if (mark := line_mark(text, line, behind_end or begins_paragraph(text, line))) is not None:
+        if (mark := _line_mark(text, line, behind_end or _begins_paragraph(text, line))) is not None:
             if behind_end:  # files were joined without a blank line
                 marks[-1] = marks[-1]._replace(end=line)
             marks.append(mark)
-    for start, end in near(names):
-        marks += [phrase_mark(text, match) for match in PHRASE.finditer(text, start, end)]
+    for start, end in _near(names):
+        marks += [_phrase_mark(text, match) for match in PHRASE.finditer(text, start, end)]
     marks.sort(key=lambda mark: (mark.start, mark.kind == "phrase"))
     outermost: list[Mark] = []
     for mark in marks:
@@ -377,7 +356,7 @@ def find_marks(text: str) -> list[Mark]:
     return outermost
 
 
-def near(positions: list[int]) -> Iterator[tuple[int, int]]:
+def _near(positions: list[int]) -> Iterator[tuple[int, int]]:
     """Yield the stretches less than GAP before or behind any of the positions, which are in order."""
     start = end = 0
     for position in positions:
@@ -388,9 +367,9 @@ def near(positions: list[int]) -> Iterator[tuple[int, int]]:
     yield start, end
 
 
-def phrase_mark(text: str, match: re.Match[str]) -> Mark:
+def _phrase_mark(text: str, match: re.Match[str]) -> Mark:
     """Return the mark of what PHRASE matches: a title, where that opens a header."""
-    start = line_start(text, match.start())
+    start = _line_start(text, match.start())
     # Section 1.E.1 of the licence quotes the sentence on use that headers have, 400 characters behind its number.
     quoted = match[0].startswith("This") and text.find("1.E.1", max(start - 600, 0), start) >= 0
     if match["opening"] and not quoted:
@@ -398,23 +377,23 @@ def phrase_mark(text: str, match: re.Match[str]) -> Mark:
     return Mark(match.start(), match.end(), "phrase")
 
 
-def line_mark(text: str, start: int, begins: bool) -> Mark | None:
+def _line_mark(text: str, start: int, begins: bool) -> Mark | None:
     """Return the mark that the line at `start` is or begins with; `begins`: a paragraph begins there."""
     if match := SMALL_END.match(text, start):
-        return Mark(start, end_of_line(text, match.end()), "small end")
+        return Mark(start, _end_of_line(text, match.end()), "small end")
     if match := START.match(text, start):
-        end = closed_end(text, match.end())
-        if end or text[start : end_of_line(text, start)].isupper():
-            return Mark(start, end or end_of_line(text, start), "start", certain=bool(end and begins))
+        end = _closed_end(text, match.end())
+        if end or text[start : _end_of_line(text, start)].isupper():
+            return Mark(start, end or _end_of_line(text, start), "start", certain=bool(end and begins))
         return None
     if HEADING.match(text, start):
-        return Mark(start, end_of_line(text, start), "heading")
+        return Mark(start, _end_of_line(text, start), "heading")
     if match := END.match(text, start):
-        end = closed_end(text, match.end()) if match[1] else 0
+        end = _closed_end(text, match.end()) if match[1] else 0
         if end:
-            certain = begins and ends_paragraph(text, end)
-            return Mark(start, end, "end", certain=certain, starred=True)
-        end = paragraph_end(text, match.end())
+            ends_paragraph = not text[end : _end_of_line(text, end)].strip()  # the next line is blank, or there is none
+            return Mark(start, end, "end", certain=begins and ends_paragraph, starred=True)
+        end = _paragraph_end(text, match.end())
         if end - start > MARK_CHARACTERS:
             return None
         form = end - start <= CERTAIN_CHARACTERS and END_FORM.match(text, match.end()) is not None
@@ -424,61 +403,47 @@ def line_mark(text: str, start: int, begins: bool) -> Mark | None:
     return None
 
 
-def closed_end(text: str, position: int) -> int:
+def _closed_end(text: str, position: int) -> int:
     """Return the end of the line with the asterisks that close a start or end line; 0 for none, or if text follows them."""
-    limit = min(paragraph_end(text, position), position + MARK_CHARACTERS)
+    limit = min(_paragraph_end(text, position), position + MARK_CHARACTERS)
     close = text.find("**", position, limit)
     if close < 0:
         return 0
-    end = end_of_line(text, close)
+    end = _end_of_line(text, close)
     return 0 if text[close:end].strip("*\n\r \t") else end
 
 
-def last_line_start(text: str, limit: int) -> int:
-    """Return the last line's start before `limit`; in a long line `limit` itself."""
-    return text.rfind("\n", max(limit - MARK_CHARACTERS, 0), limit) + 1 or limit
-
-
-def line_start(text: str, position: int) -> int:
+def _line_start(text: str, position: int) -> int:
     """Return where the line begins; `position` itself where that is more than MARK_CHARACTERS before it."""
     limit = max(position - MARK_CHARACTERS, 0)
     start = text.rfind("\n", limit, position) + 1
     return start or (position if limit else 0)
 
 
-def end_of_line(text: str, position: int) -> int:
+def _end_of_line(text: str, position: int) -> int:
     """Return the position behind the line's end."""
     return text.find("\n", position) + 1 or len(text)
 
 
-def ends_paragraph(text: str, end: int) -> bool:
-    """Tell whether the line that begins at `end` is blank or there is none."""
-    return not text[end : end_of_line(text, end)].strip()
-
-
-def begins_paragraph(text: str, start: int) -> bool:
+def _begins_paragraph(text: str, start: int) -> bool:
     """Tell whether the line before `start` is blank or there is none."""
     before = text[max(start - MARK_CHARACTERS, 0) : max(start - 1, 0)]
     return not before[before.rfind("\n") + 1 :].strip()
 
 
-def blank_line(text: str, position: int) -> int:
+def _blank_line(text: str, position: int) -> int:
     """Return where the paragraph's blank line begins; 0 where none follows soon."""
     match = BLANK_LINE.search(text, max(position - 1, 0), position + 2 * FRINGE)
     return match.start() + 1 if match else 0
 
 
-def near_end(text: str, position: int) -> int:
+def _near_end(text: str, position: int) -> int:
     """Return the end of the paragraph, the text or the line, if it is near; `position` itself in a long line."""
-    if end := blank_line(text, position):
-        return end
-    if len(text) - position <= 2 * FRINGE:
-        return len(text)
-    return text.find("\n", position, position + 2 * FRINGE) + 1 or position
+    end = _paragraph_end(text, position)
+    return end if end - position <= 2 * FRINGE else position
 
 
-def paragraph_end(text: str, position: int) -> int:
+def _paragraph_end(text: str, position: int) -> int:
     """Return the end of the paragraph; of the line, where a paragraph is as long as a body."""
-    if end := blank_line(text, position):
-        return end
-    return len(text) if len(text) - position <= 2 * FRINGE else end_of_line(text, position)
+    end = len(text) if len(text) - position <= 2 * FRINGE else _end_of_line(text, position)
+    return _blank_line(text, position) or end
