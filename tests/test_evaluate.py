@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch
 from fastdistil.data.corpus import Corpus
-from fastdistil.data.masking import mask_table, mask_tokens
+from fastdistil.data.masking import TokenFacts, mask_table, mask_tokens
 from fastdistil.data.prepare import PrepareOptions, prepare
-from fastdistil.data.tokenizer import TokenFacts, load_tokenizer, token_facts, train_wordpiece
+from fastdistil.data.tokenizer import load_tokenizer, token_facts, train_wordpiece
 from fastdistil.errors import CorruptData, UserError
 from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.models import language_model, loading

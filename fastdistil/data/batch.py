@@ -4,6 +4,7 @@ Shapes: n sequences, T tokens, B rows of S, N = B * S, M labels.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -31,13 +32,7 @@ class Counts:
     batches: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.valid + other.valid,
-            self.tokens + other.tokens,
-            self.labels + other.labels,
-            self.sequences + other.sequences,
-            self.batches + other.batches,
-        )
+        return Counts(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from fastdistil.data.batch import Batch, BatchLayout, Counts, TokenSequences, Window, assemble
 from fastdistil.data.epoch_plan import EpochPlan, grouped_plan, packed_plan, shuffled
-from fastdistil.data.masking import Facts, MaskTable, choose_targets, mask_table, mask_tokens, maskable_counts, target_counts
+from fastdistil.data.masking import (
+    MaskTable,
+    TokenFacts,
+    choose_targets,
+    mask_table,
+    mask_tokens,
+    maskable_counts,
+    target_counts,
+)
 from fastdistil.data.ragged import Ints, offsets
 from fastdistil.data.teacher_cache import Cached, TeacherCache
 from fastdistil.errors import UserError
@@ -44,7 +52,7 @@ class _Maker:
     """Sequences -> one batch of them."""
 
     corpus: TokenSequences
-    facts: Facts
+    facts: TokenFacts
     table: MaskTable | None
     """None for causal models: every token but a sequence's first is a label of the one before."""
     layout: BatchLayout
@@ -109,7 +117,7 @@ class Batches:
     def __init__(
         self,
         corpus: TokenSequences,
-        facts: Facts,
+        facts: TokenFacts,
         data: Data,
         mask: Mask,
         *,
@@ -202,7 +210,7 @@ class Batches:
 
 def evaluation_batches(
     corpus: TokenSequences,
-    facts: Facts,
+    facts: TokenFacts,
     sequences_n: Ints | None = None,
     *,
     batch_tokens: int,

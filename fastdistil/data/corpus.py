@@ -22,9 +22,10 @@ import numpy.typing as npt
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from fastdistil.data.ragged import Ints, ranges
+from fastdistil.data.masking import TokenFacts
+from fastdistil.data.ragged import Ints, offsets, ranges
 from fastdistil.data.range_reader import RangeReader
-from fastdistil.data.tokenizer import FastTokenizer, TokenFacts, load_tokenizer, token_facts
+from fastdistil.data.tokenizer import FastTokenizer, load_tokenizer, token_facts
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.storage import canonical, file_sha256, text_sha256
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Whole, check, converted, read_json, reason
@@ -155,8 +156,7 @@ class Corpus:
         """int32 [n_sequences], special tokens included."""
         if not len(self.lengths) or self.lengths.min() < 1:
             raise CorruptData(f"{path} has a sequence without tokens, or no sequence at all; {PREPARE_AGAIN}")
-        self._offsets: Ints = np.zeros(len(self.lengths) + 1, np.int64)
-        np.cumsum(self.lengths, out=self._offsets[1:])
+        self._offsets = offsets(self.lengths)
         little = np.dtype(manifest.dtype).newbyteorder("<")
         try:
             self._shards = [RangeReader(path / tokens_name(shard), little) for shard in names]
@@ -229,14 +229,15 @@ class Corpus:
         return tokens
 
 
-def check_file(path: Path, expected: FileFacts, full: bool) -> None:
+def check_file(path: Path, expected: FileFacts, full: bool, advice: str = PREPARE_AGAIN) -> None:
+    """Compare a file's size, and where `full` its sha256, with what was written. Raises CorruptData, ending with `advice`."""
     if not path.is_file():
-        raise CorruptData(f"{path} is missing; {PREPARE_AGAIN}")
+        raise CorruptData(f"{path} is missing; {advice}")
     size = path.stat().st_size
     if size != expected["bytes"]:
-        raise CorruptData(f"{path} is damaged: expected {expected['bytes']} bytes, found {size}; {PREPARE_AGAIN}")
+        raise CorruptData(f"{path} is damaged: expected {expected['bytes']} bytes, found {size}; {advice}")
     if full and (actual_sha256 := file_sha256(path)) != expected["sha256"]:
-        raise CorruptData(f"{path} is damaged: sha256 expected {expected['sha256']}, found {actual_sha256}; {PREPARE_AGAIN}")
+        raise CorruptData(f"{path} is damaged: sha256 expected {expected['sha256']}, found {actual_sha256}; {advice}")
 
 
 def tokens_name(shard: int) -> str:

@@ -89,7 +89,8 @@ def _copy(source: Path, target: Path, manifest: Manifest) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         target.rename(partial)
     missing = [name for name, expected in manifest.files.items() if not _matches(partial / name, expected)]
-    needed = sum(manifest.files[name]["bytes"] - _size(partial / name) for name in missing)
+    present = sum((partial / name).stat().st_size for name in missing if (partial / name).is_file())
+    needed = sum(manifest.files[name]["bytes"] for name in missing) - present
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise DiskFull(
@@ -111,10 +112,6 @@ def _matches(path: Path, expected: FileFacts) -> bool:
     except CorruptData:
         return False
     return True
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _copy_file(source: Path, target: Path, sha256: str) -> None:

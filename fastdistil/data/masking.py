@@ -13,7 +13,7 @@ Shapes: V vocabulary, n sequences, T tokens of n sequences laid end to end, W wo
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,23 +39,23 @@ if TYPE_CHECKING:  # corpus.py and its worker processes use the arithmetic here 
     from fastdistil.recipe import Mask
 
 
-class Facts(Protocol):
-    """What masking and batching know of a tokenizer; tokenizer.TokenFacts is one."""
+@dataclass(frozen=True)
+class TokenFacts:
+    """What masking and batching must know of a tokenizer."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def mask_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def special_ids(self) -> Ints: ...
-    @property
-    def continues(self) -> Bools: ...
-    @property
-    def ends(self) -> Bools: ...
-    @property
-    def marks_words(self) -> bool: ...
+    vocab_size: int
+    mask_id: int | None
+    pad_id: int
+    """Id of the padding token, else of eos, else of sep."""
+    special_ids: Ints
+    """int64 [k], ascending."""
+    continues: Bools
+    """bool [V]: True where a token goes on with the word before it (##x of WordPiece; no leading blank in byte-level BPE and
+    sentencepiece). Special tokens: False. All False for vocabularies without such marks; see marks_words."""
+    marks_words: bool
+    """Whether the vocabulary shows where words begin at all; if not, there is no whole-word masking."""
+    ends: Bools
+    """bool [V]: True where a token ends its word (x</w>), so that the next one begins a word although it `continues`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MaskTable:
     ends_V: Bools
 
 
-def mask_table(mask: "Mask", facts: Facts, counts_V: Ints) -> MaskTable:
+def mask_table(mask: "Mask", facts: TokenFacts, counts_V: Ints) -> MaskTable:
     """Raises UserError: no mask token, counts of another vocabulary, whole words where the vocabulary does not mark them."""
     if facts.mask_id is None:
         raise UserError("a masked model needs a tokenizer with a mask token, and this one has none; use its own tokenizer")

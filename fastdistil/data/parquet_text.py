@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from fastdistil.data.text_inputs import reading
 from fastdistil.errors import UserError
 
-ROWS = 256
+_ROWS = 256
 """Rows that are read at a time."""
 
 
@@ -23,21 +23,21 @@ def column_rows(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
     # pyarrow's own open() takes no name that is not UTF-8.
     with reading(path, pa.ArrowException), path.open("rb") as stream, pq.ParquetFile(stream) as file:
         schema = file.schema_arrow
-        usable = ", ".join(name for name in schema.names if is_text(schema.field(name).type)) or "none"
+        usable = ", ".join(name for name in schema.names if _is_text(schema.field(name).type)) or "none"
         if column not in schema.names:
             raise UserError(
                 f"{path} has no column {column!r}, only {', '.join(schema.names)}; "
                 f"name one of text with --text-field (here: {usable})"
             )
         kind = schema.field(column).type
-        if not is_text(kind) and not pa.types.is_null(kind):
+        if not _is_text(kind) and not pa.types.is_null(kind):
             raise UserError(
                 f"column {column!r} of {path} is {kind}, wanted text; name a column of text with --text-field (here: {usable})"
             )
-        padding = b"\0" if pa.types.is_fixed_size_binary(value_type(kind)) else b""
+        padding = b"\0" if pa.types.is_fixed_size_binary(_value_type(kind)) else b""
         rows = max(file.metadata.num_rows, 1)
         row = 0
-        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
             values = batch.column(0)
             if pa.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
@@ -46,20 +46,12 @@ def column_rows(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
                 row += 1
 
 
-def value_type(kind: Any) -> Any:
+def _value_type(kind: Any) -> Any:
     """Return a dictionary's type of values, any other type as it is."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def is_text(kind: Any) -> bool:
+def _is_text(kind: Any) -> bool:
     """Tell whether a column of this arrow type can hold text."""
-    kind = value_type(kind)
-    # Views are younger than the oldest pyarrow that is supported.
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-        or str(kind) in ("string_view", "binary_view")
-    )
+    name = str(_value_type(kind))  # by name, as views are younger than the oldest pyarrow that is supported
+    return name.removeprefix("large_").removesuffix("_view") in ("string", "binary") or name.startswith("fixed_size_binary")

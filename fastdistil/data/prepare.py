@@ -173,16 +173,23 @@ def prepare(
             strip=bool(options.strip),
         )
         workers = options.workers or min(len(os.sched_getaffinity(0)), 1 + tell.bytes_total // BYTES_PER_WORKER)
-        unknown = UnknownTokens(tokenizer, shards, options)
-        write_shards(shards, reader, plan, workers, tell, unknown)
+
+        def share() -> float:
+            return unknown_share(tokenizer, shards.counts_V, written.sequences, identity["options"])
+
+        def check_unknown() -> None:
+            where = f"the first {written.sequences:,} sequences"
+            check_unknown_share(share(), options.max_unknown_share, tokenizer, where)
+
+        write_shards(shards, reader, plan, workers, tell, check_unknown)
         if not written.sequences:
             raise UserError(
                 f"no usable sequence in {len(sources)} files ({written.documents} documents with tokens, {written.dropped} "
                 "pieces dropped by min_tokens and max_unknown); give more text or looser limits"
             )
-        if unknown.share() > WARNING_SHARE:
-            tell(f"warning: {unknown_text(unknown.share(), tokenizer, str(out))}")
-        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype, len(passed_over), unknown.share())
+        if share() > WARNING_SHARE:
+            tell(f"warning: {unknown_text(share(), tokenizer, str(out))}")
+        return completed(shards, reader, vocabulary_fingerprint(tokenizer), plan.dtype, len(passed_over), share())
 
 
 def listed(names: Sequence[str]) -> str:
@@ -257,23 +264,9 @@ class Teller:
             self._progress(PrepareProgress(done, self._files, read, self.bytes_total, tokens, seconds, note))
 
 
-class UnknownTokens:
-    """Watches the share of unknown tokens in what has been written."""
-
-    def __init__(self, tokenizer: FastTokenizer, shards: Shards, options: PrepareOptions) -> None:
-        self._tokenizer, self._shards, self._options = tokenizer, shards, options
-
-    def share(self) -> float:
-        shards = self._shards
-        return unknown_share(self._tokenizer, shards.counts_V, shards.written.sequences, shards.identity["options"])
-
-    def check(self) -> None:
-        """Raises UserError where it is too large."""
-        where = f"the first {self._shards.written.sequences:,} sequences"
-        check_unknown_share(self.share(), self._options.max_unknown_share, self._tokenizer, where)
-
-
-def write_shards(shards: Shards, reader: Reading, plan: PieceRules, workers: int, tell: Teller, unknown: UnknownTokens) -> None:
+def write_shards(
+    shards: Shards, reader: Reading, plan: PieceRules, workers: int, tell: Teller, check_unknown: Callable[[], None]
+) -> None:
     """Tokenise what `reader` gives behind the blocks that finished shards hold."""
     todo = islice(reader.blocks(), shards.written.blocks, None)
     tokenizer_file = str(shards.out / "tokenizer" / "tokenizer.json")
@@ -281,7 +274,7 @@ def write_shards(shards: Shards, reader: Reading, plan: PieceRules, workers: int
         with closing(encoded_blocks(todo, tokenizer_file, plan, workers)) as results:
             for block, encoded in results:
                 shards.append(encoded)
-                unknown.check()
+                check_unknown()
                 tell("", block, shards.written.tokens)
         shards.finish_shard()
     finally:
@@ -316,10 +309,7 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, pas
     for path in others:
         written.files[str(path.relative_to(out))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = Manifest(
-        sequences=written.sequences,
-        tokens=written.tokens,
-        documents=written.documents,
-        dropped=written.dropped,
+        **{name: value for name, value in vars(written).items() if name not in ("blocks", "files")},
         records=reader.records,
         bad_records=reader.bad.total(),
         unmarked_files=len(reader.unmarked),
@@ -333,9 +323,7 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, pas
         dtype=dtype,
         options=shards.identity["options"],
         inputs=shards.identity["inputs"],
-        shards=written.shards,
         files=dict(sorted(written.files.items())),
-        special_spellings=written.special_spellings,
         unknown_share=share,
     )
     write_atomically(out / "manifest.json", manifest.to_json())

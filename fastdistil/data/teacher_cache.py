@@ -16,20 +16,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from fastdistil.data.corpus import Corpus
+from fastdistil.data.corpus import Corpus, check_file
 from fastdistil.data.ragged import Ints, offsets
 from fastdistil.data.range_reader import RangeReader
 from fastdistil.errors import CorruptData, UserError, translated
 from fastdistil.recipe import Recipe
-from fastdistil.storage import canonical, file_sha256, text_sha256
+from fastdistil.storage import canonical, text_sha256
 from fastdistil.untrusted import FileFacts, Sha256, check, read_json, reason
 
 FORMAT = 1
@@ -201,33 +199,17 @@ def open_shard(path: Path) -> RangeReader:
         if not isinstance(array, np.memmap) or array.ndim != 1 or not array.dtype.itemsize:
             raise ValueError("no one-dimensional array of records")
         return RangeReader(path, array.dtype, array.offset)
-    except (
-        ValueError,
-        EOFError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        OverflowError,
-        TokenError,
-        BadZipFile,
-    ) as error:  # of a header
-        raise CorruptData(
-            f"{path} holds no records ({reason(error)}); delete it and run fastdistil cache-teacher again"
-        ) from error
+    except Exception as error:
+        again = "delete it and run fastdistil cache-teacher again"
+        raise CorruptData(f"{path} holds no records ({reason(error)}); {again}") from error
 
 
 def check_shard(path: Path, full: bool) -> None:
-    """Against the sha256 (full) or size beside it. Raises CorruptData."""
+    """Compare a shard with the sha256 (full) or size beside it. Raises CorruptData."""
     again = "run fastdistil cache-teacher again, which makes it anew"
     try:
         expected = read_json(path.with_suffix(".json"))
         check(FileFacts, expected)
     except ValueError as error:
         raise CorruptData(f"{path.with_suffix('.json')} is damaged ({reason(error)}); {again}") from error
-    size, sha256 = expected["bytes"], expected["sha256"]
-    if not path.is_file() or (actual_size := path.stat().st_size) != size:
-        raise CorruptData(
-            f"{path} is damaged: expected {size} bytes, found {actual_size if path.is_file() else 'no file'}; {again}"
-        )
-    if full and (actual := file_sha256(path)) != sha256:
-        raise CorruptData(f"{path} is damaged: sha256 expected {sha256}, found {actual}; {again}")
+    check_file(path, expected, full, again)

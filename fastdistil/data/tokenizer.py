@@ -3,15 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from fastdistil.data.ragged import Ints
+from fastdistil.data.masking import TokenFacts
 from fastdistil.data.word_marks import word_marks
 from fastdistil.errors import UserError, translated
 from fastdistil.storage import canonical, text_sha256
@@ -23,25 +21,6 @@ if TYPE_CHECKING:
 
 FastTokenizer: TypeAlias = "PreTrainedTokenizerFast"
 """A name for annotations that costs no import of transformers."""
-
-
-@dataclass(frozen=True)
-class TokenFacts:
-    """What masking and batching must know of a tokenizer."""
-
-    vocab_size: int
-    mask_id: int | None
-    pad_id: int
-    """Id of the padding token, else of eos, else of sep."""
-    special_ids: Ints
-    """int64 [k], ascending."""
-    continues: npt.NDArray[np.bool_]
-    """bool [V]: True where a token goes on with the word before it (##x of WordPiece; no leading blank in byte-level BPE and
-    sentencepiece). Special tokens: False. All False for vocabularies without such marks; see marks_words."""
-    marks_words: bool
-    """Whether the vocabulary shows where words begin at all; if not, there is no whole-word masking."""
-    ends: npt.NDArray[np.bool_]
-    """bool [V]: True where a token ends its word (x</w>), so that the next one begins a word although it `continues`."""
 
 
 def token_facts(tokenizer: FastTokenizer) -> TokenFacts:

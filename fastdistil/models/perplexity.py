@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastdistil.data.batch import Batch, BatchLayout, TokenSequences, assemble
 from fastdistil.data.batches import evaluation_batches
-from fastdistil.data.masking import Facts
+from fastdistil.data.masking import TokenFacts
 from fastdistil.data.ragged import Ints, offsets, ranges
 from fastdistil.errors import UserError
 from fastdistil.models import language_model
@@ -87,7 +87,7 @@ class CausalPerplexity:
 def held_out(
     model: Any,
     corpus: TokenSequences,
-    facts: Facts,
+    facts: TokenFacts,
     *,
     teacher: Any | None = None,
     columns: int | None = None,
@@ -159,7 +159,7 @@ def held_out(
 def pseudo_perplexity(
     model: Any,
     corpus: TokenSequences,
-    facts: Facts,
+    facts: TokenFacts,
     *,
     positions: int | Literal["all"] = 2000,
     seed: int = 0,
@@ -202,7 +202,7 @@ def pseudo_perplexity(
 def causal_perplexity(
     model: Any,
     corpus: TokenSequences,
-    facts: Facts,
+    facts: TokenFacts,
     *,
     max_length: int | None = None,
     stride: int | None = None,
@@ -246,7 +246,7 @@ def causal_perplexity(
     return CausalPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts), size, step)
 
 
-def checked_facts(model: Any, corpus: TokenSequences, lengths_n: NDArray[Any], facts: Facts) -> Facts:
+def checked_facts(model: Any, corpus: TokenSequences, lengths_n: NDArray[Any], facts: TokenFacts) -> TokenFacts:
     """What of the tokenizer concerns the model. Raises UserError where the corpus is not for it."""
     longest, limit = int(lengths_n.max(initial=0)), language_model.max_length(model)
     check_rows("the model", language_model.vocabulary(model), corpus, facts, bool(model.causal))

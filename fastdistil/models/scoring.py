@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdistil.data.batch import Batch, BatchLayout, TokenSequences
 from fastdistil.data.batches import ascending_starts
-from fastdistil.data.masking import Facts
+from fastdistil.data.masking import TokenFacts
 from fastdistil.data.ragged import Ints, offsets, ranges
 from fastdistil.errors import CorruptData, NonFinite, UserError
 from fastdistil.kernels.distill import divergence_reference
@@ -42,7 +42,7 @@ def drawn_sequences(n: int, count: int | None, seed: int) -> Ints:
     return np.sort(np.random.default_rng((seed, 0)).choice(n, count, replace=False))
 
 
-def drawn_positions(corpus: TokenSequences, facts: Facts, count: int | Literal["all"], seed: int) -> Ints:
+def drawn_positions(corpus: TokenSequences, facts: TokenFacts, count: int | Literal["all"], seed: int) -> Ints:
     """Where in the corpus, its sequences end to end, `count` tokens that are not special lie: ascending int64.
 
     Uniform, without replacement; all of them if there are no more.

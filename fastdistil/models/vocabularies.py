@@ -12,7 +12,7 @@ import numpy as np
 
 from fastdistil.data.batch import TokenSequences
 from fastdistil.data.corpus import Corpus
-from fastdistil.data.masking import Facts
+from fastdistil.data.masking import TokenFacts
 from fastdistil.data.ragged import Ints
 from fastdistil.data.tokenizer import FastTokenizer, load_tokenizer, vocabulary_fingerprint
 from fastdistil.errors import UserError
@@ -25,7 +25,7 @@ SHOWN = 10
 """So many ids are named where vocabularies differ."""
 
 
-def ids_in_use(corpus: TokenSequences, facts: Facts, causal: bool) -> Ints:
+def ids_in_use(corpus: TokenSequences, facts: TokenFacts, causal: bool) -> Ints:
     """The ids that a model is given, ascending int64: those in the corpus and, for masked models, the mask's.
 
     Padding is not among them: what stands there is never looked at.
@@ -85,7 +85,7 @@ def _shown(differing: dict[int, tuple[str, str]], there: str) -> str:
     return f"{len(differing)} differ: {first}" + ("; ..." if len(differing) > SHOWN else "")
 
 
-def check_rows(who: str, rows: int, corpus: TokenSequences, facts: Facts, causal: bool, advice: str = "") -> None:
+def check_rows(who: str, rows: int, corpus: TokenSequences, facts: TokenFacts, causal: bool, advice: str = "") -> None:
     """Refuse a vocabulary of `rows` entries where ids beyond are in use. Raises UserError; `advice` precedes the usual one."""
     largest = int(ids_in_use(corpus, facts, causal).max(initial=0))
     if largest >= rows:
@@ -95,7 +95,7 @@ def check_rows(who: str, rows: int, corpus: TokenSequences, facts: Facts, causal
         )
 
 
-_Facts = TypeVar("_Facts", bound=Facts)
+_Facts = TypeVar("_Facts", bound=TokenFacts)
 
 
 def facts_within(facts: _Facts, rows: int) -> _Facts:
