@@ -8,17 +8,11 @@ Backend = Literal["auto", "reference", "triton", "torch"]
 
 
 def chosen_backend(backend: Backend, device: torch.device | str) -> str:
-    """ "triton" or "torch" for tensors on a device. Raises ValueError for a backend that it has not."""
+    """Return "triton" or "torch" for tensors on a device. Raises ValueError for a backend that it has not."""
     kind = torch.device(device).type
-    if backend == "torch":
-        return backend
-    if backend == "auto":
-        if kind == "cuda" and not has_triton():
-            raise ValueError(
-                "losses on a GPU need the package triton, which is not installed; pip install triton, or say 'torch'"
-            )
-        return "triton" if kind == "cuda" else "torch"
-    if backend != "triton":
+    if backend == "torch" or (backend == "auto" and kind != "cuda"):
+        return "torch"
+    if backend not in ("auto", "triton"):
         raise ValueError(f"the backend must be one of auto, reference, triton, torch; got {backend!r}")
     if not has_triton():
         raise ValueError("triton kernels need the package triton, which is not installed; pip install triton, or say 'torch'")

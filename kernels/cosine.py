@@ -34,7 +34,7 @@ from fastdistil.kernels.backend import Backend, chosen_backend
 from fastdistil.kernels.cpu import buffer
 
 # torch's cosine_embedding_loss adds it to each squared norm.
-EPSILON = 1e-12
+_EPSILON = 1e-12
 
 
 class HiddenTerms(NamedTuple):
@@ -58,22 +58,7 @@ class HiddenOptions:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
 
 
-def cosine_rows_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """1 - cosine of each row, [N], float32 or wider. Differentiable in both."""
-    wide = torch.promote_types(student_ND.dtype, torch.float32)
-    s, t = student_ND.to(wide), teacher_ND.to(wide)
-    # Root by root: the product of squared norms overflows long before either does.
-    norms_N = ((s * s).sum(-1) + EPSILON).sqrt() * ((t * t).sum(-1) + EPSILON).sqrt()
-    return 1 - (s * t).sum(-1) / norms_N
-
-
-def mse_rows_reference(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """The squared error's mean over the width, [N], float32 or wider. Differentiable in both."""
-    wide = torch.promote_types(student_ND.dtype, torch.float32)
-    return (student_ND.to(wide) - teacher_ND.to(wide)).square().mean(-1)
-
-
-def cosine_loss_reference(
+def _cosine_loss_reference(
     student_states: Sequence[Tensor],
     teacher_states: Sequence[Tensor],
     rows_M: Tensor | None = None,
@@ -81,7 +66,7 @@ def cosine_loss_reference(
     *,
     options: HiddenOptions,
 ) -> HiddenTerms:
-    """The specification of `cosine_loss`, with its arguments but projections; differentiable in both sides, twice."""
+    """Specify `cosine_loss`, with its arguments but projections; differentiable in both sides, twice."""
     wide = torch.promote_types(student_states[0].dtype, torch.float32)
     cosine = mse = torch.zeros((), dtype=wide, device=student_states[0].device)
     for s_ND, t_ND in zip(student_states, teacher_states, strict=True):
@@ -92,9 +77,12 @@ def cosine_loss_reference(
             # Replaced before the arithmetic: 0 times the gradient of a nan would be nan.
             out_N1 = (w_N == 0)[:, None]
             s, t = s.masked_fill(out_N1, 0.0), t.masked_fill(out_N1, 0.0)
-        one_N, two_N = cosine_rows_reference(s, t), mse_rows_reference(s, t)
-        cosine = cosine + (one_N if w_N is None else w_N * one_N).sum()
-        mse = mse + (two_N if w_N is None else w_N * two_N).sum()
+        s, t = s.to(wide), t.to(wide)
+        # Root by root: the product of squared norms overflows long before either does.
+        norms_N = ((s * s).sum(-1) + _EPSILON).sqrt() * ((t * t).sum(-1) + _EPSILON).sqrt()
+        cosine_N, mse_N = 1 - (s * t).sum(-1) / norms_N, (s - t).square().mean(-1)
+        cosine = cosine + (cosine_N if w_N is None else w_N * cosine_N).sum()
+        mse = mse + (mse_N if w_N is None else w_N * mse_N).sum()
     return _terms(cosine, mse, options)
 
 
@@ -130,8 +118,8 @@ def _rows_torch(
         s, t, x = student_ND[here].to(wide), teacher_ND[here].to(wide), spare_RD[: end - first]
         # From the difference: |s|^2 + |t|^2 - 2 s.t would cancel.
         mse_R = vector_norm(torch.sub(s, t, out=x), dim=1).square() / width
-        ss_R = vector_norm(s, dim=1).square() + EPSILON
-        scale_R = ss_R.rsqrt() * (vector_norm(t, dim=1).square() + EPSILON).rsqrt()
+        ss_R = vector_norm(s, dim=1).square() + _EPSILON
+        scale_R = ss_R.rsqrt() * (vector_norm(t, dim=1).square() + _EPSILON).rsqrt()
         st_R = torch.mul(s, t, out=x).sum(1)
         # The rows' terms, weighed; where the weight is 0 they are 0 even if a state is nan.
         terms_R2 = torch.stack([1 - st_R * scale_R, mse_R], 1)
@@ -193,7 +181,7 @@ def _cosine(
     if backend == "triton":
         from fastdistil.kernels.cosine_triton import cosine_rows_triton
 
-        coefficients = {"cosine": scaled.cosine, "mse": scaled.mse, "epsilon": EPSILON}
+        coefficients = {"cosine": scaled.cosine, "mse": scaled.mse, "epsilon": _EPSILON}
         cosine_rows_triton(student_states, teacher_states, rows_M, weights_M, **coefficients, terms_LM2=terms_LM2, grads=grads)
     else:
         for layer, (s_ND, t_ND) in enumerate(zip(student_states, teacher_states, strict=True)):
@@ -259,7 +247,7 @@ def cosine_loss(
         student = [s if p is None else linear(s, p) for s, p in zip(student, projections, strict=True)]
     _check(student, teacher, rows_M, weights_N)
     if backend == "reference":
-        return cosine_loss_reference(student, teacher, rows_M, weights_N, options=options)
+        return _cosine_loss_reference(student, teacher, rows_M, weights_N, options=options)
     grad = torch.is_grad_enabled()
     if grad and any(tensor.requires_grad for tensor in (*teacher, *(() if weights_N is None else (weights_N,)))):
         raise ValueError(

@@ -90,7 +90,7 @@ def divergence_reference(
     return temperature**2 * rows_N
 
 
-def sparse_divergence_reference(student_NV: Tensor, teacher: SparseTeacher, *, temperature: float = 1.0) -> Tensor:
+def _sparse_divergence_reference(student_NV: Tensor, teacher: SparseTeacher, *, temperature: float = 1.0) -> Tensor:
     """Return sparse_distill.py's bracket times temperature squared, [N], float32 or wider; differentiable in the student."""
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     # Normalised first: differences of log_softmax keep the digits that a common offset of the logits takes.
@@ -138,7 +138,7 @@ def distill_loss_reference(
         if isinstance(teacher, SparseTeacher):
             tail_N = None if teacher.tail_N is None else weighed(teacher.tail_N)
             listed = SparseTeacher(teacher.indices_NK, weighed(teacher.log_probabilities_NK), tail_N)
-            rows_N = sparse_divergence_reference(soft_NV, listed, temperature=options.temperature)
+            rows_N = _sparse_divergence_reference(soft_NV, listed, temperature=options.temperature)
         else:
             teacher_NV = capped(weighed(teacher[:, :width].to(wide)), options.teacher_scale, options.teacher_softcap)
             rows_N = divergence_reference(

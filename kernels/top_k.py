@@ -30,7 +30,7 @@ def top_k_select(gradient_N: Tensor, residual_N: Tensor | None, k: int, *, backe
         from fastdistil.kernels.top_k_torch import top_k_select_torch
 
         return top_k_select_torch(gradient_N, residual_N, k)
-    indices_K, values_K, left_N = top_k_select_reference(gradient_N, residual_N, k)
+    indices_K, values_K, left_N = _top_k_select_reference(gradient_N, residual_N, k)
     if residual_N is not None:
         residual_N.copy_(left_N)
     return indices_K, values_K
@@ -53,7 +53,7 @@ def scatter_sum(indices_RK: Tensor, values_RK: Tensor, numel: int) -> Tensor:
     return total_N
 
 
-def top_k_select_reference(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _top_k_select_reference(gradient_N: Tensor, residual_N: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(indices_K int32, ascending; values_K; the new residual_N)."""
     v_N, _ = with_residual(gradient_N, residual_N)
     magnitudes_N = v_N.abs().where(v_N.isfinite(), torch.inf)
