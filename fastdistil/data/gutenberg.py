@@ -22,17 +22,17 @@ from typing import Literal, NamedTuple
 
 GAP = 4000
 """The longest stretch, in characters, without any mark in a header or a footer."""
-FRINGE = 1000
+_FRINGE = 1000
 """Text behind a footer, to the file's end, belongs to it if it is no longer than this."""
-TITLE_CHARACTERS = 200
+_TITLE_CHARACTERS = 200
 """Text before a header, from the file's beginning, belongs to it if it is no longer than this: a title."""
-MARK_CHARACTERS = 400
+_MARK_CHARACTERS = 400
 """The longest start or end line: a title may run over several lines, to its closing asterisks."""
-CERTAIN_CHARACTERS = 160
+_CERTAIN_CHARACTERS = 160
 """The longest end line without asterisks that is one by its form alone."""
-CONTEXT = 2 * GAP
+_CONTEXT = 2 * GAP
 """Characters before a text that say what it is: whether a paragraph begins there, and whether the project's name is near."""
-LOOKAHEAD = MARK_CHARACTERS + 2 * FRINGE
+LOOKAHEAD = _MARK_CHARACTERS + 2 * _FRINGE
 """Characters from a mark's beginning that say whether it is one."""
 WINDOW = 1 << 16
 """Characters that are gathered before they are judged."""
@@ -65,10 +65,10 @@ class Span(NamedTuple):
 NAMES = [re.compile(name) for name in ("Gutenberg", "GUTENBERG", "gutenberg", "SMALL PRINT", "Small Print", "FULL LICENSE")]
 
 START = re.compile(r"[^\S\n]*\*{2,} ?START OF (?:THE |THIS )?(?:COPYRIGHTED )?PROJECT GUTENBERG\b", re.IGNORECASE)
-SMALL_END = re.compile(
+_SMALL_END = re.compile(
     r"[^\S\n]*\*+ ?END ?\*? ?(?:OF )?THE SMALL PRINT!?(?: ?FOR [A-Z -]+)?(?:\*.*)?[^\S\n]*$", re.IGNORECASE | re.MULTILINE
 )
-HEADING = re.compile(
+_HEADING = re.compile(
     r"""[^\S\n]*\**[^\S\n]*
     (?:START[ ]?\*+[ ]?THE\ SMALL\ PRINT | The\ Legal\ Small\ Print | START:\ FULL\ LICENSE
     | THE\ FULL\ PROJECT\ GUTENBERG\ LICENSE)""",
@@ -80,14 +80,14 @@ END = re.compile(
     [ ](?:the\ |this\ )?(?:copyrighted\ )?proje[ck]t\ gutenberg\b""",
     re.IGNORECASE | re.VERBOSE,
 )
-END_FORM = re.compile(r"['\u2019]s\s+\S|\s+E-?(?:text|book)(?:es)?\b(?:\s+of\b|\s*[,:*#]|\s*$)", re.IGNORECASE | re.MULTILINE)
-TITLE = re.compile(
+_END_FORM = re.compile(r"['\u2019]s\s+\S|\s+E-?(?:text|book)(?:es)?\b(?:\s+of\b|\s*[,:*#]|\s*$)", re.IGNORECASE | re.MULTILINE)
+_TITLE = re.compile(
     r"""[\s*]*(?=(?-i:[A-Z]))(?:this\ is\ )?(?:the\ |a\ )?(?:copyrighted\ )?proje[ck]t\ gutenberg
     (?:(?P<possessive>['\u2019]s)\s+(?!E-?(?:text|book)s\b)\S
     | \s+E-?(?:text|book)(?:,|:|\s+of\b|\s*\#|\s*\*|\s+edition\b|\s*$))""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-PHRASES = (
+_PHRASES = (
     (
         r"(?P<opening>Welcome To The World of Free Plain Vanilla Electronic|Copyright laws are changing all over the world"
         r"|This e(?:Book|book|text) is for the use of anyone anywhere)"
@@ -126,8 +126,8 @@ PHRASES = (
     r"\bRelease [Dd]ate:",
     r"electronic works?\b",
 )
-PHRASE = re.compile("|".join(PHRASES))
-BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+_PHRASE = re.compile("|".join(_PHRASES))
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 class GutenbergText:
@@ -150,7 +150,7 @@ class GutenbergText:
             if len(pending) >= enough:
                 text = context + pending
                 body, decided = self._body(text, len(context), work, final=False)
-                context, pending = text[max(decided - CONTEXT, 0) : decided], text[decided:]
+                context, pending = text[max(decided - _CONTEXT, 0) : decided], text[decided:]
                 enough = max(2 * len(pending), WINDOW)
                 yield body
         yield self._body(context + pending, len(context), work, final=True)[0]
@@ -166,7 +166,7 @@ class GutenbergText:
         for run in _runs([mark for mark in find_marks(text) if mark.start >= begin]):
             ends_text = final and len(text) - run[-1].end <= GAP
             if run[-1].end > decided and not final and len(text) - begin < LONGEST_RUN:
-                at_beginning = work.at_beginning and run[0].start <= 2 * FRINGE
+                at_beginning = work.at_beginning and run[0].start <= 2 * _FRINGE
                 decided = 0 if at_beginning else _line_start(text, min(decided, run[0].start))
                 break
             spans += _Run(text, run, work.at_beginning and not spans, ends_text).spans()
@@ -201,7 +201,7 @@ class _Works:
         self._body_characters += len(body.strip())
         for part in span.parts:
             if part == "header":
-                self._incomplete |= self._body_characters > (GAP if self._header_open else FRINGE)
+                self._incomplete |= self._body_characters > (GAP if self._header_open else _FRINGE)
             else:
                 self._incomplete |= part == "unclosed" or not self._header_open
             self._header_open, self._marked = part == "header", True
@@ -209,7 +209,7 @@ class _Works:
 
     def half_marked(self) -> bool:
         """Tell whether a header lacks its footer, or a footer its header."""
-        missing = self._header_open or self._body_characters > FRINGE
+        missing = self._header_open or self._body_characters > _FRINGE
         return self._incomplete or (self._marked and missing)
 
 
@@ -241,7 +241,7 @@ class _Run:
         if self._footer is not None:
             if self._ends_text:
                 self._confirmed = True
-                if self._footer.starred and len(self._text) - self._footer_end <= FRINGE:
+                if self._footer.starred and len(self._text) - self._footer_end <= _FRINGE:
                     self._footer_end = len(self._text)
             self._close_footer()
         self._close_unclosed()
@@ -261,7 +261,7 @@ class _Run:
         if "header" in previous.parts and not titled and mark.start - previous.end <= GAP:
             self._spans[-1] = previous._replace(end=mark.end)  # two start lines with a transcriber's note between them
         else:
-            longest = TITLE_CHARACTERS if self._opening else 2 * FRINGE
+            longest = _TITLE_CHARACTERS if self._opening else 2 * _FRINGE
             near_beginning = self._begins_text and not self._spans and start <= longest
             if self._opening or near_beginning or (mark.certain and mark.kind == "start"):
                 self._spans.append(Span(0 if near_beginning else start, mark.end, ("header",)))
@@ -347,7 +347,7 @@ def find_marks(text: str) -> list[Mark]:
                 marks[-1] = marks[-1]._replace(end=line)
             marks.append(mark)
     for start, end in _near(names):
-        marks += [_phrase_mark(text, match) for match in PHRASE.finditer(text, start, end)]
+        marks += [_phrase_mark(text, match) for match in _PHRASE.finditer(text, start, end)]
     marks.sort(key=lambda mark: (mark.start, mark.kind == "phrase"))
     outermost: list[Mark] = []
     for mark in marks:
@@ -379,14 +379,14 @@ def _phrase_mark(text: str, match: re.Match[str]) -> Mark:
 
 def _line_mark(text: str, start: int, begins: bool) -> Mark | None:
     """Return the mark that the line at `start` is or begins with; `begins`: a paragraph begins there."""
-    if match := SMALL_END.match(text, start):
+    if match := _SMALL_END.match(text, start):
         return Mark(start, _end_of_line(text, match.end()), "small end")
     if match := START.match(text, start):
         end = _closed_end(text, match.end())
         if end or text[start : _end_of_line(text, start)].isupper():
             return Mark(start, end or _end_of_line(text, start), "start", certain=bool(end and begins))
         return None
-    if HEADING.match(text, start):
+    if _HEADING.match(text, start):
         return Mark(start, _end_of_line(text, start), "heading")
     if match := END.match(text, start):
         end = _closed_end(text, match.end()) if match[1] else 0
@@ -394,18 +394,18 @@ def _line_mark(text: str, start: int, begins: bool) -> Mark | None:
             ends_paragraph = not text[end : _end_of_line(text, end)].strip()  # the next line is blank, or there is none
             return Mark(start, end, "end", certain=begins and ends_paragraph, starred=True)
         end = _paragraph_end(text, match.end())
-        if end - start > MARK_CHARACTERS:
+        if end - start > _MARK_CHARACTERS:
             return None
-        form = end - start <= CERTAIN_CHARACTERS and END_FORM.match(text, match.end()) is not None
+        form = end - start <= _CERTAIN_CHARACTERS and _END_FORM.match(text, match.end()) is not None
         return Mark(start, end, "end", certain=begins and form, loose=not begins)
-    if match := TITLE.match(text, start):
+    if match := _TITLE.match(text, start):
         return Mark(start, match.end(), "title" if begins else "phrase", possessive=match["possessive"] is not None)
     return None
 
 
 def _closed_end(text: str, position: int) -> int:
     """Return the end of the line with the asterisks that close a start or end line; 0 for none, or if text follows them."""
-    limit = min(_paragraph_end(text, position), position + MARK_CHARACTERS)
+    limit = min(_paragraph_end(text, position), position + _MARK_CHARACTERS)
     close = text.find("**", position, limit)
     if close < 0:
         return 0
@@ -414,8 +414,8 @@ def _closed_end(text: str, position: int) -> int:
 
 
 def _line_start(text: str, position: int) -> int:
-    """Return where the line begins; `position` itself where that is more than MARK_CHARACTERS before it."""
-    limit = max(position - MARK_CHARACTERS, 0)
+    """Return where the line begins; `position` itself where that is more than _MARK_CHARACTERS before it."""
+    limit = max(position - _MARK_CHARACTERS, 0)
     start = text.rfind("\n", limit, position) + 1
     return start or (position if limit else 0)
 
@@ -427,23 +427,23 @@ def _end_of_line(text: str, position: int) -> int:
 
 def _begins_paragraph(text: str, start: int) -> bool:
     """Tell whether the line before `start` is blank or there is none."""
-    before = text[max(start - MARK_CHARACTERS, 0) : max(start - 1, 0)]
+    before = text[max(start - _MARK_CHARACTERS, 0) : max(start - 1, 0)]
     return not before[before.rfind("\n") + 1 :].strip()
 
 
 def _blank_line(text: str, position: int) -> int:
     """Return where the paragraph's blank line begins; 0 where none follows soon."""
-    match = BLANK_LINE.search(text, max(position - 1, 0), position + 2 * FRINGE)
+    match = _BLANK_LINE.search(text, max(position - 1, 0), position + 2 * _FRINGE)
     return match.start() + 1 if match else 0
 
 
 def _near_end(text: str, position: int) -> int:
     """Return the end of the paragraph, the text or the line, if it is near; `position` itself in a long line."""
     end = _paragraph_end(text, position)
-    return end if end - position <= 2 * FRINGE else position
+    return end if end - position <= 2 * _FRINGE else position
 
 
 def _paragraph_end(text: str, position: int) -> int:
     """Return the end of the paragraph; of the line, where a paragraph is as long as a body."""
-    end = len(text) if len(text) - position <= 2 * FRINGE else _end_of_line(text, position)
+    end = len(text) if len(text) - position <= 2 * _FRINGE else _end_of_line(text, position)
     return _blank_line(text, position) or end

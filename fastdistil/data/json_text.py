@@ -81,12 +81,12 @@ def json_text(record: str, text_field: str) -> str:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{json_kind(value)}, wanted an object")
+        raise ValueError(f"{_json_kind(value)}, wanted an object")
     if text_field not in value:
         raise ValueError(f"no field {text_field!r}")
     text = value[text_field]
     if not isinstance(text, str):
-        raise ValueError(f"{text_field!r} is {json_kind(text)}, wanted a string")
+        raise ValueError(f"{text_field!r} is {_json_kind(text)}, wanted a string")
     if "\\u" in record:
         try:
             text.encode()
@@ -97,6 +97,6 @@ def json_text(record: str, text_field: str) -> str:
     return text
 
 
-def json_kind(value: object) -> str:
+def _json_kind(value: object) -> str:
     kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return kinds.get(type(value), f"a {type(value).__name__}")

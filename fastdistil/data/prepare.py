@@ -140,15 +140,15 @@ def prepare(
     plain(tokenizer.backend_tokenizer)
     if options.strip is None:
         options = replace(options, strip=tokenizer.mask_token_id is not None)
-    identity = identity_of(sources, options, tokenizer)
-    tell = Teller(progress, sources)
+    identity = _identity_of(sources, options, tokenizer)
+    tell = _Teller(progress, sources)
     if ignored:
         tell(f"ignored {len(ignored)} files of other kinds: {listed([printable(path.name) for path in ignored])}")
     if passed_over:
         names = [printable(path.name) for path in passed_over]
         tell(f"passed over {len(passed_over)} hidden or backup files: {listed(names)}")
-    with translated("writing the prepared corpus", out), sole_writer(out, tell):
-        if (manifest := finished_before(out, identity)) is not None:
+    with translated("writing the prepared corpus", out), _sole_writer(out, tell):
+        if (manifest := _finished_before(out, identity)) is not None:
             tell(f"{out} is up to date")
             return manifest
         written = resumed(out, identity)
@@ -181,7 +181,7 @@ def prepare(
             where = f"the first {written.sequences:,} sequences"
             check_unknown_share(share(), options.max_unknown_share, tokenizer, where)
 
-        write_shards(shards, reader, plan, workers, tell, check_unknown)
+        _write_shards(shards, reader, plan, workers, tell, check_unknown)
         if not written.sequences:
             raise UserError(
                 f"no usable sequence in {len(sources)} files ({written.documents} documents with tokens, {written.dropped} "
@@ -197,7 +197,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def identity_of(sources: list[InputFile], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
+def _identity_of(sources: list[InputFile], options: PrepareOptions, tokenizer: FastTokenizer) -> dict[str, Any]:
     """All that decides which bytes are written: a directory goes on, or is up to date, only with the same."""
     front, special_tokens = front_token(tokenizer), options.special_tokens
     return {
@@ -245,7 +245,7 @@ def make_plan(tokenizer: FastTokenizer, options: PrepareOptions) -> PieceRules:
     return PieceRules(options.max_length, front, back, unknown_id(tokenizer), *limits, dtype, options.special_tokens_in_text)
 
 
-class Teller:
+class _Teller:
     """Calls `progress`, if there is one, with what it wants to know."""
 
     def __init__(self, progress: Callable[[PrepareProgress], None] | None, sources: list[InputFile]) -> None:
@@ -264,8 +264,8 @@ class Teller:
             self._progress(PrepareProgress(done, self._files, read, self.bytes_total, tokens, seconds, note))
 
 
-def write_shards(
-    shards: Shards, reader: Reading, plan: PieceRules, workers: int, tell: Teller, check_unknown: Callable[[], None]
+def _write_shards(
+    shards: Shards, reader: Reading, plan: PieceRules, workers: int, tell: _Teller, check_unknown: Callable[[], None]
 ) -> None:
     """Tokenise what `reader` gives behind the blocks that finished shards hold."""
     todo = islice(reader.blocks(), shards.written.blocks, None)
@@ -332,7 +332,7 @@ def completed(shards: Shards, reader: Reading, fingerprint: str, dtype: str, pas
 
 
 @contextmanager
-def sole_writer(out: Path, note: Callable[[str], None]) -> Iterator[None]:
+def _sole_writer(out: Path, note: Callable[[str], None]) -> Iterator[None]:
     """Hold the output directory, made if need be, against a second prepare."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -342,12 +342,12 @@ def sole_writer(out: Path, note: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def finished_before(out: Path, identity: dict[str, Any]) -> Manifest | None:
+def _finished_before(out: Path, identity: dict[str, Any]) -> Manifest | None:
     path = out / "manifest.json"
     if path.is_file():
         manifest = Manifest.read(path)
         (out / "progress.json").unlink(missing_ok=True)  # a kill between the two last steps leaves it
-        refuse_other(out, identity, {**asdict(manifest), "format": FORMAT})
+        _refuse_other(out, identity, {**asdict(manifest), "format": FORMAT})
         return manifest
     if not (out / "progress.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and no prepared corpus; choose another --out")
@@ -382,19 +382,19 @@ def resumed(out: Path, identity: dict[str, Any]) -> WrittenShards:
         raise CorruptData(f"{path} is damaged ({reason(error)}); delete {out} and run fastdistil prepare again") from error
     if not written.shards:
         return WrittenShards()
-    refuse_other(out, identity, progress)
+    _refuse_other(out, identity, progress)
     for name, facts in written.files.items():
         check_file(out / name, facts, full=True)
     return written
 
 
-EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
+_EARLIER_OPTIONS = {"special_tokens_in_text": True, "strip": True}
 """What versions did that had no such options."""
 
 
-def refuse_other(out: Path, expected: dict[str, Any], recorded: dict[str, Any]) -> None:
+def _refuse_other(out: Path, expected: dict[str, Any], recorded: dict[str, Any]) -> None:
     """Raises UserError where `out` was made from other inputs, options or another tokenizer."""
-    before = {**EARLIER_OPTIONS, **expected["earlier_options"], **recorded["options"]}
+    before = {**_EARLIER_OPTIONS, **expected["earlier_options"], **recorded["options"]}
     if before.get("strip_gutenberg") and "strip" not in recorded["options"]:
         before["strip_gutenberg"] = "by other rules"  # of earlier versions: old licences stayed, and books went
     options = {name for name in expected["options"] if expected["options"][name] != before.get(name)}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Well-documented packages that fastdistil itself needs; the standard library comes first.
-PACKAGES = (
+_PACKAGES = (
     "numpy",
     "torch",
     "pydantic",
@@ -26,12 +26,12 @@ PACKAGES = (
     "yaml",
 )
 # Not documentation: tests, and files whose text is generated or repeated.
-LEFT_OUT = frozenset(
+_LEFT_OUT = frozenset(
     {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "_vendor"}
 )
 SHORTEST = 200
 """Characters: shorter strings say little."""
-LARGEST_FILE_BYTES = 400_000
+_LARGEST_FILE_BYTES = 400_000
 
 
 def python_documents(limit_bytes: int) -> Iterator[str]:
@@ -55,7 +55,7 @@ def _all_documents() -> Iterator[str]:
     for path in _sources(Path(paths["stdlib"])):
         yield from docstrings(path)
     yield from _readmes()
-    for name in PACKAGES:
+    for name in _PACKAGES:
         for root in {paths["purelib"], paths["platlib"]}:
             for path in _sources(Path(root) / name):
                 yield from docstrings(path)
@@ -71,7 +71,7 @@ def _readmes() -> Iterator[str]:
 
 def _sources(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*.py")):
-        if not LEFT_OUT.intersection(path.relative_to(folder).parts) and path.stat().st_size <= LARGEST_FILE_BYTES:
+        if not _LEFT_OUT.intersection(path.relative_to(folder).parts) and path.stat().st_size <= _LARGEST_FILE_BYTES:
             yield path
 
 

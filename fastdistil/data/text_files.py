@@ -28,10 +28,10 @@ CHUNK_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 1 << 28
 """A line of JSON must fit into memory; a file without line ends would fill it."""
 EARLY_STOP_RECORDS = 1000
-CONTROL_CHARACTERS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1a\x1b"))
-BINARY_SHARE = 0.08
+_CONTROL_CHARACTERS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1a\x1b"))
+_BINARY_SHARE = 0.08
 """A file with a larger share of control characters in its first chunk is no text; of random bytes it is 0.1."""
-SIGNATURES = {
+_SIGNATURES = {
     b"%PDF-": "a PDF",
     b"PK\x03\x04": "a zip archive (or a docx, odt, epub file)",
     b"\xd0\xcf\x11\xe0": "an old Office document",
@@ -94,7 +94,7 @@ class Reading:
         gathered: list[str] = []
         size = 0
         for document in self._all_documents():
-            for part in cut_long(document):
+            for part in _cut_long(document):
                 text = part.strip() if self.strip else part
                 if text and not text.isspace():
                     gathered.append(text)
@@ -111,7 +111,7 @@ class Reading:
         for source in self.sources:
             stripper = GutenbergText() if self.strip_gutenberg else None
             if source.kind == "txt":
-                texts = self._decoded(source, cut_at_lines(self._bytes(source, before)))
+                texts = self._decoded(source, _cut_at_lines(self._bytes(source, before)))
                 yield from cut_documents(texts if stripper is None else stripper.strip(texts), self.documents)
             else:
                 records = self._parquet(source, before) if source.kind == "parquet" else self._json(source, before)
@@ -214,7 +214,7 @@ class Reading:
             while data := stream.read(CHUNK_BYTES):
                 self._stop_early()
                 if first:
-                    data = checked_start(source.path, data)
+                    data = _checked_start(source.path, data)
                     first = False
                 self.bytes_read = before + min(file.tell(), source.size)
                 yield data
@@ -249,7 +249,7 @@ class Reading:
         )
 
 
-def checked_start(path: Path, data: bytes) -> bytes:
+def _checked_start(path: Path, data: bytes) -> bytes:
     """The first chunk without a UTF-8 byte order mark. Raises UserError where it is no UTF-8 text at all."""
     wide = (
         ("utf-32", codecs.BOM_UTF32_LE),
@@ -260,10 +260,10 @@ def checked_start(path: Path, data: bytes) -> bytes:
     for name, mark in wide:
         if data.startswith(mark):
             raise UserError(f"{path} is {name.upper()}, wanted UTF-8; convert it: iconv -f {name} -t utf-8 {path} > new.txt")
-    for signature, description in SIGNATURES.items():
+    for signature, description in _SIGNATURES.items():
         if data.startswith(signature):
             raise UserError(f"{path} is {description}, wanted UTF-8 text; leave it out, or convert it")
-    if len(data) - len(data.translate(None, CONTROL_CHARACTERS)) > BINARY_SHARE * len(data):
+    if len(data) - len(data.translate(None, _CONTROL_CHARACTERS)) > _BINARY_SHARE * len(data):
         raise UserError(
             f"{path} holds {'NUL bytes' if bytes(1) in data else 'control characters'}: a binary file, or UTF-16 text without "
             "a byte order mark; leave it out, or convert it: iconv -f utf-16le -t utf-8"
@@ -281,7 +281,7 @@ def decoded(raw: bytes) -> str:
         raise ValueError(f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from error
 
 
-def cut_at_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _cut_at_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Cut chunks anew so that each ends at a line's end, a longer line at a space."""
     pending = b""
     for chunk in chunks:
@@ -321,22 +321,22 @@ def cut_documents(texts: Iterable[str], documents: Documents) -> Iterator[str]:
                 done = []
         yield from done
         while len(pending) > BLOCK_CHARACTERS:
-            end = cut_position(pending)
+            end = _cut_position(pending)
             yield pending[:end]
             pending = pending[end:]
     yield re.sub(r"\n[^\S\n]*\Z", "", pending) if documents == "paragraph" else pending
 
 
-def cut_long(document: str) -> Iterator[str]:
+def _cut_long(document: str) -> Iterator[str]:
     start = 0
     while len(document) - start > BLOCK_CHARACTERS:
-        end = cut_position(document, start)
+        end = _cut_position(document, start)
         yield document[start:end]
         start = end
     yield document[start:] if start else document
 
 
-def cut_position(text: str, start: int = 0) -> int:
+def _cut_position(text: str, start: int = 0) -> int:
     middle, limit = start + BLOCK_CHARACTERS // 2, start + BLOCK_CHARACTERS
     for separator in ("\n\n", "\n", " "):
         end = text.rfind(separator, middle, limit)

@@ -33,8 +33,8 @@ LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 """Suffixes of JSON that is one record a line; with others it may be one array."""
 COMPRESSIONS = (".gz", ".xz", ".zst")
 """Suffixes of compressed files, of all kinds but parquet, which compresses its own columns."""
-READABLE = f"{', '.join(SUFFIXES)} (text and JSON also with {', '.join(COMPRESSIONS)})"
-BACKUPS = ("~", "#", ".bak", ".orig", ".swp", ".tmp")
+_READABLE = f"{', '.join(SUFFIXES)} (text and JSON also with {', '.join(COMPRESSIONS)})"
+_BACKUPS = ("~", "#", ".bak", ".orig", ".swp", ".tmp")
 
 
 class InputFile(NamedTuple):
@@ -64,18 +64,18 @@ def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = Non
     if not inputs:
         raise UserError("no inputs; give text files, directories or globs")
     for pattern in inputs:
-        for path in named_by(pattern):
+        for path in _named_by(pattern):
             files = [path]
             if path.is_dir():
-                files, hidden = files_below(path, out)
+                files, hidden = _files_below(path, out)
                 passed_over += hidden
-            elif kind_of(path, read_as) is None:
+            elif _kind_of(path, read_as) is None:
                 raise UserError(
-                    f"{path} is of no kind that can be read; wanted {READABLE}; "
+                    f"{path} is of no kind that can be read; wanted {_READABLE}; "
                     "rename it, or say what it holds with --as txt|jsonl|parquet"
                 )
             for file in files:
-                kind = kind_of(file, read_as)
+                kind = _kind_of(file, read_as)
                 if kind is None:
                     ignored.append(file)
                 elif file.resolve() not in sources:
@@ -84,34 +84,34 @@ def find_inputs(inputs: Sequence[str], out: Path, read_as: TextKind | None = Non
                     sources[file.resolve()] = InputFile(file, stat.st_size, stat.st_mtime_ns, kind)
     if not sources:
         raise UserError(
-            f"no {READABLE} files in {', '.join(inputs)} ({len(ignored)} files of other kinds, {len(passed_over)} hidden or "
+            f"no {_READABLE} files in {', '.join(inputs)} ({len(ignored)} files of other kinds, {len(passed_over)} hidden or "
             "backup files); give others, or say what they hold with --as txt|jsonl|parquet"
         )
     return Inputs(list(sources.values()), ignored, passed_over)
 
 
-def files_below(directory: Path, out: Path) -> tuple[list[Path], list[Path]]:
+def _files_below(directory: Path, out: Path) -> tuple[list[Path], list[Path]]:
     """Return a directory's files, sorted, and what is passed over. Hidden folders are not looked into, nor is `out`."""
     files: list[Path] = []
     passed_over: list[Path] = []
     out_below = directory.resolve() in out.resolve().parents  # written below its input: its own quarantine is not text
-    for folder, folders, names in os.walk(directory, onerror=refuse_folder, followlinks=True):
+    for folder, folders, names in os.walk(directory, onerror=_refuse_folder, followlinks=True):
         if out_below:
             place = directory.resolve() / Path(folder).relative_to(directory)
             folders[:] = [name for name in folders if place / name != out.resolve()]
-        passed_over += [Path(folder) / name for name in folders if is_hidden(name)]
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        passed_over += [Path(folder) / name for name in folders if _is_hidden(name)]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         for name in names:
-            is_passed_over = is_hidden(name) or name.lower().endswith(BACKUPS)
+            is_passed_over = _is_hidden(name) or name.lower().endswith(_BACKUPS)
             (passed_over if is_passed_over else files).append(Path(folder) / name)
     return sorted(files), sorted(passed_over)
 
 
-def refuse_folder(error: OSError) -> None:
+def _refuse_folder(error: OSError) -> None:
     raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def named_by(pattern: str) -> list[Path]:
+def _named_by(pattern: str) -> list[Path]:
     """Return the path, or what the glob matches. Raises UserError where that is nothing."""
     if os.path.lexists(pattern):
         return [Path(pattern)]
@@ -121,12 +121,12 @@ def named_by(pattern: str) -> list[Path]:
     return [Path(match) for match in matches]
 
 
-def is_hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     """Tell whether a file or folder is hidden (.git, ._a.txt) or an archive's shadow."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def kind_of(path: Path, read_as: TextKind | None = None) -> TextKind | None:
+def _kind_of(path: Path, read_as: TextKind | None = None) -> TextKind | None:
     """Return what a file holds by the end of its name; None: nothing that can be read."""
     kind = read_as or SUFFIXES.get(kind_suffix(path))
     compressed_parquet = kind == "parquet" and read_as is None and path.suffix.lower() in COMPRESSIONS

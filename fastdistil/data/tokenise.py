@@ -73,10 +73,10 @@ class Encoder:
         self.tokenizer = Tokenizer.from_file(tokenizer_file)
         plain(self.tokenizer)
         self.plan = plan
-        names = sorted(special_names(self.tokenizer), key=len, reverse=True)  # the longest first, as the tokenizer has it
+        names = sorted(_special_names(self.tokenizer), key=len, reverse=True)  # the longest first, as the tokenizer has it
         self.special = re.compile("|".join(map(re.escape, names))) if names else None
         if not plan.special_tokens_in_text:
-            read_special_tokens_as_text(self.tokenizer)
+            _read_special_tokens_as_text(self.tokenizer)
         # A tokenizer that marks the beginning of every text would mark the stretches too.
         self.stretch = sys.maxsize
         with suppress(UserError):  # where it has no token for these words
@@ -115,11 +115,11 @@ class Encoder:
             ) from error
 
 
-def special_names(tokenizer: "Tokenizer") -> set[str]:
+def _special_names(tokenizer: "Tokenizer") -> set[str]:
     return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special and token.content}
 
 
-def read_special_tokens_as_text(tokenizer: "Tokenizer") -> None:
+def _read_special_tokens_as_text(tokenizer: "Tokenizer") -> None:
     """Make a tokenizer encode what spells a special token, such as [MASK], as it encodes other text; ids stay the same.
 
     encode_special_tokens keeps the tokenizer from looking for them, but most are entries of its model too, which may come upon
@@ -136,7 +136,7 @@ def read_special_tokens_as_text(tokenizer: "Tokenizer") -> None:
     reachable = {name for name, _ in entries}
     if model["type"] == "BPE" and not model.get("ignore_merges"):
         reachable = {left + right.removeprefix(prefix) for left, right in merges}
-    hidden = {name: UNMATCHABLE + name for name in special_names(tokenizer) if len(name) > 1 and name in reachable}
+    hidden = {name: _UNMATCHABLE + name for name in _special_names(tokenizer) if len(name) > 1 and name in reachable}
     if not hidden:
         return
     renamed = [(hidden.get(name, name), value) for name, value in entries]
@@ -148,7 +148,7 @@ def read_special_tokens_as_text(tokenizer: "Tokenizer") -> None:
     tokenizer.model = Tokenizer.from_str(json.dumps({**definition, "added_tokens": []})).model
 
 
-UNMATCHABLE = "\U0010fffe\U0010ffff"
+_UNMATCHABLE = "\U0010fffe\U0010ffff"
 """Noncharacters: no text that is exchanged holds them."""
 
 

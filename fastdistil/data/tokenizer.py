@@ -97,7 +97,7 @@ def plain(tokenizer: "Tokenizer") -> None:
     tokenizer.no_padding()
 
 
-SPECIAL_TOKENS = (
+_SPECIAL_TOKENS = (
     {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
     {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>", "pad_token": "<pad>", "unk_token": "<unk>"},
     {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
@@ -105,7 +105,7 @@ SPECIAL_TOKENS = (
 """BERT's, RoBERTa's and GPT-2's spelling, for directories that hold a tokenizer.json and no word of what its tokens are for."""
 
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def load_tokenizer(path: str | Path) -> FastTokenizer:
@@ -118,8 +118,8 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
     name = str(path)
     folder = Path(path)
     if folder.is_dir():
-        if not any(match for pattern in TOKENIZER_FILES for match in folder.glob(pattern)):
-            raise UserError(f"{folder} holds no tokenizer; wanted one of {', '.join(TOKENIZER_FILES)}")
+        if not any(match for pattern in _TOKENIZER_FILES for match in folder.glob(pattern)):
+            raise UserError(f"{folder} holds no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
     elif folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no tokenizer directory {name}; give a directory or a hub id such as bert-base-uncased")
     problem, advice = f"cannot load the tokenizer {name!r}", "give a directory or a reachable hub id"
@@ -129,7 +129,7 @@ def load_tokenizer(path: str | Path) -> FastTokenizer:
         raise UserError(f"the tokenizer {name!r} has no fast (Rust) version; save one with convert_slow_tokenizer")
     if not tokenizer.all_special_ids:
         vocabulary = tokenizer.get_vocab()
-        named = next((names for names in SPECIAL_TOKENS if vocabulary.keys() >= set(names.values())), {})
+        named = next((names for names in _SPECIAL_TOKENS if vocabulary.keys() >= set(names.values())), {})
         length = tokenizer.model_max_length
         tokenizer = fast_tokenizer(tokenizer.backend_tokenizer, length, named)
     return cast(FastTokenizer, tokenizer)
@@ -186,7 +186,7 @@ def difference_as_loaded(tokenizer: FastTokenizer, folder: Path, texts: Iterable
         return f"{vocabulary_size(loaded)} entries, not {vocabulary_size(tokenizer)}"
     if loaded.get_vocab() != tokenizer.get_vocab():
         return "other tokens for the same ids"
-    for text in (*PROBES, *texts):
+    for text in (*_PROBES, *texts):
         for add_special_tokens in (True, False):
             ids = loaded(text, add_special_tokens=add_special_tokens).input_ids
             if ids != cast(Any, tokenizer)(text, add_special_tokens=add_special_tokens).input_ids:
@@ -194,7 +194,7 @@ def difference_as_loaded(tokenizer: FastTokenizer, folder: Path, texts: Iterable
     return None
 
 
-PROBES = (
+_PROBES = (
     "",
     " two  spaces\tand a tab\n\n and lines\r\n",
     "don't 1234,567 (\ufb01) na\u00efve NA\u00cfVE cafe\u0301",
@@ -212,7 +212,7 @@ def fast_tokenizer(tokenizer: "Tokenizer", model_max_length: int, special_tokens
     )
 
 
-ALPHABET = 1000
+_ALPHABET = 1000
 """Letters of a trained vocabulary; rarer ones are unknown."""
 
 
@@ -223,7 +223,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out: str | Path) -> P
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    names = SPECIAL_TOKENS[0]
+    names = _SPECIAL_TOKENS[0]
     special = [names[f"{name}_token"] for name in ("pad", "unk", "cls", "sep", "mask")]
     texts = list(texts)
 
@@ -248,7 +248,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out: str | Path) -> P
         raise UserError("there is no text to train a tokenizer on; give some")
     frequency = Counter(chain.from_iterable(text.lower() for text in texts))
     singles = sorted((letter for letter in letters if len(letter) == 1), key=lambda letter: (-frequency[letter], letter))
-    alphabet = singles[:ALPHABET]
+    alphabet = singles[:_ALPHABET]
     continuing = sorted(letter for letter in letters if letter.startswith("##") and letter[2:] in alphabet)
     vocabulary = trained(special + continuing, vocab_size, alphabet, len(alphabet))
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=names["unk_token"]))

@@ -14,7 +14,7 @@ from fastdistil.errors import UserError
 
 WARNING_SHARE = 0.01
 MAX_UNKNOWN_SHARE = 0.2
-CAPITALS = 0.02
+_CAPITALS = 0.02
 """A vocabulary of cased text has a larger share of entries with capitals."""
 
 
@@ -43,13 +43,13 @@ def check_unknown_share(share: float, limit: float, tokenizer: FastTokenizer, wh
 def unknown_text(share: float, tokenizer: FastTokenizer, where: str) -> str:
     """Say how many tokens of what `where` names are unknown, and why that may be."""
     name = tokenizer.convert_ids_to_tokens(unknown_id(tokenizer) or 0)
-    return f"{share:.1%} of the tokens of {where} are unknown ({name}): {likely_reason(tokenizer)}"
+    return f"{share:.1%} of the tokens of {where} are unknown ({name}): {_likely_reason(tokenizer)}"
 
 
-def likely_reason(tokenizer: FastTokenizer) -> str:
+def _likely_reason(tokenizer: FastTokenizer) -> str:
     special = set(tokenizer.all_special_tokens)
     names = [name for name in tokenizer.get_vocab() if name not in special]
-    cased = sum(name != name.lower() for name in names) > CAPITALS * len(names)
+    cased = sum(name != name.lower() for name in names) > _CAPITALS * len(names)
     lower_cases = normalized(tokenizer.backend_tokenizer, "Aa") == "aa"
     if cased and lower_cases:
         return "the tokenizer lower-cases the text and its vocabulary is cased (see do_lower_case)"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
 
 
-class WordMarks(NamedTuple):
+class _WordMarks(NamedTuple):
     """What the entries of a vocabulary of V tell about words; special tokens are not looked at."""
 
     continues_V: Bools
@@ -32,7 +32,7 @@ class WordMarks(NamedTuple):
     """Whether the vocabulary shows words at all. If not, both arrays are False."""
 
 
-def word_marks(tokenizer: "Tokenizer", vocab_size: int) -> WordMarks:
+def word_marks(tokenizer: "Tokenizer", vocab_size: int) -> _WordMarks:
     """Ask a tokenizer for its marks of words. Costs some 30 ms for 30,000 entries."""
     from tokenizers import models
 
@@ -42,36 +42,36 @@ def word_marks(tokenizer: "Tokenizer", vocab_size: int) -> WordMarks:
     index = np.fromiter(ids.values(), np.int64, len(ids))
     continues_V, ends_V = np.zeros(vocab_size, np.bool_), np.zeros(vocab_size, np.bool_)
     model = tokenizer.model
-    split = pretokens(tokenizer, "aa bb")
+    split = _pretokens(tokenizer, "aa bb")
     if isinstance(model, models.WordLevel):  # an entry is all that the pre-tokenizer leaves together
-        return WordMarks(continues_V, ends_V, len(split) > 1)
+        return _WordMarks(continues_V, ends_V, len(split) > 1)
     # A prefix such as ## stands on every part of a word but its first.
     if prefix := getattr(model, "continuing_subword_prefix", None):
         continues_V[index] = [name.startswith(prefix) for name in names]
-        return WordMarks(continues_V, ends_V, True)
+        return _WordMarks(continues_V, ends_V, True)
     # A suffix such as </w> stands on the last part of every word.
     if suffix := getattr(model, "end_of_word_suffix", None):
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}  # whole words without the suffix
         ends_V[index] = [name.endswith(suffix) or name in added for name in names]
         continues_V[index] = [name not in added for name in names]
-        return WordMarks(continues_V, ends_V, True)
+        return _WordMarks(continues_V, ends_V, True)
     # What the pre-tokenizer makes of a blank is in the entries; between two x the decoder shows it as white space.
     between = re.search("aa(.+)bb", "".join(split), re.IGNORECASE)
     if between is None:  # the blank is gone before the model could mark it
-        return WordMarks(continues_V, ends_V, False)
-    decoder = blank_showing_decoder(tokenizer, between[1])
+        return _WordMarks(continues_V, ends_V, False)
+    decoder = _blank_showing_decoder(tokenizer, between[1])
     texts = [decoder.decode(["x", name, "x"])[1:-1] for name in names]
     continues_V[index] = [not text[:1].isspace() for text in texts]
     ends_V[index] = [text[-1:].isspace() and not text.isspace() for text in texts]
     marked = not continues_V[index].all() or bool(ends_V.any())
-    return WordMarks(continues_V & marked, ends_V, marked)
+    return _WordMarks(continues_V & marked, ends_V, marked)
 
 
 def normalized(tokenizer: "Tokenizer", text: str) -> str:
     return text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
 
 
-def pretokens(tokenizer: "Tokenizer", text: str) -> list[str]:
+def _pretokens(tokenizer: "Tokenizer", text: str) -> list[str]:
     """What the model gets to cut into tokens: the text after the normalizer and the pre-tokenizer."""
     text = normalized(tokenizer, text)
     if tokenizer.pre_tokenizer is None:
@@ -79,7 +79,7 @@ def pretokens(tokenizer: "Tokenizer", text: str) -> list[str]:
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-def blank_showing_decoder(tokenizer: "Tokenizer", blank: str) -> "Decoder":
+def _blank_showing_decoder(tokenizer: "Tokenizer", blank: str) -> "Decoder":
     """The tokenizer's decoder if it gives blanks, spelt `blank`, back and adds none; else a plain one that does."""
     from tokenizers import decoders
 
@@ -92,7 +92,7 @@ def blank_showing_decoder(tokenizer: "Tokenizer", blank: str) -> "Decoder":
     return next(decoder for decoder in candidates if shows_blanks(decoder))
 
 
-class WordCheck(NamedTuple):
+class _WordCheck(NamedTuple):
     """How the words that whole-word masking makes compare with the words of texts."""
 
     words: int
@@ -100,7 +100,7 @@ class WordCheck(NamedTuple):
     """Those that hold several words of the text, or only a part of one."""
 
 
-def compare_words(tokenizer: "Tokenizer", table: MaskTable, texts: Iterable[str]) -> WordCheck:
+def compare_words(tokenizer: "Tokenizer", table: MaskTable, texts: Iterable[str]) -> _WordCheck:
     """Group the tokens of texts into words as masking does, and compare with the texts themselves.
 
     A word is right if the text has white space at its ends only, and if it does not begin inside what white space and the
@@ -121,10 +121,10 @@ def compare_words(tokenizer: "Tokenizer", table: MaskTable, texts: Iterable[str]
             words += 1
             if begins_inside or len(word.split()) > 1:
                 wrong.append(word)
-    return WordCheck(words, wrong)
+    return _WordCheck(words, wrong)
 
 
-WRONG_WORDS = 0.01
+_WRONG_WORDS = 0.01
 """A larger share of words that are none is noted."""
 
 
@@ -132,7 +132,7 @@ def check_words(tokenizer: "Tokenizer", table: MaskTable, sequences: Iterable[In
     """Note it where the words that whole-word masking takes from sequences of tokens are not those of their text."""
     texts = (tokenizer.decode(sequence.tolist(), skip_special_tokens=True) for sequence in sequences)
     words, wrong = compare_words(tokenizer, table, texts)
-    if len(wrong) > WRONG_WORDS * words:
+    if len(wrong) > _WRONG_WORDS * words:
         note(
             f"mask.whole_word: {len(wrong)} of {words} sampled words are not words of the text, such as {wrong[0][:60]!r}: "
             "how this tokenizer marks words is not understood; set mask.whole_word=false"
