@@ -101,6 +101,11 @@ def learnt(run: Path) -> list[tuple[Any, ...]]:
     return [(e["update"], e["total"], e["soft"], e["hard"], e["cosine"], e["grad_norm"], e["lr"]) for e in events(run)]
 
 
+def saved_updates(checkpoints: Path) -> list[int]:
+    """The updates that have a checkpoint, in order."""
+    return sorted(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+
+
 def saved_state(run: Path, update: int = 8) -> dict[str, Tensor]:
     """A checkpoint's tensors, as "model.NAME", "optimizer.NAME" and "rank-R.NAME"."""
     folder = run / "checkpoints" / f"step-{update:08d}"

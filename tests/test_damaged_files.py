@@ -223,7 +223,7 @@ def small_corpus(folder: Path, sequences: int = 12) -> Path:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": checkpoint.file_sha256(path)}
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,11 @@ from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import sole_user
-from fastdistil.training.checkpoint import list_updates
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import make_plan
 from fastdistil.training.optim import LossScale
 from tests.fork_server import ForkServer
-from tests.small_run import TINY, assert_same_bits, events, learnt, quiet, saved_state, small
+from tests.small_run import TINY, assert_same_bits, events, learnt, quiet, saved_state, saved_updates, small
 
 
 def test_a_run_leaves_what_it_promises(material: Path, tmp_path: Path) -> None:
@@ -54,7 +53,7 @@ def test_a_run_leaves_what_it_promises(material: Path, tmp_path: Path) -> None:
     evaluations = events(run, "evaluation")
     assert [e["update"] for e in evaluations] == [3, 6, 8]
     best = min(evaluations, key=lambda e: e["loss"])["update"]
-    checkpoints = list_updates(run / "checkpoints")
+    checkpoints = saved_updates(run / "checkpoints")
     assert best in checkpoints and 8 in checkpoints and len(checkpoints) <= 3
     # The student is transformers' alone, with tokenizer and card.
     student = transformers.AutoModelForMaskedLM.from_pretrained(run / "student")
@@ -140,7 +139,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
         assert events(run, "evaluation", update=at - 1) and not (run / "PAUSE").exists()
     if code == 75:
         # The open window is dropped: the last whole update is what is saved.
-        assert list_updates(run / "checkpoints")[-1] == at - 1
+        assert saved_updates(run / "checkpoints")[-1] == at - 1
         assert "--resume" in first.stderr
     second = start(recipe, resume="auto")
     assert second.returncode == 0, second.stderr
@@ -171,7 +170,7 @@ def test_a_checkpoint_can_be_named(material: Path, tmp_path: Path) -> None:
 def test_a_flipped_bit_in_a_checkpoint_is_seen(material: Path, tmp_path: Path) -> None:
     quiet(small(material, tmp_path, "checkpoint.keep=2"))
     run = tmp_path / "run"
-    names = list_updates(run / "checkpoints")
+    names = saved_updates(run / "checkpoints")
     newest = run / "checkpoints" / f"step-{names[-1]:08d}"
     content = bytearray((newest / "model.safetensors").read_bytes())
     content[-5] ^= 1
@@ -252,7 +251,7 @@ def test_a_loss_that_is_not_finite_gates_the_update(
         assert caught.value.exit_code == 10
         # What is saved is the state before it: the same as a clean run of two updates leaves.
         monkeypatch.undo()
-        assert list_updates(tmp_path / "run" / "checkpoints") == [2]
+        assert saved_updates(tmp_path / "run" / "checkpoints") == [2]
         clean = tmp_path / "clean"
         with monkeypatch.context() as patch:
             patch.setattr(train, "train_step", stop_after(2))
@@ -298,7 +297,7 @@ def test_a_bad_update_before_an_evaluation_is_not_evaluated(
     with pytest.raises(NonFinite, match=r"update 2 .*--resume"):
         quiet(small(material, tmp_path, "logging.every=10", "evaluation.every=4", "checkpoint.every=null"))
     run = tmp_path / "run"
-    assert list_updates(run / "checkpoints") == [1] and not events(run, "evaluation")
+    assert saved_updates(run / "checkpoints") == [1] and not events(run, "evaluation")
     state = json.loads((run / "checkpoints" / "step-00000001" / "state.json").read_text())
     assert state["best_update"] is None
     monkeypatch.undo()

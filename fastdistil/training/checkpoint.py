@@ -11,14 +11,13 @@ checkpoint, whenever the process dies. What is traded: each save reads what it w
 """
 
 import errno
-import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastdistil.errors import CorruptData, DiskFull, UserError, translated
-from fastdistil.storage import sync, sync_tree
+from fastdistil.storage import canonical, file_sha256, sync, sync_tree, text_sha256
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Sha256, Whole, check, read_json, reason
 
 FORMAT = 1
@@ -39,7 +38,6 @@ STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_HASH_CHUNK_BYTES = 1 << 22
 
 
 class Manifest(TypedDict):
@@ -99,16 +97,13 @@ def save(
         }
         text = json.dumps(state, indent=1)  # NaN and Infinity included: Python reads them back
         _check_space(directory, len(text) + sum(_stored_bytes(group) for group in groups.values()))
-        try:
-            with atomic_directory(target) as temporary:
-                for name, group in groups.items():
-                    save_file(_storable(name, group.make()) if isinstance(group, Deferred) else group, temporary / name)
-                (temporary / STATE).write_text(text, encoding="utf-8")
-                _write_manifest(temporary, update, [*groups, STATE])
-                if _same(temporary, target):
-                    raise _AlreadyThere
-        except _AlreadyThere:
-            pass
+        with suppress(_AlreadyThere), atomic_directory(target) as temporary:
+            for name, group in groups.items():
+                save_file(_storable(name, group.make()) if isinstance(group, Deferred) else group, temporary / name)
+            (temporary / STATE).write_text(text, encoding="utf-8")
+            _write_manifest(temporary, update, [*groups, STATE])
+            if _same(temporary, target):
+                raise _AlreadyThere
         _rotate(directory, update, keep, protect)
     return target
 
@@ -169,11 +164,6 @@ def latest(
             "start the run again under another name"
         )
     return None
-
-
-def list_updates(directory: Path) -> list[int]:
-    """Updates that have a checkpoint in `directory`, in order; nothing is verified."""
-    return sorted(_present(directory))
 
 
 @contextmanager
@@ -266,24 +256,15 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def _write_manifest(directory: Path, update: int, names: list[str]) -> None:
-    files = {name: {"sha256": _sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
+    files = {name: {"sha256": file_sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
     values = {"format": FORMAT, "update": update, "files": files}
     manifest = {**values, "sha256": _own_sha256(values)}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _own_sha256(manifest: Mapping[str, Any]) -> str:
-    """Of all in the manifest but this sum. Every format keeps this rule, so that a newer one is told from a broken one."""
-    fields = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Sum up all in the manifest but this sum. Every format keeps this rule, so that a newer one is told from a broken one."""
+    return text_sha256(canonical({key: value for key, value in manifest.items() if key != "sha256"}))
 
 
 def _read_manifest(directory: Path) -> Manifest:
@@ -321,7 +302,7 @@ def _verified(directory: Path) -> Manifest:
             if size != expected["bytes"]:
                 raise CorruptData(f"{path} is corrupt: expected {expected['bytes']} bytes, found {size}")
             try:
-                actual_sha256 = _sha256(path)
+                actual_sha256 = file_sha256(path)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.training.checkpoint import list_updates
-from tests.small_run import assert_same_bits, learnt, saved_state, small
+from tests.small_run import assert_same_bits, learnt, saved_state, saved_updates, small
 
 PROGRAM = """
 import json, os, sys
@@ -182,7 +181,7 @@ def test_what_is_owed_is_rolled_back_with_the_weights(
     run_ranks(POISONED, 2, tmp_path / "whole.yaml", "well", "")
     run_ranks(POISONED, 2, tmp_path / "cut.yaml", "bad", "")
     reference, cut = (tmp_path / name / "run" for name in ("whole", "cut"))
-    assert list_updates(cut / "checkpoints") == [4]
+    assert saved_updates(cut / "checkpoints") == [4]
     state = saved_state(cut, 4)
     assert sum(name.startswith("rank-1.") and name.endswith(".residual") for name in state) > 0
     assert_same_bits(state, saved_state(reference, 4))

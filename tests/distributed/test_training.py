@@ -14,9 +14,8 @@ import pytest
 
 from fastdistil import events as event_log
 from fastdistil.recipe import Recipe, load_recipe
-from fastdistil.training.checkpoint import list_updates
 from tests.distributed.conftest import Start
-from tests.small_run import assert_same_bits, events, learnt, quiet, saved_state, small
+from tests.small_run import assert_same_bits, events, learnt, quiet, saved_state, saved_updates, small
 
 DRIVER = """
 import os, signal, sys, time
@@ -219,7 +218,7 @@ def test_a_killed_run_continues_bit_for_bit(
     recipe = small(material, tmp_path / "cut", *extra)
     codes = [code for code, _ in train_ranks(recipe, 2, "KILL-ALL", 6)]
     assert codes == [-signal.SIGKILL] * 2
-    assert list_updates(tmp_path / "cut" / "run" / "checkpoints")[-1] == 4
+    assert saved_updates(tmp_path / "cut" / "run" / "checkpoints")[-1] == 4
     all_well(train_ranks(recipe, 2, resume="auto"))
     reference, cut = (saved_state(tmp_path / name / "run") for name in ("whole", "cut"))
     assert any(name.startswith("rank-1.") for name in reference) == (compression == "int8")
@@ -287,7 +286,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(
         assert code == 75, err
         assert "after update 3" in err and "--resume" in err
         assert how in err
-    assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 3
+    assert saved_updates(tmp_path / "run" / "checkpoints")[-1] == 3
     assert [e["update"] for e in events(tmp_path / "run", "evaluation")] == ([3] if how == "PAUSE" else [])
     all_well(train_ranks(recipe, 2, resume="auto"))
     assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))
@@ -325,7 +324,7 @@ def test_a_lost_rank_is_named_and_the_others_end(
     # Whoever is killed last said where it was some moments before.
     update, function = (r"(, update \d)?", r"\w+") if how == "KILL" else (", update 4", "counted")
     assert re.search(rf"{says}.*; its last phase: \w+{update}; its stack: in \S+:\d+ {function} < ", err), err
-    assert list_updates(tmp_path / "run" / "checkpoints")[-1] == 2
+    assert saved_updates(tmp_path / "run" / "checkpoints")[-1] == 2
     all_well(train_ranks(recipe, 2, resume="auto"))
 
 

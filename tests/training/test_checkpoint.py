@@ -16,6 +16,7 @@ import torch
 
 from fastdistil.errors import CorruptData, DiskFull, UserError
 from fastdistil.training import checkpoint
+from tests.small_run import saved_updates
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
@@ -120,9 +121,9 @@ def test_tied_tensors_are_refused_by_name(tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for update in (10, 20, 30, 40):
         put(tmp_path, update, keep=2, protect=frozenset({10}))
-    assert checkpoint.list_updates(tmp_path) == [10, 30, 40]
+    assert saved_updates(tmp_path) == [10, 30, 40]
     put(tmp_path, 50, keep=1)
-    assert checkpoint.list_updates(tmp_path) == [50]
+    assert saved_updates(tmp_path) == [50]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]
 
 
@@ -130,7 +131,7 @@ def test_rotation_after_going_back_keeps_what_was_just_written(tmp_path: Path) -
     for update in (10, 20, 30):
         put(tmp_path, update)
     put(tmp_path, 15, keep=1)
-    assert checkpoint.list_updates(tmp_path) == [15, 20, 30]
+    assert saved_updates(tmp_path) == [15, 20, 30]
 
 
 def test_old_ones_are_removed_only_after_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +147,7 @@ def test_old_ones_are_removed_only_after_the_new_one_has_its_name(tmp_path: Path
     monkeypatch.setattr(checkpoint, "_rotate", rotate)
     put(tmp_path, 2, keep=1)
     assert listings == [["step-00000001", "step-00000002"]]
-    assert checkpoint.list_updates(tmp_path) == [2]
+    assert saved_updates(tmp_path) == [2]
 
 
 def test_saving_again_is_a_no_op_if_identical_and_replaces_if_not(tmp_path: Path) -> None:
@@ -401,8 +402,8 @@ def test_unreadable_sectors_count_as_corrupt(tmp_path: Path, monkeypatch: pytest
             raise OSError(errno.EIO, "Input/output error", str(path))
         return original(path)
 
-    original = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    original = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", broken)
     warnings: list[str] = []
     assert_holds(checkpoint.latest(tmp_path, warnings.append), 1, 1)
     assert "cannot be read" in warnings[0]
@@ -514,7 +515,7 @@ def test_symbolic_links_are_replaced_not_followed(tmp_path: Path) -> None:
     assert snapshot(tmp_path / "elsewhere") == before
     (tmp_path / "link").symlink_to(runs)
     put(tmp_path / "link", 5)
-    assert checkpoint.list_updates(runs) == [4, 5]
+    assert saved_updates(runs) == [4, 5]
 
 
 # --- directories in one piece ---
