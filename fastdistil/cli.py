@@ -1,23 +1,20 @@
 """The command line: arguments -> a recipe or options -> one call, and its result printed."""
 
-import json
+import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import rich.console
 import typer
 
 from fastdistil import __version__
-from fastdistil.console import EvaluateBar, PrepareBar
-from fastdistil.errors import EXIT_CODES, DiskFull, FastdistilError, RankLost
+from fastdistil.console import EvaluateBar, PrepareBar, prepare_summary
+from fastdistil.errors import EXIT_CODES, DiskFull, FastdistilError, RankLost, UserError, printable, translated
 from fastdistil.signals import stopping_as_interrupts
 from fastdistil.streams import lasting_output
-
-if TYPE_CHECKING:
-    from fastdistil.data.corpus import Manifest
-    from fastdistil.evaluate import Report
 
 app = typer.Typer(
     name="fastdistil",
@@ -46,6 +43,13 @@ ElasticRanks = Annotated[
 GrowAfter = Annotated[
     float, typer.Option(min=0, help="--elastic on one machine: seconds until a lost rank's place is tried again.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DocumentsAre = Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")]
+TextField = Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")]
+ReadAs = Annotated[
+    str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
+]
+StripGutenberg = Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")]
 SpecialTokensInText = Annotated[
     bool,
     typer.Option(
@@ -133,13 +137,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-class RankOptions(NamedTuple):
-    np: int | None
-    hosts: str | None
-    elastic: str | None
-    grow_after_s: float
-
-
 @app.command(
     "pretrain",
     help="Train a model without a teacher, with the same loop: a teacher for those who cannot download one.",
@@ -161,94 +158,19 @@ def _train_or_pretrain(
     elastic: ElasticRanks = None,
     grow_after: GrowAfter = 60.0,
 ) -> None:
-    from fastdistil.errors import UserError
-    from fastdistil.recipe import load_recipe
-    from fastdistil.training.saving import restore_recipe
+    from fastdistil.start import RankOptions, start
 
-    command, options = str(context.command.name), RankOptions(np, hosts, elastic, grow_after)
-    if resume is not None and Path(recipe).name == "recipe.yaml":
-        restore_recipe(Path(recipe).parent, note=lambda text: print(text, file=sys.stderr))
-    loaded = load_recipe(recipe, overrides or ())
-    if command == "train" and recipe == "demo":
-        _demo(loaded, resume, dry_run, options)
-        return
-    if command == "train" and loaded.teacher is None:
-        raise UserError(f"recipe {recipe} has no teacher; set teacher.path=..., or use `fastdistil pretrain`")
-    if command == "pretrain" and loaded.teacher is not None:
-        raise UserError(f"recipe {recipe} has a teacher ({loaded.teacher.path}); use `fastdistil train`, or set teacher=null")
-    _run(command, loaded, recipe, overrides or [], resume, dry_run, options)
+    options = RankOptions(np, hosts, elastic, grow_after)
+    start(str(context.command.name), recipe, overrides or [], resume, options, dry_run=dry_run)
 
 
-def _demo(recipe: Any, resume: str | None, dry_run: bool, options: RankOptions) -> None:
-    from fastdistil.demo import plan_demo, run_demo
-    from fastdistil.errors import UserError
-
-    if options.np is not None or options.hosts is not None or options.elastic is not None:
-        raise UserError("the demo trains several small models one after another, with one rank; give a recipe to --np")
-    if dry_run:
-        plan_demo(recipe, rich.console.Console())
-    else:
-        run_demo(recipe, resume)
+Options = TypeVar("Options")
 
 
-def _run(
-    command: str, recipe: Any, name: str, overrides: list[str], resume: str | None, dry_run: bool, options: RankOptions
-) -> None:
-    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    if dry_run:
-        from fastdistil.runs import choose_run
-        from fastdistil.training.inputs import resolve
-        from fastdistil.training.memory_plan import show_plan
-
-        show_plan(resolve(recipe), choose_run(recipe, stem, resume)[0], rich.console.Console())
-        return
-    if options.np not in (None, 1) or options.hosts is not None or options.elastic is not None:
-        sys.exit(_launch(command, recipe, name, overrides, resume, options))  # the launcher has said why
-    from fastdistil.distributed.rank_info import find_rank_info
-    from fastdistil.train import train as run
-
-    place = find_rank_info(os.environ)
-    result = run(recipe, recipe_name=stem, resume=resume, place=place)
-    if place is None or place.rank == 0:
-        print(
-            f"done: {result.updates} updates, {result.tokens_per_second:,.0f} tokens/s; "
-            f"the student is in {result.run_dir / 'student'}"
-        )
-
-
-def _launch(command: str, recipe: Any, name: str, overrides: list[str], resume: str | None, options: RankOptions) -> int:
-    """Start the ranks: each runs this same command without the options that start ranks. Returns the exit code."""
-    from fastdistil.errors import UserError
-    from fastdistil.launch.job import Elastic, Job, choose_slots, parse_elastic
-    from fastdistil.launch.launcher import launch
-    from fastdistil.runs import choose_run, is_run
-
-    elastic, np = None, options.np
-    program = [sys.executable, "-m", "fastdistil", command, name]
-    first = [*program, *overrides, *(["--resume", resume] if resume else [])]
-    if options.elastic is not None:
-        min_ranks, max_ranks = parse_elastic(options.elastic)
-        np = max_ranks if np is None else np
-        if not min_ranks <= np <= max_ranks:
-            raise UserError(f"--np {np} is outside --elastic {options.elastic}; leave it out to start with {max_ranks}")
-        # The directory is chosen here, so that every start continues the same run.
-        stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-        directory, _ = choose_run(recipe, stem, resume)
-        pinned = [*overrides, f"name={json.dumps(directory.name)}", f"runs_dir={json.dumps(str(directory.parent))}"]
-
-        def again() -> tuple[str, ...]:
-            # Once there is a run, a rank 0 that does not find it (on another host's own disk) must not begin anew.
-            return (*program, *pinned, "--resume", str(directory) if is_run(directory) else "auto")
-
-        first = [*program, *pinned, *(["--resume", resume] if resume else [])]
-        elastic = Elastic(
-            min_ranks=min_ranks,
-            again=again,
-            progress=lambda: max((path.name for path in directory.glob("checkpoints/step-*")), default=""),
-            grow_after_s=options.grow_after_s,
-        )
-    slots, ranks = choose_slots(np, options.hosts)
-    return launch(Job(command=tuple(first), slots=slots, ranks=ranks, timeout_s=recipe.world.timeout_s, elastic=elastic))
+def _filled(kind: type[Options], parameters: Mapping[str, Any]) -> Options:
+    """Make the dataclass of a command's options; each of its fields is a parameter of the command with the same name."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: parameters[name] for name in names})
 
 
 @app.command(epilog="Example: fastdistil prepare books/ --tokenizer bert-base-uncased --out corpus --strip-gutenberg")
@@ -257,12 +179,10 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="Hub id or directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write; an interrupted one is continued.")],
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence, special ones included.")] = 512,
-    documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
-    text_field: Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")] = "text",
-    read_as: Annotated[
-        str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
-    ] = None,
-    strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    documents: DocumentsAre = "file",
+    text_field: TextField = "text",
+    read_as: ReadAs = None,
+    strip_gutenberg: StripGutenberg = False,
     strip: Strip = None,
     special_tokens: Annotated[bool, typer.Option(help="Put the tokenizer's special tokens around each piece.")] = True,
     special_tokens_in_text: SpecialTokensInText = False,
@@ -275,52 +195,14 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
 ) -> None:
     """Turn text into token shards."""
+    parameters = dict(locals())
     from fastdistil.data.prepare import PrepareOptions
     from fastdistil.data.prepare import prepare as run
 
-    options = PrepareOptions(
-        tokenizer=tokenizer,
-        max_length=max_length,
-        documents=documents,  # type: ignore[arg-type]
-        text_field=text_field,
-        read_as=read_as,  # type: ignore[arg-type]
-        strip_gutenberg=strip_gutenberg,
-        strip=strip,
-        special_tokens=special_tokens,
-        special_tokens_in_text=special_tokens_in_text,
-        bos=bos,  # type: ignore[arg-type]
-        min_tokens=min_tokens,
-        max_unknown=max_unknown,
-        max_unknown_share=max_unknown_share,
-        max_bad_fraction=max_bad_fraction,
-        shard_tokens=shard_tokens,
-        workers=workers,
-    )
+    options = _filled(PrepareOptions, parameters)
     with PrepareBar() as bar:
         manifest = run(inputs, out, options, bar)
-    print(
-        f"{out}: {manifest.tokens:,} tokens in {manifest.sequences:,} sequences of {manifest.documents:,} documents"
-        + (f"; {manifest.dropped:,} pieces dropped" if manifest.dropped else "")
-        + (f"; {manifest.bad_records:,} bad records in {out / 'quarantine.jsonl'}" if manifest.bad_records else "")
-        + (f"; {manifest.passed_over_files:,} hidden or backup files passed over" if manifest.passed_over_files else "")
-        + (gutenberg_summary(manifest) if strip_gutenberg else "")
-        + (
-            f"; {manifest.special_spellings:,} special tokens spelt out in the text, {manifest.special_spellings_became}"
-            if manifest.special_spellings
-            else ""
-        )
-        + (f"; {manifest.unknown_share:.2%} of the tokens unknown" if manifest.unknown_share is not None else "")
-    )
-
-
-def gutenberg_summary(manifest: "Manifest") -> str:
-    """Say how much of the text was Project Gutenberg's, and how many files have not the usual marks."""
-    removed, total = manifest.gutenberg_removed, manifest.gutenberg_characters
-    return (
-        f"; Project Gutenberg's {removed:,} of {total:,} characters taken out ({removed / max(total, 1):.1%})"
-        + (f"; no Gutenberg markers in {manifest.unmarked_files:,} files" if manifest.unmarked_files else "")
-        + (f"; only half of the markers in {manifest.half_marked_files:,} files" if manifest.half_marked_files else "")
-    )
+    print(prepare_summary(out, manifest, gutenberg=strip_gutenberg))
 
 
 @app.command(epilog="Example: fastdistil evaluate runs/distilbert-1/student wikitext/test.txt --positions 2000")
@@ -335,12 +217,10 @@ def evaluate(
         int | None, typer.Option(help="Tokens of the longest sequence (default 512), or of a causal model's window (1024).")
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Causal models: tokens the window moves by; default: half of it.")] = None,
-    documents: Annotated[str, typer.Option(metavar="file|paragraph|line", help="What a document is in a .txt file.")] = "file",
-    text_field: Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")] = "text",
-    read_as: Annotated[
-        str | None, typer.Option("--as", metavar="txt|jsonl|parquet", help="What all files hold, whatever their names.")
-    ] = None,
-    strip_gutenberg: Annotated[bool, typer.Option(help="Remove Project Gutenberg headers and footers.")] = False,
+    documents: DocumentsAre = "file",
+    text_field: TextField = "text",
+    read_as: ReadAs = None,
+    strip_gutenberg: StripGutenberg = False,
     strip: Strip = None,
     special_tokens_in_text: SpecialTokensInText = False,
     max_unknown_share: MaxUnknownShare = 0.2,
@@ -348,37 +228,22 @@ def evaluate(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Loss, perplexity and pseudo-perplexity of a model on text."""
+    parameters = dict(locals())
     from fastdistil import evaluate as evaluation
-    from fastdistil.errors import UserError
 
     if positions != "all" and not (positions.isdecimal() and len(positions) <= 15):
         raise UserError(f"--positions is a number or all, got {positions!r}")
-    options = evaluation.EvaluateOptions(
-        positions="all" if positions == "all" else int(positions),
-        seed=seed,
-        batch_tokens=batch_tokens,
-        max_length=max_length,
-        stride=stride,
-        documents=documents,  # type: ignore[arg-type]
-        text_field=text_field,
-        read_as=read_as,  # type: ignore[arg-type]
-        strip_gutenberg=strip_gutenberg,
-        strip=strip,
-        special_tokens_in_text=special_tokens_in_text,
-        max_unknown_share=max_unknown_share,
-        bos=bos,  # type: ignore[arg-type]
-        device=device,
-        precision=precision,
-    )
+    parameters["positions"] = "all" if positions == "all" else int(positions)
+    options = _filled(evaluation.EvaluateOptions, parameters)
     with EvaluateBar() as bar:
         report = evaluation.evaluate(model, corpora, options, bar)
     if json:
         print(report.to_json())
     else:
-        _print_report(report)
+        evaluation.print_report(report)
 
 
 @app.command(name="cache-teacher", epilog="Example: fastdistil cache-teacher distilbert data.train=corpus/ teacher.top_k=64")
@@ -390,7 +255,6 @@ def cache_teacher(
     ] = None,
 ) -> None:
     """Write the teacher's likeliest tokens for all that a recipe trains on, so that training needs no teacher."""
-    from fastdistil.errors import translated
     from fastdistil.recipe import load_recipe
     from fastdistil.training.cache_teacher import cache_teacher as run
 
@@ -400,38 +264,6 @@ def cache_teacher(
         f"{written.shards} shards of {written.epochs} epochs, {written.size / 2**20:,.0f} MiB ({written.made} made now); "
         f"train from it with teacher.cache={written.directory} objective.a_cos=0"
     )
-
-
-def _print_report(report: "Report") -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(
-        title=f"{report.model}: {report.architecture}, {report.parameters:,} parameters, {report.device}, {report.precision}. "
-        "± is one standard error.",
-        title_justify="left",
-    )
-    for column in ("corpus", "measure", "loss", "perplexity", "tokens"):
-        table.add_column(column, justify="left" if column in ("corpus", "measure") else "right", overflow="fold")
-    for corpus in report.corpora:
-        if (heldout := corpus.heldout) is not None:
-            table.add_row(corpus.corpus, "masked tokens", _loss(heldout), f"{heldout.perplexity:.2f}", f"{heldout.labels:,}")
-        if (pseudo := corpus.pseudo) is not None:
-            table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
-        if (causal := corpus.causal) is not None:
-            measure = f"next token, behind {corpus.bos}" if corpus.bos is not None else "next token, no BOS"
-            table.add_row(corpus.corpus, escape(measure), _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
-    table.add_section()
-    for corpus in report.corpora:
-        table.add_row(corpus.corpus, "unknown tokens", "", "", f"{corpus.unknown_share:.2%}")
-    rich.console.Console().print(table)
-    for corpus in report.corpora:
-        for note in corpus.notes:
-            print(note)
-
-
-def _loss(heldout: Any) -> str:
-    return f"{heldout.loss:.4f} ± {heldout.loss_se:.4f}"
 
 
 @app.command(epilog="Example: fastdistil cluster distilbert --for slurm --nodes 4 --time 8h data.train=corpus/ --out job.sh")
@@ -454,7 +286,6 @@ def cluster(
     """Write the one file that sets a cluster up for a recipe and starts the run there."""
     from datetime import UTC, datetime
 
-    from fastdistil.errors import UserError, printable, translated
     from fastdistil.launch.cluster import KINDS, Cluster, cluster_file, local_paths
     from fastdistil.recipe import load_recipe
 
@@ -507,7 +338,7 @@ def pause(run: Annotated[Path, typer.Argument(help="Directory of the run.")]) ->
 
 
 @app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(json: Json = False) -> None:
     """Versions, devices, what is available, what is not and how to get it."""
     from fastdistil.install import doctor as doctors
 
@@ -557,30 +388,10 @@ def scale(
     out: Annotated[Path | None, typer.Option(help="Directory to write; default: one below runs/.")] = None,
 ) -> None:
     """Measure how training scales against the linear ideal, say where the rest goes, and predict what was not measured."""
+    parameters = {**locals(), "overrides": overrides or ()}
     from fastdistil.studies.scale import ScaleOptions, command
 
-    command(
-        ScaleOptions(
-            recipe=recipe,
-            overrides=overrides or (),
-            np=np,
-            hosts=hosts,
-            mode=mode,
-            rings=rings,
-            compression=compression,
-            sync=sync,
-            steps=steps,
-            rounds=rounds,
-            ceiling=ceiling,
-            on=on,
-            baseline=baseline,
-            predict=predict,
-            network=network,
-            table=table,
-            points=points,
-            out=out,
-        )
-    )
+    command(_filled(ScaleOptions, parameters))
 
 
 @app.command(epilog="Example: fastdistil profile distilbert data.train=corpus/ --steps 50")
@@ -589,7 +400,7 @@ def profile(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured updates, after a few of warm-up.")] = 30,
     np: Ranks = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Run some real updates, say where their time goes, and name the bottleneck and the recipe key that addresses it."""
     from fastdistil.studies.profile import run_profile
@@ -605,7 +416,7 @@ def compare(
         str | None, typer.Option(metavar="5%", help="Exit with 3 if B is slower than A by more than this, for certain.")
     ] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Compare measurements of different work too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Compare two measurements, with 95% intervals."""
     from fastdistil.profiling.report.compare import run_compare

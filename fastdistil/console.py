@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 import rich.console
@@ -12,6 +13,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -24,6 +26,7 @@ from fastdistil.errors import printable
 from fastdistil.streams import lasting
 
 if TYPE_CHECKING:
+    from fastdistil.data.corpus import Manifest
     from fastdistil.data.prepare import PrepareProgress
 
 
@@ -43,7 +46,7 @@ class Console:
         self._started_s = 0.0
 
     def start(self, total_updates: int, done: int) -> None:
-        """`done`: updates that were finished before this process, so that they do not count in the time left."""
+        """Draw the bar; `done` updates were finished before this process, and do not count in the time left."""
         self._total, self._start, self._started_s = total_updates, done, self._clock()
         if self._quiet or not self._rich.is_terminal or self._rich.is_dumb_terminal:
             return
@@ -123,15 +126,12 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{remainder:02d}"
 
 
-class PrepareBar:
-    """A bar with the time left on a terminal; elsewhere a line every 10 seconds."""
+class _Bar:
+    """A progress bar while the block lasts; nothing where there is no terminal."""
 
-    def __init__(self) -> None:
-        self._console = rich.console.Console(highlight=False)
-        columns = TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=None)
-        self._told_s = 0.0
+    def __init__(self, console: rich.console.Console, *columns: ProgressColumn | str) -> None:
+        self._console = console
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -139,34 +139,55 @@ class PrepareBar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+class PrepareBar(_Bar):
+    """A bar with the time left on a terminal; elsewhere a line every 10 seconds."""
+
+    def __init__(self) -> None:
+        columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        super().__init__(rich.console.Console(highlight=False), "preparing", *columns)
+        self._task = self._bar.add_task("", total=None)
+        self._printed_s = 0.0
 
     def __call__(self, progress: "PrepareProgress") -> None:
         if progress.note:
             self._console.print(progress.note, markup=False, soft_wrap=True)
         self._bar.update(self._task, completed=progress.bytes_read, total=progress.bytes_total)
-        if not self._console.is_terminal and progress.seconds - self._told_s >= 10 and progress.bytes_read:
-            self._told_s = progress.seconds
+        if not self._console.is_terminal and progress.seconds - self._printed_s >= 10 and progress.bytes_read:
+            self._printed_s = progress.seconds
             left_s = progress.seconds * (progress.bytes_total / progress.bytes_read - 1)
             share = progress.bytes_read / progress.bytes_total
             print(f"prepared {share:.0%}, {progress.tokens:,} tokens, about {left_s:.0f} s left", flush=True)
 
 
-class EvaluateBar:
+def prepare_summary(out: Path, manifest: "Manifest", *, gutenberg: bool) -> str:
+    """Say on one line what `prepare` wrote, and what it left out; `gutenberg`: it was to take out Project Gutenberg's text."""
+    removed, total = manifest.gutenberg_removed, manifest.gutenberg_characters
+    unmarked, half_marked = manifest.unmarked_files, manifest.half_marked_files
+    spellings, unknown = manifest.special_spellings, manifest.unknown_share
+    parts = [
+        f"{out}: {manifest.tokens:,} tokens in {manifest.sequences:,} sequences of {manifest.documents:,} documents",
+        manifest.dropped and f"{manifest.dropped:,} pieces dropped",
+        manifest.bad_records and f"{manifest.bad_records:,} bad records in {out / 'quarantine.jsonl'}",
+        manifest.passed_over_files and f"{manifest.passed_over_files:,} hidden or backup files passed over",
+        gutenberg and f"Project Gutenberg's {removed:,} of {total:,} characters taken out ({removed / max(total, 1):.1%})",
+        gutenberg and unmarked and f"no Gutenberg markers in {unmarked:,} files",
+        gutenberg and half_marked and f"only half of the markers in {half_marked:,} files",
+        spellings and f"{spellings:,} special tokens spelt out in the text, {manifest.special_spellings_became}",
+        unknown is not None and f"{unknown:.2%} of the tokens unknown",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+class EvaluateBar(_Bar):
     """On standard error, so that --json leaves standard output clean: a bar on a terminal, a line a stage elsewhere."""
 
     def __init__(self, task: str = "evaluating") -> None:
-        self._console = rich.console.Console(stderr=True, highlight=False)
         columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        super().__init__(rich.console.Console(stderr=True, highlight=False), *columns)
         self._task = self._bar.add_task(task, total=1.0)
         self._stage = ""
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def __call__(self, fraction: float, text: str) -> None:
         self._bar.update(self._task, completed=fraction, description=text)

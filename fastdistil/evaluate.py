@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import rich.console
 import torch
+from rich.markup import escape
+from rich.table import Table
 
 from fastdistil.data.corpus import Corpus
 from fastdistil.data.prepare import Bos, PrepareOptions, PrepareProgress, check_bos, front_of_pieces, prepare
@@ -330,3 +333,33 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_report(report: Report) -> None:
+    """Print the measures of each corpus as a table, and then what a reader of them should know."""
+    table = Table(
+        title=f"{report.model}: {report.architecture}, {report.parameters:,} parameters, {report.device}, {report.precision}. "
+        "± is one standard error.",
+        title_justify="left",
+    )
+    for column in ("corpus", "measure", "loss", "perplexity", "tokens"):
+        table.add_column(column, justify="left" if column in ("corpus", "measure") else "right", overflow="fold")
+    for corpus in report.corpora:
+        if (heldout := corpus.heldout) is not None:
+            table.add_row(corpus.corpus, "masked tokens", _loss(heldout), f"{heldout.perplexity:.2f}", f"{heldout.labels:,}")
+        if (pseudo := corpus.pseudo) is not None:
+            table.add_row(corpus.corpus, "pseudo-perplexity", _loss(pseudo), f"{pseudo.pppl:.2f}", f"{pseudo.positions:,}")
+        if (causal := corpus.causal) is not None:
+            measure = f"next token, behind {corpus.bos}" if corpus.bos is not None else "next token, no BOS"
+            table.add_row(corpus.corpus, escape(measure), _loss(causal), f"{causal.perplexity:.2f}", f"{causal.tokens:,}")
+    table.add_section()
+    for corpus in report.corpora:
+        table.add_row(corpus.corpus, "unknown tokens", "", "", f"{corpus.unknown_share:.2%}")
+    rich.console.Console().print(table)
+    for corpus in report.corpora:
+        for note in corpus.notes:
+            print(note)
+
+
+def _loss(heldout: Any) -> str:
+    return f"{heldout.loss:.4f} ± {heldout.loss_se:.4f}"

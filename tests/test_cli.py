@@ -330,7 +330,7 @@ def test_a_real_process_ends_with_the_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_loading_is_one_line(number: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(number)
-    monkeypatch.setattr("fastdistil.recipe.load_recipe", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("fastdistil.start.load_recipe", lambda *_: os.kill(os.getpid(), number))
     assert run("train", "distilbert") == (130, "", "fastdistil: interrupted; what was saved before is whole\n")
     assert signal.getsignal(number) is before
 
@@ -341,7 +341,7 @@ def test_the_end_of_a_file_is_no_interruption(run: Run, monkeypatch: pytest.Monk
     def ended(*_: object) -> None:
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("fastdistil.recipe.load_recipe", ended)
+    monkeypatch.setattr("fastdistil.start.load_recipe", ended)
     with pytest.raises(EOFError, match="Ran out of input"):
         run("train", "distilbert")
 
@@ -350,5 +350,5 @@ def test_an_interruption_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdistil.recipe.load_recipe", interrupted)
+    monkeypatch.setattr("fastdistil.start.load_recipe", interrupted)
     assert run("train", "distilbert") == (130, "", "fastdistil: interrupted; what was saved before is whole\n")

@@ -59,14 +59,12 @@ ROOMS = {
     ),
     "api": "errors recipe distributed launch train",
     "demo": "errors recipe runs console data models training train",
+    "start": "errors recipe runs distributed launch training train demo",
     "studies": (
         "errors untrusted redaction recipe events runs profiling profiling.report gradients distributed launch console train "
         "demo"
     ),
-    "cli": (
-        "errors untrusted signals redaction streams storage recipe events runs profiling profiling.report data models "
-        "install distributed gradients launch evaluate console training train api demo studies"
-    ),
+    "cli": "errors signals streams recipe runs profiling.report data install launch evaluate console training start studies",
     "__main__": "cli",
     "": "api",  # the root binds its names before anything else, and imports lazily
 }

@@ -13,12 +13,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastdistil.cli import _print_report
 from fastdistil.data.corpus import Corpus, Manifest
 from fastdistil.data.prepare import PrepareOptions, PrepareProgress, prepare
 from fastdistil.data.tokenizer import load_tokenizer, train_wordpiece
 from fastdistil.errors import UserError
-from fastdistil.evaluate import EvaluateOptions, evaluate
+from fastdistil.evaluate import EvaluateOptions, evaluate, print_report
 
 DOCUMENTS = [
     "the river runs under the old mountains and the stones sing of it",
@@ -193,7 +192,7 @@ def test_causal_models_are_evaluated_behind_bos_where_their_tokenizer_puts_it(
     assert corpus.causal.tokens == tokens
     spelt = {1: "<s>", 2: "</s>"}[token] if front else None
     assert json.loads(report.to_json())["corpora"][0]["bos"] == spelt
-    _print_report(report)
+    print_report(report)
     assert (f"behind {spelt}" if spelt else "no BOS") in capsys.readouterr().out
 
 
