@@ -149,19 +149,16 @@ def evaluate_all(recipe: Recipe, heldout: Path, teacher: Result, student: Result
     device = torch.device(recipe.device)
     reference = loading.load_model(str(teacher.run_dir / "student")).to(device)
     untrained = students.make_student(recipe.student, reference, corpus.facts.vocab_size).eval().to(device)
+    distilled, controlled = (loading.load_model(str(run.run_dir / "student")).to(device) for run in (student, control))
     candidates = (
         ("teacher", reference, teacher.tokens_per_second),
-        ("student", loading.load_model(str(student.run_dir / "student")).to(device), student.tokens_per_second),
-        (
-            "control (no teacher)",
-            loading.load_model(str(control.run_dir / "student")).to(device),
-            control.tokens_per_second,
-        ),
+        ("student", distilled, student.tokens_per_second),
+        ("control (no teacher)", controlled, control.tokens_per_second),
         ("student, untrained", untrained, None),
     )
     rows = []
     for name, model, speed in candidates:
-        losses = held_out(model, corpus, corpus.facts, teacher=reference, device=device)
+        losses = held_out(model, corpus, corpus.facts, teacher=reference)
         rows.append(DemoRow(name, language_model.parameter_count(model), losses, speed))
     return rows
 

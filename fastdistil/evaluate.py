@@ -185,7 +185,7 @@ def evaluate(
         for number, path in enumerate(corpora):
             share = _Share(tell, number / len(corpora), 1 / len(corpora), path)
             try:
-                reports.append(_evaluate_one(model, path, opened[path], options, size, device, precision, share))
+                reports.append(_evaluate_one(model, path, opened[path], options, size, precision, share))
             except NonFinite as error:
                 raise _with_text(error, path, opened[path]) from error
     return Report(
@@ -228,13 +228,12 @@ def _evaluate_one(
     corpus: Corpus,
     options: EvaluateOptions,
     size: int,
-    device: torch.device,
     precision: str,
     share: _Share,
 ) -> CorpusReport:
     tokenizer, facts = corpus.tokenizer, corpus.facts
     begun = time.perf_counter()
-    common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": device, "precision": precision}
+    common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "precision": precision}
     heldout, pseudo, causal = None, None, None
     if model.causal:
         progress = share.part(0.0, 1.0, "perplexity")

@@ -377,7 +377,6 @@ def _evaluate(run: Run) -> HeldOut | None:
                         max_sequences=evaluation.max_sequences,
                         batch_tokens=evaluation.batch_tokens,
                         layout=run.recipe.data.layout,
-                        device=inputs.device,
                         precision=run.recipe.loop.precision,
                     )
                 ),

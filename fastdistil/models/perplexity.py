@@ -96,14 +96,13 @@ def held_out(
     max_sequences: int | None = None,
     batch_tokens: int = 8192,
     layout: BatchLayout | None = None,
-    device: torch.device | str | None = None,
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> HeldOut:
     """Loss on held-out sequences, all or `max_sequences` drawn with the seed, and KL to a teacher that sees the same.
 
-    `model` and `teacher`: LanguageModel, AnyModel or modules with their interface, on `device` (None: where the model
-    is); training mode is off meanwhile. `columns`: the first entries of both vocabularies, over which the KL is taken (None:
+    `model` and `teacher`: LanguageModel, AnyModel or modules with their interface, on one device; training
+    mode is off meanwhile. `columns`: the first entries of both vocabularies, over which the KL is taken (None:
     all, equally many); the loss is always over all of the model's. `layout` None: packed where the models can. `precision`
     (fp32, bf16, fp16) is autocast's for the model; the teacher computes in its own dtype. The same seed gives the same masks
     and sequences whatever the batch size. Raises UserError: no tokens to predict, sequences too long for the model, another
@@ -121,7 +120,6 @@ def held_out(
     for scorer in (teacher, model):
         if scorer is not None:
             facts = checked_facts(scorer, corpus, corpus.lengths[chosen_n], facts)
-    where = torch.device(device) if device is not None else device_of(model)
     longest = int(corpus.lengths[chosen_n].max(initial=0))
     batches = evaluation_batches(
         corpus,
@@ -138,7 +136,7 @@ def held_out(
     done, first, parts = 0, 0, []
     with evaluating(model, teacher):
         for batch in batches:
-            batch = batch.to(where)
+            batch = batch.to(device_of(model))
             parts.append(sequence_sums(model, teacher, batch, precision, columns))
             sequences_n = in_order_n[first : first + batch.counts.sequences]
             require_finite(parts[-1], sequences_n, model, teacher, batch, precision)
@@ -164,7 +162,6 @@ def pseudo_perplexity(
     positions: int | Literal["all"] = 2000,
     seed: int = 0,
     batch_tokens: int = 8192,
-    device: torch.device | str | None = None,
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> PseudoPerplexity:
@@ -192,7 +189,7 @@ def pseudo_perplexity(
         ids_T[targets] = mask_id
         return assemble(ids_T, lengths, targets, labels, layout=layout, pad_id=facts.pad_id, sequence_of_label_M=sequences)
 
-    scored = score_pieces(model, corpus.lengths[sequences_P], make, batch_tokens, device, precision, progress)
+    scored = score_pieces(model, corpus.lengths[sequences_P], make, batch_tokens, precision, progress)
     sums, counts = by_sequence(*scored)
     loss, loss_se = ratio(sums, counts)
     return PseudoPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts))
@@ -207,7 +204,6 @@ def causal_perplexity(
     max_length: int | None = None,
     stride: int | None = None,
     batch_tokens: int = 8192,
-    device: torch.device | str | None = None,
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> CausalPerplexity:
@@ -241,7 +237,7 @@ def causal_perplexity(
         return assemble(ids_T, end - begin, targets, labels, layout=layout, pad_id=facts.pad_id, sequence_of_label_M=clusters)
 
     lengths_W = windows.end - windows.begin
-    sums, counts = by_sequence(*score_pieces(model, lengths_W, make, batch_tokens, device, precision, progress))
+    sums, counts = by_sequence(*score_pieces(model, lengths_W, make, batch_tokens, precision, progress))
     loss, loss_se = ratio(sums, counts)
     return CausalPerplexity(loss, loss_se, _exp(loss), int(counts.sum()), len(counts), size, step)
 

@@ -182,7 +182,6 @@ def score_pieces(
     lengths_P: NDArray[Any],
     make: Callable[[Ints], Batch],
     batch_tokens: int,
-    device: torch.device | str | None,
     precision: str,
     progress: Progress | None,
 ) -> tuple[Ints, NDArray[np.float64]]:
@@ -193,7 +192,6 @@ def score_pieces(
         raise UserError("no token to predict: every text has a single token; give more or longer text")
     if int(lengths_P.max()) > batch_tokens:
         raise UserError(f"a text of {int(lengths_P.max())} tokens does not fit into batch_tokens {batch_tokens}; raise it")
-    where = torch.device(device) if device is not None else device_of(model)
     # Pieces of like length share a batch; it begins at starts[i] of the order.
     shortest_first = np.argsort(lengths_P, kind="stable")
     lengths_P = lengths_P[shortest_first]
@@ -205,7 +203,7 @@ def score_pieces(
             batch = make(shortest_first[a:b])
             assert batch.sequence_of_label is not None
             clusters.append(batch.sequence_of_label.numpy())
-            batch = batch.to(where)
+            batch = batch.to(device_of(model))
             losses.append(row_losses(model, None, batch, batch.label_rows, precision)[0].cpu().numpy())
             require_finite(losses[-1][None], clusters[-1], model, None, batch, precision)
             if progress is not None:

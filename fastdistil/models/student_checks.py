@@ -20,6 +20,7 @@ from fastdistil.data.batch import Batch, assemble
 from fastdistil.errors import FastdistilError, UserError, is_out_of_memory
 from fastdistil.models.language_model import LanguageModel, max_length, shape
 from fastdistil.models.loading import load_model
+from fastdistil.models.scoring import evaluating
 
 PROBE_LENGTHS = (5, 11)
 """Tokens of the two sequences of a probe."""
@@ -141,7 +142,7 @@ def _trace(model: LanguageModel, batch: Batch, entering: list[Tensor] | None = N
             return None
         return (last, *output[1:]) if isinstance(output, tuple) else last
 
-    with ExitStack() as stack, _evaluating(model):
+    with ExitStack() as stack, evaluating(model):
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(after).remove)
@@ -174,7 +175,7 @@ def _head(model: LanguageModel, hidden_TD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: LanguageModel, batch: Batch) -> Tensor:
-    with _evaluating(model):
+    with evaluating(model):
         return _head(model, model.hidden(batch))
 
 
@@ -182,7 +183,7 @@ def _logits(model: LanguageModel, batch: Batch) -> Tensor:
 def _reference_logits(module: Any, batch: Batch) -> Tensor:
     """Return transformers' own logits of a probe's last sequence alone, [S, V]."""
     assert batch.packing is not None
-    with _evaluating(module):
+    with evaluating(module):
         logits_SV: Tensor = module(input_ids=batch.ids_BS[:, -batch.packing.max_seqlen :]).logits[0]
     return logits_SV
 
@@ -238,15 +239,3 @@ def _float32(model: LanguageModel) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(restore).remove)
                 stack.callback(restore, module)
         yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for the block; every part is left in the mode it was in."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
