@@ -76,13 +76,11 @@ class FiniteGuard:
         mode: Literal["stop", "skip"] = "stop",
         limit: int = 10,
         *,
-        done: int = 0,
         skipped: int = 0,
         describe: Callable[[int], str] | None = None,
     ) -> None:
         self._mode = mode
         self._limit = limit
-        self._update = done
         self._skipped_before = skipped
         self._describe = describe
         self._names: tuple[str, ...] = ()
@@ -90,13 +88,12 @@ class FiniteGuard:
         self._first: Tensor | None = None  # [1 + terms] float64: number and values of the first bad update
 
     @torch.no_grad()
-    def check(self, terms: Mapping[str, Tensor], grad_norm: Tensor | None, update: int | None = None) -> Tensor:
-        """found_inf, float32 [] on the terms' device: 1.0 where the update must not be applied.
+    def check(self, terms: Mapping[str, Tensor], grad_norm: Tensor, update: int) -> Tensor:
+        """Return found_inf, float32 [] on the terms' device: 1.0 where the update of this number must not be applied.
 
-        `terms` and `grad_norm` are scalars; the same names at every call. `update` numbers it (default: one more than before).
+        `terms` and `grad_norm` are scalars; the same names at every call.
         """
-        self._update = self._update + 1 if update is None else update
-        named = dict(terms) if grad_norm is None else {**terms, "gradient norm": grad_norm}
+        named = {**terms, "gradient norm": grad_norm}
         values = torch.stack([value.detach().reshape(()).double() for value in named.values()])
         if self._count is None or self._first is None:
             self._names = tuple(named)
@@ -104,7 +101,7 @@ class FiniteGuard:
             self._first = values.new_zeros(1 + len(values))
         assert tuple(named) == self._names, f"terms changed from {self._names} to {tuple(named)}"
         bad = values.isfinite().all().logical_not()
-        numbered = torch.cat([values.new_full((1,), self._update), values])
+        numbered = torch.cat([values.new_full((1,), update), values])
         self._first = torch.where(bad & (self._count == 0), numbered, self._first)
         self._count = self._count + bad
         gate = self._count > 0 if self._mode == "stop" else bad

@@ -42,7 +42,7 @@ class Meter:
     def add(
         self,
         terms: Mapping[str, Tensor],
-        grad_norm: Tensor | None,
+        grad_norm: Tensor,
         tokens: int,
         data_wait_s: float,
         found_inf: Tensor | None = None,
@@ -51,12 +51,12 @@ class Meter:
 
         An update whose `found_inf` (float []) is 1 was not applied: it counts in tokens and time, but in no mean.
         """
-        named = dict(terms) if grad_norm is None else {**terms, "grad_norm": grad_norm}
+        named = {**terms, "grad_norm": grad_norm}
         values = torch.stack([value.detach().reshape(()).double() for value in named.values()])
         counted = torch.cat([values, values.new_ones(1)])
         if found_inf is not None:
             counted = torch.where(found_inf > 0, 0.0, counted)
-        largest = counted[-2] if grad_norm is not None else counted.new_zeros(())
+        largest = counted[-2]
         if self._sums is None or self._peak is None:
             self._names, self._device = tuple(named), values.device
             self._sums, self._peak = counted, largest
@@ -93,8 +93,7 @@ class Meter:
         fields: dict[str, Any] = {
             name: total / applied if applied else math.nan for name, total in zip(self._names, sums, strict=True)
         }
-        if "grad_norm" in fields:
-            fields["grad_norm_max"] = largest if applied else math.nan
+        fields["grad_norm_max"] = largest if applied else math.nan
         self.elapsed_s = elapsed_s = self._clock() - self._since - self._excluded_s
         fields |= {"updates": self._updates, "skipped": self._updates - int(applied), "tokens": self._tokens}
         if skipped_in_all is not None:

@@ -165,7 +165,6 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
     run.guard = FiniteGuard(
         loop.nonfinite,
         loop.nonfinite_limit,
-        done=state["update"],
         skipped=state["skipped"],
         describe=run.inputs.source.describe,
     )

@@ -139,13 +139,13 @@ GOOD = scalars(soft=1.0, hard=2.0)
 
 
 def test_stop_latches_and_names_the_first_bad_update() -> None:
-    guard = FiniteGuard("stop", done=100, describe=lambda update: f"epoch 2, micro-batches {update} to {update + 3}")
-    assert guard.check(GOOD, torch.tensor(1.0)).item() == 0.0
+    guard = FiniteGuard("stop", describe=lambda update: f"epoch 2, micro-batches {update} to {update + 3}")
+    assert guard.check(GOOD, torch.tensor(1.0), 101).item() == 0.0
     assert guard.read() == 0
-    bad = guard.check(scalars(soft=math.nan, hard=2.0), torch.tensor(math.inf))
+    bad = guard.check(scalars(soft=math.nan, hard=2.0), torch.tensor(math.inf), 102)
     assert (bad.dtype, bad.shape, bad.item()) == (torch.float32, (), 1.0)
-    assert guard.check(scalars(soft=1.0, hard=-math.inf), torch.tensor(1.0)).item() == 1.0
-    assert guard.check(GOOD, torch.tensor(1.0)).item() == 1.0
+    assert guard.check(scalars(soft=1.0, hard=-math.inf), torch.tensor(1.0), 103).item() == 1.0
+    assert guard.check(GOOD, torch.tensor(1.0), 104).item() == 1.0
     expected = r"update 102 \(epoch 2, micro-batches 102 to 105\): soft nan, gradient norm inf; the weights are as before"
     with pytest.raises(NonFinite, match=expected) as caught:
         guard.read()
@@ -156,20 +156,21 @@ def test_stop_latches_and_names_the_first_bad_update() -> None:
 def test_skip_gates_only_the_bad_ones_up_to_a_limit() -> None:
     guard = FiniteGuard("skip", limit=2)
     norms = [1.0, math.inf, 1.0, math.nan, 1.0]
-    assert [guard.check(GOOD, torch.tensor(norm)).item() for norm in norms] == [0.0, 1.0, 0.0, 1.0, 0.0]
+    gates = [guard.check(GOOD, torch.tensor(norm), update).item() for update, norm in enumerate(norms, 1)]
+    assert gates == [0.0, 1.0, 0.0, 1.0, 0.0]
     assert guard.read() == 2
-    guard.check(GOOD, torch.tensor(-math.inf))
+    guard.check(GOOD, torch.tensor(-math.inf), 6)
     with pytest.raises(NonFinite, match=r"3 updates .*nonfinite_limit=2.*update 2: gradient norm inf;") as caught:
         guard.read()
     assert caught.value.update is None  # good updates came after it
 
 
 def test_skip_goes_on_counting_after_a_resume() -> None:
-    guard = FiniteGuard("skip", limit=2, done=50, skipped=2)
+    guard = FiniteGuard("skip", limit=2, skipped=2)
     assert guard.read() == 2
-    guard.check(GOOD, None)
+    guard.check(GOOD, torch.tensor(1.0), 51)
     assert guard.read() == 2
-    guard.check(scalars(soft=math.nan, hard=0.0), None, update=77)
+    guard.check(scalars(soft=math.nan, hard=0.0), torch.tensor(1.0), 77)
     with pytest.raises(NonFinite, match=r"3 updates.*update 77: soft nan"):
         guard.read()
 
@@ -177,9 +178,9 @@ def test_skip_goes_on_counting_after_a_resume() -> None:
 def test_check_never_waits_for_the_device() -> None:
     """Tensors on the meta device have no values: whatever asks for one fails."""
     guard = FiniteGuard("stop")
-    for _ in range(3):
+    for update in range(3):
         terms = {"soft": torch.empty((), device="meta"), "hard": torch.empty(1, device="meta", dtype=torch.bfloat16)}
-        assert guard.check(terms, torch.empty((), device="meta")).shape == ()
+        assert guard.check(terms, torch.empty((), device="meta"), update).shape == ()
     with pytest.raises(RuntimeError):
         guard.read()
 
@@ -190,8 +191,8 @@ def test_read_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: waits.append(tensor.shape) or tolist(tensor))
     monkeypatch.setattr(Tensor, "item", lambda tensor: pytest.fail("a second wait"))
     guard = FiniteGuard("skip")
-    for _ in range(3):
-        guard.check(GOOD, torch.tensor(1.0))
+    for update in range(3):
+        guard.check(GOOD, torch.tensor(1.0), update)
     guard.read()
     assert len(waits) == 1
 
@@ -213,7 +214,7 @@ class Training:
         if poison is not None:
             self.parameters[0].grad[2, 3] = poison  # type: ignore[index]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.found_inf = self.guard.check({}, norm)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self.guard.check({}, norm, seed)  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def bits(self) -> list[bytes]:

@@ -67,10 +67,9 @@ def test_meter_leaves_gated_updates_out_of_the_means() -> None:
     fields = meter.read()
     assert (fields["soft"], fields["grad_norm"], fields["grad_norm_max"]) == (2.0, 2.0, 3.0)
     assert (fields["updates"], fields["skipped"], fields["tokens"]) == (3, 1, 30)
-    meter.add({"soft": scalar(math.inf)}, None, 10, 0.0, found_inf=torch.tensor(1.0))
+    meter.add({"soft": scalar(math.inf)}, scalar(1.0), 10, 0.0, found_inf=torch.tensor(1.0))
     fields = meter.read()
-    assert math.isnan(fields["soft"])
-    assert "grad_norm" not in fields
+    assert math.isnan(fields["soft"]) and math.isnan(fields["grad_norm_max"])
 
 
 def test_adding_never_waits_for_the_device() -> None:
@@ -93,11 +92,11 @@ def test_one_wait_per_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for lines in (1, 2):
         for norm in (1.0, math.inf, 3.0):
             terms = {"soft": scalar(1.0), "hard": scalar(2.0)}
-            meter.add(terms, scalar(norm), 10, 0.0, guard.check(terms, scalar(norm)))
+            meter.add(terms, scalar(norm), 10, 0.0, guard.check(terms, scalar(norm), 1))
         fields = meter.read(guard)
         assert (fields["skipped"], fields["skipped_in_all"], fields["grad_norm"]) == (1, lines, 2.0)
         assert len(waits) == lines
-    meter.add(terms, scalar(norm), 10, 0.0, guard.check(terms, scalar(math.nan)))
+    meter.add(terms, scalar(norm), 10, 0.0, guard.check(terms, scalar(math.nan), 2))
     with pytest.raises(NonFinite, match="3 updates"):
         meter.read(guard)
     assert len(waits) == 3
