@@ -8,7 +8,7 @@ Legend: T tokens, H query heads, K key/value heads, d head width, G sequences of
 """
 
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +153,3 @@ def _grouped(
         )
         outs.append(out.transpose(1, 2).reshape(length * count, heads, width))
     return torch.cat(outs).unsqueeze(0)
-
-
-def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the keywords a model passes down that `packed_attention` takes."""
-    return {name: keywords[name] for name in ("is_causal", "sliding_window") if keywords.get(name) is not None}

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from fastdistil.data.batch import Batch
 from fastdistil.data.transformers_calls import quiet
 from fastdistil.errors import UserError
-from fastdistil.models.attention import attention_keywords, packed_attention, padded_attention
+from fastdistil.models.attention import packed_attention, padded_attention
 
 ATTENTION = "fastdistil"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -36,11 +36,11 @@ def _attention(
     if packing is None and tokens is None:  # called by somebody else
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
         return out, None
-    dropout, scaling = keywords.get("dropout", 0.0), keywords.get("scaling")
-    options = attention_keywords(keywords)
+    names = ("dropout", "scaling", "is_causal", "sliding_window")  # what a model passes down, and these two look at
+    options = {name: keywords[name] for name in names if keywords.get(name) is not None}
     if packing is None:
-        return padded_attention(module, query, key, value, tokens, dropout=dropout, scaling=scaling, **options), None
-    return packed_attention(module, query, key, value, packing, dropout=dropout, scaling=scaling, **options), None
+        return padded_attention(module, query, key, value, tokens, **options), None
+    return packed_attention(module, query, key, value, packing, **options), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -15,6 +15,8 @@ from fastdistil.models import language_model
 
 ROWS = 512
 """Logits of so many rows exist at a time."""
+LANGUAGE_MODEL = "module."
+"""What language_model.LanguageModel puts before the names of its parts."""
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def first_not_finite(model: Any, batch: Batch | None, precision: str = "fp32") -
     """
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
-            return f"its weight {_plain(name)} holds {_value(parameter)}"
+            return f"its weight {name.removeprefix(LANGUAGE_MODEL)} holds {_value(parameter)}"
     return None if batch is None else _first_output(model, batch, precision)
 
 
@@ -37,7 +39,7 @@ def _first_output(model: Any, batch: Batch, precision: str) -> str | None:
         def look(part: nn.Module, arguments: Any, output: Any) -> None:
             tensor = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) and output else None
             if not findings and isinstance(tensor, Tensor) and not _is_finite(tensor):
-                findings.append(f"the output of its {_plain(name)} holds {_value(tensor)}")
+                findings.append(f"the output of its {name.removeprefix(LANGUAGE_MODEL)} holds {_value(tensor)}")
 
         return look
 
@@ -73,8 +75,3 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _value(tensor: Tensor) -> str:
     return "nan" if bool(tensor.isnan().any()) else "inf"
-
-
-def _plain(name: str) -> str:
-    """The name without the part that language_model.LanguageModel adds."""
-    return name.removeprefix("module.")

@@ -59,16 +59,11 @@ def module_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stamps(path: str) -> list[list[Any]]:
-    """Return `teacher_stamps` as JSON has them."""
-    return [list(stamp) for stamp in teacher_stamps(path)]
-
-
 def teacher_fingerprint(path: str, config: Any) -> str:
     """Return what changes when the teacher does: its files' sha256, or for a hub id its name and commit."""
     if not Path(path).is_dir():
         return text_sha256(canonical([path, getattr(config, "_commit_hash", None)]))
-    return _files_fingerprint(path, tuple(teacher_stamps(path)))
+    return _files_fingerprint(path, tuple((name, size, time_ns) for name, size, time_ns in _stamps(path)))
 
 
 @lru_cache(maxsize=4)
@@ -77,8 +72,8 @@ def _files_fingerprint(path: str, stamps: tuple[tuple[str, int, int], ...]) -> s
     return text_sha256(canonical([[name, file_sha256(Path(path, name))] for name, _, _ in stamps]))
 
 
-def teacher_stamps(path: str) -> list[tuple[str, int, int]]:
-    """Return name, bytes and time (ns) of the files that decide what a model's directory computes; none for a hub id."""
+def _stamps(path: str) -> list[list[Any]]:
+    """Return name, bytes and time (ns) of the files that decide what a directory computes; none for a hub id."""
     folder = Path(path)
     files = sorted([*weight_files(folder), *folder.glob("config.json")])
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

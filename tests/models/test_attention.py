@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistil.data.batch import Packing
-from fastdistil.models.attention import attention_keywords, packed_attention
+from fastdistil.models.attention import packed_attention
 
 LENGTHS = (1, 1, 3, 7, 7, 7, 12)
 HEADS, WIDTH, TOKENS = 4, 6, sum(LENGTHS)
@@ -132,9 +132,3 @@ def test_dropout_drops_and_scales_probabilities() -> None:
     torch.testing.assert_close(
         packed_attention(nn.Module(), zeros, zeros, one_hot, packing), torch.full_like(out, 1 / length), rtol=1e-12, atol=0
     )
-
-
-def test_only_what_attention_knows_is_passed_on() -> None:
-    keywords = {"is_causal": False, "sliding_window": None, "position_ids": 1, "scaling": 2.0, "deterministic": None}
-    assert attention_keywords(keywords) == {"is_causal": False}
-    assert attention_keywords({"sliding_window": 5}) == {"sliding_window": 5}
