@@ -172,6 +172,7 @@ class Train(Event):
     grad_norm: Number | None = None  # before clipping; mean
     grad_norm_max: Number | None = None  # the largest of these updates
     lr: Number | None = None  # learning rate of the last update
+    loss_scale: Number | None = None  # what fp16 multiplies the loss by; mean
     step_s: tuple[StepSeconds, ...] = ()  # seconds of each update
     phases: Mapping[str, tuple[Real, ...]] = field(default_factory=dict)  # phase -> seconds of it in each update
     data_wait_share: Number | None = None  # of the time, waited for batches
