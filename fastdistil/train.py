@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastdistil.console import Console
 from fastdistil.data.batch import Batch, Counts, Window
+from fastdistil.data.corpus import Corpus
 from fastdistil.data.ragged import update_seed
 from fastdistil.distributed.coordinator import Coordinator, joined
 from fastdistil.distributed.rank_info import RankInfo
@@ -121,15 +122,9 @@ def train(
         # Until the ranks have left together: a signal that comes while rank 0 still saves must not end the others. While a
         # large teacher is identified, a signal ends the process as it does while loading.
         last.enter_context(signals)
-        with translated("training", directory), run.instruments.naming_out_of_memory():
-            try:
-                with _saving_what_is_sound(run):
-                    _loop(run)
-                return _finish(run)
-            except NonFinite as error:
-                if error.first is None:  # of an evaluation, which has saved
-                    raise
-                raise _save_before(run, error) from error
+        with translated("training", directory), run.instruments.naming_out_of_memory(), _saving_what_is_sound(run):
+            _loop(run)
+            return _finish(run)
 
 
 def _choose(
@@ -193,9 +188,9 @@ def _loop(run: Run) -> None:
 
 @contextmanager
 def _saving_what_is_sound(run: Run) -> Iterator[None]:
-    """Save the last update where the corpus or cache is damaged while it is in use: what was learnt before it is sound.
+    """Save what was learnt before a corpus or cache was seen to be damaged, or before an update that was not finite.
 
-    A rank alone; of several the others would have to save too, and they go by its end.
+    Where a corpus is damaged only a rank alone saves: of several the others would have to save too, and they go by its end.
     """
     try:
         yield
@@ -205,19 +200,18 @@ def _saving_what_is_sound(run: Run) -> Iterator[None]:
         save(run)
         run.event(Note(update=run.update, message=str(error)))
         raise CorruptData(f"{error}; saved after update {run.update}, {run.way_on}") from error
-
-
-def _save_before(run: Run, error: NonFinite) -> NonFinite:
-    """Save the state as it was before the bad update, or (skip) without the skipped ones; return the error that says so."""
-    if error.update is not None:
-        run.take_back(error.update)
-    save(run, skipped=0)  # whoever continues after this may skip as many again
-    with run.aside("finding what is not finite"):
-        teacher = blame_teacher(run.recipe, run.inputs, run.team, error.first)
-    saved = f"saved after update {run.update}"
-    message = f"{error.cause}; {teacher}; {saved}" if teacher else f"{error}; {saved}, {run.way_on}"
-    run.event(RunNotFinite(update=run.update, message=message))
-    return NonFinite(message)
+    except NonFinite as error:
+        if error.first is None:  # of an evaluation, which has saved
+            raise
+        if error.update is not None:  # else the bad updates were skipped
+            run.take_back(error.update)
+        save(run, skipped=0)  # whoever continues after this may skip as many again
+        with run.aside("finding what is not finite"):
+            teacher = blame_teacher(run.recipe, run.inputs, run.team, error.first)
+        saved = f"saved after update {run.update}"
+        message = f"{error.cause}; {teacher}; {saved}" if teacher else f"{error}; {saved}, {run.way_on}"
+        run.event(RunNotFinite(update=run.update, message=message))
+        raise NonFinite(message) from error
 
 
 def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float) -> bool:
@@ -269,18 +263,10 @@ def _forward_backward(run: Run, on_host: Batch, update_counts: Counts, number: i
     with span("transfer"):
         batch = on_host.to(inputs.device, non_blocking=True)
     per = denominators(objective, update_counts, batch.counts)
-    models_used = inputs.student, inputs.teacher
+    models = inputs.student, inputs.teacher
+    options: dict[str, Any] = {"columns": inputs.columns, "backend": run.recipe.kernels, "span": span}
     with run.instruments.micro_batch(on_host), run.autocast():
-        terms = loss_terms(
-            objective,
-            *models_used,
-            batch,
-            per,
-            inputs.projection,
-            columns=inputs.columns,
-            backend=run.recipe.kernels,
-            span=span,
-        )
+        terms = loss_terms(objective, *models, batch, per, inputs.projection, **options)
     run.team.phase("backward", run.update + 1)
     with span("backward"):
         run.exchange.backward(terms.total if run.loss_scale is None else terms.total * run.loss_scale.scale, number, rounds)
@@ -356,41 +342,29 @@ def _assemble(
 
 def _evaluate(run: Run) -> HeldOut | None:
     """Evaluate on the held-out corpus; a new best is saved and kept. None where there is none, or where one was given up."""
-    inputs, evaluation = run.inputs, run.recipe.evaluation
-    heldout = inputs.data.heldout
-    if heldout is None:
+    if (heldout := run.inputs.data.heldout) is None:
         return None
     # The device's queue is waited for here, where it counts as training; and what is evaluated is what its number says.
     run.guard.read()
     begun = time.perf_counter()
     try:
         with run.aside("evaluation"):
-            measured = run.team.chief_does(
-                "evaluation",
-                lambda: asdict(
-                    held_out(
-                        inputs.student,
-                        heldout,
-                        heldout.facts,
-                        teacher=inputs.teacher,
-                        columns=inputs.columns,
-                        max_sequences=evaluation.max_sequences,
-                        batch_tokens=evaluation.batch_tokens,
-                        layout=run.recipe.data.layout,
-                        precision=run.recipe.loop.precision,
-                    )
-                ),
-            )
+            measured = run.team.chief_does("evaluation", lambda: _measure(run.recipe, run.inputs, heldout))
     except NonFinite as error:
-        _give_up_evaluation(run, error)
-        return None
+        message = f"evaluating after update {run.update}: {error}"
+        if run.recipe.loop.nonfinite == "skip":
+            run.tell(f"{message}; going on without this evaluation (loop.nonfinite=skip)")
+            return None
+        save(run)
+        run.event(RunNotFinite(update=run.update, message=message))
+        raise NonFinite(f"{message}; saved, {run.way_on} loop.nonfinite=skip, which leaves such evaluations out") from error
     losses = HeldOut(**measured)
-    run.event(Evaluation(update=run.update, seconds=time.perf_counter() - begun, **asdict(losses)))
+    run.event(Evaluation(update=run.update, seconds=time.perf_counter() - begun, **measured))
     run.console.note(
         f"update {run.update}: held-out loss {losses.loss:.4f} ± {losses.loss_se:.4f}, perplexity {losses.perplexity:.2f}"
     )
     if run.board is not None:
-        run.board.write(run.update, {f"evaluation/{name}": value for name, value in asdict(losses).items()})
+        run.board.write(run.update, {f"evaluation/{name}": value for name, value in measured.items()})
     if math.isfinite(losses.loss) and (run.best_loss is None or losses.loss < run.best_loss):
         run.best_loss, run.best_update = losses.loss, run.update
         if not run.exchange.owes:  # what it owes lies in the checkpoint that it was continued from
@@ -399,15 +373,20 @@ def _evaluate(run: Run) -> HeldOut | None:
     return losses
 
 
-def _give_up_evaluation(run: Run, error: NonFinite) -> None:
-    """Go on without an evaluation that was not finite where updates that are not are skipped; else save and raise NonFinite."""
-    message = f"evaluating after update {run.update}: {error}"
-    if run.recipe.loop.nonfinite == "skip":
-        run.tell(f"{message}; going on without this evaluation (loop.nonfinite=skip)")
-        return
-    save(run)
-    run.event(RunNotFinite(update=run.update, message=message))
-    raise NonFinite(f"{message}; saved, {run.way_on} loop.nonfinite=skip, which leaves such evaluations out") from error
+def _measure(recipe: Recipe, inputs: Inputs, heldout: Corpus) -> dict[str, Any]:
+    """Return the fields of HeldOut, for the student on the held-out corpus."""
+    losses = held_out(
+        inputs.student,
+        heldout,
+        heldout.facts,
+        teacher=inputs.teacher,
+        columns=inputs.columns,
+        max_sequences=recipe.evaluation.max_sequences,
+        batch_tokens=recipe.evaluation.batch_tokens,
+        layout=recipe.data.layout,
+        precision=recipe.loop.precision,
+    )
+    return asdict(losses)
 
 
 def _finish_trace(run: Run) -> None:
