@@ -36,11 +36,11 @@ from fastdistil.training.memory_plan import show_plan
 
 TEXT_BYTES = 4_000_000
 VOCABULARY = 8192
-MAX_LENGTH = 128
-HELD_OUT = 20
+_MAX_LENGTH = 128
+_HELD_OUT = 20
 """One document in so many is held out."""
-FILLED_IN = "made-by-the-demo"
-KL_RATIO = 0.75
+_FILLED_IN = "made-by-the-demo"
+_KL_RATIO = 0.75
 """The student's held-out KL to the teacher must be at most this share of the control's."""
 
 
@@ -99,9 +99,9 @@ def _place(recipe: Recipe, resume: str | None) -> tuple[Path, str | None]:
     named = [
         key
         for key, value in (("teacher.path", recipe.teacher and recipe.teacher.path), ("data.train", recipe.data.train))
-        if value != FILLED_IN
+        if value != _FILLED_IN
     ]
-    if named or recipe.data.heldout != FILLED_IN:
+    if named or recipe.data.heldout != _FILLED_IN:
         raise UserError(
             f"the demo makes its own corpus and teacher; leave out {', '.join(named) or 'data.heldout'}, or use another recipe"
         )
@@ -123,14 +123,14 @@ def make_corpus(data: Path, console: Console) -> tuple[Path, Path]:
         with translated("writing the demo's text", data):
             text.mkdir(parents=True, exist_ok=True)
             documents = list(python_documents(TEXT_BYTES))
-            if len(documents) < 10 * HELD_OUT:
+            if len(documents) < 10 * _HELD_OUT:
                 raise UserError(f"this Python installation has only {len(documents)} documentation strings; was it stripped?")
             for name, chosen in zip(("train", "heldout"), split(documents), strict=True):
                 lines = (json.dumps({"text": document}) + "\n" for document in chosen)
                 (text / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
             train_wordpiece(split(documents)[0], VOCABULARY, tokenizer)
     for name in ("train", "heldout"):
-        options = PrepareOptions(tokenizer=str(tokenizer), max_length=MAX_LENGTH)
+        options = PrepareOptions(tokenizer=str(tokenizer), max_length=_MAX_LENGTH)
         manifest = prepare([str(text / f"{name}.jsonl")], data / name, options)
         console.note(f"    {name}: {manifest.tokens:,} tokens of {manifest.documents:,} documents")
     return data / "train", data / "heldout"
@@ -138,7 +138,7 @@ def make_corpus(data: Path, console: Console) -> tuple[Path, Path]:
 
 def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """(train, held-out) by each document's own hash, so that no document moves when others come or go."""
-    out = [hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] % HELD_OUT == 0 for document in documents]
+    out = [hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] % _HELD_OUT == 0 for document in documents]
     training = [document for document, held in zip(documents, out, strict=True) if not held]
     return training, [document for document, held in zip(documents, out, strict=True) if held]
 
@@ -198,10 +198,10 @@ def kl_ratio(rows: Sequence[DemoRow]) -> float:
 
 def check_ratio(rows: Sequence[DemoRow]) -> None:
     ratio = kl_ratio(rows)
-    print(f"The student's KL to its teacher is {ratio:.2f} of the control's (wanted: at most {KL_RATIO}).")
-    if not ratio <= KL_RATIO:
+    print(f"The student's KL to its teacher is {ratio:.2f} of the control's (wanted: at most {_KL_RATIO}).")
+    if not ratio <= _KL_RATIO:
         raise FellShort(
-            f"the student's KL is {ratio:.2f} of the control's, wanted at most {KL_RATIO}; train longer: loop.updates=..."
+            f"the student's KL is {ratio:.2f} of the control's, wanted at most {_KL_RATIO}; train longer: loop.updates=..."
         )
 
 

@@ -109,7 +109,7 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
         ) from error
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(out_of_memory_text(doing)) from error
+            raise OutOfMemory(_out_of_memory_text(doing)) from error
         raise
 
 
@@ -127,7 +127,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory_text(doing: str) -> str:
+def _out_of_memory_text(doing: str) -> str:
     return (
         f"out of memory while {doing}; lower data.micro_batch_tokens (and raise loop.accumulation to keep the batch), "
         "or evaluation.batch_tokens if it happened there; --dry-run estimates what a recipe needs"

@@ -385,12 +385,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         replace_alternatives(values, parts[0], {parts[1]: value})
 
 
-ALTERNATIVES = {"student": ("path", "config", "layers", "every"), "loop": ("epochs", "updates")}
+_ALTERNATIVES = {"student": ("path", "config", "layers", "every"), "loop": ("epochs", "updates")}
 
 
 def replace_alternatives(values: dict[str, Any], section: str, overrides: Mapping[str, Any]) -> None:
     """The ways to say one thing exclude each other: one that is given replaces the recipe's."""
-    ways = ALTERNATIVES.get(section, ())
+    ways = _ALTERNATIVES.get(section, ())
     if any(overrides.get(way) is not None for way in ways) and isinstance(values.get(section), dict):
         for way in ways:
             if way not in overrides:

@@ -21,7 +21,7 @@ PAUSE = "PAUSE"
 """A file of this name in its directory asks a run to stop."""
 
 # What may differ between a run and its continuation: it changes no bit of what is learnt.
-FREE_KEYS = (
+_FREE_KEYS = (
     "name",
     "runs_dir",
     "logging",
@@ -155,7 +155,7 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
     differing = [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
     ]
     if differing:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdistil.errors import UserError
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What `flock` answers where the file system, or a network server behind it, has no locks."""
 TEMPORARY = ".tmp"
 """What the name of a file ends with while it is written."""
@@ -34,7 +34,7 @@ def locked(path: Path, busy: str, note: Callable[[str], None], *, wait: bool = F
         try:
             _lock(handle, busy, note, wait)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in _NO_LOCKS:
                 raise
             note(
                 f"the file system of {path} has no locks ({error.strerror}): nothing keeps a second process from writing "

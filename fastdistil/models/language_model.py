@@ -25,7 +25,7 @@ from fastdistil.data.transformers_calls import quiet
 from fastdistil.errors import UserError
 from fastdistil.models.attention import packed_attention, padded_attention
 
-ATTENTION = "fastdistil"
+_ATTENTION = "fastdistil"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -43,8 +43,8 @@ def _attention(
     return packed_attention(module, query, key, value, packing, **options), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
         _tie_as_weights(module, self.family)
         if (unused := unused_bias(module, self.family)) is not None:
             unused.requires_grad_(False)
-        module.set_attn_implementation(ATTENTION)
+        module.set_attn_implementation(_ATTENTION)
         self.position_offset = self.family.position_offset(module.config)
         # A four-dimensional mask is handed down as it is: transformers then makes none, and our attention looks at `packing`
         # or `tokens_B11S` alone.

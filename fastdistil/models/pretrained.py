@@ -65,7 +65,7 @@ def _check_sizes(config: "PretrainedConfig", path: str) -> None:
             raise UserError(f"the configuration of {path} has {name}={size}, wanted at least 1; correct it")
 
 
-ABSOLUTE_POSITIONS = ("bert", "roberta", "distilbert")
+_ABSOLUTE_POSITIONS = ("bert", "roberta", "distilbert")
 
 
 def _check_positions(config: "PretrainedConfig", path: str) -> None:
@@ -73,7 +73,7 @@ def _check_positions(config: "PretrainedConfig", path: str) -> None:
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind == "absolute":
         return
-    if config.model_type in ABSOLUTE_POSITIONS or str(kind).startswith("relative_key"):
+    if config.model_type in _ABSOLUTE_POSITIONS or str(kind).startswith("relative_key"):
         raise UserError(
             f"the model at {path!r} was trained with position_embedding_type={kind}, and transformers "
             f"{transformers.__version__} computes {config.model_type} with absolute positions only; give another model"
@@ -164,7 +164,7 @@ def read_weights(
     missing = [name for name in report["missing_keys"] if not (may_lack and name.startswith(may_lack))]
     if needed or missing or report["mismatched_keys"]:
         _check_pickles(path)
-    if needed and ADAPTER.search(" ".join(needed)):
+    if needed and _ADAPTER.search(" ".join(needed)):
         raise UserError(
             f"the checkpoint at {path!r} holds an adapter's weights beside the model's ({_some(needed)}); merge the adapter "
             "first (peft: merge_and_unload, then save_pretrained) and give the result"
@@ -209,7 +209,7 @@ HARMLESS = (
 )
 """Patterns of the names of weights that a language model's logits do not depend on."""
 
-ADAPTER = re.compile(r"\.(base_layer|original_module|modules_to_save|adapters?)\.|[._](lora|ia3|hada|lokr|oft|boft|vera)_")
+_ADAPTER = re.compile(r"\.(base_layer|original_module|modules_to_save|adapters?)\.|[._](lora|ia3|hada|lokr|oft|boft|vera)_")
 """Names that peft and others give to the parts of an adapter, and to what it stands around."""
 
 

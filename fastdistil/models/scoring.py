@@ -123,7 +123,7 @@ def sequence_sums(
     rows = batch.label_rows
     if teacher is not None:
         rows = batch.valid_rows if batch.valid_rows is not None else torch.arange(batch.labels_N.shape[0], device=rows.device)
-    cross_entropy_R, kl_R = row_losses(model, teacher, batch, rows, precision, columns)
+    cross_entropy_R, kl_R = _row_losses(model, teacher, batch, rows, precision, columns)
     # Each row's sequence.
     if batch.packing is not None:
         owner_R = torch.searchsorted(batch.packing.cu_seqlens.long(), rows, right=True) - 1
@@ -139,7 +139,7 @@ def sequence_sums(
     return totals
 
 
-def row_losses(
+def _row_losses(
     model: Any, teacher: Any | None, batch: Batch, rows: Tensor, precision: str, columns: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy (0 in rows without a label) and KL to the teacher (0 without one) of some rows, float64 [R] each.
@@ -204,7 +204,7 @@ def score_pieces(
             assert batch.sequence_of_label is not None
             clusters.append(batch.sequence_of_label.numpy())
             batch = batch.to(device_of(model))
-            losses.append(row_losses(model, None, batch, batch.label_rows, precision)[0].cpu().numpy())
+            losses.append(_row_losses(model, None, batch, batch.label_rows, precision)[0].cpu().numpy())
             require_finite(losses[-1][None], clusters[-1], model, None, batch, precision)
             if progress is not None:
                 progress(float(done_P[b] / done_P[-1]))

@@ -22,7 +22,7 @@ from fastdistil.models.language_model import LanguageModel, max_length, shape
 from fastdistil.models.loading import load_model
 from fastdistil.models.scoring import evaluating
 
-PROBE_LENGTHS = (5, 11)
+_PROBE_LENGTHS = (5, 11)
 """Tokens of the two sequences of a probe."""
 
 
@@ -154,7 +154,7 @@ def _trace(model: LanguageModel, batch: Batch, entering: list[Tensor] | None = N
 def _probe(model: LanguageModel) -> Batch:
     """Two short sequences of tokens from all over the vocabulary, none of them padding."""
     vocabulary, longest = shape(model)[0], max_length(model)
-    lengths = np.array([length if longest is None else min(length, longest) for length in PROBE_LENGTHS])
+    lengths = np.array([length if longest is None else min(length, longest) for length in _PROBE_LENGTHS])
     tokens = np.setdiff1d(np.arange(vocabulary), [model.module.config.pad_token_id or 0])
     if not len(tokens):
         tokens = np.zeros(1, np.int64)

@@ -43,7 +43,7 @@ def make_student(
     elif teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
     else:
-        layers = student_layers(recipe, teacher.module.config)
+        layers = _student_layers(recipe, teacher.module.config)
         make = distilbert_from_bert if recipe.architecture == "distilbert" else fewer_layers
         student = make(teacher.module, layers, recipe.copy_head)
         check_copied_parts(teacher, student, layers, head=recipe.copy_head)
@@ -89,11 +89,11 @@ def student_config(recipe: Student, teacher: Any | None, vocabulary: int, specia
         return config_from(recipe.config, vocabulary, special_ids)
     if teacher is None:
         raise UserError("student.layers and student.every take layers from a transformers teacher; set teacher.path")
-    layers = student_layers(recipe, teacher)
-    return distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
+    layers = _student_layers(recipe, teacher)
+    return _distilbert_config(teacher, layers) if recipe.architecture == "distilbert" else config_with_layers(teacher, layers)
 
 
-def student_layers(recipe: Student, config: Any) -> list[int]:
+def _student_layers(recipe: Student, config: Any) -> list[int]:
     depth = int(getattr(config, family_of(config).depth))
     layers = list(recipe.layers) if recipe.layers is not None else list(range(0, depth, recipe.every or 1))
     if max(layers) >= depth or sorted(set(layers)) != layers:
@@ -152,7 +152,7 @@ def _keep_attention_scales(weights: dict[str, Tensor], prefix: str, layers: list
             weights[name] = torch.cat([queries * ((place + 1) / (layer + 1)), keys_and_values], dim=-1)
 
 
-def distilbert_config(old: Any, layers: list[int]) -> Any:
+def _distilbert_config(old: Any, layers: list[int]) -> Any:
     if old.model_type != "bert":
         raise UserError(f"student.architecture: distilbert needs a BERT teacher, got {old.model_type}; use architecture: same")
     if old.layer_norm_eps != 1e-12:
@@ -194,7 +194,7 @@ def distilbert_from_bert(teacher: Any, layers: list[int], copy_head: bool = True
     all layers the student therefore computes exactly the teacher's function. (The published script leaves them out.)
     """
     old = teacher.config
-    student = fresh_model(distilbert_config(old, layers))
+    student = fresh_model(_distilbert_config(old, layers))
     source = {name: tensor.float() for name, tensor in teacher.state_dict().items()}
     embeddings = "bert.embeddings."
     segment_D = source[embeddings + "token_type_embeddings.weight"][0]

@@ -21,11 +21,11 @@ from fastdistil.recipe import Recipe
 
 ROLES = {"bos": "front", "cls": "front", "eos": "back", "sep": "back", "pad": "pad", "mask": "mask", "unk": "unknown"}
 """What a special token is for: BERT's [CLS] and [SEP] stand where others have BOS and EOS."""
-SHOWN = 10
+_SHOWN = 10
 """So many ids are named where vocabularies differ."""
 
 
-def ids_in_use(corpus: TokenSequences, facts: TokenFacts, causal: bool) -> Ints:
+def _ids_in_use(corpus: TokenSequences, facts: TokenFacts, causal: bool) -> Ints:
     """The ids that a model is given, ascending int64: those in the corpus and, for masked models, the mask's.
 
     Padding is not among them: what stands there is never looked at.
@@ -67,12 +67,12 @@ def disagreement(path: str, corpus: Corpus, causal: bool) -> str | None:
     tokenizer = load_tokenizer(path)
     if vocabulary_fingerprint(tokenizer) == corpus.manifest.fingerprint:
         return None
-    used = ids_in_use(corpus, corpus.facts, causal).tolist()
+    used = _ids_in_use(corpus, corpus.facts, causal).tolist()
     differing = differing_ids(tokenizer, corpus.tokenizer, used)
     return f"of {len(used)} ids in use {_shown(differing, 'in the corpus')}" if differing else None
 
 
-def pair_disagreement(path: str, other: str) -> str | None:
+def _pair_disagreement(path: str, other: str) -> str | None:
     """Say which ids two models' tokenizers both have and spell differently; None: no id."""
     tokenizers = [load_tokenizer(directory) for directory in (path, other)]
     common = set.intersection(*(set(tokenizer.get_vocab().values()) for tokenizer in tokenizers))
@@ -81,13 +81,13 @@ def pair_disagreement(path: str, other: str) -> str | None:
 
 
 def _shown(differing: dict[int, tuple[str, str]], there: str) -> str:
-    first = "; ".join(f"{token} is {one}, {there} {other}" for token, (one, other) in list(differing.items())[:SHOWN])
-    return f"{len(differing)} differ: {first}" + ("; ..." if len(differing) > SHOWN else "")
+    first = "; ".join(f"{token} is {one}, {there} {other}" for token, (one, other) in list(differing.items())[:_SHOWN])
+    return f"{len(differing)} differ: {first}" + ("; ..." if len(differing) > _SHOWN else "")
 
 
 def check_rows(who: str, rows: int, corpus: TokenSequences, facts: TokenFacts, causal: bool, advice: str = "") -> None:
     """Refuse a vocabulary of `rows` entries where ids beyond are in use. Raises UserError; `advice` precedes the usual one."""
-    largest = int(ids_in_use(corpus, facts, causal).max(initial=0))
+    largest = int(_ids_in_use(corpus, facts, causal).max(initial=0))
     if largest >= rows:
         raise UserError(
             f"{who} has {rows} entries of vocabulary, and the token id {largest} is in use; {advice}prepare the corpus with "
@@ -130,7 +130,7 @@ def check_tokenizers(recipe: Recipe, corpus: Corpus, note: Callable[[str], None]
             continue
         advice = f"prepare the corpus with --tokenizer {path}"
         for other in paths.values():
-            if other != path and loading.has_tokenizer(other) and (apart := pair_disagreement(path, other)) is not None:
+            if other != path and loading.has_tokenizer(other) and (apart := _pair_disagreement(path, other)) is not None:
                 advice = f"{path} and {other} differ too ({apart}), so choose a teacher and a student of one vocabulary"
         raise UserError(f"{who} {path} has another vocabulary than the corpus ({difference}); {advice}")
 

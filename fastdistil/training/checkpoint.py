@@ -33,8 +33,8 @@ from fastdistil.storage import canonical, file_sha256, sync, sync_tree, text_sha
 from fastdistil.untrusted import FileFacts, PlainName, Sealed, Sha256, Whole, check, read_json, reason
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -100,8 +100,8 @@ def save(
         with suppress(_AlreadyThere), atomic_directory(target) as temporary:
             for name, group in groups.items():
                 save_file(_storable(name, group.make()) if isinstance(group, Deferred) else group, temporary / name)
-            (temporary / STATE).write_text(text, encoding="utf-8")
-            _write_manifest(temporary, update, [*groups, STATE])
+            (temporary / _STATE).write_text(text, encoding="utf-8")
+            _write_manifest(temporary, update, [*groups, _STATE])
             if _same(temporary, target):
                 raise _AlreadyThere
         _rotate(directory, update, keep, protect)
@@ -121,10 +121,10 @@ def load(path: Path, device: str | torch.device = "cpu", groups: Collection[str]
     tensors = {group: _tensors(path / name, str(device)) for group, name in chosen.items()}
     with translated("reading a checkpoint", path):
         try:
-            state = read_json(path / STATE)
+            state = read_json(path / _STATE)
             check(dict[str, Any], state)
         except (FileNotFoundError, ValueError) as error:
-            raise CorruptData(f"{path / STATE} is no state of a run ({reason(error)})") from error
+            raise CorruptData(f"{path / _STATE} is no state of a run ({reason(error)})") from error
     return Loaded(manifest["update"], tensors, state, path)
 
 
@@ -194,7 +194,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 def _check_from_disk(directory: Path) -> None:
     """Check a directory against its manifest, if it has one, with its pages dropped from memory so that the disk answers."""
-    if not (directory / MANIFEST).exists():
+    if not (directory / _MANIFEST).exists():
         return
     if hasattr(os, "posix_fadvise"):
         for path in directory.iterdir():
@@ -259,7 +259,7 @@ def _write_manifest(directory: Path, update: int, names: list[str]) -> None:
     files = {name: {"sha256": file_sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
     values = {"format": FORMAT, "update": update, "files": files}
     manifest = {**values, "sha256": _own_sha256(values)}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _own_sha256(manifest: Mapping[str, Any]) -> str:
@@ -268,7 +268,7 @@ def _own_sha256(manifest: Mapping[str, Any]) -> str:
 
 
 def _read_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST
+    path = directory / _MANIFEST
     try:
         manifest: Manifest = read_json(path)
         check(Sealed, manifest)

@@ -36,7 +36,7 @@ def export_student(
     """
     with atomic_directory(target) as directory:
         loading.save_pretrained(inputs.student, directory)
-        card = model_card(inputs, recipe, heldout_scores, updates, tokens)
+        card = _model_card(inputs, recipe, heldout_scores, updates, tokens)
         if (corpus := inputs.data.first) is not None:
             save_tokenizer(corpus.tokenizer, directory)
             if (difference := difference_as_loaded(corpus.tokenizer, directory, _texts(corpus))) is not None:
@@ -56,7 +56,7 @@ def _texts(corpus: Corpus) -> list[str]:
     return [str(corpus.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in corpus.sample(20)]
 
 
-def model_card(inputs: Inputs, recipe: Recipe, heldout: HeldOut | None, updates: int, tokens: int) -> str:
+def _model_card(inputs: Inputs, recipe: Recipe, heldout: HeldOut | None, updates: int, tokens: int) -> str:
     public = redacted(recipe.model_dump(mode="json"))
     teacher = f"distilled from `{public['teacher']['path']}`" if recipe.teacher is not None else "trained without a teacher"
     tag = "text-generation" if inputs.student.causal else "fill-mask"
@@ -67,7 +67,7 @@ def model_card(inputs: Inputs, recipe: Recipe, heldout: HeldOut | None, updates:
         "tags: [fastdistil, distillation]",
         "---",
         "",
-        f"# {target_name(recipe)}",
+        f"# {_target_name(recipe)}",
         "",
         (
             f"A language model {teacher} with fastdistil {__version__} (torch {torch.__version__}, {inputs.device.type}, "
@@ -95,5 +95,5 @@ def model_card(inputs: Inputs, recipe: Recipe, heldout: HeldOut | None, updates:
     return "\n".join([*lines, "## Recipe", "", "```yaml", text.rstrip(), "```", ""])
 
 
-def target_name(recipe: Recipe) -> str:
+def _target_name(recipe: Recipe) -> str:
     return recipe.name or "student"

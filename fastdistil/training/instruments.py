@@ -140,7 +140,7 @@ class Instruments:
                 precisions.append(recipe.teacher.dtype)
             self._peaks = peaks.peaks(device, *precisions, measure=recipe.profile.measure_peaks)
         team.world.barrier("fastdistil.peaks")
-        return Environment(devices=devices, peaks=Peaks(**self._peaks), **host_facts())
+        return Environment(devices=devices, peaks=Peaks(**self._peaks), **_host_facts())
 
     def parts(self, update: int, optimizer: torch.optim.Optimizer, residuals: Mapping[str, torch.Tensor]) -> MemoryParts | None:
         """What the peak is made of, once, when an update has been watched; else None."""
@@ -215,7 +215,7 @@ def estimate_of(inputs: Inputs, recipe: Recipe) -> MemoryEstimate | None:
     return estimate_memory(recipe, transformer_shape(inputs.student), teacher, causal=inputs.student.causal, longest=longest)
 
 
-def host_facts() -> dict[str, Any]:
+def _host_facts() -> dict[str, Any]:
     """Of this machine and the packages."""
     packages = {name: installed_version(name) for name in ("torch", "triton", "transformers", "horovod", "numpy")}
     versions = {"fastdistil": __version__, "python": platform.python_version()}

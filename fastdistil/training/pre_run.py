@@ -17,7 +17,7 @@ from fastdistil.distributed.rank_info import RankInfo, environment_of_no_rank
 from fastdistil.errors import UserError
 from fastdistil.recipe import Recipe
 
-LAST_LINES = 5
+_LAST_LINES = 5
 
 
 def prepare_node(team: Coordinator, recipe: Recipe, note: Callable[[str], None]) -> Recipe:
@@ -72,7 +72,7 @@ def _run(command: str) -> None:
         text=True,
         errors="replace",
     )
-    last: deque[str] = deque(maxlen=LAST_LINES)
+    last: deque[str] = deque(maxlen=_LAST_LINES)
     reader = threading.Thread(target=_pass_on, args=(process.stdout, last), daemon=True)
     reader.start()
     try:

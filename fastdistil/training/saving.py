@@ -30,7 +30,7 @@ from fastdistil.training.teacher_identity import continue_with_teacher, identify
 from fastdistil.untrusted import Amount, Fields, Whole, check, reason
 
 
-class ScaleState(Fields):
+class _ScaleState(Fields):
     """State of the loss scale (optim.LossScale)."""
 
     scale: Amount
@@ -38,7 +38,7 @@ class ScaleState(Fields):
     bad: Amount
 
 
-class LayoutState(Fields):
+class _LayoutState(Fields):
     """Layout of the buckets (buckets.Buckets.layout)."""
 
     order: list[Whole]
@@ -46,25 +46,25 @@ class LayoutState(Fields):
     made_for: list[Whole] | None = None
 
 
-class ExchangeState(Fields):
+class _ExchangeState(Fields):
     """State of the exchange of gradients."""
 
     kind: CompressionKind
     ranks: Annotated[int, Field(strict=True, ge=1, le=2**16)]
-    layout: LayoutState | None
+    layout: _LayoutState | None
 
 
-Nanoseconds = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+_Nanoseconds = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 
 
-class TeacherState(Fields):
+class _TeacherState(Fields):
     """Identity of the teacher (teacher_identity.identify_teacher)."""
 
     fingerprint: str
-    files: list[tuple[str, Whole, Nanoseconds]]
+    files: list[tuple[str, Whole, _Nanoseconds]]
 
 
-class SavedState(Fields):
+class _SavedState(Fields):
     """What a checkpoint of this version, or an earlier one, holds beside tensors."""
 
     tokens: Whole
@@ -72,9 +72,9 @@ class SavedState(Fields):
     best_loss: Annotated[float, Field(strict=True)] | None
     corpus: str
     skipped: Whole
-    loss_scale: ScaleState | None
-    exchange: ExchangeState | None = None
-    teacher: TeacherState | None = None
+    loss_scale: _ScaleState | None
+    exchange: _ExchangeState | None = None
+    teacher: _TeacherState | None = None
     recipe: str | None = None
 
 
@@ -156,7 +156,7 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
     state = run.team.chief_does("restore", read)
     if state is None:
         return
-    load_learnt(run.team.share(checkpoints[0].tensors if checkpoints else None, "restore"), run.modules, run.optimizer)
+    _load_learnt(run.team.share(checkpoints[0].tensors if checkpoints else None, "restore"), run.modules, run.optimizer)
     for message in run.exchange.restore(state.get("exchange"), lambda rank: checkpoints[0].read(f"rank-{rank}"), run.team):
         run.tell(message)
     if run.loss_scale is not None:
@@ -177,8 +177,8 @@ def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:
 def _check_loaded(loaded: checkpoint.Loaded, *, scaled: bool) -> None:
     """Raise CorruptData unless a checkpoint holds all that a run continues from; `scaled`: it scales its losses."""
     try:
-        check(SavedState, loaded.state)
-        if missing := [group for group in LEARNT if group not in loaded.tensors]:
+        check(_SavedState, loaded.state)
+        if missing := [group for group in _LEARNT if group not in loaded.tensors]:
             raise ValueError(f"{missing[0]}.safetensors is missing")
         if scaled and loaded.state["loss_scale"] is None:
             raise ValueError("loss_scale is null")
@@ -189,8 +189,8 @@ def _check_loaded(loaded: checkpoint.Loaded, *, scaled: bool) -> None:
 def _newest(run: Path, path: Path | None, device: torch.device, note: Callable[[str], None]) -> checkpoint.Loaded | None:
     # What ranks owe is read as it is sent to them, one rank's at a time.
     if path is not None and path.parent.name == "checkpoints":
-        return checkpoint.load(path, device, LEARNT)
-    return checkpoint.latest(run / "checkpoints", note, device, LEARNT)
+        return checkpoint.load(path, device, _LEARNT)
+    return checkpoint.latest(run / "checkpoints", note, device, _LEARNT)
 
 
 def blame_teacher(recipe: Recipe, inputs: Inputs, team: Coordinator, update: int | None) -> str:
@@ -230,19 +230,19 @@ def _has_nan(batch: Batch) -> bool:
     return any(bool(tensor.isnan().any()) for tensor in values if tensor is not None)
 
 
-Modules = Mapping[str, nn.Module | None]
+_Modules = Mapping[str, nn.Module | None]
 """Name -> module that is trained; None where the run has none."""
 
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a weight."""
 
 
-LEARNT = ("model", "optimizer")
+_LEARNT = ("model", "optimizer")
 """The groups of `learnt_tensors`."""
 
 
-def learnt_tensors(modules: Modules, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def learnt_tensors(modules: _Modules, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """{"model": weights, "optimizer": moments and steps}; a tied weight once."""
     weights = {
         f"{part}.{name}": tensor
@@ -256,7 +256,7 @@ def learnt_tensors(modules: Modules, optimizer: torch.optim.Optimizer) -> dict[s
     return {"model": weights, "optimizer": moments}
 
 
-def load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: Modules, optimizer: torch.optim.Optimizer) -> None:
+def _load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: _Modules, optimizer: torch.optim.Optimizer) -> None:
     """Put back what `learnt_tensors` gave, in place. Raises UserError if it is of other modules, CorruptData for moments that
     belong to no weight."""
     for part, module in modules.items():
@@ -264,7 +264,7 @@ def load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: Modules, o
             language_model.load_own_state(module, _below(tensors["model"], part))
     states: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    places = {f"{index}.{key}": (index, key) for index in range(len(parameters)) for key in MOMENTS}
+    places = {f"{index}.{key}": (index, key) for index in range(len(parameters)) for key in _MOMENTS}
     for name, tensor in tensors["optimizer"].items():
         index, key = places.get(name, (0, ""))
         if not key or tensor.shape != (() if key == "step" else parameters[index].shape):
@@ -272,8 +272,8 @@ def load_learnt(tensors: Mapping[str, Mapping[str, Tensor]], modules: Modules, o
                 f"the checkpoint's optimizer holds {name} of shape {list(tensor.shape)}, which belongs to no weight; start anew"
             )
         states.setdefault(index, {})[key] = tensor
-    if any(len(moments) != len(MOMENTS) for moments in states.values()):
-        raise CorruptData(f"the checkpoint's optimizer lacks one of {', '.join(MOMENTS)} of a weight; start anew")
+    if any(len(moments) != len(_MOMENTS) for moments in states.values()):
+        raise CorruptData(f"the checkpoint's optimizer lacks one of {', '.join(_MOMENTS)} of a weight; start anew")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
