@@ -337,7 +337,7 @@ def test_a_weight_that_differs_in_one_bit_is_found_at_the_next_comparison(
         assert code == 14, err
         assert "after update 4 the weights of rank 1 are not those of rank 0" in err, err
     assert [line[0] for line in learnt(tmp_path / "run")] == [1, 2, 3]
-    assert list_updates(tmp_path / "run" / "checkpoints") == [2]
+    assert saved_updates(tmp_path / "run" / "checkpoints") == [2]
 
 
 def test_rank_0_alone_uses_the_run_directory(
