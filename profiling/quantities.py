@@ -47,3 +47,19 @@ def number(value: float, digits: int = 4) -> str:
 
 def size_text(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
+def parameters(count: float) -> str:
+    """Return a model's size: '66.99M parameters'."""
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.4g}{name} parameters"
+    return f"{count:,} parameters"
+
+
+def duration(seconds: float) -> str:
+    """Return '2 h 03 min', '4 min 05 s', '12.3 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes} min {remainder:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

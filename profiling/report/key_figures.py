@@ -8,15 +8,15 @@ summary.py measures them, unless `detail` says otherwise.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fastdistil.events import DeviceFacts, Evaluation, Train
-from fastdistil.profiling.quantities import quantity
+from fastdistil.profiling.quantities import parameters, quantity
 from fastdistil.profiling.report.bootstrap import Statistic
 from fastdistil.profiling.report.history import History
-from fastdistil.profiling.report.summary import PHASES
+from fastdistil.profiling.report.summary import MFU, PHASES
 from fastdistil.untrusted import at, real
 
 Better = Literal["higher", "lower"]
@@ -84,8 +84,7 @@ class Figure:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class FigureGroup:
+class FigureGroup(NamedTuple):
     key: str
     title: str
     figures: Sequence[Figure]
@@ -94,14 +93,14 @@ class FigureGroup:
 def groups(history: History, summary: Mapping[str, Any]) -> list[FigureGroup]:
     """`summary`: summarise(history)."""
     return [
-        FigureGroup(key="run", title="Run", figures=_run(history, summary)),
-        FigureGroup(key="learning", title="Learning", figures=_learning(history)),
-        FigureGroup(key="speed", title="Speed", figures=_speed(history, summary)),
-        FigureGroup(key="step", title="Where a step goes", figures=_step(summary)),
-        FigureGroup(key="memory", title="Memory", figures=_memory(summary)),
-        FigureGroup(key="device", title="Device", figures=_device(summary)),
-        FigureGroup(key="communication", title="Communication and ranks", figures=_communication(history, summary)),
-        FigureGroup(key="environment", title="Environment", figures=_environment(history)),
+        FigureGroup("run", "Run", _run(history, summary)),
+        FigureGroup("learning", "Learning", _learning(history)),
+        FigureGroup("speed", "Speed", _speed(history, summary)),
+        FigureGroup("step", "Where a step goes", _step(summary)),
+        FigureGroup("memory", "Memory", _memory(summary)),
+        FigureGroup("device", "Device", _device(summary)),
+        FigureGroup("communication", "Communication and ranks", _communication(history, summary)),
+        FigureGroup("environment", "Environment", _environment(history)),
     ]
 
 
@@ -122,214 +121,245 @@ def setting(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def parameters(count: float) -> str:
-    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.4g}{name} parameters"
-    return f"{count:,} parameters"
+class _Row(NamedTuple):
+    """One figure of a table: what is the same in every run."""
+
+    key: str
+    label: str
+    unit: str = ""
+    better: Better | None = None
+    detail: str = ""
 
 
-def duration(seconds: float) -> str:
-    """'2 h 03 min', '4 min 05 s', '12.3 s'."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, remainder = divmod(round(seconds), 60)
-    return f"{minutes} min {remainder:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+_TEXT = "text"
+"""The unit of a row whose value is shown as it is, not as a number."""
+_LEFT_OUT = "lines that hold warm-up left out"
+_RUN = (
+    _Row("outcome", "outcome", _TEXT),
+    _Row("updates", "updates"),
+    _Row("tokens", "tokens", detail="all ranks and log lines, padding left out"),
+    _Row(
+        "wall_s", "wall clock", "s", "lower",
+        "first to last event; evaluations and checkpoints included, interruptions left out",
+    ),
+    _Row("evaluation_s", "evaluations, in all", "s"),
+    _Row("checkpoint_s", "checkpoints, in all", "s"),
+    _Row("teacher", "teacher", _TEXT),
+    _Row("student", "student", _TEXT),
+    _Row("teacher_parameters", "teacher parameters"),
+    _Row("student_parameters", "student parameters"),
+    _Row("device", "device", _TEXT),
+    _Row("dtype", "precision", _TEXT),
+    *(_Row(name, name, _TEXT) for name in ("ranks", "nodes", "engine", "rings", "sync", "compression", "threads", "kernels")),
+    _Row("micro_batch_tokens", "tokens of a micro-batch", detail="at most"),
+    _Row("accumulation", "micro-batches an update", detail="of each rank"),
+    _Row("tokens_per_update", "tokens an update", detail=f"all ranks; {_LEFT_OUT}"),
+)  # fmt: skip
+_LEARNING = (
+    _Row("total", "total loss", "", "lower"),
+    _Row("soft", "soft loss", "nats", "lower"),
+    _Row("hard", "hard loss", "nats", "lower"),
+    _Row("cosine", "cosine loss", "", "lower"),
+    _Row("mse", "mse loss", "", "lower"),
+    _Row("skipped", "skipped updates", detail="not finite"),
+    _Row("final_heldout_loss", "held-out loss, final", "nats", "lower"),
+    _Row("final_perplexity", "held-out perplexity, final", "", "lower"),
+    _Row("best_heldout_loss", "held-out loss, best", "nats", "lower"),
+    _Row("best_perplexity", "held-out perplexity, best", "", "lower"),
+    _Row("final_kl", "held-out KL to the teacher, final", "nats", "lower"),
+)
+_SPEED = (
+    _Row("tokens_per_s", "throughput", "tokens/s", "higher", "all ranks; all tokens over all time"),
+    _Row("step_p50_s", "step, p50", "s", "lower"),
+    _Row("step_p95_s", "step, p95", "s", "lower"),
+    _Row("step_p99_s", "step, p99", "s", "lower"),
+    _Row("step_mean_s", "step, mean", "s", "lower"),
+    _Row("mfu_student", "MFU, student", "share", "higher"),
+    _Row("mfu_with_teacher", "MFU, with the teacher", "share", "higher"),
+    _Row("mfu_hfu", "hardware FLOP utilisation", "share"),
+    _Row("mfu_student_of_measured", "MFU, student, of the measured peak", "share", "higher"),
+    _Row("data_wait_share", "waiting for data", "share", "lower"),
+    _Row("bottleneck", "bottleneck", _TEXT),
+)
+_MEMORY = (
+    _Row("peak_allocated_bytes", "peak allocated", "bytes", "lower", "torch's allocator, rank 0"),
+    _Row("peak_reserved_bytes", "peak reserved", "bytes", "lower", "torch's allocator, rank 0"),
+    # Of one instant: no direction is better.
+    _Row("fragmented_bytes", "reserved beyond what was allocated", "bytes", None, "of the peaks, last log line"),
+    _Row("used_bytes", "used on the device", "bytes", None, "by all processes, last log line"),
+    _Row("outside_bytes", "used outside torch's allocator", "bytes", None, "last log line"),
+    _Row("peak_rss_bytes", "host, peak resident", "bytes", "lower", "rank 0"),
+    _Row("retries", "allocations retried", "", "lower"),
+    _Row("ooms", "out of memory", "", "lower"),
+)
+_READINGS = (
+    _Row("utilisation", "utilisation", "share", None, "mean"),
+    _Row("sm_clock_mhz", "SM clock", "MHz", None, "median"),
+    _Row("sm_clock_min_mhz", "SM clock, lowest", "MHz", None, "lowest of the lines"),
+    _Row("memory_clock_mhz", "memory clock", "MHz", None, "median"),
+    _Row("clock_mhz", "processor clock", "MHz", None, "median"),
+    _Row("power_w", "power", "W", None, "mean"),
+    _Row("temperature_c", "temperature", "°C", None, "highest"),
+)
+_COMMUNICATION = (
+    _Row("control_bytes", "control bytes an update", "bytes/update", "lower", "rank 0"),
+    _Row("control_messages", "control messages an update", "", "lower", "rank 0"),
+    _Row("gradient_collectives", "gradient collectives an update", "", "lower", "rank 0"),
+    _Row("wait_s", "waiting for communication an update", "s", "lower", "rank 0"),
+    _Row(
+        "seconds", "communication, until it was waited for", "s", "lower",
+        "from the first departure; overlaps backward; rank 0",
+    ),
+    _Row("hidden_share", "of it, hidden, at least", "share", "higher", "behind the rest of the step"),
+    _Row("imbalance_time", "imbalance of own work", "share", "lower", "largest rank over the mean, less 1"),
+    _Row("imbalance_tokens", "imbalance of tokens", "share", "lower", "largest rank over the mean, less 1"),
+    _Row("straggler_share", "straggler's own work over the mean", "share", "lower"),
+)  # fmt: skip
+_ENVIRONMENT = (
+    _Row("processor", "processor", _TEXT),
+    _Row("cores", "cores", _TEXT),
+    _Row("memory_bytes", "host memory", "bytes"),
+)
+
+
+def _table(group: str, rows: Iterable[_Row], values: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures of the rows that `values` has: a value alone, or with it whatever else a Figure has."""
+    figures = []
+    for row in rows:
+        if row.key not in values:
+            continue
+        value = values[row.key]
+        fields: dict[str, Any] = {"unit": row.unit, "better": row.better, "detail": row.detail}
+        fields |= value if isinstance(value, dict) else {"value": value}
+        if fields["unit"] == _TEXT:
+            fields |= {"unit": "", "value": None if fields["value"] is None else str(fields["value"])}
+        elif not isinstance(fields["value"], str):
+            fields["value"] = _value(fields["value"])
+        figures.append(Figure(f"{group}.{row.key}", row.label, **fields))
+    return figures
 
 
 def _text(key: str, label: str, value: object, detail: str = "") -> Figure:
     return Figure(key, label, None if value is None else str(value), detail=detail)
 
 
+def _value(value: object) -> float | None:
+    """Return a number, None for nan; an int stays one: it is a count, and shown whole."""
+    number = value if isinstance(value, int) else real(value)
+    return None if math.isnan(number) else number
+
+
+def _mean_of(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the figure that is the mean of what `summary.statistics_of` describes."""
+    return {
+        "value": statistics.get("mean"),
+        "spread": statistics.get("sd"),
+        "n": statistics.get("n"),
+        "samples": statistics.get("samples", ()),
+    }
+
+
 def _run(history: History, summary: Mapping[str, Any]) -> list[Figure]:
-    start, recipe = history.start, history.recipe
-    done = history.lines[-1].update if history.lines else start.update
-    planned = start.updates
-    student = at(recipe, "student", "path") or at(recipe, "student", "architecture")
-    counted = "lines that hold warm-up left out"
-    return [
-        _text("run.outcome", "outcome", OUTCOMES[history.outcome]),
-        Figure("run.updates", "updates", done, detail=f"of {planned:,} planned" if planned else ""),
-        Figure("run.tokens", "tokens", history.tokens, detail="all ranks and log lines, padding left out"),
-        Figure(
-            "run.wall_s",
-            "wall clock",
-            history.wall_s,
-            "s",
-            better="lower",
-            detail="first to last event; evaluations and checkpoints included, interruptions left out",
-        ),
-        _aside(summary, "evaluation"),
-        _aside(summary, "checkpoint"),
-        _text("run.teacher", "teacher", at(recipe, "teacher", "path")),
-        _text("run.student", "student", student),
-        Figure("run.teacher_parameters", "teacher parameters", summary["teacher_parameters"]),
-        Figure("run.student_parameters", "student parameters", summary["student_parameters"]),
-        _text("run.device", "device", summary["device"]),
-        _text("run.dtype", "precision", summary["dtype"]),
-        *(_text(f"run.{name}", name, summary[name]) for name in ("ranks", "nodes", "engine", "rings", "sync", "compression")),
-        *(_text(f"run.{name}", name, summary[name]) for name in ("threads", "kernels")),
-        Figure("run.micro_batch_tokens", "tokens of a micro-batch", summary["micro_batch_tokens"], detail="at most"),
-        Figure("run.accumulation", "micro-batches an update", summary["accumulation"], detail="of each rank"),
-        Figure("run.tokens_per_update", "tokens an update", summary["tokens_per_update"], detail=f"all ranks; {counted}"),
-    ]
+    planned, recipe = history.start.updates, history.recipe
+    done = history.lines[-1].update if history.lines else history.start.update
+    values = {
+        **summary,
+        "outcome": OUTCOMES[history.outcome],
+        "updates": {"value": done, "detail": f"of {planned:,} planned" if planned else ""},
+        "tokens": history.tokens,
+        "wall_s": history.wall_s,
+        "evaluation_s": _aside(summary, "evaluation"),
+        "checkpoint_s": _aside(summary, "checkpoint"),
+        "teacher": at(recipe, "teacher", "path"),
+        "student": at(recipe, "student", "path") or at(recipe, "student", "architecture"),
+    }
+    return _table("run", _RUN, values)
 
 
-def _aside(summary: Mapping[str, Any], name: str) -> Figure:
-    """Seconds beside the updates, in all."""
+def _aside(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the seconds beside the updates, in all."""
     durations = summary[name]
-    key, label = f"run.{name}_s", f"{name}s, in all"
     if durations is None:
-        return Figure(key, label, None, "s")
+        return {"value": None}
     times = f"p50 {quantity(durations['p50'], 's')}, p95 {quantity(durations['p95'], 's')}"
     detail = f"{durations['n']:,}: {times}; in no step, rate or phase"
-    return Figure(key, label, math.fsum(durations["samples"]), "s", n=durations["n"], of=f"{name}s", detail=detail)
+    return {"value": math.fsum(durations["samples"]), "n": durations["n"], "of": f"{name}s", "detail": detail}
 
 
 def _learning(history: History) -> list[Figure]:
     last = history.lines[-1] if history.lines else Train(update=0)
     where = f"mean of the last log line, update {last.update:,}" if history.lines else ""
-    figures = [
-        Figure(
-            f"learning.{name}",
-            f"{label} loss",
-            _value(getattr(last, name)),
-            "nats" if name in ("soft", "hard") else "",
-            n=last.updates,
-            detail=where,
-            better="lower",
-        )
-        for name, label in (("total", "total"), ("soft", "soft"), ("hard", "hard"), ("cosine", "cosine"), ("mse", "mse"))
-        if name == "total" or getattr(last, name) is not None
-    ]
-    figures.append(Figure("learning.skipped", "skipped updates", history.skipped, detail="not finite"))
+    values: dict[str, Any] = {
+        name: {"value": loss, "n": last.updates, "detail": where}
+        for name in ("total", "soft", "hard", "cosine", "mse")
+        if (loss := getattr(last, name)) is not None or name == "total"
+    }
+    values["skipped"] = history.skipped
     nothing = Evaluation(update=0)
     final = history.evaluations[-1] if history.evaluations else nothing
     best = min(history.evaluations, key=lambda event: real(event.loss), default=nothing)
     for name, event in (("final", final), ("best", best)):
-        at_update = f"{name}, update {event.update:,}" if history.evaluations else ""
-        figures += [
-            Figure(
-                f"learning.{name}_heldout_loss",
-                f"held-out loss, {name}",
-                _value(event.loss),
-                "nats",
-                spread=_value(event.loss_se),
-                spread_kind="se",
-                n=event.labels,
-                of="labels",
-                detail=at_update,
-                better="lower",
-            ),
-            Figure(
-                f"learning.{name}_perplexity",
-                f"held-out perplexity, {name}",
-                _value(event.perplexity),
-                spread=_perplexity_se(event),
-                spread_kind="se",
-                n=event.labels,
-                of="labels",
-                detail=at_update,
-                better="lower",
-            ),
-        ]
+        error, perplexity = _value(event.loss_se), _value(event.perplexity)
+        of_labels = {
+            "spread_kind": "se",
+            "n": event.labels,
+            "of": "labels",
+            "detail": f"{name}, update {event.update:,}" if history.evaluations else "",
+        }
+        values[f"{name}_heldout_loss"] = {"value": event.loss, "spread": error, **of_labels}
+        # To first order: the standard error of e^loss is e^loss times that of the loss.
+        spread = None if perplexity is None or error is None else perplexity * error
+        values[f"{name}_perplexity"] = {"value": perplexity, "spread": spread, **of_labels}
     if final.kl is not None:
-        figures.append(
-            Figure(
-                "learning.final_kl",
-                "held-out KL to the teacher, final",
-                _value(final.kl),
-                "nats",
-                spread=_value(final.kl_se),
-                spread_kind="se",
-                n=final.kl_tokens,
-                of="tokens",
-                detail=f"final, update {final.update:,}",
-                better="lower",
-            )
-        )
-    return figures
-
-
-def _perplexity_se(event: Evaluation) -> float | None:
-    """To first order: the standard error of e^loss is e^loss times that of the loss."""
-    perplexity, error = _value(event.perplexity), _value(event.loss_se)
-    return None if perplexity is None or error is None else perplexity * error
-
-
-def _value(value: object) -> float | None:
-    """An int stays one: it is a count, and shown whole."""
-    number = value if isinstance(value, int) else real(value)
-    return number if value is not None and not math.isnan(number) else None
+        values["final_kl"] = {
+            "value": final.kl,
+            "spread": _value(final.kl_se),
+            "spread_kind": "se",
+            "n": final.kl_tokens,
+            "of": "tokens",
+            "detail": f"final, update {final.update:,}",
+        }
+    return _table("learning", _LEARNING, values)
 
 
 def _speed(history: History, summary: Mapping[str, Any]) -> list[Figure]:
-    recorded = [line.tokens_per_s for line in history.comparable_lines if not line.warmup]
-    rates = [rate for rate in recorded if rate is not None and math.isfinite(rate)]
-    step = summary["step_s"] or {}
-    n, warm = step.get("n"), f"{summary['warmup']} warm-up updates left out; rank 0"
-    bottleneck = summary["bottleneck"]
-    key = f" -> {bottleneck['key']}" if bottleneck["key"] else ""
-    return [
-        Figure(
-            "speed.tokens_per_s",
-            "throughput",
-            summary["tokens_per_s"],
-            "tokens/s",
-            spread=float(np.std(rates, ddof=1)) if len(rates) > 1 else None,
-            n=len(rates) or None,
-            of="log lines",
-            detail="all ranks; all tokens over all time",
-            better="higher",
-            samples=rates,
-        ),
-        Figure(
-            "speed.step_p50_s",
-            "step, p50",
-            step.get("p50"),
-            "s",
-            n=n,
-            detail=warm,
-            better="lower",
-            samples=step.get("samples", ()),
-            statistic="median",
-        ),
-        *(
-            Figure(f"speed.step_{name}_s", f"step, {name}", step.get(name), "s", n=n, detail=warm, better="lower")
-            for name in ("p95", "p99")
-        ),
-        Figure(
-            "speed.step_mean_s",
-            "step, mean",
-            step.get("mean"),
-            "s",
-            spread=step.get("sd"),
-            n=n,
-            detail=warm,
-            better="lower",
-            samples=step.get("samples", ()),
-        ),
-        _mfu(summary, "student", "MFU, student", "higher"),
-        _mfu(summary, "with_teacher", "MFU, with the teacher", "higher"),
-        _mfu(summary, "hfu", "hardware FLOP utilisation"),
-        *(
-            [_mfu(summary, "student", "MFU, student, of the measured peak", "higher", "measured")]
-            if (summary["mfu"] or {}).get("measured")
-            else []
-        ),
-        Figure("speed.data_wait_share", "waiting for data", summary["data_wait_share"], "share", better="lower"),
-        _text("speed.bottleneck", "bottleneck", bottleneck["name"] + key, bottleneck["why"]),
-    ]
+    rates = [rate for line in history.comparable_lines if not line.warmup and math.isfinite(rate := real(line.tokens_per_s))]
+    step, mfu, bottleneck = summary["step_s"] or {}, summary["mfu"] or {}, summary["bottleneck"]
+    warm = {"n": step.get("n"), "detail": f"{summary['warmup']} warm-up updates left out; rank 0"}
+    values = {
+        "tokens_per_s": {**_over_lines(rates), "value": summary["tokens_per_s"]},
+        "step_p50_s": {"value": step.get("p50"), **warm, "samples": step.get("samples", ()), "statistic": "median"},
+        "step_p95_s": {"value": step.get("p95"), **warm},
+        "step_p99_s": {"value": step.get("p99"), **warm},
+        "step_mean_s": {**_mean_of(step), **warm},
+        **{f"mfu_{name}": _mfu(mfu, name) for name in MFU},
+        "data_wait_share": summary["data_wait_share"],
+        "bottleneck": {
+            "value": bottleneck["name"] + (f" -> {bottleneck['key']}" if bottleneck["key"] else ""),
+            "detail": bottleneck["why"],
+        },
+    }
+    if mfu.get("measured"):
+        values["mfu_student_of_measured"] = _mfu(mfu["measured"], "student")
+    return _table("speed", _SPEED, values)
 
 
-def _mfu(summary: Mapping[str, Any], name: str, label: str, better: Better | None = None, against: str | None = None) -> Figure:
-    mfu, key = summary["mfu"] or {}, f"speed.mfu_{name}"
-    if against is not None:
-        mfu, key = mfu[against], f"{key}_of_{against}"
+def _mfu(mfu: Mapping[str, Any], name: str) -> dict[str, Any]:
     if mfu.get("refused"):
-        return _text(key, label, "refused", mfu["refused"][0])
+        return {"value": "refused", "unit": "", "better": None, "detail": mfu["refused"][0]}
     peak = f"of {quantity(mfu['peak_flops'], 'flop/s')} ({mfu['peak_source']})" if mfu.get("peak_flops") else ""
-    return Figure(key, label, mfu.get(name), "share", detail=peak, better=better)
+    return {"value": mfu.get(name), "detail": peak}
+
+
+def _over_lines(values: Sequence[float]) -> dict[str, Any]:
+    """Return the fields of the figure that is the mean of one value of each log line."""
+    return {
+        "value": float(np.mean(values)) if values else None,
+        "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": len(values) or None,
+        "of": "log lines",
+        "samples": values,
+    }
 
 
 def _step(summary: Mapping[str, Any]) -> list[Figure]:
@@ -339,17 +369,7 @@ def _step(summary: Mapping[str, Any]) -> list[Figure]:
         phase = phases[name]
         percentiles = ", ".join(f"{mark} {quantity(phase[mark], 's')}" for mark in ("p50", "p95", "p99"))
         figures += [
-            Figure(
-                f"step.{name}_s",
-                name,
-                phase["mean"],
-                "s",
-                spread=phase["sd"],
-                n=phase["n"],
-                detail=percentiles,
-                better="lower",
-                samples=phase["samples"],
-            ),
+            Figure(f"step.{name}_s", name, unit="s", detail=percentiles, better="lower", **_mean_of(phase)),
             Figure(f"step.{name}_share", f"{name}, of the step", phase["share"], "share", n=phase["n"]),
         ]
     return figures or [Figure("step.phases", "phases", None)]
@@ -357,89 +377,49 @@ def _step(summary: Mapping[str, Any]) -> list[Figure]:
 
 def _memory(summary: Mapping[str, Any]) -> list[Figure]:
     memory = summary["memory"] or {}
-    names = {
-        "peak_allocated_bytes": ("peak allocated", "torch's allocator, rank 0"),
-        "peak_reserved_bytes": ("peak reserved", "torch's allocator, rank 0"),
-        "fragmented_bytes": ("reserved beyond what was allocated", "of the peaks, last log line"),
-        "used_bytes": ("used on the device", "by all processes, last log line"),
-        "outside_bytes": ("used outside torch's allocator", "last log line"),
-        "peak_rss_bytes": ("host, peak resident", "rank 0"),
-    }
-    figures = []
-    for name, (label, detail) in names.items():
-        better: Better | None = "lower" if name.startswith("peak_") else None  # of one instant: no verdict
-        figures.append(Figure(f"memory.{name}", label, _value(memory.get(name)), "bytes", detail=detail, better=better))
-    figures += [
-        Figure(f"memory.{name}", label, _value(memory.get(name)), better="lower")
-        for name, label in (("retries", "allocations retried"), ("ooms", "out of memory"))
-    ]
+    figures = _table("memory", _MEMORY, {row.key: memory.get(row.key) for row in _MEMORY})
     parts, estimate = memory.get("parts") or {}, memory.get("estimate") or {}
     for name in parts:
-        value, before = _value(parts[name]), _value(estimate.get(name))
+        before = _value(estimate.get(name))
         if name == "activations_and_logits" and estimate:  # measured together
             before = real(estimate.get("activations")) + real(estimate.get("logits"))
-        estimate_text = f"estimated before: {quantity(before, 'bytes')}" if before is not None else "no estimate recorded"
-        figures.append(Figure(f"memory.parts.{name}", f"part: {name.replace('_', ' ')}", value, "bytes", detail=estimate_text))
+        label = f"part: {name.replace('_', ' ')}"
+        figures.append(Figure(f"memory.parts.{name}", label, _value(parts[name]), "bytes", detail=_estimated(before)))
     peak = _value(memory.get("peak_bytes"))
     if parts or peak is not None:
         predicted = sum(real(value) for value in estimate.values()) if estimate else math.nan
-        estimate_text = (
-            f"estimated before: {quantity(predicted, 'bytes')}" if math.isfinite(predicted) else "no estimate recorded"
-        )
+        detail = _estimated(predicted if math.isfinite(predicted) else None)
         if peak and math.isfinite(predicted):
-            estimate_text += f" ({predicted / peak - 1:+.1%})"
-        figures.append(Figure("memory.peak_bytes", "peak after the first updates", peak, "bytes", detail=estimate_text))
+            detail += f" ({predicted / peak - 1:+.1%})"
+        figures.append(Figure("memory.peak_bytes", "peak after the first updates", peak, "bytes", detail=detail))
     return figures
+
+
+def _estimated(size: float | None) -> str:
+    return "no estimate recorded" if size is None else f"estimated before: {quantity(size, 'bytes')}"
 
 
 def _device(summary: Mapping[str, Any]) -> list[Figure]:
     readings, energy = summary["readings"] or {}, summary["energy"]
-    n = readings.get("samples") or None
-    names: list[tuple[str, str, str, str]] = [
-        ("utilisation", "utilisation", "share", "mean"),
-        ("sm_clock_mhz", "SM clock", "MHz", "median"),
-        ("sm_clock_min_mhz", "SM clock, lowest", "MHz", "lowest of the lines"),
-        ("memory_clock_mhz", "memory clock", "MHz", "median"),
-        ("clock_mhz", "processor clock", "MHz", "median"),
-        ("power_w", "power", "W", "mean"),
-        ("temperature_c", "temperature", "°C", "highest"),
-    ]
-    figures = [
-        Figure(
-            f"device.{name}",
-            label,
-            _value(readings.get(name)),
-            unit,
-            n=n,
-            of="samples",
-            detail=f"{how}; rank 0" if readings.get(name) is not None else readings.get("why", f"{how}; rank 0"),
-        )
-        for name, label, unit, how in names
-        if name in readings or name in ("utilisation", "power_w", "temperature_c")
-    ]
+    values = {}
+    for row in _READINGS:
+        if row.key in readings or row.key in ("utilisation", "power_w", "temperature_c"):
+            value, detail = readings.get(row.key), f"{row.detail}; rank 0"
+            detail = readings.get("why", detail) if value is None else detail
+            values[row.key] = {"value": value, "n": readings.get("samples") or None, "of": "samples", "detail": detail}
+    figures = _table("device", _READINGS, values)
     why = energy.get("why") or f"rank 0's device, over {quantity(energy['seconds'], 's')}; the sensor's error is some per cent"
-    per_token = energy["j_per_million_tokens"]
-    figures += [
-        Figure("device.j_per_update", "energy an update", energy["j_per_update"], "J", detail=why, better="lower"),
-        Figure("device.j_per_million_tokens", "energy per million tokens", per_token, "J", detail=why, better="lower"),
-    ]
+    for name, label in (("j_per_update", "energy an update"), ("j_per_million_tokens", "energy per million tokens")):
+        figures.append(Figure(f"device.{name}", label, energy[name], "J", detail=why, better="lower"))
     throttled, watched = readings.get("throttled"), readings.get("throttled_samples")
     if throttled is None:  # nobody looked
         return [*figures, Figure("device.throttled", "throttled", None)]
     if not throttled:
         return [*figures, _text("device.throttled", "throttled", "never", f"{watched:,} samples")]
-    return figures + [
-        Figure(
-            f"device.throttled.{reason}",
-            f"throttled: {reason.replace('_', ' ')}",
-            share,
-            "share",
-            n=watched,
-            of="samples",
-            better="lower",
-        )
-        for reason, share in throttled.items()
-    ]
+    for reason, share in throttled.items():
+        key, label = f"device.throttled.{reason}", f"throttled: {reason.replace('_', ' ')}"
+        figures.append(Figure(key, label, share, "share", n=watched, of="samples", better="lower"))
+    return figures
 
 
 def _communication(history: History, summary: Mapping[str, Any]) -> list[Figure]:
@@ -447,84 +427,41 @@ def _communication(history: History, summary: Mapping[str, Any]) -> list[Figure]
         return [_text("communication.none", "communication", "none: one rank")]
     lines = [line for line in history.comparable_lines if not line.warmup]
     hidden, straggler = summary["communication"] or {}, summary["straggler"] or {}
-    rings = max((len(line.ring_bytes) for line in lines), default=0)
     worked = ""
     if straggler:
         worked = f"rank {straggler['rank']}, the slowest in {straggler['slowest_in']} of {straggler['lines']} log lines"
-    return [
-        _per_update(lines, "communication.gradient_bytes", "gradient bytes an update", "gradient_bytes", "bytes/update"),
-        *(
-            _per_update(
-                lines, f"communication.ring_{ring}_bytes", f"gradient bytes, ring {ring}", "ring_bytes", "bytes/update", ring
-            )
-            for ring in range(rings)
-        ),
-        _per_update(lines, "communication.control_bytes", "control bytes an update", "control_bytes", "bytes/update"),
-        _per_update(lines, "communication.control_messages", "control messages an update", "control_messages", ""),
-        _per_update(lines, "communication.gradient_collectives", "gradient collectives an update", "gradient_collectives", ""),
-        _per_update(lines, "communication.wait_s", "waiting for communication an update", "exchange_wait_s", "s"),
-        Figure(
-            "communication.seconds",
-            "communication, until it was waited for",
-            hidden.get("mean"),
-            "s",
-            spread=hidden.get("sd"),
-            n=hidden.get("n"),
-            detail="from the first departure; overlaps backward; rank 0",
-            better="lower",
-            samples=hidden.get("samples", ()),
-        ),
-        Figure(
-            "communication.hidden_share",
-            "of it, hidden, at least",
-            hidden.get("hidden_share"),
-            "share",
-            detail="behind the rest of the step",
-            better="higher",
-        ),
-        _line_mean(lines, "communication.imbalance_time", "imbalance of own work", "imbalance_time"),
-        _line_mean(lines, "communication.imbalance_tokens", "imbalance of tokens", "imbalance_tokens"),
-        Figure(
-            "communication.straggler_share",
-            "straggler's own work over the mean",
-            straggler.get("share"),
-            "share",
-            detail=worked,
-            better="lower",
-        ),
+    rings = max((len(line.ring_bytes) for line in lines), default=0)
+    sent = [_Row("gradient_bytes", "gradient bytes an update", "bytes/update", "lower", "rank 0")]
+    sent += [
+        _Row(f"ring_{ring}_bytes", f"gradient bytes, ring {ring}", "bytes/update", "lower", "rank 0") for ring in range(rings)
     ]
+    values = {
+        **{
+            name: _per_update((line, getattr(line, name)) for line in lines)
+            for name in ("gradient_bytes", "control_bytes", "control_messages", "gradient_collectives")
+        },
+        **{f"ring_{ring}_bytes": _per_update((line, _ring_bytes(line, ring)) for line in lines) for ring in range(rings)},
+        "wait_s": _per_update((line, line.exchange_wait_s) for line in lines),
+        "seconds": _mean_of(hidden),
+        "hidden_share": hidden.get("hidden_share"),
+        **{
+            name: _over_lines([value for line in lines if (value := getattr(line, name)) is not None])
+            for name in ("imbalance_time", "imbalance_tokens")
+        },
+        "straggler_share": {"value": straggler.get("share"), "detail": worked},
+    }
+    return _table("communication", (*sent, *_COMMUNICATION), values)
 
 
-def _per_update(lines: Iterable[Train], key: str, label: str, name: str, unit: str, ring: int | None = None) -> Figure:
-    """All of it over all updates."""
-    total, updates = 0.0, 0
-    for line in lines:
-        value = getattr(line, name)
-        if ring is not None:
-            value = value[ring] if ring < len(value) else None
-        if value is not None and line.updates:
-            total, updates = total + value, updates + line.updates
-    mean = total / updates if updates else None
-    return Figure(key, label, mean, unit, n=updates or None, detail="rank 0", better="lower")
+def _ring_bytes(line: Train, ring: int) -> float | None:
+    return line.ring_bytes[ring] if ring < len(line.ring_bytes) else None
 
 
-def _line_mean(lines: Iterable[Train], key: str, label: str, name: str) -> Figure:
-    values = [value for line in lines if (value := getattr(line, name)) is not None]
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    mean = float(np.mean(values)) if values else None
-    detail = "largest rank over the mean, less 1"
-    return Figure(
-        key,
-        label,
-        mean,
-        "share",
-        spread=spread,
-        n=len(values) or None,
-        of="log lines",
-        detail=detail,
-        better="lower",
-        samples=values,
-    )
+def _per_update(values: Iterable[tuple[Train, float | None]]) -> dict[str, Any]:
+    """Return all of it over all updates."""
+    recorded = [(value, line.updates) for line, value in values if value is not None and line.updates]
+    updates = sum(count for _, count in recorded)
+    return {"value": sum(value for value, _ in recorded) / updates if updates else None, "n": updates or None}
 
 
 def _environment(history: History) -> list[Figure]:
@@ -535,11 +472,7 @@ def _environment(history: History) -> list[Figure]:
     devices: dict[str, list[DeviceFacts]] = {}
     for device in environment.devices:
         devices.setdefault(str(device.name), []).append(device)
-    figures = [
-        _text("environment.processor", "processor", environment.processor),
-        _text("environment.cores", "cores", environment.cores),
-        Figure("environment.memory_bytes", "host memory", _value(environment.memory_bytes), "bytes"),
-    ]
+    figures = _table("environment", _ENVIRONMENT, vars(environment))
     for index, (name, same) in enumerate(devices.items()):
         memory = _value(same[0].memory_bytes)
         detail = quantity(memory, "bytes") if memory is not None else "memory not recorded"

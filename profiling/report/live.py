@@ -54,9 +54,8 @@ from fastdistil.events import (
     effective_events,
     parse_event,
 )
-from fastdistil.profiling.quantities import quantity
+from fastdistil.profiling.quantities import duration, quantity
 from fastdistil.profiling.report.history import extend_attempts, make_history, read_recipe
-from fastdistil.profiling.report.key_figures import duration
 from fastdistil.profiling.report.report import as_html, sum_up, template
 from fastdistil.profiling.report.svg import without_controls
 from fastdistil.redaction import redacted

@@ -24,11 +24,11 @@ from markupsafe import Markup
 from fastdistil import __version__
 from fastdistil.errors import UserError, printable, translated
 from fastdistil.events import Environment
-from fastdistil.profiling.quantities import quantity
+from fastdistil.profiling.quantities import duration, quantity
 from fastdistil.profiling.report import svg
 from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, ratio_of
 from fastdistil.profiling.report.history import History, load_history
-from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, FigureGroup, duration, groups, setting
+from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, FigureGroup, groups, setting
 from fastdistil.profiling.report.plots import PlotSection, sections
 from fastdistil.profiling.report.summary import PHASES, slowed_down, summarise
 from fastdistil.untrusted import at
