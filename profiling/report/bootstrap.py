@@ -36,6 +36,10 @@ class Ratio(NamedTuple):
     """Of the interval; None: too few samples to tell."""
     high: float | None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "median", seed: int = 0) -> Ratio | None:
     """Statistic of b over that of a, with its 95% interval; None if that of a is 0 or there are no samples."""

@@ -13,34 +13,23 @@ for a verdict is an error.
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich.markup
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from fastdistil.errors import FellShort, UserError, translated
 from fastdistil.profiling.quantities import quantity
-from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, MIN_SAMPLES, Ratio, ratio_of
+from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, MIN_SAMPLES, ratio_of
 from fastdistil.profiling.report.history import load_history
 from fastdistil.profiling.report.measurement_files import Benchmarks, Profile
-from fastdistil.profiling.report.summary import slowed_down, summarise
+from fastdistil.profiling.report.summary import SAME_WORK, slowed_down, summarise
 from fastdistil.profiling.report.svg import without_controls
-from fastdistil.untrusted import check, read_json, real, reason
+from fastdistil.untrusted import Fields, at, check, read_json, real, reason
 
-SAME_WORK = (
-    "device",
-    "dtype",
-    "ranks",
-    "micro_batch_tokens",
-    "accumulation",
-    "student_parameters",
-    "teacher_parameters",
-)
-"""Fields of a summary that must agree."""
 OF_DEVICES = ("power_limit_w", "sm_clock_max_mhz", "slice", "driver", "pcie_generation", "pcie_width")
 """Facts of the environment's devices that are listed where they differ; their names must agree, of every rank."""
 SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
@@ -125,7 +114,7 @@ def load_measurement(path: Path) -> Measurement:
                 f"{path} is not JSON ({reason(error)}); give a run's directory, a profile.json or a pytest-benchmark file"
             ) from error
     names = content.keys() if isinstance(content, dict) else set()
-    kind: type[BaseModel]
+    kind: type[Fields]
     if names >= {"benchmarks", "machine_info"}:
         name, kind = "benchmarks", Benchmarks
     elif names >= {"fastdistil", "step_s"}:
@@ -149,37 +138,25 @@ def _about(side: Measurement) -> dict[str, Any]:
 
 
 def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
-    """(what makes the work another, other differences, warnings)."""
-    refused, differences, warnings = [], [], []
-    for name in (*SAME_WORK, "engine", "compression", "sync", "rings", "threads", "kernels"):
-        one, other = a.get(name), b.get(name)
-        if one == other:
-            continue
-        if name in SAME_WORK and one is not None and other is not None:
-            refused.append(_difference(name, one, other))
-        else:
-            differences.append(_difference(name, one, other))
-    if any(a.get(name) is None or b.get(name) is None for name in SAME_WORK):
-        missing = [name for name in SAME_WORK if a.get(name) is None or b.get(name) is None]
-        warnings.append(f"whether both did the same work cannot be told by {', '.join(missing)}: {_MISSING}")
-    devices = [(side.get("environment") or {}).get("devices") or () for side in (a, b)]
-    for name in ("name", *OF_DEVICES):
-        one, other = (_of_ranks(side, name) for side in devices)
-        if one == other or (name == "name" and any(difference["key"] == "device" for difference in refused)):
-            continue
-        must_agree = name == "name" and one is not None and other is not None
-        (refused if must_agree else differences).append(_difference("devices" if name == "name" else name, one, other))
-    recipes, versions = ((_flat(a.get(name)), _flat(b.get(name))) for name in ("recipe", "environment"))
-    refused_keys = {difference["key"] for difference in refused}
-    for key in sorted(recipes[0].keys() | recipes[1].keys()):
-        one, other = (side.get(key) for side in recipes)
-        if one != other and not key.startswith(_FREE) and key.rsplit(".", 1)[-1] not in refused_keys:
-            differences.append(_difference(key, one, other))
-    for key in sorted(versions[0].keys() | versions[1].keys()):
-        one, other = (side.get(key) for side in versions)
-        if key.startswith("versions.") and one != other:
-            differences.append(_difference(key, one, other))
-    return refused, differences, warnings
+    """Return (what makes the work another, other differences, warnings)."""
+    facts = _unequal(a, b, (*SAME_WORK, "engine", "compression", "sync", "rings", "threads", "kernels"))
+    facts += _unequal(_devices(a), _devices(b), ("devices", *OF_DEVICES))
+    refused = [fact for fact in facts if fact["key"] in (*SAME_WORK, "devices") and _MISSING not in (fact["a"], fact["b"])]
+    keys = {fact["key"] for fact in refused}
+    if "device" in keys:  # the names of all devices say the same once more
+        refused, facts = ([fact for fact in listed if fact["key"] != "devices"] for listed in (refused, facts))
+    settings = _unequal(_flat(a.get("recipe")), _flat(b.get("recipe")))
+    settings = [one for one in settings if not one["key"].startswith(_FREE) and one["key"].rpartition(".")[2] not in keys]
+    versions = _unequal(*(_flat({"versions": at(side, "environment", "versions")}) for side in (a, b)))
+    missing = [name for name in SAME_WORK if a.get(name) is None or b.get(name) is None]
+    warning = f"whether both did the same work cannot be told by {', '.join(missing)}: {_MISSING}"
+    others = [fact for fact in facts if fact not in refused]
+    return refused, [*others, *settings, *versions], [warning] if missing else []
+
+
+def _devices(summary: Mapping[str, Any]) -> dict[str, Any]:
+    devices = at(summary, "environment", "devices") or ()
+    return {"devices": _of_ranks(devices, "name"), **{name: _of_ranks(devices, name) for name in OF_DEVICES}}
 
 
 def _of_ranks(devices: Sequence[Mapping[str, Any]], name: str) -> Any:
@@ -188,8 +165,13 @@ def _of_ranks(devices: Sequence[Mapping[str, Any]], name: str) -> Any:
     return values if any(value != values[0] for value in values) else next(iter(values), None)
 
 
-def _difference(key: str, a: Any, b: Any) -> dict[str, Any]:
-    return {"key": key, "a": _MISSING if a is None else a, "b": _MISSING if b is None else b}
+def _unequal(a: Mapping[str, Any], b: Mapping[str, Any], keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Return what differs: of these keys, or of all of them by name."""
+    return [
+        {"key": key, "a": _MISSING if a.get(key) is None else a[key], "b": _MISSING if b.get(key) is None else b[key]}
+        for key in keys or sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -199,59 +181,44 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _run_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Seconds, tokens/s and bytes."""
+    """Yield seconds, tokens/s and bytes."""
     steps = [_samples(side.get("step_s")) for side in (a, b)]
-    yield _row("step", "s", *steps)
+    yield _row("step", *steps)
     phases = [side.get("phases") or {} for side in (a, b)]
     for name in dict.fromkeys([*phases[0], *phases[1]]):
-        yield _row(name, "s", *(_samples(side.get(name)) for side in phases))
-    rates = a.get("tokens_per_s"), b.get("tokens_per_s")
+        yield _row(name, *(_samples(side.get(name)) for side in phases))
+    rates = _plain_row("tokens/s", "tokens/s", a.get("tokens_per_s"), b.get("tokens_per_s"))
     means = ratio_of(steps[1], steps[0], "mean")  # a step twice as long is half the rate
-    yield {"name": "tokens/s", "unit": "tokens/s", "a": rates[0], "b": rates[1], **_scaled(means, *rates)}
+    if rates["ratio"] is not None and means is not None and means.value and means.interval is not None:
+        # The relative width that the steps' means have.
+        rates["interval"] = [rates["ratio"] * bound / means.value for bound in means.interval]
+    yield rates
     for name in ("peak_rss_bytes", "peak_allocated_bytes", "peak_reserved_bytes"):
-        sizes = [(side.get("memory") or {}).get(name) for side in (a, b)]
+        sizes = [at(side, "memory", name) for side in (a, b)]
         if any(size is not None for size in sizes):
-            yield {
-                "name": name.removesuffix("_bytes").replace("_", " "),
-                "unit": "bytes",
-                "a": sizes[0],
-                "b": sizes[1],
-                **_plain(*sizes),
-            }
+            yield _plain_row(name.removesuffix("_bytes").replace("_", " "), "bytes", *sizes)
 
 
 def _samples(statistics: Mapping[str, Any] | None) -> list[float]:
     return list((statistics or {}).get("samples") or ())
 
 
-def _row(name: str, unit: str, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+def _row(name: str, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     a, b = a[-MAX_SAMPLES:], b[-MAX_SAMPLES:]
     ratio = ratio_of(a, b)
     return {
         "name": name,
-        "unit": unit,
+        "unit": "s",
         "a": statistics.median(a) if a else None,
         "b": statistics.median(b) if b else None,
         "ratio": None if ratio is None else ratio.value,
-        "interval": _interval(ratio),
+        "interval": None if ratio is None or ratio.interval is None else list(ratio.interval),
         "n": [len(a), len(b)],
     }
 
 
-def _interval(ratio: Ratio | None) -> list[float] | None:
-    return None if ratio is None or ratio.low is None or ratio.high is None else [ratio.low, ratio.high]
-
-
-def _plain(a: float | None, b: float | None) -> dict[str, Any]:
-    return {"ratio": b / a if a and b is not None else None, "interval": None}
-
-
-def _scaled(steps: Ratio | None, a: float | None, b: float | None) -> dict[str, Any]:
-    """The ratio of rates with the relative width that the steps' means have."""
-    scaled, interval = _plain(a, b), _interval(steps)
-    if scaled["ratio"] is not None and steps is not None and steps.value and interval is not None:
-        scaled["interval"] = [scaled["ratio"] * bound / steps.value for bound in interval]
-    return scaled
+def _plain_row(name: str, unit: str, a: float | None, b: float | None) -> dict[str, Any]:
+    return {"name": name, "unit": unit, "a": a, "b": b, "ratio": b / a if a and b is not None else None, "interval": None}
 
 
 def _losses(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -274,15 +241,19 @@ def _machine(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
-    one, other = _machine(a), _machine(b)
-    refused = [_difference(k, one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other]) if one.get(k) != other.get(k)]
-    flat = [
-        _flat({k: v for k, v in (s["machine_info"].get("fastdistil") or {}).items() if k in ("versions", "malloc")})
-        for s in (a, b)
-    ]
-    flat = [{**side, "python": s["machine_info"].get("python_version")} for side, s in zip(flat, (a, b), strict=True)]
-    keys = sorted(flat[0].keys() | flat[1].keys())
-    return refused, [_difference(k, flat[0].get(k), flat[1].get(k)) for k in keys if flat[0].get(k) != flat[1].get(k)], []
+    machines = _machine(a), _machine(b)
+    refused = _unequal(*machines, dict.fromkeys([*machines[0], *machines[1]]))
+    return refused, _unequal(_software(a), _software(b)), []
+
+
+def _software(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the versions and settings that are listed where they differ."""
+    info = content["machine_info"]
+    ours = info.get("fastdistil") or {}
+    return {
+        **_flat({name: ours[name] for name in ("versions", "malloc") if name in ours}),
+        "python": info.get("python_version"),
+    }
 
 
 def _benchmark_rows(a: Measurement, b: Measurement) -> Iterator[dict[str, Any]]:
@@ -297,7 +268,7 @@ def _benchmark_rows(a: Measurement, b: Measurement) -> Iterator[dict[str, Any]]:
                 "--benchmark-save"
             )
     for name in common:
-        yield _row(name, "s", sides[0][name]["data"], sides[1][name]["data"])
+        yield _row(name, sides[0][name]["data"], sides[1][name]["data"])
 
 
 def _only_in(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -335,10 +306,8 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
         side = comparison[name]
         facts = ", ".join(f"{key} {value}" for key, value in side.items() if key != "path" and value is not None)
         _say(f"{name.upper()}: {side['path']}: {facts}", console)
-    for text in [
-        f"{difference['key']}: {difference['a']} against {difference['b']}" for difference in comparison["differences"]
-    ]:
-        _say(f"differs: {text}", console)
+    for difference in comparison["differences"]:
+        _say(f"differs: {difference['key']}: {difference['a']} against {difference['b']}", console)
     for text in comparison["warnings"]:
         _say(f"warning: {text}", console)
     title = f"B over A; medians with 95% intervals, of the last {MAX_SAMPLES:,} samples at most"
@@ -382,15 +351,13 @@ def run_compare(a: Path, b: Path, *, fail_above: str | None, anyway: bool, as_js
     verdict = comparison["verdict"]
     if verdict is None:
         return
-    if verdict["slower"]:
-        rows = {row["name"]: row for row in comparison["rows"]}
-        slowdowns = ", ".join(f"{name} by {rows[name]['ratio'] - 1:.1%}" for name in verdict["slower"])
-        raise FellShort(f"B is slower than A by more than {verdict['limit']:.1%}, for certain: {slowdowns}")
-    if as_json:
-        return
     limit = f"{verdict['limit']:.1%}"
+    if verdict["slower"]:
+        ratios = {row["name"]: row["ratio"] for row in comparison["rows"]}
+        slowdowns = ", ".join(f"{name} by {ratios[name] - 1:.1%}" for name in verdict["slower"])
+        raise FellShort(f"B is slower than A by more than {limit}, for certain: {slowdowns}")
+    conclusion = f"B is not shown to be slower than A by more than {limit}"
     if verdict["unjudged"]:
         conclusion = f"not judged against {limit}: {', '.join(verdict['unjudged'])} ({verdict['why']})"
-    else:
-        conclusion = f"B is not shown to be slower than A by more than {limit}"
-    console.print(conclusion, markup=False, highlight=False, soft_wrap=True)
+    if not as_json:
+        _say(conclusion, console)

@@ -65,12 +65,6 @@ class Figure:
     def count_text(self) -> str:
         return "" if self.n is None else f"{self.n:,} {self.of}"
 
-    def against(self, baseline: "Figure") -> float | None:
-        """Relative difference of two numbers; None where there is none."""
-        if isinstance(self.value, str) or isinstance(baseline.value, str) or not self.value or not baseline.value:
-            return None
-        return self.value / baseline.value - 1
-
     def as_json(self) -> dict[str, Any]:
         return {
             "label": self.label,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,12 @@ from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, ratio_of
 from fastdistil.profiling.report.history import History, load_history
 from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, FigureGroup, groups, setting
 from fastdistil.profiling.report.plots import PlotSection, sections
-from fastdistil.profiling.report.summary import PHASES, slowed_down, summarise
+from fastdistil.profiling.report.summary import PHASES, SAME_WORK, slowed_down, summarise
 from fastdistil.untrusted import at
 
 NOTES_SHOWN = 100
+_SAME = 0.0005
+"""A relative difference below this is none."""
 TILES = {
     "speed.tokens_per_s": "throughput",
     "speed.step_p50_s": "step, median",
@@ -63,25 +65,27 @@ class Reported:
 
 
 class Judgement(NamedTuple):
-    """Of a relative difference: 'better' or 'worse' where a spread says so, 'within noise' where it says neither; else ''.
+    """A figure against the baseline's: the relative difference, and what a spread says of it.
 
     The spread is that of the samples (bootstrap.py), 95%, or two standard errors of the difference. It is of the last samples:
     where the difference, which is of all, is not what they say, nothing is judged.
     """
 
+    difference: float | None = None
+    """None where one of the two is no number."""
     verdict: str = ""
+    """'better' or 'worse' where the spread says so, 'within noise' where it says neither; else ''."""
     interval: tuple[float, float] | None = None
     """Of the relative difference."""
     n: tuple[int | None, int | None] | None = None
     """How many of the baseline's and of its own it is of."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparisonRow:
-    """One figure of every run; differences against the first, None where there is none."""
+class ComparisonRow(NamedTuple):
+    """One figure of every run, and each against the first."""
 
     figures: Sequence[Figure]
-    differences: Sequence[float | None]
+    judgements: Sequence[Judgement]
 
     @property
     def label(self) -> str:
@@ -89,36 +93,35 @@ class ComparisonRow:
 
     @property
     def detail(self) -> str:
-        details = dict.fromkeys(figure.detail for figure in self.figures if figure.value is not None and figure.detail)
-        return next(iter(details)) if len(details) == 1 else ""
-
-    @cached_property
-    def judgements(self) -> list[Judgement]:
-        """Of each against the first."""
-        return [judge(figure, self.figures[0]) for figure in self.figures]
+        details = {figure.detail for figure in self.figures if figure.value is not None and figure.detail}
+        return details.pop() if len(details) == 1 else ""
 
 
 def judge(figure: Figure, baseline: Figure) -> Judgement:
-    difference = figure.against(baseline)
-    n: tuple[int | None, int | None]
-    if figure is baseline or difference is None or figure.better is None or abs(difference) < 0.0005:
+    """Compare a figure with the baseline's."""
+    if isinstance(figure.value, str) or isinstance(baseline.value, str) or not figure.value or not baseline.value:
         return Judgement()
+    difference = figure.value / baseline.value - 1
+    unjudged = Judgement(difference)
+    if figure.better is None or abs(difference) < _SAME:
+        return unjudged
+    n: tuple[int | None, int | None]
     if figure.samples and baseline.samples:
         ratio = ratio_of(baseline.samples, figure.samples, figure.statistic)
-        if ratio is None or ratio.low is None or ratio.high is None:
-            return Judgement()
-        low, high = ratio.low - 1, ratio.high - 1
+        if ratio is None or ratio.interval is None:
+            return unjudged
+        low, high = (bound - 1 for bound in ratio.interval)
         n = min(len(baseline.samples), MAX_SAMPLES), min(len(figure.samples), MAX_SAMPLES)
     elif figure.spread_kind == baseline.spread_kind == "se" and figure.spread is not None and baseline.spread is not None:
-        error = 2 * math.hypot(figure.spread, baseline.spread) / abs(float(baseline.value or 0))
+        error = 2 * math.hypot(figure.spread, baseline.spread) / abs(baseline.value)
         low, high, n = difference - error, difference + error, (baseline.n, figure.n)
     else:
-        return Judgement()
+        return unjudged
     if low <= 0 <= high:
-        return Judgement("within noise", (low, high), n) if low <= difference <= high else Judgement()
+        return Judgement(difference, "within noise", (low, high), n) if low <= difference <= high else unjudged
     if (low > 0) != (difference > 0):
-        return Judgement()
-    return Judgement("better" if (low > 0) == (figure.better == "higher") else "worse", (low, high), n)
+        return unjudged
+    return Judgement(difference, "better" if (low > 0) == (figure.better == "higher") else "worse", (low, high), n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +204,7 @@ def tables(runs: Sequence[Reported]) -> list[ComparisonTable]:
                 figures.get(key, replace(by_key[key], value=None, spread=None, n=None, detail="")) for figures in by_run
             ]
             if any(figure.value is not None for figure in row_figures):
-                rows.append(
-                    ComparisonRow(figures=row_figures, differences=[figure.against(row_figures[0]) for figure in row_figures])
-                )
+                rows.append(ComparisonRow(row_figures, [judge(figure, row_figures[0]) for figure in row_figures]))
         missing = [by_key[key].label for key in order if all(figures.get(key, by_key[key]).value is None for figures in by_run)]
         comparisons.append(ComparisonTable(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
     return comparisons
@@ -231,23 +232,21 @@ def figures_json(runs: Sequence[Reported]) -> dict[str, Any]:
             for run in runs
         ],
         "uneven": uneven(runs),
-        "differences": [
-            {
-                "run": run.name,
-                "baseline": runs[0].name,
-                "relative": {
-                    key: difference
-                    for key, figure in run.figures.items()
-                    if key in runs[0].figures and (difference := figure.against(runs[0].figures[key])) is not None
-                },
-                "judged": {
-                    key: judgement._asdict()
-                    for key, figure in run.figures.items()
-                    if key in runs[0].figures and (judgement := judge(figure, runs[0].figures[key])).verdict
-                },
-            }
-            for run in runs[1:]
-        ],
+        "differences": [_differences_json(run, runs[0]) for run in runs[1:]],
+    }
+
+
+def _differences_json(run: Reported, baseline: Reported) -> dict[str, Any]:
+    judgements = {key: judge(figure, baseline.figures[key]) for key, figure in run.figures.items() if key in baseline.figures}
+    return {
+        "run": run.name,
+        "baseline": baseline.name,
+        "relative": {key: one.difference for key, one in judgements.items() if one.difference is not None},
+        "judged": {
+            key: {"verdict": one.verdict, "interval": one.interval, "n": one.n}
+            for key, one in judgements.items()
+            if one.verdict
+        },
     }
 
 
@@ -272,7 +271,7 @@ def as_markdown(runs: Sequence[Reported]) -> str:
                 values = [f"{figure.text} {figure.spread_text}".strip() for figure in row.figures]
                 counts = [figure.count_text if figure.value is not None else "" for figure in row.figures]
                 cells = [", ".join(filter(None, pair)) for pair in zip(values, counts, strict=True)]
-                changes = [judged_text(*pair) for pair in zip(row.differences, row.judgements, strict=True)]
+                changes = [judged_text(judgement) for judgement in row.judgements]
                 pairs = [cells[0], *(part for pair in zip(cells[1:], changes[1:], strict=True) for part in pair)]
                 parts.append(f"| {' | '.join(_cell(cell) for cell in (row.label, *pairs))} |")
         if table.missing:
@@ -295,14 +294,14 @@ def _cell(text: str) -> str:
 def change_text(difference: float | None) -> str:
     if difference is None:
         return ""
-    if abs(difference) < 0.0005:
+    if abs(difference) < _SAME:
         return "same" if difference == 0 else "0.0%"
     return f"{difference:+.1%}" if abs(difference) < 10 else f"{difference + 1:,.3g}-fold"
 
 
-def judged_text(difference: float | None, judgement: Judgement) -> str:
+def judged_text(judgement: Judgement) -> str:
     interval = "" if judgement.interval is None else f"({' to '.join(map(change_text, judgement.interval))})"
-    return " ".join(filter(None, (change_text(difference), judgement.verdict, interval)))
+    return " ".join(filter(None, (change_text(judgement.difference), judgement.verdict, interval)))
 
 
 def cautions(run: Reported) -> list[str]:
@@ -338,9 +337,8 @@ def cautions(run: Reported) -> list[str]:
 
 def uneven(runs: Sequence[Reported]) -> list[str]:
     """What makes a comparison of the runs unfair."""
-    names = ("device", "dtype", "ranks", "micro_batch_tokens", "accumulation", "student_parameters", "teacher_parameters")
     texts = []
-    for name in names:
+    for name in SAME_WORK:
         values = list(dict.fromkeys(run.summary[name] for run in runs))
         if len(values) > 1:
             values_text = ", ".join(

@@ -36,6 +36,10 @@ from fastdistil.untrusted import at
 PERCENTILES = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 PHASES = (*NAMES, "other")
 """In a step's order; `other` is what is left of it."""
+SAME_WORK = (
+    "device", "dtype", "ranks", "micro_batch_tokens", "accumulation", "student_parameters", "teacher_parameters",
+)  # fmt: skip
+"""Fields of a summary that agree in runs that did the same work."""
 MFU = ("student", "with_teacher", "hfu")
 THROTTLED = 0.01
 """Share of the samples in which a GPU slowed itself down from which its times are not the code's."""

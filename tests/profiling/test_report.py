@@ -392,10 +392,12 @@ def test_a_verdict_is_not_of_other_samples_than_its_number() -> None:
 
     steady = step(1.0)
     mixed = step(1.4, 1.4, 1.4, 0.9, 0.9)
-    assert mixed.against(steady) == pytest.approx(0.2, abs=0.01)
-    assert report.judge(mixed, steady) == report.Judgement(), "the last 2000 say better"
+    judged = report.judge(mixed, steady)
+    assert judged.difference == pytest.approx(0.2, abs=0.01)
+    assert judged == report.Judgement(judged.difference), "the last 2000 say better"
     level = step(1.4, 1.4, 1.4, 1.0, 1.0)
-    assert report.judge(level, steady) == report.Judgement(), "the last 2000 say that it is noise"
+    judged = report.judge(level, steady)
+    assert judged == report.Judgement(judged.difference), "the last 2000 say that it is noise"
     sure = report.judge(step(1.2), steady)
     assert (sure.verdict, sure.n) == ("worse", (2000, 2000))
 
