@@ -29,20 +29,18 @@ BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def parse_cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The feature flags of the first processor in the text of /proc/cpuinfo (`flags` on x86, `Features` on Arm)."""
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            return frozenset(value.split())
-    return frozenset()
+    """Return the feature flags of the first processor in the text of /proc/cpuinfo (`flags` on x86, `Features` on Arm)."""
+    return frozenset((_cpu_field(cpuinfo, "flags", "features") or "").split())
 
 
 def parse_cpu_model(cpuinfo: str) -> str | None:
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() == "model name" and value.strip():
-            return value.strip()
-    return None
+    return _cpu_field(cpuinfo, "model name")
+
+
+def _cpu_field(cpuinfo: str, *names: str) -> str | None:
+    """Return the first value that is not empty under one of the names."""
+    pairs = (line.partition(":") for line in cpuinfo.splitlines())
+    return next((value.strip() for name, _, value in pairs if name.strip().lower() in names and value.strip()), None)
 
 
 @cache
@@ -174,36 +172,32 @@ class _GpuSource:
         return {"at": time.perf_counter()} | {name: None if gpu is None else gpu.read(name) for name in METRICS}
 
     def summary(self, before: Sample | None, samples: list[Sample]) -> dict[str, Any]:
-        clocks = _column(samples, "sm_clock_mhz")
+        window = _window(before, samples)
         reasons = _column(samples, "reasons")
         throttled = None
         if reasons is not None:
-            named = Counter(name for bits in reasons for name in reason_names(int(bits)))
-            throttled = {name: count / len(samples) for name, count in named.items()}
-        power = [*([] if before is None else [before]), *samples]
-        energy, source = _growth(power, "energy_j"), "counter"
+            counts = Counter(name for bits in reasons for name in reason_names(int(bits)))
+            throttled = {name: count / len(samples) for name, count in counts.items()}
+        energy, source = _growth(window, "energy_j"), "counter"
         if energy is None:
-            energy, source = _integral(power, "power_w"), "power"
-        seconds = _seconds(power)
-        rates = {}
-        for way in ("tx", "rx"):
-            moved = _growth(power, f"nvlink_{way}_bytes")
-            rates[f"nvlink_{way}_bytes_per_s"] = None if moved is None else moved / seconds
+            energy, source = _integral(window, "power_w"), "power"
+        moved = {way: _growth(window, f"nvlink_{way}_bytes") for way in ("tx", "rx")}
         return {
-            "utilisation": _of(mean, samples, "utilisation"),
-            "sm_clock_mhz": None if clocks is None else median(clocks),
-            "sm_clock_min_mhz": None if clocks is None else min(clocks),
-            "memory_clock_mhz": _of(median, samples, "memory_clock_mhz"),
-            "power_w": _of(mean, samples, "power_w"),
-            "temperature_c": _of(max, samples, "temperature_c"),
-            "memory_used_bytes": _of(max, samples, "memory_used_bytes"),
-            "pcie_tx_bytes_per_s": _of(mean, samples, "pcie_tx_bytes_per_s"),
-            "pcie_rx_bytes_per_s": _of(mean, samples, "pcie_rx_bytes_per_s"),
-            **rates,
+            **{name: _of(statistic, samples, name) for name, statistic in _STATISTICS.items()},
+            "sm_clock_min_mhz": _of(min, samples, "sm_clock_mhz"),
+            **{f"nvlink_{way}_bytes_per_s": size and size / _seconds(window) for way, size in moved.items()},
             "energy_j": energy,
             "energy_source": None if energy is None else source,
             "throttled": throttled,
         }
+
+
+_STATISTICS: dict[str, Callable[[list[float]], float]] = {
+    **dict.fromkeys(("utilisation", "power_w", "pcie_tx_bytes_per_s", "pcie_rx_bytes_per_s"), mean),
+    **dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz"), median),
+    **dict.fromkeys(("temperature_c", "memory_used_bytes"), max),
+}
+"""How the samples of a GPU's metric become one number."""
 
 
 class _CpuSource:
@@ -221,7 +215,7 @@ class _CpuSource:
         return {"at": time.perf_counter(), "clock_mhz": clock, "busy_s": times.user + times.system}
 
     def summary(self, before: Sample | None, samples: list[Sample]) -> dict[str, Any]:
-        window = [*([] if before is None else [before]), *samples]
+        window = _window(before, samples)
         busy_s = _growth(window, "busy_s")
         share = None if busy_s is None else busy_s / _seconds(window) / usable_cores()
         return {"utilisation": share, "clock_mhz": _of(median, samples, "clock_mhz")}
@@ -236,12 +230,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        device: "torch.device",
-        *,
-        hz: float = 2.0,
-        tell: Callable[[str], None] = warnings.warn,
-        gpu: Gpu | None = None,
+        self, device: "torch.device", *, hz: float = 2.0, tell: Callable[[str], None] = warnings.warn, gpu: Gpu | None = None
     ) -> None:
         if not 0 < hz <= 10:
             raise ValueError(f"a device is sampled up to 10 times a second, got {hz}; give a rate above 0 and up to 10")
@@ -278,10 +267,8 @@ class Sampler:
         before = self._before
         if samples:
             self._before = samples[-1]
-        window = [*([] if before is None else [before]), *samples]
-        return {"samples": len(samples), "seconds": _seconds(window) if samples else 0.0} | self._source.summary(
-            before, samples
-        )
+        seconds = _seconds(_window(before, samples)) if samples else 0.0
+        return {"samples": len(samples), "seconds": seconds} | self._source.summary(before, samples)
 
     def latest(self, name: str) -> float | None:
         """A metric of the last look that `read` took in; None where not known."""
@@ -300,6 +287,10 @@ class Sampler:
                 self._samples.append(sample)
             if self._stop.wait(period_s):
                 return
+
+
+def _window(before: Sample | None, samples: list[Sample]) -> list[Sample]:
+    return samples if before is None else [before, *samples]
 
 
 def _column(samples: list[Sample], name: str) -> list[float] | None:

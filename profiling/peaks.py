@@ -3,7 +3,6 @@
 A share above 1 says that the peak is wrong, and is refused.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -32,34 +31,21 @@ class Datasheet:
 
 
 def _nvidia(half: float, tf32: float | None, fp32: float, gigabytes: float, source: str) -> Datasheet:
-    rates = {"fp16": half, "bf16": half, "fp32": fp32} | ({} if tf32 is None else {"tf32": tf32})
+    """Rates in TFLOP/s; no `tf32`: a device older than Ampere, which has no bf16 either."""
+    rates = {"fp16": half, "fp32": fp32} | ({} if tf32 is None else {"bf16": half, "tf32": tf32})
     return Datasheet(flops={name: rate * 1e12 for name, rate in rates.items()}, bytes=gigabytes * 1e9, source=source)
 
 
-def _before_bf16(sheet: Datasheet) -> Datasheet:
-    return dataclasses.replace(sheet, flops={name: rate for name, rate in sheet.flops.items() if name != "bf16"})
-
-
 _V100 = "NVIDIA V100 datasheet, 2020"
-
-
 _A100 = "NVIDIA A100 datasheet, 2022"
-
-
 _H100 = "NVIDIA H100 datasheet, 2024; half of its rates, which are with sparsity"
-
-
 _H200 = "NVIDIA H200 datasheet, 2024; half of its rates, which are with sparsity"
 
 
 # By the full name that the driver gives; a name that is not here (a slice, an engineering sample, another cooler) has no
 # datasheet. A100 with 80 GB and H100 PCIe are other devices than those with 40 GB and SXM.
-_V100_SXM2 = _before_bf16(_nvidia(125, None, 15.7, 900, _V100))
-
-
-_V100_PCIE = _before_bf16(_nvidia(112, None, 14, 900, _V100))
-
-
+_V100_SXM2 = _nvidia(125, None, 15.7, 900, _V100)
+_V100_PCIE = _nvidia(112, None, 14, 900, _V100)
 _A100_40 = _nvidia(312, 156, 19.5, 1555, _A100)
 
 
@@ -68,8 +54,8 @@ DATASHEETS = {
     "Tesla V100-SXM2-32GB": _V100_SXM2,
     "Tesla V100-PCIE-16GB": _V100_PCIE,
     "Tesla V100-PCIE-32GB": _V100_PCIE,
-    "Tesla V100S-PCIE-32GB": _before_bf16(_nvidia(130, None, 16.4, 1134, _V100)),
-    "Tesla T4": _before_bf16(_nvidia(65, None, 8.1, 320, "NVIDIA T4 product brief PB-09256, 2020")),
+    "Tesla V100S-PCIE-32GB": _nvidia(130, None, 16.4, 1134, _V100),
+    "Tesla T4": _nvidia(65, None, 8.1, 320, "NVIDIA T4 product brief PB-09256, 2020"),
     "NVIDIA A10": _nvidia(125, 62.5, 31.2, 600, "NVIDIA A10 datasheet, 2021"),
     "NVIDIA A100-SXM4-40GB": _A100_40,
     "A100-SXM4-40GB": _A100_40,
@@ -130,15 +116,9 @@ class MeasuredPeaks:
 
 
 _ROUNDS, _FEWEST_ROUNDS = 5, 3
-
-
 _ENOUGH_S = 0.1
 """A processor's rounds that took this long together, and are _FEWEST_ROUNDS at least, are enough."""
-
-
 _COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # larger than a cache
-
-
 _SIZES = (512, 1024, 2048, 4096, 8192)
 
 

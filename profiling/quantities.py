@@ -63,3 +63,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, remainder = divmod(round(seconds), 60)
     return f"{minutes} min {remainder:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def in_ms(seconds: float) -> str:
+    return f"{three_digits(1e3 * seconds)} ms"
+
+
+def three_digits(value: float) -> str:
+    """Return three digits, or all before the point."""
+    return f"{value:,.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from fastdistil.gradients.compressor import BucketLayout
 from fastdistil.gradients.compressors import make_compressor
-from fastdistil.profiling.quantities import number, quantity
+from fastdistil.profiling.quantities import in_ms, three_digits
 from fastdistil.recipe import Compression
 
 PredictedKind = Literal["none", "fp16", "bf16", "int8"]
@@ -143,17 +143,16 @@ def choose(measured: MeasuredExchange, allreduce_only: bool = False) -> Choice:
     chosen = next(row for row in table if row.update_s <= (1 + WORTH) * fastest.update_s)
     plain = table[0]
     summary = (
-        f"the exchange takes {quantity(plain.exchange_s, 's', 3)} of a {quantity(measured.update_s, 's', 3)} update at "
-        f"{number(measured.bandwidth_bytes_per_s / 1e9, 3)} GB/s, {quantity(plain.exposed_s, 's', 3)} of it not hidden by "
-        "backward"
+        f"the exchange takes {in_ms(plain.exchange_s)} of a {in_ms(measured.update_s)} update at "
+        f"{three_digits(measured.bandwidth_bytes_per_s / 1e9)} GB/s, {in_ms(plain.exposed_s)} of it not hidden by backward"
     )
     best = fastest if chosen.kind == "none" else chosen
     saved = plain.update_s - best.update_s
-    share = f"{quantity(saved, 's', 3)} ({saved / plain.update_s:.1%} of the update)"
+    share = f"{in_ms(saved)} ({saved / plain.update_s:.1%} of the update)"
     if best.kind == "none":
         reason = f"{summary}; nothing would be faster"
     elif chosen.kind == "none":
         reason = f"{summary}; {best.kind} would save {share}, too little to round gradients for"
     else:
-        reason = f"{summary}; {best.kind} takes {quantity(best.exchange_s + best.compress_s, 's', 3)} and saves {share}"
+        reason = f"{summary}; {best.kind} takes {in_ms(best.exchange_s + best.compress_s)} and saves {share}"
     return Choice(chosen.kind, reason)

@@ -24,7 +24,9 @@ takes a tenth of the step or more:
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fastdistil.profiling.quantities import in_ms
 from fastdistil.recipe import cacheable
+from fastdistil.untrusted import at
 
 WORTH = 0.10
 """Share of the step from which a cause is the bottleneck."""
@@ -45,6 +47,10 @@ Summary = Mapping[str, Any]
 Cause = dict[str, Any]
 
 
+def _cause(name: str, share: float, why: str, key: str | None) -> Cause:
+    return {"name": name, "share": share, "why": why, "key": key}
+
+
 def causes_of(summary: Summary) -> list[Cause]:
     """{name, share (of the step, or an estimate of it), why, key}, the largest first."""
     causes = [*_data(summary), *_transfer(summary), *_ranks(summary), *_launch(summary), *_teacher(summary), *_memory(summary)]
@@ -52,17 +58,22 @@ def causes_of(summary: Summary) -> list[Cause]:
 
 
 def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
-    """{name, why, key}."""
+    """Return {name, why, key}."""
+    name, why, key = _bottleneck(summary, causes)
+    return {"name": name, "why": why, "key": key}
+
+
+def _bottleneck(summary: Summary, causes: list[Cause]) -> tuple[str, str, str | None]:
     if causes and causes[0]["share"] >= WORTH:
-        return {name: causes[0][name] for name in ("name", "why", "key")}
+        return causes[0]["name"], causes[0]["why"], causes[0]["key"]
     if summary.get("phases") is None:
-        return {"name": "unknown", "why": "the run recorded no phases, and does not wait for data", "key": None}
+        return "unknown", "the run recorded no phases, and does not wait for data", None
     shares = {name: phase["share"] for name, phase in summary["phases"].items()}
     models = sum(shares.get(name, 0.0) for name in MODELS)
     parts = ", ".join(f"{name} {shares[name]:.0%}" for name in MODELS if name in shares)
     waited = _waited(summary)
     if models < COMPUTE or waited >= WORTH:
-        largest = max(shares, key=lambda name: shares[name])
+        largest = max(shares, key=shares.__getitem__)
         why = (
             f"no cause takes {WORTH:.0%} of the step; the models' own work is {models:.0%} ({parts}); {largest} is the largest"
         )
@@ -70,17 +81,13 @@ def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
             # One that is always the slowest exceeds the mean by half of that wait or more, the mean being of two ranks or more.
             one = [cause["why"] for cause in causes if cause["name"] == "straggler" and cause["share"] > waited / 3]
             why += f"; {waited:.0%} of the step waits for slower ranks{f': {one[0]}' if one else ', which take turns'}"
-        return {"name": "unknown", "why": why, "key": None}
-    mfu = (summary.get("mfu") or {}).get("with_teacher")
+        return "unknown", why, None
+    mfu = at(summary, "mfu", "with_teacher")
     rate = "" if mfu is None else f" at {mfu:.0%} of the device's peak"
     why = f"{models:.0%} of the step is the models' own work ({parts}){rate}"
     if mfu is not None and mfu < LOW_MFU:
-        return {
-            "name": "unknown",
-            "why": f"{why}: small operations? try larger micro-batches",
-            "key": "data.micro_batch_tokens",
-        }
-    return {"name": "compute-bound", "why": f"{why}: nothing to gain by waiting less", "key": None}
+        return "unknown", f"{why}: small operations? try larger micro-batches", "data.micro_batch_tokens"
+    return "compute-bound", f"{why}: nothing to gain by waiting less", None
 
 
 def _share(summary: Summary, *names: str) -> float:
@@ -94,31 +101,25 @@ def _data(summary: Summary) -> Iterator[Cause]:
     if summary.get("phases") is None:
         share = summary.get("data_wait_share") or 0.0
     elif data := summary["phases"].get("data"):
-        spread = f" (data p50 {_ms(data['p50'])}, p95 {_ms(data['p95'])} of steps of p50 {_ms(summary['step_s']['p50'])})"
+        spread = f" (data p50 {in_ms(data['p50'])}, p95 {in_ms(data['p95'])} of steps of p50 {in_ms(summary['step_s']['p50'])})"
         bursts = data["p50"] < data["mean"] / 2
-    data_section = (summary.get("recipe") or {}).get("data") or {}
-    if str(data_section.get("train", "")).startswith("("):  # an iterable given from Python
+    if str(at(summary, "recipe", "data", "train")).startswith("("):  # an iterable given from Python
         key, way = "data.train", "the iterable keeps the step waiting: give it workers"
     elif bursts:
         key, way = "data.prefetch", "most updates wait little, some long: make more windows ahead"
-    elif data_section.get("cache_dir") is None:
+    elif at(summary, "recipe", "data", "cache_dir") is None:
         key, way = "data.cache_dir", "every update waits: read the corpus from a disk of the node's own"
     else:
         key, way = "data.prefetch", "make more windows ahead, or give the process more cores"
-    yield {"name": "data-bound", "share": share, "why": f"{share:.0%} of the step waits for data{spread}; {way}", "key": key}
+    yield _cause("data-bound", share, f"{share:.0%} of the step waits for data{spread}; {way}", key)
 
 
 def _transfer(summary: Summary) -> Iterator[Cause]:
     share = _share(summary, "transfer")
     way, key = "look at the bus (its generation and width, other traffic)", None
-    if ((summary.get("recipe") or {}).get("teacher") or {}).get("cache") is not None:
+    if at(summary, "recipe", "teacher", "cache") is not None:
         way, key = "fewer of the cached teacher's tokens travel with them", "teacher.top_k"
-    yield {
-        "name": "transfer-bound",
-        "share": share,
-        "why": f"{share:.0%} of the step moves batches to the device; {way}",
-        "key": key,
-    }
+    yield _cause("transfer-bound", share, f"{share:.0%} of the step moves batches to the device; {way}", key)
 
 
 def _ranks(summary: Summary) -> Iterator[Cause]:
@@ -134,15 +135,15 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
                 f"{straggler['slowest_in']} of {straggler['lines']} log lines; the others wait for it {share:.0%} of the step"
             )
             reason, key = _why_slow(straggler)
-            yield {"name": "straggler", "share": share, "why": f"{why}; {reason}", "key": key}
+            yield _cause("straggler", share, f"{why}; {reason}", key)
     exposed, compression = _share(summary, "exposed"), _share(summary, "compression")
     share = max(0.0, exposed + compression - waited)
-    step_s = (summary.get("step_s") or {}).get("mean", 0.0)
+    step_s = at(summary, "step_s", "mean") or 0.0
     way, key = _less_traffic(summary, compression > exposed, (exposed - waited) * step_s)
     why = f"{exposed:.0%} of the step waits for other ranks, {compression:.0%} compresses gradients"
     if waited > 0.005:
         why += f"; {waited:.0%} of the step waits for slower ranks rather than for the network, and is left out"
-    yield {"name": "communication-bound", "share": share, "why": f"{why}; {way}", "key": key}
+    yield _cause("communication-bound", share, f"{why}; {way}", key)
 
 
 def _waited(summary: Summary) -> float:
@@ -166,7 +167,7 @@ def _less_traffic(summary: Summary, compressing: bool, waited_s: float) -> tuple
         return "let gradients travel once an update", "world.sync"
     sent = summary.get("gradient_bytes_per_update")
     if sent is not None and sent < LITTLE_BYTES and not compressing and waited_s > 2 * sent / GIGABIT:
-        why = f"{sent:,.0f} bytes an update take {_ms(sent / GIGABIT)} at 1 Gbit/s, so it is probably latency"
+        why = f"{sent:,.0f} bytes an update take {in_ms(sent / GIGABIT)} at 1 Gbit/s, so it is probably latency"
         return f"{why}: more micro-batches an update share one exchange", "loop.accumulation"
     if summary.get("compression") in (None, "none") or compressing:
         return "another compression moves fewer bytes, or costs less", "compression.kind"
@@ -174,16 +175,16 @@ def _less_traffic(summary: Summary, compressing: bool, waited_s: float) -> tuple
 
 
 def _launch(summary: Summary) -> Iterator[Cause]:
-    utilisation = (summary.get("readings") or {}).get("utilisation")
+    utilisation = at(summary, "readings", "utilisation")
     if utilisation is None or not str(summary.get("device_type")).startswith("cuda"):
         return
     waits = _share(summary, "data")
     share = max(0.0, 1 - utilisation - waits)
-    compiled = ((summary.get("recipe") or {}).get("loop") or {}).get("compile")
+    compiled = at(summary, "recipe", "loop", "compile")
     key = "data.micro_batch_tokens" if compiled else "loop.compile"
     way = "larger micro-batches have longer kernels" if compiled else "compiled, fewer kernels are started"
     why = f"no kernel runs {1 - utilisation:.0%} of the time, {waits:.0%} of it in waits for data; {way}"
-    yield {"name": "launch-bound", "share": share, "why": why, "key": key}
+    yield _cause("launch-bound", share, why, key)
 
 
 def _teacher(summary: Summary) -> Iterator[Cause]:
@@ -191,25 +192,20 @@ def _teacher(summary: Summary) -> Iterator[Cause]:
     if teacher > student:
         why = f"the teacher's forward is {teacher:.0%} of the step, the student's forward, losses and backward {student:.0%}"
         way, key = "no cache can stand in for it with this objective (a_cos, a_mse, divergence)", None
-        if cacheable((summary.get("recipe") or {}).get("objective") or {}):
+        if cacheable(at(summary, "recipe", "objective") or {}):
             way, key = "a cached teacher does not run", "teacher.cache"
-        yield {"name": "teacher-bound", "share": teacher, "why": f"{why}; {way}", "key": key}
+        yield _cause("teacher-bound", teacher, f"{why}; {way}", key)
 
 
 def _memory(summary: Summary) -> Iterator[Cause]:
     share = _share(summary, "optimizer")
     why = f"the optimizer is {share:.0%} of the step, and moves {_ADAMW_BYTES} bytes a parameter for some 12 FLOP"
-    yield {
-        "name": "memory-bound",
-        "share": share,
-        "why": f"{why}; more micro-batches an update share one optimizer step",
-        "key": "loop.accumulation",
-    }
-    bandwidth = max(((summary.get("environment") or {}).get("peaks") or {}).get("bytes", {}).values(), default=None)
+    yield _cause("memory-bound", share, f"{why}; more micro-batches an update share one optimizer step", "loop.accumulation")
+    bandwidth = max((at(summary, "environment", "peaks", "bytes") or {}).values(), default=None)
     mfu, flops = summary.get("mfu") or {}, sum((summary.get("flops") or {}).values())
     peak = None if mfu.get("refused") else mfu.get("peak_flops")  # it was not this device's
     weights_bytes = _weights_bytes(summary)
-    if not (bandwidth and peak and flops and weights_bytes and (summary.get("step_s") or {}).get("mean")):
+    if not (bandwidth and peak and flops and weights_bytes and at(summary, "step_s", "mean")):
         return
     intensity, ridge = flops / weights_bytes, peak / bandwidth
     if intensity < ridge:
@@ -218,12 +214,7 @@ def _memory(summary: Summary) -> Iterator[Cause]:
             f"at most {intensity:.0f} FLOP a byte of weights, the device needs {ridge:.0f} to be busy ({peak:.3g} FLOP/s, "
             f"{bandwidth:.3g} bytes/s): reading the weights takes {share:.0%} of the step or more"
         )
-        yield {
-            "name": "memory-bound",
-            "share": share,
-            "why": f"{why}; larger micro-batches read them less often",
-            "key": "data.micro_batch_tokens",
-        }
+        yield _cause("memory-bound", share, f"{why}; larger micro-batches read them less often", "data.micro_batch_tokens")
 
 
 def _weights_bytes(summary: Summary) -> int | None:
@@ -232,7 +223,3 @@ def _weights_bytes(summary: Summary) -> int | None:
     student, teacher, batches = (summary.get(name) for name in ("student_parameters", "teacher_parameters", "accumulation"))
     width = _WIDTH.get(str(summary.get("dtype")))
     return int(batches * (width * (2 * student + (teacher or 0)) + 4 * student)) if student and batches and width else None
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"

@@ -273,7 +273,7 @@ def test_unknown_where_time_is_in_no_phase(tmp_path: Path) -> None:
 def test_slow_loader_is_data_bound(tmp_path: Path) -> None:
     cause = bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}))
     assert (cause["name"], cause["key"]) == ("data-bound", "data.cache_dir")
-    assert "40% of the step waits for data (data p50 400 ms, p95 400 ms of steps of p50 1e+03 ms)" in cause["why"]
+    assert "40% of the step waits for data (data p50 400 ms, p95 400 ms of steps of p50 1,000 ms)" in cause["why"]
     recipe = {**RECIPE, "data": {"train": "(a list given from Python)"}}
     assert bottleneck(tmp_path, steps({**BALANCED, "data": 0.4, "backward": 0.05}), recipe=recipe)["key"] == "data.train"
     now_and_then = [*steps({**BALANCED, "data": 0.0}, 9), *steps({**BALANCED, "data": 0.7, "backward": 0.0}, 3, 4.0)]
