@@ -24,7 +24,7 @@ from rich.table import Table
 from fastdistil.errors import FellShort, UserError, translated
 from fastdistil.profiling.quantities import quantity
 from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, MIN_SAMPLES, ratio_of
-from fastdistil.profiling.report.history import load_history
+from fastdistil.profiling.report.history import flat, load_history
 from fastdistil.profiling.report.measurement_files import Benchmarks, Profile
 from fastdistil.profiling.report.summary import SAME_WORK, slowed_down, summarise
 from fastdistil.profiling.report.svg import without_controls
@@ -145,9 +145,9 @@ def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[A
     keys = {fact["key"] for fact in refused}
     if "device" in keys:  # the names of all devices say the same once more
         refused, facts = ([fact for fact in listed if fact["key"] != "devices"] for listed in (refused, facts))
-    settings = _unequal(_flat(a.get("recipe")), _flat(b.get("recipe")))
+    settings = _unequal(flat(a.get("recipe") or {}), flat(b.get("recipe") or {}))
     settings = [one for one in settings if not one["key"].startswith(_FREE) and one["key"].rpartition(".")[2] not in keys]
-    versions = _unequal(*(_flat({"versions": at(side, "environment", "versions")}) for side in (a, b)))
+    versions = _unequal(*(flat({"versions": at(side, "environment", "versions") or {}}) for side in (a, b)))
     missing = [name for name in SAME_WORK if a.get(name) is None or b.get(name) is None]
     warning = f"whether both did the same work cannot be told by {', '.join(missing)}: {_MISSING}"
     others = [fact for fact in facts if fact not in refused]
@@ -172,12 +172,6 @@ def _unequal(a: Mapping[str, Any], b: Mapping[str, Any], keys: Iterable[str] = (
         for key in keys or sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key)
     ]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        return {prefix[:-1]: values} if prefix else {}
-    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
 def _run_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -251,7 +245,7 @@ def _software(content: Mapping[str, Any]) -> dict[str, Any]:
     info = content["machine_info"]
     ours = info.get("fastdistil") or {}
     return {
-        **_flat({name: ours[name] for name in ("versions", "malloc") if name in ours}),
+        **flat({name: ours[name] for name in ("versions", "malloc") if name in ours}),
         "python": info.get("python_version"),
     }
 

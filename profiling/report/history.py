@@ -5,7 +5,7 @@ guessed. A run that died within a write loses its torn last line, as everywhere 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -242,3 +242,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{path} is no recipe: {reason(error)}; a run directory keeps it as it was") from error
     return values
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a recipe under their dotted keys; an empty section has none."""
+    if not isinstance(values, Mapping):
+        return {prefix[:-1]: values}
+    return {key: value for name, inner in values.items() for key, value in flat(inner, f"{prefix}{name}.").items()}

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -27,7 +27,7 @@ from fastdistil.events import Environment
 from fastdistil.profiling.quantities import duration, quantity
 from fastdistil.profiling.report import svg
 from fastdistil.profiling.report.bootstrap import MAX_SAMPLES, ratio_of
-from fastdistil.profiling.report.history import History, load_history
+from fastdistil.profiling.report.history import History, flat, load_history
 from fastdistil.profiling.report.key_figures import NOT_RECORDED, OUTCOMES, Figure, FigureGroup, groups, setting
 from fastdistil.profiling.report.plots import PlotSection, sections
 from fastdistil.profiling.report.summary import PHASES, SAME_WORK, slowed_down, summarise
@@ -359,19 +359,11 @@ def kernels(run: Reported) -> list[tuple[str, int, float, float]]:
     return [(svg.without_controls(str(row["name"])), row["calls"], row["ms"] / 1e3, row["share"]) for row in kernels_by_time]
 
 
-def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping) and values:
-        for name, value in values.items():
-            yield from _leaves(value, f"{path}.{name}" if path else str(name))
-    else:
-        yield path, values
-
-
 def recipe_differences(runs: Sequence[Reported]) -> list[tuple[str, list[str]]]:
     """(key, value in each run) of the recipes' fields that differ."""
-    flat = [dict(_leaves(run.history.recipe)) for run in runs]
-    keys = dict.fromkeys(key for recipe in flat for key in recipe)
-    rows = [(key, [svg.without_controls(str(recipe[key])) if key in recipe else "" for recipe in flat]) for key in keys]
+    recipes = [flat(run.history.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    rows = [(key, [svg.without_controls(str(recipe[key])) if key in recipe else "" for recipe in recipes]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 

@@ -12,7 +12,7 @@ over them, times their mean step. Counters are read every 20 to 100 ms at best: 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,6 @@ THROTTLED = 0.01
 """Share of the samples in which a GPU slowed itself down from which its times are not the code's."""
 ENERGY_MIN_S = 5.0
 NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
-
-Line = TypeVar("Line")
 
 
 class Updates(NamedTuple):
@@ -94,8 +92,8 @@ def summarise(history: History) -> dict[str, Any]:
         "trace": history.trace and as_fields(replace(history.trace, time=None, update=None)),
         "tokens_per_update": _per_update(settled, attrgetter("tokens")),
         "gradient_bytes_per_update": _per_update(settled, attrgetter("gradient_bytes")),
-        "tokens_per_s": _tokens_per_s(settled),
-        "data_wait_share": _mean(settled, attrgetter("data_wait_share"), _seconds),
+        "tokens_per_s": quotient((line.tokens, _seconds(line)) for line in settled),
+        "data_wait_share": _mean((line.data_wait_share, _seconds(line)) for line in settled),
         "flops": _flops(settled),
         "mfu": (mfu := _mfu(settled, attrgetter("mfu"))) and {**mfu, "measured": _mfu(settled, _of_measured_peak)},
         "memory": _memory(history, lines),
@@ -175,28 +173,26 @@ def _seconds_of(events: Iterable[Evaluation | Checkpoint]) -> list[float]:
     return [event.seconds for event in events if event.seconds is not None]
 
 
-def _tokens_per_s(lines: Iterable[Train]) -> float | None:
-    """Of all ranks together."""
-    timed = [(line.tokens, seconds) for line in lines if line.tokens is not None and (seconds := _seconds(line))]
-    return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed) if timed else None
+def quotient(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the sum of the first over the sum of the second numbers, of the pairs that have both; None without one."""
+    recorded = [(value, weight) for value, weight in pairs if value is not None and weight]
+    return sum(value for value, _ in recorded) / sum(weight for _, weight in recorded) if recorded else None
 
 
 def _per_update(lines: Iterable[Train], get: Callable[[Train], float | None]) -> float | None:
-    pairs = [(value, line.updates) for line in lines if (value := get(line)) is not None and line.updates]
-    return sum(value for value, _ in pairs) / sum(updates for _, updates in pairs) if pairs else None
+    return quotient((get(line), line.updates) for line in lines)
 
 
-def _mean(lines: Iterable[Line], value: Callable[[Line], float | None], weight: Callable[[Line], float | None]) -> float | None:
-    """The weighted mean of the lines that have the value."""
-    weighted = [(number, weighs) for line in lines if (number := value(line)) is not None and (weighs := weight(line))]
-    return sum(number * weighs for number, weighs in weighted) / sum(weighs for _, weighs in weighted) if weighted else None
+def _mean(values: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the mean of values, each with its weight."""
+    return quotient((None if value is None else value * (weight or 0), weight) for value, weight in values)
 
 
-def _flops(lines: Iterable[Train]) -> dict[str, float] | None:
-    """Of rank 0 in one update."""
-    recorded = [(line.flops, line.updates) for line in lines if line.flops and line.updates]
-    updates = sum(count for _, count in recorded)
-    return {name: sum(flops.get(name) or 0 for flops, _ in recorded) / updates for name in recorded[0][0]} if recorded else None
+def _flops(lines: Iterable[Train]) -> dict[str, float | None] | None:
+    """Return rank 0's in one update."""
+    recorded = [line for line in lines if line.flops and line.updates]
+    names = recorded[0].flops or {} if recorded else {}
+    return {name: _per_update(recorded, lambda line: (line.flops or {}).get(name) or 0) for name in names} or None  # noqa: B023
 
 
 def _mfu(lines: Sequence[Train], get: Callable[[Train], Utilisation | None]) -> dict[str, Any] | None:
@@ -207,10 +203,7 @@ def _mfu(lines: Sequence[Train], get: Callable[[Train], Utilisation | None]) -> 
     last = recorded[-1][1]
     same = [(line, mfu) for line, mfu in recorded if mfu.peak_flops == last.peak_flops]
     refused = [mfu.refused for _, mfu in recorded if mfu.refused]
-    means = {
-        name: None if refused else _mean(same, lambda pair: getattr(pair[1], name), lambda pair: _seconds(pair[0]))  # noqa: B023
-        for name in MFU
-    }
+    means = {name: None if refused else _mean((getattr(mfu, name), _seconds(line)) for line, mfu in same) for name in MFU}
     return {
         **means,
         "peak_flops": last.peak_flops,
@@ -299,7 +292,7 @@ def _readings(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any]
         elif name.endswith("_mhz"):
             averages[name] = float(np.median(values))
         else:
-            averages[name] = _mean(readable, attrgetter(name), attrgetter("seconds"))
+            averages[name] = _mean((getattr(device, name), device.seconds) for device in readable)
     return {**averages, **_throttled(readings)}
 
 

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,7 @@ _CHARACTER = 6.0  # widest digit of the tick labels, in pixels
 _TOP, _BOTTOM, _RIGHT = 22.0, 32.0, 12.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
+class Columns(NamedTuple):
     """Points gathered in columns of equal width; arrays of one length, NaN where a column holds no finite value."""
 
     x: Floats
@@ -135,9 +135,9 @@ def line_chart(series: Sequence[ChartSeries], *, x: Axis, y: Axis, title: str, w
 def _drawable(one: ChartSeries, log: bool) -> ChartSeries:
     if not log:
         return one
-    positive = [None if part is None else np.where(part > 0, part, np.nan) for part in (one.y, one.low, one.high)]
-    assert positive[0] is not None
-    return replace(one, y=positive[0], low=positive[1], high=positive[2])
+    y, low, high = (None if part is None else np.where(part > 0, part, np.nan) for part in (one.y, one.low, one.high))
+    assert y is not None
+    return replace(one, y=y, low=low, high=high)
 
 
 def _ends(values: Floats) -> list[float]:
@@ -189,18 +189,22 @@ def _frame(
     for tick, name in zip(ticks, names, strict=True):
         at = float(y_of(np.array([tick / factor]))[0])
         parts.append(f'<path class="grid" d="M{_r(left)} {_r(at)}H{_r(right)}"/>')
-        parts.append(f'<text class="tick" x="{_r(left - 6)}" y="{_r(at + 3.6)}" text-anchor="end">{name}</text>')
+        parts.append(_words("tick", left - 6, at + 3.6, name, "end"))
     for tick in x_ticks:
         at = float(x_of(np.array([tick / x_factor]))[0])
         name = tick_text(tick, x_ticks)
         anchor = "end" if at > right - _CHARACTER * len(name) / 2 else "middle"
         parts.append(f'<path class="notch" d="M{_r(at)} {_r(bottom)}v4"/>')
-        parts.append(f'<text class="tick" x="{_r(at)}" y="{_r(bottom + 15)}" text-anchor="{anchor}">{name}</text>')
+        parts.append(_words("tick", at, bottom + 15, name, anchor))
     parts.append(f'<path class="axis" d="M{_r(left)} {_r(bottom)}H{_r(right)}"/>')
-    parts.append(f'<text class="label" x="0" y="11">{_text(_with_unit(y.label, unit))}</text>')
-    label = _text(_with_unit(x.label, x_unit))
-    parts.append(f'<text class="label" x="{_r(right)}" y="{_r(height - 3)}" text-anchor="end">{label}</text>')
+    parts.append(_words("label", 0, 11, _with_unit(y.label, unit)))
+    parts.append(_words("label", right, height - 3, _with_unit(x.label, x_unit), "end"))
     return Plot(width, height, left, x_of, y_of, "".join(parts))
+
+
+def _words(classes: str, x: float, y: float, text: str, anchor: str = "") -> str:
+    anchored = f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text class="{classes}" x="{_r(x)}" y="{_r(y)}"{anchored}>{_text(text)}</text>'
 
 
 def _with_unit(label: str, unit: str) -> str:
@@ -231,12 +235,7 @@ def _line(one: ChartSeries, plot: Plot, left: float, right: float, unit: str) ->
         return f'<path class="line {style}" d="{_path(x, y)}">{tooltip}</path>{dots}'
     columns = gather(one.x, one.y, left, right, count)
     x, low, high = plot.x_of(columns.x), plot.y_of(columns.low), plot.y_of(columns.high)
-    band = "".join(
-        "M"
-        + "L".join(f"{_r(a)} {_r(b)}" for a, b in [*zip(xs, tops, strict=True), *zip(xs[::-1], ends[::-1], strict=True)])
-        + "Z"
-        for xs, tops, ends in _pieces(x, high, low)
-    )
+    band = "".join(_outline(*piece) for piece in _pieces(x, high, low))
     line = _path(x, plot.y_of(columns.mean))
     return f'<path class="band {style}" d="{band}"/><path class="line {style}" d="{line}">{tooltip}</path>'
 
@@ -307,6 +306,12 @@ def _place(value: float, x: Axis) -> str:
     return quantity(value, x.unit) if x.unit else f"{round(value):,}"
 
 
+def _outline(x: Floats, upper: Floats, lower: Floats) -> str:
+    """Return the path around the area between two lines."""
+    points = [*zip(x, upper, strict=True), *zip(x[::-1], lower[::-1], strict=True)]
+    return "M" + "L".join(f"{_r(a)} {_r(b)}" for a, b in points) + "Z"
+
+
 def _hover(start: float, end: float, plot: Plot, lines: Sequence[str]) -> str:
     return _rect("hover", start, _TOP, max(end - start, 0.5), plot.bottom - _TOP, "\n".join(lines))
 
@@ -341,19 +346,15 @@ def stacked_chart(
     bottoms = np.zeros_like(tops[0])
     for layer, top in zip(layers, tops, strict=True):
         upper, lower = plot.y_of(np.repeat(top, 2)), plot.y_of(np.repeat(bottoms, 2))
-        outline = [*zip(at, upper, strict=True), *zip(at[::-1], lower[::-1], strict=True)]
-        tooltip = (
-            f"<title>{_text(f'{layer.name}: {quantity(float(np.nanmean(layer.values)), y_axis.unit)} in the mean')}</title>"
-        )
-        path = "M" + "L".join(f"{_r(a)} {_r(b)}" for a, b in outline) + "Z"
-        parts.append(f'<path class="layer p-{_class(layer.name)}" d="{path}">{tooltip}</path>')
+        tooltip = _text(f"{layer.name}: {quantity(float(np.nanmean(layer.values)), y_axis.unit)} in the mean")
+        path = _outline(at, upper, lower)
+        parts.append(f'<path class="layer p-{_class(layer.name)}" d="{path}"><title>{tooltip}</title></path>')
         bottoms = top
-    for start in range(0, len(places), max(1, math.ceil(len(places) / 40))):
-        end = min(start + max(1, math.ceil(len(places) / 40)), len(places))
-        lines = [
-            f"{x_axis.label} {_place(places[start], x_axis)}"
-            + (f" to {_place(places[end - 1], x_axis)}" if end - start > 1 else "")
-        ]
+    stride = max(1, math.ceil(len(places) / 40))
+    for start in range(0, len(places), stride):
+        end = min(start + stride, len(places))
+        until = f" to {_place(places[end - 1], x_axis)}" if end - start > 1 else ""
+        lines = [f"{x_axis.label} {_place(places[start], x_axis)}{until}"]
         lines += [
             f"{layer.name}: {quantity(float(part[start:end].mean()), y_axis.unit)}"
             for layer, part in reversed(list(zip(layers, heights, strict=True)))
@@ -436,16 +437,11 @@ def bar_chart(bars: Sequence[Bar], *, x: Axis, title: str, width: float = 360, m
         at = float(place(np.array([tick / factor]))[0])
         anchor = "start" if tick == 0 else "middle"
         parts.append(f'<path class="grid" d="M{_r(at)} {_r(_TOP - 6)}V{_r(bottom)}"/>')
-        text = tick_text(tick, ticks)
-        parts.append(f'<text class="tick" x="{_r(at)}" y="{_r(bottom + 15)}" text-anchor="{anchor}">{text}</text>')
-    parts.append(
-        f'<text class="label" x="{_r(right)}" y="{_r(height - 3)}" text-anchor="end">{_text(_with_unit(x.label, unit))}</text>'
-    )
+        parts.append(_words("tick", at, bottom + 15, tick_text(tick, ticks), anchor))
+    parts.append(_words("label", right, height - 3, _with_unit(x.label, unit), "end"))
     for row, bar in enumerate(bars):
         top, total, start = _TOP + 40 * row, sum(value for _, value in bar.parts), 0.0
-        parts.append(
-            f'<text class="note" x="{_r(left)}" y="{_r(top + 2)}">{_text(f"{bar.name}: {quantity(total, x.unit)}")}</text>'
-        )
+        parts.append(_words("note", left, top + 2, f"{bar.name}: {quantity(total, x.unit)}"))
         for name, value in bar.parts:
             begin, end = place(np.array([start, start + value]))
             if value > 0:
@@ -455,9 +451,7 @@ def bar_chart(bars: Sequence[Bar], *, x: Axis, title: str, width: float = 360, m
     for name, value in marks:
         at = float(place(np.array([value]))[0])
         parts.append(f'<path class="mark" d="M{_r(at)} {_r(_TOP - 6)}V{_r(bottom)}"/>')
-        parts.append(
-            f'<text class="note" x="{_r(at - 4)}" y="10" text-anchor="end">{_text(f"{name} {quantity(value, x.unit)}")}</text>'
-        )
+        parts.append(_words("note", at - 4, 10, f"{name} {quantity(value, x.unit)}", "end"))
     summary = "; ".join(
         f"{bar.name}: " + ", ".join(f"{name} {quantity(value, x.unit)}" for name, value in bar.parts) for bar in bars
     )

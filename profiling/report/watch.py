@@ -39,8 +39,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _REQUEST = re.compile(rb"[!-~]+ /[!-~]* HTTP/1\.[01]\r?\n")
-OTHER_PORTS = 50
-"""Tried when the wanted one is in use, to name a free one."""
 
 
 def watch(directory: Path, host: str, port: int) -> None:
@@ -84,14 +82,9 @@ class WatchServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def _refused(self, host: str, address: str, port: int, error: OSError) -> str:
         if error.errno == errno.EADDRNOTAVAIL:
             return f"--host {host} is no address of this machine; leave it out to watch from here, or give one of its own"
-        for other in range(max(port, 1024) + 1, min(max(port, 1024) + OTHER_PORTS, 65536)):
-            with socket.socket(self.address_family, socket.SOCK_STREAM) as probe:
-                try:
-                    probe.bind((address, other))
-                except OSError:
-                    continue
-                return f"port {port} cannot be had ({error.strerror}); --port {other} is free"
-        return f"port {port} cannot be had ({error.strerror}); --port 0 takes any that is free"
+        with socket.socket(self.address_family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            return f"port {port} cannot be had ({error.strerror}); --port {probe.getsockname()[1]} is free"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # a page that was closed meanwhile, or reads no more
