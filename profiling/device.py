@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 # Instructions that multiply bf16 matrices: tiles and dot products on x86, the bf16 extension of Arm.
-BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+_BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def parse_cpu_flags(cpuinfo: str) -> frozenset[str]:
@@ -51,7 +51,7 @@ def cpuinfo() -> str:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Of a package, by the metadata of its installation; None: there is none."""
+    """Return a package's version by the metadata of its installation; None: there is none."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -59,7 +59,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def has_fast_bf16(device: "torch.device") -> bool:
-    """Whether bf16 matrix products run in hardware on `device`, rather than being emulated in fp32.
+    """Say whether bf16 matrix products run in hardware on `device`, rather than being emulated in fp32.
 
     A GPU needs compute capability 8.0 (Ampere); a processor AMX, AVX512-BF16 or Arm's BF16, and a torch built with oneDNN,
     whose kernels use them. Raises ValueError for other kinds of device.
@@ -73,7 +73,7 @@ def has_fast_bf16(device: "torch.device") -> bool:
                 return capable and torch.cuda.is_bf16_supported(including_emulation=False)
         case "cpu":
             onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-            return onednn and bool(BF16_FLAGS & parse_cpu_flags(cpuinfo()))
+            return onednn and bool(_BF16_FLAGS & parse_cpu_flags(cpuinfo()))
         case other:
             raise ValueError(f"wanted a cpu or cuda device, got {other!r}")
 
@@ -250,7 +250,7 @@ class Sampler:
         self._thread.start()
 
     def read(self) -> dict[str, Any]:
-        """Over the time since the last read, up to the last sample; the contents of a log line's `device`.
+        """Sum up the time since the last read, to the last sample: the contents of a log line's `device`.
 
         samples (their number), seconds (from the last sample of the previous read, or the first one ever, to the last), and,
         None where not known: on a GPU utilisation (mean share of the time in which any kernel ran, 0..1: not efficiency),
@@ -310,7 +310,7 @@ def _seconds(samples: list[Sample]) -> float:
 
 
 def _growth(samples: list[Sample], name: str) -> float | None:
-    """Of a counter, from the first sample to the last; None where it was started anew between."""
+    """Return how much a counter grew from the first sample to the last; None where it was started anew between."""
     values = _column(samples, name)
     if values is None or len(values) < 2 or values[-1] < values[0]:
         return None
@@ -318,7 +318,7 @@ def _growth(samples: list[Sample], name: str) -> float | None:
 
 
 def _integral(samples: list[Sample], name: str) -> float | None:
-    """Over time, by trapezoids."""
+    """Integrate over time, by trapezoids."""
     values, times = _column(samples, name), _column(samples, "at")
     if values is None or times is None or len(values) < 2:
         return None

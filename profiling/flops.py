@@ -50,7 +50,7 @@ class Work:
         )
 
     def fields(self) -> dict[str, int]:
-        """As a log line's `flops`."""
+        """Return a log line's `flops`."""
         return {"student": self.student, "teacher": self.teacher, "heads": self.student_head + self.teacher_head}
 
 
@@ -75,7 +75,7 @@ class Coefficients:
 
     @classmethod
     def of(cls, model: Any) -> "Coefficients":
-        """Of a LanguageModel. Raises ValueError for a module of another kind, whose arithmetic nobody has counted."""
+        """Count a LanguageModel's. Raises ValueError for a module of another kind, whose arithmetic nobody has counted."""
         module, family = getattr(model, "module", None), getattr(model, "family", None)
         if module is None or family is None:
             raise ValueError(
@@ -138,7 +138,7 @@ class WorkCounter:
         self._teacher_attention = _attention_kind(device_type, teacher_dtype or dtype, dropout=False)
 
     def __call__(self, batch: Any) -> Work:
-        """Of one data.batch.Batch, best on the host: of a padded one the lengths are read from its mask."""
+        """Count one data.batch.Batch, best on the host: of a padded one the lengths are read from its mask."""
         objective, student_ops, teacher_ops = self._objective, self._student, self._teacher
         tokens, places = int(batch.counts.tokens), batch.ids_BS.numel()
         lengths = _lengths(batch)
@@ -174,7 +174,7 @@ class WorkCounter:
 
 
 def _matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Of linear layers, GPT-2's (Conv1D) among them; not of embeddings, which are looked up."""
+    """Return the matrices of linear layers, GPT-2's (Conv1D) among them; not of embeddings, which are looked up."""
     return [part.weight for part in modules if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"]  # type: ignore[misc]
 
 
@@ -185,7 +185,7 @@ def _products(matrices: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _window(layer: nn.Module) -> int | None:
-    """Of a layer's attention; modules call it `sliding_window` and give it to our attention as it is."""
+    """Return the window of a layer's attention; modules call it `sliding_window` and give it to our attention as it is."""
     for part in layer.modules():
         window = getattr(part, "sliding_window", None)
         if isinstance(window, int):

@@ -28,7 +28,7 @@ class DeviceMemory:
 
 
 def host_memory() -> HostMemory:
-    """Of this process, now."""
+    """Read this process's memory now."""
     status = Path("/proc/self/status")
     fields: dict[str, int] = {}
     if status.exists():
@@ -44,7 +44,7 @@ def host_memory() -> HostMemory:
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """Of torch's allocator on `device`, without waiting for it; None for the CPU, which has no such allocator."""
+    """Read torch's allocator on `device`, without waiting for it; None for the CPU, which has no such allocator."""
     if device.type != "cuda":
         return None
     return DeviceMemory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
@@ -72,7 +72,7 @@ class MemoryMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around a phase of an update. Phases do not nest."""
+        """Surround a phase of an update. Phases do not nest."""
         if self.device.type != "cuda" or not self.watching:
             yield
             return
@@ -111,7 +111,7 @@ class MemoryMeter:
         }
 
     def outside_bytes(self) -> int | None:
-        """Of a GPU: what is in use now and not reserved by this allocator, as the driver says when asked; None: not known."""
+        """Ask the driver what of a GPU is in use now and not reserved by this allocator; None: not known."""
         if self.device.type != "cuda":
             return None
         try:
@@ -165,7 +165,7 @@ def memory_parts(
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages behind tensors, each once: a view holds the whole."""
+    """Count the storages behind tensors, each once: a view holds the whole."""
     storages = [tensor.untyped_storage() for tensor in tensors]  # all at once, so that no address is given out again
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -176,8 +176,9 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 class SavedTensorBytes:
-    """While entered: `bytes` that autograd keeps for backward, without the tensors of `modules`. Around one forward; it costs
-    a call for each tensor kept, and is for code that is not compiled."""
+    """Counter, while entered, of the `bytes` that autograd keeps for backward, without the tensors of `modules`.
+
+    For around one forward; it costs a call for each tensor kept, and is for code that is not compiled."""
 
     def __init__(self, *modules: nn.Module | None) -> None:
         self.bytes = 0

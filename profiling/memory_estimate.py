@@ -100,7 +100,7 @@ class DiskEstimate:
 
 
 def whole_logits_bytes(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Of the reference losses."""
+    """Return what the reference losses hold."""
     return EAGER_LOGIT_TENSORS * rows * vocabulary * max(dtype.itemsize, 4)
 
 
@@ -116,7 +116,7 @@ def estimate_training_memory(
     logits: int,
     residuals: int = 0,
 ) -> MemoryEstimate:
-    """For one micro-batch of `rows` tokens; fp32 master weights, AdamW. `logits`: bytes, of whole_logits_bytes or of the
+    """Estimate one micro-batch of `rows` tokens; fp32 master weights, AdamW. `logits`: bytes, of whole_logits_bytes or of the
     fused losses; `residuals`: bytes, of a compressor.
 
     `sequence_length` (the longest) matters only for attention dropout on a CPU.

@@ -134,12 +134,12 @@ class Gpu:
 
 
 def _number(value: Any) -> int:
-    """Of an int, or of a ctypes integer."""
+    """Return an int, or the value of a ctypes integer."""
     return int(getattr(value, "value", value))
 
 
 def _reasons(nvml: Any, handle: Any) -> float:
-    """By the new name, or the old one: a new binding may stand on an old driver, and the other way round."""
+    """Ask by the new name, or the old one: a new binding may stand on an old driver, and the other way round."""
     new, old = (getattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", None) for name in ("Event", "Throttle"))
     if new is not None:
         try:
@@ -153,7 +153,7 @@ def _reasons(nvml: Any, handle: Any) -> float:
 
 
 def _used_bytes(nvml: Any, handle: Any) -> float:
-    """Without the driver's own reserve, where the second version of the call tells them apart."""
+    """Leave the driver's own reserve out, where the second version of the call tells them apart."""
     version = getattr(nvml, "nvmlMemory_v2", None)
     if version is not None:
         try:

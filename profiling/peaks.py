@@ -19,7 +19,7 @@ from fastdistil.profiling.flops import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Datasheet:
-    """Of one device as torch shows it; dense rates, in operations and bytes a second.
+    """One device as torch shows it: dense rates, in operations and bytes a second.
 
     `multiprocessors`: where set, a device of this name with another number is a part of the whole, and not this.
     """
@@ -91,7 +91,7 @@ DATASHEETS = {
 
 
 def datasheet(name: str, multiprocessors: int | None = None) -> Datasheet | None:
-    """Of the device with exactly this name, and of nothing that resembles it; None: not known."""
+    """Return that of the device with exactly this name, and of nothing that resembles it; None: not known."""
     sheet = DATASHEETS.get(name)
     if sheet is None or sheet.multiprocessors not in (None, multiprocessors):
         return None

@@ -62,7 +62,7 @@ class _Span:
 
 
 class Spans:
-    """Of one rank. An update: `begin`, spans, `end`; what comes between two updates (evaluation, a checkpoint) is in none."""
+    """One rank's spans. An update: `begin`, spans, `end`; what comes between two (evaluation, a checkpoint) is in none."""
 
     def __init__(
         self, device: "torch.device", *, warmup: int = 0, clock: Callable[[], float] = time.perf_counter, ranges: Any = None

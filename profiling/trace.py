@@ -52,11 +52,11 @@ class Tracer:
         return self._profiler is not None
 
     def begins(self, update: int) -> bool:
-        """Whether to start before it. A run that begins within the traced updates traces what is left of them."""
+        """Say whether to start before it. A run that begins within the traced updates traces what is left of them."""
         return not self.tracing and self._first <= update <= self._last
 
     def ends(self, update: int, last: bool) -> bool:
-        """Whether to stop after it. `last`: of the run."""
+        """Say whether to stop after it. `last`: of the run."""
         return self.tracing and (last or update >= self._last)
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class Tracer:
         self._profiler.start()
 
     def wait(self) -> None:
-        """For the device's updates, which count as training."""
+        """Wait for the device's updates, which count as training."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 MIN_SAMPLES = 6
 """Below this not even the whole range holds a median with 95%: the smallest and largest of n samples enclose it with
 probability 1 - 2^(1 - n), 93.75% of 5 and 96.9% of 6."""
@@ -56,7 +56,7 @@ def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "med
     random = np.random.default_rng(seed)
     below_R, above_R = (_resampled(series, statistic, random) for series in (first, second))
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.nanquantile(above_R / below_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+        low, high = np.nanquantile(above_R / below_R, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
     return Ratio(value, low, high)
 
 
@@ -84,7 +84,7 @@ def _medians(samples: SampleSeries, axis: Literal[1]) -> SampleSeries:
 
 
 def block_length(series: SampleSeries) -> int:
-    """Of the circular block bootstrap, for the mean of `series`; 1 for a constant or uncorrelated one."""
+    """Return that of the circular block bootstrap, for the mean of `series`; 1 for a constant or uncorrelated one."""
     n = len(series)
     centred = series - series.mean()
     longest = math.ceil(min(3 * math.sqrt(n), n / 3))

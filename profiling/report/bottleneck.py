@@ -28,20 +28,20 @@ from fastdistil.profiling.quantities import in_ms
 from fastdistil.recipe import cacheable
 from fastdistil.untrusted import at
 
-WORTH = 0.10
+_WORTH = 0.10
 """Share of the step from which a cause is the bottleneck."""
-PERSISTENT = 2 / 3
+_PERSISTENT = 2 / 3
 """Share of the log lines in which one rank must be the slowest: else the ranks take turns, and none is the straggler."""
-COMPUTE = 0.80
-LOW_MFU = 0.20
-LITTLE_BYTES = 2**20
-"""Sent in an update: less than this is latency, if it is waited for more than twice as long as it takes at GIGABIT."""
-GIGABIT = 125e6
+_COMPUTE = 0.80
+_LOW_MFU = 0.20
+_LITTLE_BYTES = 2**20
+"""Sent in an update: less than this is latency, if it is waited for more than twice as long as it takes at _GIGABIT."""
+_GIGABIT = 125e6
 """Bytes a second: what a link does at least, if nobody says otherwise. Of a slower one, bandwidth looks like latency."""
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW_BYTES = 28
 """A parameter, in fp32: weight, gradient and two moments read, weight and moments written."""
-MODELS = ("teacher", "student", "losses", "backward")
+_MODELS = ("teacher", "student", "losses", "backward")
 
 Summary = Mapping[str, Any]
 Cause = dict[str, Any]
@@ -64,20 +64,20 @@ def name_bottleneck(summary: Summary, causes: list[Cause]) -> Cause:
 
 
 def _bottleneck(summary: Summary, causes: list[Cause]) -> tuple[str, str, str | None]:
-    if causes and causes[0]["share"] >= WORTH:
+    if causes and causes[0]["share"] >= _WORTH:
         return causes[0]["name"], causes[0]["why"], causes[0]["key"]
     if summary.get("phases") is None:
         return "unknown", "the run recorded no phases, and does not wait for data", None
     shares = {name: phase["share"] for name, phase in summary["phases"].items()}
-    models = sum(shares.get(name, 0.0) for name in MODELS)
-    parts = ", ".join(f"{name} {shares[name]:.0%}" for name in MODELS if name in shares)
+    models = sum(shares.get(name, 0.0) for name in _MODELS)
+    parts = ", ".join(f"{name} {shares[name]:.0%}" for name in _MODELS if name in shares)
     waited = _waited(summary)
-    if models < COMPUTE or waited >= WORTH:
+    if models < _COMPUTE or waited >= _WORTH:
         largest = max(shares, key=shares.__getitem__)
         why = (
-            f"no cause takes {WORTH:.0%} of the step; the models' own work is {models:.0%} ({parts}); {largest} is the largest"
+            f"no cause takes {_WORTH:.0%} of the step; the models' own work is {models:.0%} ({parts}); {largest} is the largest"
         )
-        if waited >= WORTH:
+        if waited >= _WORTH:
             # One that is always the slowest exceeds the mean by half of that wait or more, the mean being of two ranks or more.
             one = [cause["why"] for cause in causes if cause["name"] == "straggler" and cause["share"] > waited / 3]
             why += f"; {waited:.0%} of the step waits for slower ranks{f': {one[0]}' if one else ', which take turns'}"
@@ -85,7 +85,7 @@ def _bottleneck(summary: Summary, causes: list[Cause]) -> tuple[str, str, str | 
     mfu = at(summary, "mfu", "with_teacher")
     rate = "" if mfu is None else f" at {mfu:.0%} of the device's peak"
     why = f"{models:.0%} of the step is the models' own work ({parts}){rate}"
-    if mfu is not None and mfu < LOW_MFU:
+    if mfu is not None and mfu < _LOW_MFU:
         return "unknown", f"{why}: small operations? try larger micro-batches", "data.micro_batch_tokens"
     return "compute-bound", f"{why}: nothing to gain by waiting less", None
 
@@ -128,7 +128,7 @@ def _ranks(summary: Summary) -> Iterator[Cause]:
         worked, seconds, rank = straggler["worked_s"], straggler["seconds"], straggler["rank"]
         mean = sum(worked) / len(worked)
         share = (worked[rank] - mean) / seconds if seconds else 0.0
-        if straggler["slowest_in"] >= PERSISTENT * straggler["lines"]:
+        if straggler["slowest_in"] >= _PERSISTENT * straggler["lines"]:
             where = f" on {straggler['host']}" if straggler.get("host") else ""
             why = (
                 f"rank {rank}{where} works {straggler['share']:.0%} more than the mean rank, the slowest in "
@@ -166,8 +166,8 @@ def _less_traffic(summary: Summary, compressing: bool, waited_s: float) -> tuple
     if summary.get("sync") == "every-micro-batch":
         return "let gradients travel once an update", "world.sync"
     sent = summary.get("gradient_bytes_per_update")
-    if sent is not None and sent < LITTLE_BYTES and not compressing and waited_s > 2 * sent / GIGABIT:
-        why = f"{sent:,.0f} bytes an update take {in_ms(sent / GIGABIT)} at 1 Gbit/s, so it is probably latency"
+    if sent is not None and sent < _LITTLE_BYTES and not compressing and waited_s > 2 * sent / _GIGABIT:
+        why = f"{sent:,.0f} bytes an update take {in_ms(sent / _GIGABIT)} at 1 Gbit/s, so it is probably latency"
         return f"{why}: more micro-batches an update share one exchange", "loop.accumulation"
     if summary.get("compression") in (None, "none") or compressing:
         return "another compression moves fewer bytes, or costs less", "compression.kind"

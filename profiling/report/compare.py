@@ -30,9 +30,9 @@ from fastdistil.profiling.report.summary import SAME_WORK, slowed_down, summaris
 from fastdistil.profiling.report.svg import without_controls
 from fastdistil.untrusted import Fields, at, check, read_json, real, reason
 
-OF_DEVICES = ("power_limit_w", "sm_clock_max_mhz", "slice", "driver", "pcie_generation", "pcie_width")
+_OF_DEVICES = ("power_limit_w", "sm_clock_max_mhz", "slice", "driver", "pcie_generation", "pcie_width")
 """Facts of the environment's devices that are listed where they differ; their names must agree, of every rank."""
-SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
+_SAME_MACHINE = ("processor", "usable_cores", "torch_threads", "gpus")
 """Of benchmarks' machine_info."""
 _FREE = (
     "name",
@@ -140,7 +140,7 @@ def _about(side: Measurement) -> dict[str, Any]:
 def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
     """Return (what makes the work another, other differences, warnings)."""
     facts = _unequal(a, b, (*SAME_WORK, "engine", "compression", "sync", "rings", "threads", "kernels"))
-    facts += _unequal(_devices(a), _devices(b), ("devices", *OF_DEVICES))
+    facts += _unequal(_devices(a), _devices(b), ("devices", *_OF_DEVICES))
     refused = [fact for fact in facts if fact["key"] in (*SAME_WORK, "devices") and _MISSING not in (fact["a"], fact["b"])]
     keys = {fact["key"] for fact in refused}
     if "device" in keys:  # the names of all devices say the same once more
@@ -156,7 +156,7 @@ def _run_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[A
 
 def _devices(summary: Mapping[str, Any]) -> dict[str, Any]:
     devices = at(summary, "environment", "devices") or ()
-    return {"devices": _of_ranks(devices, "name"), **{name: _of_ranks(devices, name) for name in OF_DEVICES}}
+    return {"devices": _of_ranks(devices, "name"), **{name: _of_ranks(devices, name) for name in _OF_DEVICES}}
 
 
 def _of_ranks(devices: Sequence[Mapping[str, Any]], name: str) -> Any:
@@ -230,7 +230,7 @@ def _machine(content: Mapping[str, Any]) -> dict[str, Any]:
         return {"processor": cpu.get("brand_raw"), "usable_cores": cpu.get("count")}
     return {
         name: [gpu.get("name") for gpu in machine.get("gpus") or ()] if name == "gpus" else machine.get(name)
-        for name in SAME_MACHINE
+        for name in _SAME_MACHINE
     }
 
 

@@ -21,7 +21,7 @@ from fastdistil.untrusted import at, real
 
 Better = Literal["higher", "lower"]
 NOT_RECORDED = "not recorded"
-TIMES = "\N{MULTIPLICATION SIGN}"
+_TIMES = "\N{MULTIPLICATION SIGN}"
 OUTCOMES = {
     "done": "done",
     "stopped": "stopped and saved",
@@ -99,14 +99,14 @@ def groups(history: History, summary: Mapping[str, Any]) -> list[FigureGroup]:
 
 
 def setting(summary: Mapping[str, Any]) -> str:
-    """On what the numbers were measured: device, dtype, ranks, shape."""
+    """Say on what the numbers were measured: device, dtype, ranks, shape."""
     ranks = summary["ranks"]
     parts = [str(summary["device"] or "device not recorded"), str(summary["dtype"] or "dtype not recorded")]
     if ranks is not None:
         parts.append(f"{ranks} rank{'s' * (ranks != 1)}")
     if summary["micro_batch_tokens"] is not None and summary["accumulation"] is not None:
         parts.append(
-            f"{summary['micro_batch_tokens']:,} tokens {TIMES} {summary['accumulation']} micro-batches an update and rank"
+            f"{summary['micro_batch_tokens']:,} tokens {_TIMES} {summary['accumulation']} micro-batches an update and rank"
         )
     if summary["student_parameters"]:
         parts.append(f"student of {parameters(summary['student_parameters'])}")
@@ -470,7 +470,7 @@ def _environment(history: History) -> list[Figure]:
     for index, (name, same) in enumerate(devices.items()):
         memory = _value(same[0].memory_bytes)
         detail = quantity(memory, "bytes") if memory is not None else "memory not recorded"
-        figures.append(_text(f"environment.device_{index}", "device", f"{len(same)} {TIMES} {name}", detail))
+        figures.append(_text(f"environment.device_{index}", "device", f"{len(same)} {_TIMES} {name}", detail))
     for kind, unit in (("flops", "flop/s"), ("bytes", "bytes/s")):
         for source, value in (at(environment, "peaks", kind) or {}).items():
             label = "peak arithmetic" if kind == "flops" else "peak memory bandwidth"

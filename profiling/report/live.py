@@ -11,7 +11,7 @@ Rates are over the last `RECENT` log lines of the present attempt (since the las
     seconds of a line     tokens / tokens_per_s: training alone
     time left             (updates - update) * (sum of seconds / sum of updates
                           + seconds of the attempt's evaluations and checkpoints / updates of the attempt)
-    a rank's work         sum of rank_worked_s / sum of updates; slow: more than `SLOW` times the mean of the ranks
+    a rank's work         sum of rank_worked_s / sum of updates; slow: more than `_SLOW` times the mean of the ranks
     silent                no event for 5 usual (median) intervals between log lines and twice the longest pause so far
 
 Nothing here waits, and nothing imports torch: following a run must not cost its machine anything.
@@ -61,17 +61,17 @@ from fastdistil.profiling.report.svg import without_controls
 from fastdistil.redaction import redacted
 from fastdistil.untrusted import real
 
-RECENT, LINES, SPIKES = 20, 300, 50
-SLOW = 1.1
-QUIET_S, FIRST_QUIET_S = 5.0, 120.0
+RECENT, LINES, _SPIKES = 20, 300, 50
+_SLOW = 1.1
+_QUIET_S, _FIRST_QUIET_S = 5.0, 120.0
 """Shorter pauses are no silence; the second where no interval is known yet (compilation, the first window of data)."""
 POLL_S = 2.0
 READ_S = 0.2
 CHUNK_BYTES = 2**20
-REPORT_SHARE = 0.05
+_REPORT_SHARE = 0.05
 """Of a core's time, at most, for the reports of a run that goes on."""
-LINES_SHOWN, EVENTS_SHOWN = 3, 12
-VERDICTS = {
+_LINES_SHOWN, _EVENTS_SHOWN = 3, 12
+_VERDICTS = {
     "waiting": "waiting for the run", "reading": "reading the log", "unreadable": "cannot be read", "starting": "starting",
     "running": "running", "silent": "silent", "died": "its process is gone", "done": "done", "stopped": "stopped",
     "nonfinite": "not finite",
@@ -80,7 +80,7 @@ VERDICTS = {
 
 class Status(NamedTuple):
     kind: str
-    """A key of VERDICTS."""
+    """A key of _VERDICTS."""
     why: str = ""
 
 
@@ -196,7 +196,7 @@ class Live:
 
     @property
     def reading(self) -> bool:
-        """Whether there is more to read at once."""
+        """True while there is more to read at once."""
         return self._offset < self._size
 
     def _take(self, line: bytes) -> None:
@@ -252,7 +252,7 @@ class Live:
 
     def _leave_out(self, line: Train, usual: Train) -> None:
         if _stands_out(line, usual):
-            self._spikes = [*self._spikes, line][-SPIKES:]
+            self._spikes = [*self._spikes, line][-_SPIKES:]
 
     def _take_back(self, update: int) -> None:
         count = bisect_right(self.updates, update)
@@ -275,7 +275,7 @@ class Live:
         if not self._page or (state != self._page_of and due and not self.reading):
             begun = self._elapsed()
             self._page, self._page_of = printable(self._report(state)).encode(), state
-            self._page_due = self._elapsed() + (self._elapsed() - begun) / REPORT_SHARE
+            self._page_due = self._elapsed() + (self._elapsed() - begun) / _REPORT_SHARE
         return self._page, self._page_of
 
     def _report(self, state: str) -> str:
@@ -298,7 +298,7 @@ class Live:
         """The top of the page, as HTML."""
         status = self.status()
         events = [event for event in self.events if not isinstance(event, Train | Environment | MemoryParts | Trace)]
-        log = sorted([*events[-EVENTS_SHOWN:], *list(self._recent)[-LINES_SHOWN:]], key=_when)
+        log = sorted([*events[-_EVENTS_SHOWN:], *list(self._recent)[-_LINES_SHOWN:]], key=_when)
         progress, age_s = self.progress(), max(0.0, self._elapsed() - self._heard)
         left_s = progress.left_s if status.kind == "running" else None
         html = template("watch.html.j2").render(
@@ -307,7 +307,7 @@ class Live:
             page=self.page()[1],
             poll_s=0.1 if self.reading else POLL_S,
             kind=status.kind,
-            verdict=VERDICTS[status.kind],
+            verdict=_VERDICTS[status.kind],
             why=without_controls(status.why),
             progress=progress,
             left=None if left_s is None else duration(max(0.0, left_s - age_s)),
@@ -320,7 +320,7 @@ class Live:
 
     def status(self) -> Status:
         age_s, usual_s = self._elapsed() - self._heard, self._usual_s()
-        allowed_s = FIRST_QUIET_S if math.isnan(usual_s) else max(QUIET_S, 5 * usual_s, 2 * self._longest_s)
+        allowed_s = _FIRST_QUIET_S if math.isnan(usual_s) else max(_QUIET_S, 5 * usual_s, 2 * self._longest_s)
         if self._trouble:
             return Status("unreadable", self._trouble)
         if self.reading:
@@ -360,7 +360,7 @@ class Live:
         return Progress(update=self._update, planned=planned, begun=begun, elapsed_s=elapsed_s, left_s=left_s)
 
     def ranks_text(self) -> str:
-        """Whether the ranks work equally long; empty with one rank or where it is not recorded."""
+        """Say whether the ranks work equally long; empty with one rank or where it is not recorded."""
         ranks = (self._start.ranks or 1) if self._start is not None else 1
         lines = [line for line in self._recent if len(line.rank_worked_s) == ranks]
         if ranks < 2 or not lines:
@@ -369,12 +369,12 @@ class Live:
         mean = float(of_rank.mean())
         text = f"{ranks} ranks, work of each {quantity(of_rank.min(), 's')} to {quantity(of_rank.max(), 's')} an update"
         slow = [f"rank {rank} (\N{MULTIPLICATION SIGN}{of_rank[rank] / mean:.2f})" for rank in np.argsort(-of_rank)
-                if of_rank[rank] > SLOW * mean > 0]  # fmt: skip
+                if of_rank[rank] > _SLOW * mean > 0]  # fmt: skip
         return f"{text}; slow: {', '.join(slow)}" if slow else f"{text}; even"
 
 
 def _stands_out(line: Train, usual: Train) -> bool:
-    """Whether a curve would miss this line: a loss or norm of more than twice that of another one, or none that is finite."""
+    """Say whether a curve would miss this line: a loss or norm of more than twice that of another one, or not finite."""
     pairs = [(line.total, usual.total), (line.grad_norm, usual.grad_norm), (line.grad_norm_max, usual.grad_norm_max)]
     return any(
         value is not None and normal is not None and math.isfinite(normal) and not value <= 2 * abs(normal)
@@ -383,7 +383,7 @@ def _stands_out(line: Train, usual: Train) -> bool:
 
 
 def _seconds(line: Train) -> float:
-    """Of training; nan if not recorded."""
+    """Return the line's seconds of training; nan if not recorded."""
     rate = real(line.tokens_per_s)
     return (line.tokens or 0) / rate if 0 < rate < math.inf else math.nan
 
@@ -422,7 +422,7 @@ def _numbers(update: int, numbers: Mapping[str, float | None]) -> str:
 
 
 def _holds_lock(directory: Path) -> bool:
-    """Whether a process that this one can see holds the run (runs.sole_user). Looks without locking: that could refuse a run.
+    """Look whether a process that this one can see holds the run (runs.sole_user), without locking: that could refuse a run.
 
     False says little: the run may be on another machine, or in another container.
     """

@@ -26,7 +26,7 @@ from fastdistil.untrusted import at, real
 Get = Callable[[Train], object]
 WIDE, NARROW = 740.0, 360.0
 UPDATE = Axis(label="update")
-LOG_FROM = 20.0
+_LOG_FROM = 20.0
 """Largest over smallest value from which an axis is logarithmic, where all values are positive."""
 
 
@@ -100,7 +100,7 @@ def sections(histories: Sequence[History]) -> list[PlotSection]:
     return [draw(histories) for draw in (_learning, _speed, _step, _memory, _device, _communication)]
 
 
-def of_lines(get: Get, per_update: bool = False) -> Callable[[History], Points]:
+def _of_lines(get: Get, per_update: bool = False) -> Callable[[History], Points]:
     """Take a value from each log line; lines without it are left out, so that curves have no holes."""
 
     def points(history: History) -> Points:
@@ -116,7 +116,7 @@ def _floats(values: Iterable[float]) -> Floats:
 
 
 def _field(name: str, *path: str, per_update: bool = False) -> Measure:
-    return Measure(name, of_lines(lambda line: at(line, *path), per_update))
+    return Measure(name, _of_lines(lambda line: at(line, *path), per_update))
 
 
 def _wide(title: str, draw: Callable[[float, float], str], heights: tuple[float, float], **more: Any) -> Panel:
@@ -133,7 +133,7 @@ def _line_panel(
         if np.isfinite(points.y).any()
     ]
     values = np.concatenate([one.y[np.isfinite(one.y)] for one in series])
-    if log and values.min() > 0 and values.max() >= LOG_FROM * values.min():
+    if log and values.min() > 0 and values.max() >= _LOG_FROM * values.min():
         y = Axis(label=y.label, unit=y.unit, log=True)
         captions.append("Logarithmic axis.")
     most, columns = max(len(one.x) for one in series), int(((WIDE if wide else NARROW) - 60) / charts.COLUMN_WIDTH)
@@ -248,7 +248,7 @@ def _distribution(section: PlotSection, history: History, steps: Floats, domain:
 
 def _step(histories: Sequence[History]) -> PlotSection:
     section = PlotSection("step", "Where a step goes", histories)
-    columns = [(history, *phase_columns(history.lines)) for history in histories]
+    columns = [(history, *_phase_columns(history.lines)) for history in histories]
     columns = [(history, x, phases) for history, x, phases in columns if x.size]
     width = NARROW if section.several else WIDE
     top = max((charts.stack_top(x, list(phases.values()), width) for _, x, phases in columns), default=0.0)
@@ -291,7 +291,7 @@ def _phase_panel(title: str, x: Floats, phases: dict[str, Floats], top: float, w
     return Panel(title=title, svg=draw(NARROW, 230), legend=legend, caption=caption)
 
 
-def phase_columns(lines: Iterable[Train]) -> tuple[Floats, dict[str, Floats]]:
+def _phase_columns(lines: Iterable[Train]) -> tuple[Floats, dict[str, Floats]]:
     """(update [n], {phase: seconds [n]}) of the updates behind the warm-up whose line recorded phases, `other` last."""
     updates = phased_updates(lines)
     steps = _floats(updates.step_s)
@@ -378,7 +378,7 @@ def _device(histories: Sequence[History]) -> PlotSection:
     watched = [shares for shares in watched if shares is not None]
     reasons = Counter(reason for shares in watched for reason in shares)
     if reasons or not watched:
-        throttled = [Measure(reason.replace("_", " "), of_lines(_throttled(reason))) for reason, _ in reasons.most_common()]
+        throttled = [Measure(reason.replace("_", " "), _of_lines(_throttled(reason))) for reason, _ in reasons.most_common()]
         caption = "A software power cap is normal on power-limited parts; a hardware slow-down is an alarm."
         section.add("Throttling", throttled, Axis(label="of samples", unit="share", zero=True, top=1.0), caption=caption)
     traffic = [
@@ -416,7 +416,7 @@ def _communication(histories: Sequence[History]) -> PlotSection:
     drawn = [
         _rank_panel(section.title_of("Own work of each rank", history), worked, style)
         for style, history in enumerate(histories)
-        if (worked := worked_by_rank(history)).size > 1
+        if (worked := _worked_by_rank(history)).size > 1
     ]
     section.panels.extend(drawn)
     if not drawn:
@@ -428,10 +428,10 @@ def _ring(ring: int) -> Callable[[History], Points]:
     def get(line: Train) -> object:
         return line.ring_bytes[ring] / real(line.updates) if ring < len(line.ring_bytes) else None
 
-    return of_lines(get)
+    return _of_lines(get)
 
 
-def worked_by_rank(history: History) -> Floats:
+def _worked_by_rank(history: History) -> Floats:
     """[ranks] seconds of own work an update, lines with warm-up left out; empty if not recorded."""
     lines = [line for line in history.comparable_lines if line.rank_worked_s and not line.warmup]
     if not lines:

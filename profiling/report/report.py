@@ -33,10 +33,10 @@ from fastdistil.profiling.report.plots import PlotSection, sections
 from fastdistil.profiling.report.summary import PHASES, SAME_WORK, slowed_down, summarise
 from fastdistil.untrusted import at
 
-NOTES_SHOWN = 100
+_NOTES_SHOWN = 100
 _SAME = 0.0005
 """A relative difference below this is none."""
-TILES = {
+_TILES = {
     "speed.tokens_per_s": "throughput",
     "speed.step_p50_s": "step, median",
     "speed.mfu_student": "MFU, student",
@@ -271,7 +271,7 @@ def as_markdown(runs: Sequence[Reported]) -> str:
                 values = [f"{figure.text} {figure.spread_text}".strip() for figure in row.figures]
                 counts = [figure.count_text if figure.value is not None else "" for figure in row.figures]
                 cells = [", ".join(filter(None, pair)) for pair in zip(values, counts, strict=True)]
-                changes = [judged_text(judgement) for judgement in row.judgements]
+                changes = [_judged_text(judgement) for judgement in row.judgements]
                 pairs = [cells[0], *(part for pair in zip(cells[1:], changes[1:], strict=True) for part in pair)]
                 parts.append(f"| {' | '.join(_cell(cell) for cell in (row.label, *pairs))} |")
         if table.missing:
@@ -291,7 +291,7 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(svg.without_controls(text).split()))
 
 
-def change_text(difference: float | None) -> str:
+def _change_text(difference: float | None) -> str:
     if difference is None:
         return ""
     if abs(difference) < _SAME:
@@ -299,9 +299,9 @@ def change_text(difference: float | None) -> str:
     return f"{difference:+.1%}" if abs(difference) < 10 else f"{difference + 1:,.3g}-fold"
 
 
-def judged_text(judgement: Judgement) -> str:
-    interval = "" if judgement.interval is None else f"({' to '.join(map(change_text, judgement.interval))})"
-    return " ".join(filter(None, (change_text(judgement.difference), judgement.verdict, interval)))
+def _judged_text(judgement: Judgement) -> str:
+    interval = "" if judgement.interval is None else f"({' to '.join(map(_change_text, judgement.interval))})"
+    return " ".join(filter(None, (_change_text(judgement.difference), judgement.verdict, interval)))
 
 
 def cautions(run: Reported) -> list[str]:
@@ -378,7 +378,7 @@ def notes(history: History) -> tuple[list[tuple[str, str]], int]:
         where = f"update {numbers[0]:,}" if numbers else ""
         where += f", and {len(updates) - 1:,} more" if len(updates) > 1 else ""
         entries.append((where, svg.without_controls(message)))
-    return entries[:NOTES_SHOWN], max(0, len(entries) - NOTES_SHOWN)
+    return entries[:_NOTES_SHOWN], max(0, len(entries) - _NOTES_SHOWN)
 
 
 @cache
@@ -390,7 +390,7 @@ def template(name: str = "report.html.j2") -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": Markup, "change": change_text}
+    environment.filters |= {"svg": Markup, "change": _change_text}
     return environment.get_template(name)
 
 
@@ -462,7 +462,7 @@ def _head(index: int, run: Reported) -> dict[str, Any]:
 
 def _tiles(run: Reported) -> list[dict[str, str]]:
     tiles = []
-    for key, label in TILES.items():
+    for key, label in _TILES.items():
         figure = run.figures[key]
         if key == "memory.peak_allocated_bytes" and figure.value is None:
             figure = run.figures["memory.peak_rss_bytes"]
@@ -479,7 +479,7 @@ def _tiles(run: Reported) -> list[dict[str, str]]:
 
 
 def _head_rows(by_key: Mapping[str, ComparisonTable]) -> list[ComparisonRow]:
-    keys = (*TILES, "speed.bottleneck", "memory.peak_rss_bytes", "run.wall_s")
+    keys = (*_TILES, "speed.bottleneck", "memory.peak_rss_bytes", "run.wall_s")
     rows = [row for table in by_key.values() for row in table.rows if row.figures[0].key in keys]
     return sorted(rows, key=lambda row: keys.index(row.figures[0].key))
 

@@ -33,7 +33,7 @@ from fastdistil.profiling.report.history import History
 from fastdistil.profiling.spans import NAMES
 from fastdistil.untrusted import at
 
-PERCENTILES = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
+_PERCENTILES = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 PHASES = (*NAMES, "other")
 """In a step's order; `other` is what is left of it."""
 SAME_WORK = (
@@ -41,10 +41,10 @@ SAME_WORK = (
 )  # fmt: skip
 """Fields of a summary that agree in runs that did the same work."""
 MFU = ("student", "with_teacher", "hfu")
-THROTTLED = 0.01
+_THROTTLED = 0.01
 """Share of the samples in which a GPU slowed itself down from which its times are not the code's."""
-ENERGY_MIN_S = 5.0
-NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
+_ENERGY_MIN_S = 5.0
+_NOT_AVERAGED = ("samples", "seconds", "energy_j", "throttled")
 
 
 class Updates(NamedTuple):
@@ -83,7 +83,7 @@ def summarise(history: History) -> dict[str, Any]:
         "teacher_parameters": start.teacher_parameters,
         "updates": len(updates.step_s),
         "warmup": updates.warmup,
-        "percentiles": PERCENTILES,
+        "percentiles": _PERCENTILES,
         "step_s": statistics_of(updates.step_s),
         "phases": _phases(phased),
         "communication": _communication(phased),
@@ -92,7 +92,7 @@ def summarise(history: History) -> dict[str, Any]:
         "trace": history.trace and as_fields(replace(history.trace, time=None, update=None)),
         "tokens_per_update": _per_update(settled, attrgetter("tokens")),
         "gradient_bytes_per_update": _per_update(settled, attrgetter("gradient_bytes")),
-        "tokens_per_s": quotient((line.tokens, _seconds(line)) for line in settled),
+        "tokens_per_s": _quotient((line.tokens, _seconds(line)) for line in settled),
         "data_wait_share": _mean((line.data_wait_share, _seconds(line)) for line in settled),
         "flops": _flops(settled),
         "mfu": (mfu := _mfu(settled, attrgetter("mfu"))) and {**mfu, "measured": _mfu(settled, _of_measured_peak)},
@@ -127,7 +127,7 @@ def measured_updates(lines: Iterable[Train]) -> Updates:
 
 
 def phased_updates(lines: Iterable[Train]) -> Updates:
-    """Of the lines that recorded phases."""
+    """Take the updates of the lines that recorded phases."""
     return measured_updates(line for line in lines if line.phases and line.step_s)
 
 
@@ -173,19 +173,19 @@ def _seconds_of(events: Iterable[Evaluation | Checkpoint]) -> list[float]:
     return [event.seconds for event in events if event.seconds is not None]
 
 
-def quotient(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+def _quotient(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     """Return the sum of the first over the sum of the second numbers, of the pairs that have both; None without one."""
     recorded = [(value, weight) for value, weight in pairs if value is not None and weight]
     return sum(value for value, _ in recorded) / sum(weight for _, weight in recorded) if recorded else None
 
 
 def _per_update(lines: Iterable[Train], get: Callable[[Train], float | None]) -> float | None:
-    return quotient((get(line), line.updates) for line in lines)
+    return _quotient((get(line), line.updates) for line in lines)
 
 
 def _mean(values: Iterable[tuple[float | None, float | None]]) -> float | None:
     """Return the mean of values, each with its weight."""
-    return quotient((None if value is None else value * (weight or 0), weight) for value, weight in values)
+    return _quotient((None if value is None else value * (weight or 0), weight) for value, weight in values)
 
 
 def _flops(lines: Iterable[Train]) -> dict[str, float | None] | None:
@@ -248,7 +248,7 @@ def _updates_alone(lines: Iterable[Train], asides: Iterable[Event]) -> list[Trai
 
 
 def _energy(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any]:
-    """Of rank 0's device, and over its own tokens. Samples begin and end within updates: their seconds are no line's."""
+    """Return that of rank 0's device, and over its own tokens. Samples begin and end within updates: they are no line's."""
     seconds = joules = steps_s = 0.0
     updates = tokens = 0
     timed = [line for line in lines if line.step_s]
@@ -262,16 +262,16 @@ def _energy(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any]:
     if not seconds:
         mixed = len(timed) - len(alone)
         return {**nothing, "why": f"all {mixed} log lines held more than updates" if mixed else "not recorded"}
-    if seconds < ENERGY_MIN_S:
-        return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {ENERGY_MIN_S:.0f} s"}
+    if seconds < _ENERGY_MIN_S:
+        return {**nothing, "why": f"not enough time to tell: {seconds:.1f} s, wanted {_ENERGY_MIN_S:.0f} s"}
     spent = joules / seconds * steps_s
     per_token = spent / tokens if tokens else None
     return {"j_per_update": spent / updates, "j_per_million_tokens": per_token and 1e6 * per_token, "seconds": seconds}
 
 
 def _readings(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any] | None:
-    """Of rank 0's device, over the lines that held updates alone: means over time, of clocks medians. The highest temperature
-    and throttled (share of samples, by reason; None: nobody looked) are of all lines."""
+    """Sum up rank 0's device over the lines that held updates alone: means over time, of clocks medians. The highest
+    temperature and throttled (share of samples, by reason; None: nobody looked) are of all lines."""
     readings = [line.device for line in lines if line.device is not None]
     if not readings:
         return None
@@ -280,7 +280,7 @@ def _readings(lines: Sequence[Train], asides: Sequence[Event]) -> dict[str, Any]
     if not alone:
         averages["why"] = f"all {len(readings)} log lines held more than updates"
     last = as_fields(readings[-1])
-    for name in dict.fromkeys(name for device in readings for name in as_fields(device) if name not in NOT_AVERAGED):
+    for name in dict.fromkeys(name for device in readings for name in as_fields(device) if name not in _NOT_AVERAGED):
         readable = [device for device in (readings if name == "temperature_c" else alone) if getattr(device, name) is not None]
         values = [getattr(device, name) for device in readable]
         if not values or isinstance(values[0], str):
@@ -311,7 +311,7 @@ def slowed_down(summary: Mapping[str, Any]) -> dict[str, float]:
     return {
         reason: share
         for reason, share in throttled.items()
-        if share > THROTTLED and ("slowdown" in reason.lower() or "thermal" in reason.lower())
+        if share > _THROTTLED and ("slowdown" in reason.lower() or "thermal" in reason.lower())
     }
 
 

@@ -168,7 +168,7 @@ def _frame(
         y_high = 1 / factor if y.zero and low == y_high == 0 else y_high  # nothing but zeros
         ticks = nice_ticks(low * factor, max(y_high, -math.inf if y.top is None else y.top) * factor)
         bounds = ticks[0] / factor, ticks[-1] / factor
-    names = [tick_text(tick, ticks) for tick in ticks]
+    names = [_tick_text(tick, ticks) for tick in ticks]
     left = 12 + _CHARACTER * max(len(name) for name in names)
     right, bottom = width - _RIGHT, height - _BOTTOM
     y_of = _scale(*bounds, bottom, _TOP, y.log)
@@ -192,7 +192,7 @@ def _frame(
         parts.append(_words("tick", left - 6, at + 3.6, name, "end"))
     for tick in x_ticks:
         at = float(x_of(np.array([tick / x_factor]))[0])
-        name = tick_text(tick, x_ticks)
+        name = _tick_text(tick, x_ticks)
         anchor = "end" if at > right - _CHARACTER * len(name) / 2 else "middle"
         parts.append(f'<path class="notch" d="M{_r(at)} {_r(bottom)}v4"/>')
         parts.append(_words("tick", at, bottom + 15, name, anchor))
@@ -437,7 +437,7 @@ def bar_chart(bars: Sequence[Bar], *, x: Axis, title: str, width: float = 360, m
         at = float(place(np.array([tick / factor]))[0])
         anchor = "start" if tick == 0 else "middle"
         parts.append(f'<path class="grid" d="M{_r(at)} {_r(_TOP - 6)}V{_r(bottom)}"/>')
-        parts.append(_words("tick", at, bottom + 15, tick_text(tick, ticks), anchor))
+        parts.append(_words("tick", at, bottom + 15, _tick_text(tick, ticks), anchor))
     parts.append(_words("label", right, height - 3, _with_unit(x.label, unit), "end"))
     for row, bar in enumerate(bars):
         top, total, start = _TOP + 40 * row, sum(value for _, value in bar.parts), 0.0
@@ -546,7 +546,7 @@ def log_ticks(low: float, high: float, count: int = 7) -> list[float]:
     return ticks
 
 
-def tick_text(tick: float, ticks: Sequence[float]) -> str:
+def _tick_text(tick: float, ticks: Sequence[float]) -> str:
     """A label no longer than its neighbours need: 0.5 and 1.0 on one axis, 200k and 1M on another."""
     largest = max(abs(other) for other in ticks)
     if tick == 0:

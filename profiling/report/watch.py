@@ -30,8 +30,8 @@ from urllib.parse import parse_qs, urlsplit
 from fastdistil.errors import UserError
 from fastdistil.profiling.report.live import Live
 
-SCRIPT = Path(__file__).parent / "static" / "watch.js"
-HEADERS = {
+_SCRIPT = Path(__file__).parent / "static" / "watch.js"
+_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -69,7 +69,7 @@ class WatchServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.live, self.lock = Live(directory), threading.Lock()
         self.token = None if loopback else secrets.token_urlsafe(24)
         self.names = {"localhost", host.lower()} if loopback else {"localhost", host.lower(), socket.gethostname().lower()}
-        self.script = SCRIPT.read_bytes()
+        self.script = _SCRIPT.read_bytes()
         try:
             super().__init__((address, port), _Answer)
         except OSError as error:
@@ -201,7 +201,7 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def end_headers(self) -> None:
-        for name, value in HEADERS.items():
+        for name, value in _HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
 
@@ -218,5 +218,5 @@ def _resolved(host: str) -> tuple[socket.AddressFamily, str]:
 
 
 def _same(presented: str, token: str) -> bool:
-    """In a time that tells nothing of how much of it was right."""
+    """Compare in a time that tells nothing of how much of it was right."""
     return hmac.compare_digest(presented.encode(), token.encode())
