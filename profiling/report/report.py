@@ -124,8 +124,7 @@ def judge(figure: Figure, baseline: Figure) -> Judgement:
     return Judgement(difference, "better" if (low > 0) == (figure.better == "higher") else "worse", (low, high), n)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparisonTable:
+class ComparisonTable(NamedTuple):
     key: str
     title: str
     rows: Sequence[ComparisonRow]
@@ -192,21 +191,24 @@ def _without_hosts(environment: Environment) -> Environment:
 
 
 def tables(runs: Sequence[Reported]) -> list[ComparisonTable]:
+    """Put the figures of the runs side by side, a table for each group."""
     comparisons = []
-    for index, first in enumerate(runs[0].groups):
-        by_run = [{figure.key: figure for figure in run.groups[index].figures} for run in runs]
-        by_key = {key: figure for figures in reversed(by_run) for key, figure in figures.items()}
-        order = list(dict.fromkeys(key for figures in by_run for key in figures))
-        rows = []
-        for key in order:
+    for same_groups in zip(*(run.groups for run in runs), strict=True):
+        by_run = [{figure.key: figure for figure in group.figures} for group in same_groups]
+        by_key: dict[str, Figure] = {}
+        for figures in by_run:
+            by_key = by_key | {key: figure for key, figure in figures.items() if key not in by_key}
+        rows, missing = [], []
+        for key, first in by_key.items():
             # What one run's events do not even name: as little recorded as what they name without a value.
-            row_figures = [
-                figures.get(key, replace(by_key[key], value=None, spread=None, n=None, detail="")) for figures in by_run
-            ]
-            if any(figure.value is not None for figure in row_figures):
-                rows.append(ComparisonRow(row_figures, [judge(figure, row_figures[0]) for figure in row_figures]))
-        missing = [by_key[key].label for key in order if all(figures.get(key, by_key[key]).value is None for figures in by_run)]
-        comparisons.append(ComparisonTable(key=first.key, title=first.title, rows=rows, missing=list(dict.fromkeys(missing))))
+            absent = replace(first, value=None, spread=None, n=None, detail="")
+            row = [figures.get(key, absent) for figures in by_run]
+            if any(figure.value is not None for figure in row):
+                rows.append(ComparisonRow(row, [judge(figure, row[0]) for figure in row]))
+            else:
+                missing.append(first.label)
+        key, title, _ = same_groups[0]
+        comparisons.append(ComparisonTable(key, title, rows, list(dict.fromkeys(missing))))
     return comparisons
 
 
@@ -466,14 +468,10 @@ def _tiles(run: Reported) -> list[dict[str, str]]:
         figure = run.figures[key]
         if key == "memory.peak_allocated_bytes" and figure.value is None:
             figure = run.figures["memory.peak_rss_bytes"]
-        text, unit = figure.text, ""
-        if figure.value is not None and " " in text:
+        text, unit, below = figure.text, "", ""
+        if figure.value is not None:
             text, _, unit = text.partition(" ")
-        below = (
-            ""
-            if figure.value is None
-            else ", ".join(part for part in (figure.spread_text, figure.count_text) if part) or figure.detail
-        )
+            below = ", ".join(filter(None, (figure.spread_text, figure.count_text))) or figure.detail
         tiles.append({"label": label, "text": text, "unit": unit, "below": below})
     return tiles
 

@@ -323,8 +323,7 @@ def _rect(classes: str, x: float, y: float, width: float, height: float, tooltip
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(NamedTuple):
     """One part of a stack: `values` [n]; `name` also picks its class, p-NAME."""
 
     name: str
@@ -417,8 +416,7 @@ def histogram(
     return _svg(width, height, f"{title}. {len(values):,} values, {summary}", [*parts, *labels])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
+class Bar(NamedTuple):
     name: str
     parts: Sequence[tuple[str, float]]
     """(name, value); the name picks the class p-NAME."""
