@@ -157,7 +157,7 @@ class Train(Event):
 
     kind = "train"
 
-    update: Whole  # the last of these updates
+    update: Whole = field()  # the last of these updates
     updates: Positive | None = None  # how many
     warmup: Whole = 0  # of them, from the first, those whose times do not count
     skipped: Whole | None = None  # of them, not applied: a gradient was not finite
@@ -207,7 +207,7 @@ class Evaluation(Event):
 
     kind = "evaluation"
 
-    update: Whole  # after which it was evaluated
+    update: Whole = field()  # after which it was evaluated
     seconds: Amount | None = None  # that it took
     loss: Number | None = None  # cross-entropy, nats a label
     loss_se: Number | None = None  # standard error

@@ -34,6 +34,7 @@ from fastdistil.events import (
     Start,
     Train,
     effective_events,
+    parse_event,
     read_events,
 )
 from fastdistil.profiling.report.history import load_history
@@ -92,6 +93,14 @@ def test_every_kind_is_read_and_written_again_without_a_change(tmp_path: Path) -
     assert [json.loads(line) for line in again] == [json.loads(line) for line in lines]
     train = next(event for event in read_events(path) if isinstance(event, Train))
     assert train.grad_norm == math.inf and math.isnan(train.grad_norm_max or 0.0)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluation"])
+def test_what_happened_at_an_update_names_it(kind: str) -> None:
+    with pytest.raises(ValueError, match="update"):
+        parse_event(f'{{"event": "{kind}"}}'.encode())
+    with pytest.raises(TypeError, match="update"):
+        KINDS[kind]()
 
 
 @pytest.mark.parametrize("version", range(FORMAT + 1))
