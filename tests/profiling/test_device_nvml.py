@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from fastdistil.events import DeviceFacts, DeviceReading
 from fastdistil.profiling import device as device_module
 from fastdistil.profiling import nvml
 from fastdistil.profiling.device import Sampler, _GpuSource, device_facts, usable_cores
@@ -193,6 +194,18 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         "driver": "570.86.15", "slice": False, "sm_clock_max_mhz": 1980, "memory_clock_max_mhz": 2619, "power_limit_w": 700.0,
         "pcie_generation": 5, "pcie_generation_max": 5, "pcie_width": 8, "pcie_width_max": 16,
     }  # fmt: skip
+
+
+def test_events_have_a_field_for_whatever_a_gpu_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log line or an environment with a name that its type lacks would end a run on a GPU, and on none that tests see."""
+    looks = Looks(hopper(), monkeypatch)
+    reading = DeviceReading(samples=1, seconds=2.0, **looks.source.summary(looks.look(), [looks.look()]))
+    assert reading.temperature_c is not None and reading.throttled is not None
+    properties = SimpleNamespace(name="A GPU", uuid=UUID, total_memory=1, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(device_module, "gpu_of", lambda _: looks.gpu)
+    facts = DeviceFacts(rank=0, host="node-1", **device_facts(torch.device("cuda", 0)))
+    assert (facts.compute_capability, facts.power_limit_w) == ("9.0", 700.0)
 
 
 def test_a_slice_is_not_billed_for_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from fastdistil.data.batch import assemble
 from fastdistil.data.corpus import Corpus
 from fastdistil.errors import OutOfMemory, is_out_of_memory
+from fastdistil.events import MemoryReading, as_fields
 from fastdistil.gradients.compressor import BucketLayout
 from fastdistil.gradients.compressors import make_compressor
 from fastdistil.models.language_model import LanguageModel
@@ -220,6 +221,7 @@ def test_a_gpu_is_read(allocator: Allocator) -> None:
         "allocated_bytes": 3000, "reserved_bytes": 5000, "peak_allocated_bytes": 4500, "peak_reserved_bytes": 5000,
         "fragmented_bytes": 500, "used_bytes": 9000, "outside_bytes": 4000, "retries": 3, "ooms": 1, "phase_peaks": {},
     }  # fmt: skip
+    assert as_fields(MemoryReading(**readings)) == readings, "the event has a field for each"
     # The allocator may have grown since the device was asked.
     assert MemoryMeter(GPU).read(used_bytes=4000)["outside_bytes"] == 0
     unknown = MemoryMeter(GPU).read()
