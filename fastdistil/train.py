@@ -147,8 +147,8 @@ def _shapes(inputs: Inputs) -> str:
 
 
 def _loop(run: Run) -> None:
-    every = run.recipe.evaluation.every, run.recipe.checkpoint.every, run.recipe.logging.every
-    evaluate_every, save_every, log_every = every
+    log_every, evaluate_every = run.recipe.logging.every, run.recipe.evaluation.every
+    save_every = run.recipe.checkpoint.every
     tracer = run.instruments.tracer
     with run.inputs.source.windows(run.update, run.inputs.updates) as windows:
         first = True
@@ -161,10 +161,10 @@ def _loop(run: Run) -> None:
             run.instruments.begin()
             requested_s = time.perf_counter()
             with run.instruments.span("data"):
-                asked_for = next(windows, None)
-            if asked_for is None:
+                next_window = next(windows, None)
+            if next_window is None:
                 break
-            window, counts = asked_for
+            window, counts = next_window
             # The first one compiles what runs on a GPU, or everything, for as long as that takes.
             compiles = first and (run.recipe.loop.compile or run.inputs.device.type == "cuda")
             with run.team.unhurried("first update") if compiles else nullcontext():
@@ -197,21 +197,29 @@ def _saving_what_is_sound(run: Run) -> Iterator[None]:
     except CorruptData as error:
         if not run.team.alone or run.update == run.saved_update:
             raise
-        save(run)
+        try:
+            save(run)
+        except NonFinite as not_finite:  # of an update since the last log line
+            raise _save_before(run, not_finite) from error
         run.event(Note(update=run.update, message=str(error)))
         raise CorruptData(f"{error}; saved after update {run.update}, {run.way_on}") from error
     except NonFinite as error:
         if error.first is None:  # of an evaluation, which has saved
             raise
-        if error.update is not None:  # else the bad updates were skipped
-            run.take_back(error.update)
-        save(run, skipped=0)  # whoever continues after this may skip as many again
-        with run.aside("finding what is not finite"):
-            teacher = blame_teacher(run.recipe, run.inputs, run.team, error.first)
-        saved = f"saved after update {run.update}"
-        message = f"{error.cause}; {teacher}; {saved}" if teacher else f"{error}; {saved}, {run.way_on}"
-        run.event(RunNotFinite(update=run.update, message=message))
-        raise NonFinite(message) from error
+        raise _save_before(run, error) from error
+
+
+def _save_before(run: Run, error: NonFinite) -> NonFinite:
+    """Save the state as it was before the bad update, or without the skipped ones; return the error that says so."""
+    if error.update is not None:  # else the bad updates were skipped
+        run.take_back(error.update)
+    save(run, skipped=0)  # whoever continues after this may skip as many again
+    with run.aside("finding what is not finite"):
+        teacher = blame_teacher(run.recipe, run.inputs, run.team, error.first)
+    saved = f"saved after update {run.update}"
+    message = f"{error.cause}; {teacher}; {saved}" if teacher else f"{error}; {saved}, {run.way_on}"
+    run.event(RunNotFinite(update=run.update, message=message))
+    return NonFinite(message)
 
 
 def train_step(run: Run, window: Window, update_counts: Counts, waited_s: float) -> bool:

@@ -5,7 +5,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fastdistil import distil, train
 from fastdistil.console import Console
 from fastdistil.data.prepare import PrepareOptions, prepare
+from fastdistil.data.sources import CorpusSource
 from fastdistil.data.tokenizer import train_wordpiece
 from fastdistil.errors import CorruptData, NonFinite, Stopped, UserError
 from fastdistil.recipe import Recipe, load_recipe
@@ -268,6 +270,38 @@ def test_a_loss_that_is_not_finite_gates_the_update(
         steps = {float(t) for name, t in saved_state(tmp_path / "run").items() if name.endswith(".step")}
         assert steps == {7.0}
         assert all(bool(torch.isfinite(t).all()) for t in saved_state(tmp_path / "run").values())
+
+
+def test_a_corpus_damaged_behind_an_update_that_was_not_finite_leaves_the_state_before_it(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update is not read before the next log line, and saving for the damage reads it."""
+    real_terms, real_windows, calls = train.loss_terms, CorpusSource.windows, 0
+
+    def poisoned(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        terms = real_terms(*arguments, **keywords)
+        return terms._replace(total=terms.total * float("nan")) if (calls - 1) // 2 + 1 == 3 else terms
+
+    @contextmanager
+    def damaged_after_three(self: CorpusSource, first: int, end: int) -> Iterator[Any]:
+        def windows_until_damaged() -> Iterator[Any]:
+            with real_windows(self, first, first + 3) as windows:
+                yield from windows
+            raise CorruptData("tokens-00000.bin was shortened while it was in use")
+
+        yield windows_until_damaged()
+
+    recipe = small(material, tmp_path, "logging.every=8", "checkpoint.every=null", "evaluation.every=null")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss_terms", poisoned)
+        patch.setattr(CorpusSource, "windows", damaged_after_three)
+        with pytest.raises(NonFinite, match=r"update 3 .*total nan.*; saved after update 2, continue with") as caught:
+            quiet(recipe)
+    assert "was shortened while it was in use" in str(caught.value.__cause__)
+    assert saved_updates(tmp_path / "run" / "checkpoints") == [2]
+    assert quiet(recipe, resume="auto").updates == 8
 
 
 def stop_after(update: int) -> Callable[..., bool]:
