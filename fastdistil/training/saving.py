@@ -88,23 +88,23 @@ def save(run: Run, *, skipped: int | None = None) -> None:
     if skipped is None:
         skipped = run.guard.read()
     run.count()
-    state = {
-        "tokens": run.tokens,
-        "best_update": run.best_update,
-        "best_loss": run.best_loss,
-        "corpus": run.inputs.source.identity,
-        "teacher": run.teacher,
-        "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see restore_recipe
-        "skipped": skipped,
-        "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
-        "exchange": run.exchange.state(),
-    }
-    protect = frozenset() if run.best_update is None else frozenset({run.best_update})
     with run.aside("checkpoint"):
         begun = time.perf_counter()
-        tensors = _tensors_to_write(run.team, learnt_tensors(run.modules, run.optimizer), run.exchange.tensors())
+        learnt = learnt_tensors(run.modules, run.optimizer) if run.team.is_chief else {}
+        tensors = _tensors_to_write(run.team, learnt, run.exchange.tensors())
         if run.team.is_chief:
-            keep = run.recipe.checkpoint.keep
+            state = {
+                "tokens": run.tokens,
+                "best_update": run.best_update,
+                "best_loss": run.best_loss,
+                "corpus": run.inputs.source.identity,
+                "teacher": run.teacher,
+                "recipe": run.recipe.to_yaml(),  # of a run whose recipe.yaml is lost, see restore_recipe
+                "skipped": skipped,
+                "loss_scale": run.loss_scale.state() if run.loss_scale is not None else None,
+                "exchange": run.exchange.state(),
+            }
+            keep, protect = run.recipe.checkpoint.keep, frozenset(() if run.best_update is None else (run.best_update,))
             path = checkpoint.save(run.directory / "checkpoints", run.update, tensors, state, keep=keep, protect=protect)
             run.event(Checkpoint(update=run.update, seconds=time.perf_counter() - begun, path=path.name))
     run.saved_update = run.update
