@@ -141,6 +141,9 @@ def test_tensorboard_is_written_when_asked(run: Run, material: Path, tmp_path: P
         event.total for event in read_events(tmp_path / "runs" / "distilbert-1" / "events.jsonl") if isinstance(event, Train)
     ]
     assert [scalar.value for scalar in board.Scalars("train/total")] == pytest.approx(logged)
+    tags = set(board.Tags()["scalars"])
+    assert {"train/step_s", "train/lr", "phases/backward", "memory/rss_bytes", "flops/student"} <= tags
+    assert not tags & {"train/update", "train/time"}, "they are the axes"
 
 
 def test_pause(run: Run, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a run tells of itself while it goes on: events.jsonl, the console, TensorBoard."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistil.distributed.coordinator import Coordinator
 from fastdistil.errors import translated
-from fastdistil.events import Kernel, Resume, Start, Train, as_fields
+from fastdistil.events import Kernel, Resume, Start, Train
 from fastdistil.gradients.compressors import starts_at
 from fastdistil.models import language_model
 from fastdistil.profiling.trace import Tracer
@@ -90,10 +90,14 @@ def log(run: Run) -> None:
 def curves(line: Train) -> Iterator[tuple[str, Any]]:
     """A log line's numbers by TensorBoard's names: those of groups (phases, memory, device) below their group; of a number for
     each update, the mean."""
-    for name, value in as_fields(replace(line, update=0)).items():
-        group, inner = (name, value) if isinstance(value, Mapping) else ("train", {name: value})
+    for name, value in vars(line).items():
+        if name in ("time", "update"):
+            continue
+        group, inner = (name, vars(value) if is_dataclass(value) else value)
+        if not isinstance(inner, Mapping):
+            group, inner = "train", {name: value}
         for key, entry in inner.items():
-            numbers = isinstance(entry, list) and entry and all(isinstance(number, float) for number in entry)
+            numbers = isinstance(entry, Sequence) and entry and all(isinstance(number, float) for number in entry)
             yield f"{group}/{key}", mean(entry) if numbers else entry
 
 
