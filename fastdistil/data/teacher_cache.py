@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from fastdistil.data.corpus import Corpus, check_file
 from fastdistil.data.ragged import Ints, offsets
 from fastdistil.data.range_reader import RangeReader
-from fastdistil.errors import CorruptData, UserError, translated
+from fastdistil.errors import CorruptData, FastdistilError, UserError, translated
 from fastdistil.recipe import Recipe
 from fastdistil.storage import canonical, text_sha256
 from fastdistil.untrusted import FileFacts, Sha256, check, read_json, reason
@@ -195,11 +195,14 @@ class TeacherCache:
 def open_shard(path: Path) -> RangeReader:
     """Return a shard's records. Raises CorruptData where the file is no one-dimensional array of numpy's."""
     try:
-        array: Any = np.load(path, mmap_mode="r")  # reads the header alone
+        with translated("opening a shard of the teacher's cache", path):
+            array: Any = np.load(path, mmap_mode="r")  # reads the header alone
         if not isinstance(array, np.memmap) or array.ndim != 1 or not array.dtype.itemsize:
             raise ValueError("no one-dimensional array of records")
         return RangeReader(path, array.dtype, array.offset)
-    except Exception as error:
+    except (MemoryError, FastdistilError):  # says nothing of the shard
+        raise
+    except Exception as error:  # numpy's reader of headers evaluates what stands there, and may raise anything
         again = "delete it and run fastdistil cache-teacher again"
         raise CorruptData(f"{path} holds no records ({reason(error)}); {again}") from error
 

@@ -62,8 +62,9 @@ def cache_teacher(
             f"a cache teaches the forward KL only, objective.divergence is {recipe.objective.divergence}; "
             "set it to forward-kl, or train without a cache"
         )
-    # What the cache is made of is neither held-out text nor another cache.
-    recipe = recipe.with_(data={"heldout": None}, teacher={"cache": None})
+    # What the cache is made of is neither held-out text nor another cache, and no hidden state: the student may have any width.
+    hidden_terms = {"a_cos": 0.0, "a_mse": 0.0, "projection": False}
+    recipe = recipe.with_(data={"heldout": None}, teacher={"cache": None}, objective=hidden_terms)
     assert recipe.teacher is not None
     note = partial(progress, 0.0)
     data = open_data(recipe, note)

@@ -105,6 +105,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".npy", ".json")}
 
 
+def test_the_student_may_have_another_width_whatever_the_recipe_says_of_hidden_states(material: Path, tmp_path: Path) -> None:
+    """The cosine term, which every recipe has, compares widths; a cache holds no hidden states."""
+    config = {
+        "model_type": "distilbert",
+        "dim": 16,
+        "hidden_dim": 32,
+        "n_layers": 1,
+        "n_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    recipe = recipe_of(material, tmp_path, "objective.a_cos=1", "student.every=null", f"student.config={json.dumps(config)}")
+    assert cache_teacher(recipe, tmp_path / "cache").shards > 0
+
+
 @pytest.mark.parametrize("layout", ["packed", "length-grouped"])
 def test_holds_the_teachers_distribution_under_the_runs_masks(layout: str, material: Path, tmp_path: Path) -> None:
     recipe = recipe_of(material, tmp_path, f"data.layout={layout}", "teacher.top_k=5")
