@@ -182,15 +182,25 @@ def rows_function(backend: str, teacher: object) -> Any:
     schema="(Tensor student, Tensor? teacher, Tensor? indices, Tensor? log_probabilities, Tensor? tail, Tensor? labels, "
     f"Tensor? weights, bool need_grad, str backend, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _distill(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    teacher, sparse, targets, (need_grad, backend) = arguments[0], arguments[1:4], arguments[4:6], arguments[6:8]
-    options = unpack(arguments[8:])
-    teacher = SparseTeacher(*sparse) if teacher is None else teacher
+def _distill(
+    student_NV: Tensor,
+    logits_NV: Tensor | None,
+    indices_NK: Tensor | None,
+    log_probabilities_NK: Tensor | None,
+    tail_N: Tensor | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor | None,
+    need_grad: bool,
+    backend: str,
+    *packed: Any,
+) -> tuple[Tensor, ...]:
+    options = unpack(packed)
+    teacher: Any = logits_NV if logits_NV is not None else SparseTeacher(indices_NK, log_probabilities_NK, tail_N)  # type: ignore[arg-type]
     terms_N2 = student_NV.new_empty(student_NV.shape[0], 2, dtype=torch.promote_types(student_NV.dtype, torch.float32))
     grad_NV = buffer(student_NV.shape, student_NV.dtype, student_NV.device) if need_grad else None
     scaled, _ = low_precision_unit(options, student_NV.dtype)
     write_rows = rows_function(backend, teacher)
-    write_rows(student_NV, teacher, Targets(*targets), scaled, terms_N2=terms_N2, grad_NV=grad_NV)
+    write_rows(student_NV, teacher, Targets(labels_N, weights_N), scaled, terms_N2=terms_N2, grad_NV=grad_NV)
     return *sum_terms(terms_N2, options), student_NV.new_empty(0) if grad_NV is None else grad_NV
 
 
@@ -202,9 +212,10 @@ def sum_terms(terms_N2: Tensor, options: DistillOptions) -> DistillTerms:
 
 @_distill.register_fake
 def _(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *_, need_grad = arguments[:7]
     wide = torch.promote_types(student_NV.dtype, torch.float32)
     scalars = tuple(student_NV.new_empty((), dtype=wide) for _ in range(3))
-    return *scalars, student_NV.new_empty(student_NV.shape if arguments[6] else 0)
+    return *scalars, student_NV.new_empty(student_NV.shape if need_grad else 0)
 
 
 register_handover(_distill, leaves=1)
