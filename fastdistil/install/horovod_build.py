@@ -38,6 +38,7 @@ STAMP = "fastdistil_build.py"
 IDLE_CYCLES = "FASTDISTIL_HOROVOD_IDLE_CYCLES"
 """An environment variable that the patch adds."""
 HOW_TO_BUILD = "build it with `make horovod` in a checkout, with `python -m fastdistil.install.horovod_build` elsewhere"
+_SYSTEM_CUDA = Path("/usr/local/cuda")
 REQUIREMENTS = ("cloudpickle>=2.2", "packaging", "psutil", "pyyaml", "setuptools>=70.1")
 """What Horovod imports at run time, and setuptools builds its wheel; pyproject.toml's extra `horovod` lists the same."""
 
@@ -50,8 +51,8 @@ def provide(*, cpu: bool, constraint: Path | None) -> str:
     if torch.hip:
         raise UserError(f"wanted a CPU or CUDA build of torch, got {torch.version} for ROCm: use world.engine=torch")
     gpu = torch.cuda is not None and not cpu
-    wanted = ["gloo", *(["mpi"] if shutil.which("mpicc") else []), *(["nccl"] if gpu else [])]
-    if installed := installed_operations(torch, wanted):
+    operations = ["gloo", *(["mpi"] if shutil.which("mpicc") else []), *(["nccl"] if gpu else [])]
+    if installed := installed_operations(torch, operations):
         return _title(torch, installed)
     cuda_home = find_cuda(torch) if gpu else None
     cache = cache_directory()
@@ -63,12 +64,12 @@ def provide(*, cpu: bool, constraint: Path | None) -> str:
             say(f"{wheel} does not work here ({problem}); building it anew")
             wheel = None
         if wheel is None:
-            say(f"building {_title(torch, wanted)} (about 3 minutes on 2 cores)")
-            wheel = _build_wheel(directory, stamp(torch), _build_environment(wanted, cuda_home))
+            say(f"building {_title(torch, operations)} (about 3 minutes on 2 cores)")
+            wheel = _build_wheel(directory, stamp(torch), _build_environment(operations, cuda_home))
             if problem := _problem_of(wheel):
                 raise FastdistilError(f"two ranks of the Horovod that was built cannot add up a tensor: {problem}")
         _pip("install", "--force-reinstall", "--no-deps", "--no-index", wheel)
-    return _title(torch, wanted)
+    return _title(torch, operations)
 
 
 def _title(torch: Torch, operations: Iterable[str]) -> str:
@@ -88,8 +89,8 @@ def wheel_key(torch: Torch, cuda_home: Path | None) -> str:
     return storage.text_sha256(storage.canonical([stamp(torch), platform.libc_ver(), tools]))[:20]
 
 
-def installed_operations(torch: Torch, wanted: Sequence[str]) -> list[str]:
-    """Return the operations of the installed Horovod if it is of this stamp and loads with those wanted; else none.
+def installed_operations(torch: Torch, operations: Sequence[str]) -> list[str]:
+    """Return all operations of the installed Horovod if it is of this stamp and loads with these; else none.
 
     The tools that built it may be gone: a machine that only runs needs none of them.
     """
@@ -98,8 +99,8 @@ def installed_operations(torch: Torch, wanted: Sequence[str]) -> list[str]:
     if file is None or not file.is_file() or file.read_text(encoding="utf-8") != stamp(torch):
         return []
     built = probe()
-    operations = [name for name, there in built.items() if there] if isinstance(built, dict) else []
-    return operations if set(wanted) <= set(operations) else []
+    installed = [name for name, there in built.items() if there] if isinstance(built, dict) else []
+    return installed if set(operations) <= set(installed) else []
 
 
 def _build_wheel(directory: Path, stamp: str, environ: Mapping[str, str]) -> Path:
@@ -182,22 +183,31 @@ def _pips_nccl(links: Path) -> dict[str, str]:
 
 
 def find_cuda(torch: Torch) -> Path:
-    """Return the CUDA toolkit of torch's release: CUDA_HOME, else that of nvcc on PATH, else /usr/local/cuda."""
+    """Return the first CUDA toolkit on this machine whose compiler is of torch's major CUDA version."""
     assert torch.cuda is not None
-    home = os.environ.get("CUDA_HOME")
-    path = f"{home}/bin" if home else f"{os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin"
-    nvcc = shutil.which("nvcc", path=path) or ""
-    release = re.search(r"release ((\d+)\.\d+)", _output_of(nvcc, "--version"))
-    # nvcc may be a link or a wrapper script; it says itself where its toolkit lies.
-    top = re.search(r"TOP=(.*)", _output_of(nvcc, "--dryrun", "-x", "cu", "/dev/null"))
     major = torch.cuda.split(".")[0]
-    if release and top and release[2] == major:
-        return Path(top[1].strip()).resolve()
+    others = []
+    for home in _cuda_toolkits(major):
+        release = re.search(r"release ((\d+)\.\d+)", _output_of(home / "bin/nvcc", "--version"))
+        if release and release[2] == major:
+            return home
+        others += [f"{release[1]} in {home}"] if release else []
     raise UserError(
-        f"torch {torch.version} is a CUDA build, and Horovod's GPU operations need CUDA {major}'s compiler (nvcc), found: "
-        f"{f'{release[1]}, {nvcc}' if release else 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME; "
+        f"torch {torch.version} is a CUDA build, and Horovod's GPU operations need CUDA {major}'s compiler (nvcc), "
+        f"got {', '.join(others) or 'none'}; install the CUDA toolkit {torch.cuda} and set CUDA_HOME; "
         "--cpu builds Horovod without GPU operations"
     )
+
+
+def _cuda_toolkits(major: str) -> list[Path]:
+    """Return where a CUDA toolkit may lie: CUDA_HOME, that of nvcc on PATH, pip's, the system's."""
+    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    # nvcc on PATH may be a link or a wrapper script; it says itself where its toolkit lies.
+    if top := re.search(r"TOP=(.*)", _output_of("nvcc", "--dryrun", "-x", "cu", "/dev/null")):
+        homes.append(Path(top[1].strip()))
+    if nvidia := package_directory("nvidia"):
+        homes.append(nvidia / f"cu{major}")
+    return list(dict.fromkeys(home.resolve() for home in [*homes, _SYSTEM_CUDA]))
 
 
 def _require_tools() -> None:

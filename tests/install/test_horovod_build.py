@@ -252,29 +252,37 @@ def test_failing_pip_shows_what_went_wrong(tmp_path: Path, capfd: pytest.Capture
 # CUDA's compiler and NCCL
 
 
-@pytest.fixture
-def cuda_home(elsewhere: None, tmp_path: Path) -> Path:
-    """Return a toolkit 13.0."""
-    home = tmp_path / "cuda"
-    home.mkdir()
-    says = f"case $1 in --version) echo release 13.0, V13.0.88;; *) echo '#$ TOP={home}/bin/..';; esac"
+def toolkit(home: Path, release: str) -> Path:
+    says = f"case $1 in --version) echo release {release}, V{release}.88;; *) echo '#$ TOP={home}/bin/..';; esac"
     program(home / "bin/nvcc", says)
     return home
 
 
-def test_toolkit_of_torchs_cuda(cuda_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_HOME", str(cuda_home))
-    assert find_cuda(CUDA_TORCH) == cuda_home
-    # A wrapper script on PATH names the toolkit.
-    monkeypatch.delenv("CUDA_HOME")
-    program(tmp_path / "bin/nvcc", f'exec {cuda_home}/bin/nvcc "$@"')
-    assert find_cuda(CUDA_TORCH) == cuda_home
+@pytest.fixture
+def toolkits(elsewhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the four places where a toolkit may lie, in their order; all hold an older one."""
+    homes = [tmp_path / name for name in ("named", "of-nvcc", "nvidia/cu13", "system")]
+    for minor, home in enumerate(homes):
+        toolkit(home, f"11.{minor}")
+    monkeypatch.setenv("CUDA_HOME", str(homes[0]))
+    program(tmp_path / "bin/nvcc", f'exec {homes[1]}/bin/nvcc "$@"')  # a wrapper script names its toolkit
+    monkeypatch.setattr(horovod_build, "package_directory", lambda _: tmp_path / "nvidia")
+    monkeypatch.setattr(horovod_build, "_SYSTEM_CUDA", homes[3])
+    return homes
 
 
-def test_other_cuda_is_refused(cuda_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_HOME", str(cuda_home))
-    with pytest.raises(UserError, match=rf"CUDA 99's compiler \(nvcc\), found: 13.0, {cuda_home}.*99.1.*CUDA_HOME.*--cpu"):
-        find_cuda(Torch("2.11.0+cu999", "99.1", None))
+@pytest.mark.parametrize("place", range(4))
+def test_first_toolkit_of_torchs_cuda(place: int, toolkits: list[Path]) -> None:
+    """Older ones before it do not matter, nor do those after it."""
+    for home in toolkits[place:]:
+        toolkit(home, "13.2")
+    assert find_cuda(CUDA_TORCH) == toolkits[place]
+
+
+def test_other_cuda_is_refused(toolkits: list[Path]) -> None:
+    places = ", ".join(f"11.{minor} in {home}" for minor, home in enumerate(toolkits))
+    with pytest.raises(UserError, match=rf"CUDA 13's compiler \(nvcc\), got {places};.*13.0.*CUDA_HOME.*--cpu"):
+        find_cuda(CUDA_TORCH)
 
 
 @pytest.mark.usefixtures("elsewhere")
