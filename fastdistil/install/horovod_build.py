@@ -39,6 +39,7 @@ IDLE_CYCLES = "FASTDISTIL_HOROVOD_IDLE_CYCLES"
 """An environment variable that the patch adds."""
 HOW_TO_BUILD = "build it with `make horovod` in a checkout, with `python -m fastdistil.install.horovod_build` elsewhere"
 _SYSTEM_CUDA = Path("/usr/local/cuda")
+_NCCL_VARIABLES = ("HOROVOD_NCCL_HOME", "HOROVOD_NCCL_INCLUDE", "HOROVOD_NCCL_LIB")
 REQUIREMENTS = ("cloudpickle>=2.2", "packaging", "psutil", "pyyaml", "setuptools>=70.1")
 """What Horovod imports at run time, and setuptools builds its wheel; pyproject.toml's extra `horovod` lists the same."""
 
@@ -55,10 +56,11 @@ def provide(*, cpu: bool, constraint: Path | None) -> str:
     if installed := installed_operations(torch, operations):
         return _title(torch, installed)
     cuda_home = find_cuda(torch) if gpu else None
+    nccl_include = _find_nccl_include(cuda_home) if cuda_home else None
     cache = cache_directory()
     with translated("preparing the cache of Horovod's wheels", cache), locked(cache / "lock"):
         _pip("install", *(["-c", str(constraint)] if constraint else []), *REQUIREMENTS)
-        directory = cache / wheel_key(torch, cuda_home)
+        directory = cache / wheel_key(torch, cuda_home, nccl_include)
         wheel = next(directory.glob("*.whl"), None)
         if wheel and (problem := _problem_of(wheel)):
             say(f"{wheel} does not work here ({problem}); building it anew")
@@ -83,9 +85,15 @@ def stamp(torch: Torch) -> str:
     return f'BUILD = "{storage.text_sha256(storage.canonical(facts))}"\n'
 
 
-def wheel_key(torch: Torch, cuda_home: Path | None) -> str:
-    """Return a name for all that a wheel depends on: also the C library, MPI's directories and libraries, and CUDA."""
-    tools = [_output_of("mpicc", "-show"), _output_of(cuda_home / "bin/nvcc", "--version") if cuda_home else ""]
+def wheel_key(torch: Torch, cuda_home: Path | None, nccl_include: Path | None = None) -> str:
+    """Return a name for all that a wheel depends on: also the C library, the C++ compiler, MPI, CUDA and NCCL."""
+    compiler = _output_of(os.environ.get("CXX") or "g++", "--version").partition("\n")[0]
+    tools = [compiler, _output_of("mpicc", "-show")]
+    if cuda_home:
+        tools += [_output_of(cuda_home / "bin/nvcc", "--version"), *(os.environ.get(name, "") for name in _NCCL_VARIABLES)]
+    if nccl_include:
+        header = (nccl_include / "nccl.h").read_text(encoding="utf-8", errors="replace")
+        tools += re.findall(r"#define NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", header)
     return storage.text_sha256(storage.canonical([stamp(torch), platform.libc_ver(), tools]))[:20]
 
 
@@ -174,12 +182,37 @@ def _pips_nccl(links: Path) -> dict[str, str]:
 
     pip's lacks the name that a linker looks for: the new directory `links` has it.
     """
-    nvidia = package_directory("nvidia")
-    if nvidia is None or not (nvidia / "nccl/lib/libnccl.so.2").is_file() or "HOROVOD_NCCL_LIB" in os.environ:
+    if (home := _pips_nccl_home()) is None:
         return {}
     links.mkdir()
-    (links / "libnccl.so").symlink_to(nvidia / "nccl/lib/libnccl.so.2")
-    return {"HOROVOD_NCCL_INCLUDE": str(nvidia / "nccl/include"), "HOROVOD_NCCL_LIB": str(links)}
+    (links / "libnccl.so").symlink_to(home / "lib/libnccl.so.2")
+    return {"HOROVOD_NCCL_INCLUDE": str(home / "include"), "HOROVOD_NCCL_LIB": str(links)}
+
+
+def _pips_nccl_home() -> Path | None:
+    """Return where pip's NCCL lies, unless the user's variables name another one."""
+    nvidia = package_directory("nvidia")
+    if nvidia is None or any(os.environ.get(name) for name in _NCCL_VARIABLES):
+        return None
+    return nvidia / "nccl" if (nvidia / "nccl/lib/libnccl.so.2").is_file() else None
+
+
+def _find_nccl_include(cuda_home: Path) -> Path:
+    """Return the directory of NCCL's header: that of the variables, else pip's, else where CMake looks."""
+    prefixes = [Path(directory).parent for directory in os.environ.get("PATH", os.defpath).split(":")]
+    named = os.environ.get("HOROVOD_NCCL_HOME")
+    homes = [Path(named) if named else None, _pips_nccl_home(), cuda_home, *prefixes]
+    directories = [home / "include" for home in homes if home]
+    if include := os.environ.get("HOROVOD_NCCL_INCLUDE"):
+        directories.insert(0, Path(include))
+    for directory in directories:
+        if (directory / "nccl.h").is_file():
+            return directory
+    raise UserError(
+        "Horovod's GPU operations need NCCL with its header nccl.h, got none from pip, the CUDA toolkit or the system; "
+        "install it (Debian, Ubuntu: apt install libnccl-dev), or set HOROVOD_NCCL_INCLUDE to the directory of nccl.h "
+        "and HOROVOD_NCCL_LIB to that of libnccl.so; --cpu builds Horovod without GPU operations"
+    )
 
 
 def find_cuda(torch: Torch) -> Path:
@@ -212,10 +245,11 @@ def _cuda_toolkits(major: str) -> list[Path]:
 
 def _require_tools() -> None:
     """Raise UserError naming all that is missing of compiler, CMake, make and Python's headers."""
+    cmake = re.search(r"version (\d+)\.(\d+)", _output_of("cmake", "--version"))
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     tools = {
         ("a C++ compiler", "g++"): any(map(shutil.which, compilers)),
-        ("CMake", "cmake"): shutil.which("cmake"),
+        ("CMake 3.13 or newer", "cmake"): cmake and (int(cmake[1]), int(cmake[2])) >= (3, 13),
         ("make", "make"): shutil.which("make"),
         ("Python's headers", "python3-dev"): Path(sysconfig.get_path("include"), "Python.h").is_file(),
     }

@@ -106,9 +106,21 @@ def test_wheels_are_kept_apart_by_the_tools_that_build_them(tmp_path: Path, monk
     keys.append(wheel_key(TORCH, None))
     program(tmp_path / "cuda/bin/nvcc", "echo release 13.0")
     keys.append(wheel_key(TORCH, tmp_path / "cuda"))
+    for minor in (29, 30):
+        (tmp_path / "nccl.h").write_text(f"#define NCCL_MAJOR 2\n#define NCCL_MINOR {minor}\n")
+        keys.append(wheel_key(TORCH, tmp_path / "cuda", tmp_path))
+    for name in ("HOROVOD_NCCL_INCLUDE", "HOROVOD_NCCL_LIB"):
+        monkeypatch.setenv(name, "/opt/nccl")
+        keys.append(wheel_key(TORCH, tmp_path / "cuda", tmp_path))
+    keys.append(wheel_key(TORCH, None))
+    assert keys.pop() == keys[1], "without CUDA, NCCL does not matter"
     monkeypatch.setattr("platform.libc_ver", lambda: ("musl", "1.2"))
-    keys.append(wheel_key(TORCH, tmp_path / "cuda"))
-    assert len(set(keys)) == 4
+    keys.append(wheel_key(TORCH, None))
+    program(tmp_path / "bin/g++", "echo g++ 12.2.0; echo Copyright")
+    keys.append(wheel_key(TORCH, None))
+    monkeypatch.setenv("CXX", str(program(tmp_path / "clang++", "echo clang 19")))
+    keys.append(wheel_key(TORCH, None))
+    assert len(set(keys)) == 10
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -137,7 +149,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("CUDA_HOME", "CXX"):
+    for name in ("CUDA_HOME", "CXX", *horovod_build._NCCL_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -221,15 +233,19 @@ def test_cache_directory(named: str, expected: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("pip")
 @pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("cmake", ["3.9.1", None])
 def test_missing_tools_are_named_with_their_packages(
-    compiler: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compiler: bool, cmake: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if compiler:
         program(tmp_path / "bin/g++", "echo g++ 12.2.0")
+    if cmake:
+        program(tmp_path / "bin/cmake", f"echo cmake version {cmake}")
     assert main([]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert ("a C++ compiler" in said) == (not compiler)
+    assert "CMake 3.13 or newer" in said
     assert f"(Debian, Ubuntu: apt install {'' if compiler else 'g++ '}cmake make" in said
 
 
@@ -301,8 +317,8 @@ def test_installed_one_needs_no_cuda_compiler(
     assert "Horovod 0.28.1 for torch 2.13.0+cu999 with Gloo, NCCL is installed" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_pips_nccl_gets_the_name_that_linkers_look_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HOROVOD_NCCL_LIB", raising=False)
     monkeypatch.setattr(horovod_build, "package_directory", lambda _: tmp_path)
     assert horovod_build._pips_nccl(tmp_path / "links") == {}
     (tmp_path / "nccl/lib").mkdir(parents=True)
@@ -310,6 +326,37 @@ def test_pips_nccl_gets_the_name_that_linkers_look_for(tmp_path: Path, monkeypat
     variables = horovod_build._pips_nccl(tmp_path / "links")
     assert variables["HOROVOD_NCCL_INCLUDE"] == str(tmp_path / "nccl/include")
     assert Path(variables["HOROVOD_NCCL_LIB"], "libnccl.so").read_text() == "NCCL"
+    monkeypatch.setenv("HOROVOD_NCCL_INCLUDE", "/opt/nccl")
+    assert horovod_build._pips_nccl(tmp_path / "links") == {}, "the user's counts"
+
+
+def test_missing_nccl_is_refused_before_building(
+    toolkits: list[Path],
+    pip: list[tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    toolkit(toolkits[0], "13.0")
+    monkeypatch.setattr(horovod_build, "installed_torch", lambda: CUDA_TORCH)
+    assert main([]) == 2
+    assert re.search("libnccl-dev.*HOROVOD_NCCL_INCLUDE.*HOROVOD_NCCL_LIB.*--cpu", capsys.readouterr().err)
+    assert pip == []
+    (tmp_path / "nccl.h").touch()
+    monkeypatch.setenv("HOROVOD_NCCL_INCLUDE", str(tmp_path))
+    assert main([]) == 2
+    assert "building Horovod needs a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["opt/nccl/include", "nvidia/nccl/include", "named/include", "include"])
+def test_nccl_header(place: str, toolkits: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes from HOROVOD_NCCL_INCLUDE, from pip, from the toolkit, or lies beside a directory of PATH."""
+    if place.startswith("opt"):
+        monkeypatch.setenv("HOROVOD_NCCL_INCLUDE", str(tmp_path / place))
+    for file in (f"{place}/nccl.h", "nvidia/nccl/lib/libnccl.so.2", "include/nccl.h"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert horovod_build._find_nccl_include(toolkits[0]) == tmp_path / place
 
 
 # What is installed
