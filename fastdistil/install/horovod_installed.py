@@ -8,9 +8,11 @@ import importlib.util
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,22 +100,31 @@ def probe() -> dict[str, int] | str:
 
     What it has is {"gloo": 0 or 1, "mpi": 0 or 1, "nccl": version or 0}.
     """
-    output, problem = _run(_PROBE, os.environ)
+    output, problem = _run(_PROBE, os.environ, last_lines=1)
     return problem or {name: int(value) for name, value in json.loads(output.splitlines()[-1]).items()}
 
 
 def two_ranks(environ: Mapping[str, str]) -> str:
     """Let two ranks of the Horovod that `environ` leads to add up a tensor; return what went wrong, or nothing."""
     clean = {name: value for name, value in environ.items() if not name.startswith("HOROVOD_")}
-    return _run(_TWO_RANKS, clean | {"OMP_NUM_THREADS": "1"})[1]
+    return _run(_TWO_RANKS, clean | {"OMP_NUM_THREADS": "1"}, last_lines=5)[1]
 
 
-def _run(script: str, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Run a Python script for at most CHECK_S; return its output, and why it failed: the last line of its errors."""
+def _run(script: str, environ: Mapping[str, str], last_lines: int) -> tuple[str, str]:
+    """Run a Python script for at most CHECK_S; return its output, and the last lines of it and its errors if it failed.
+
+    Whatever it started in its session is gone afterwards. Horovod's ranks have sessions of their own, and end with it.
+    """
     command = [sys.executable, "-P", "-c", script]
-    try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=CHECK_S, check=False)
-    except subprocess.TimeoutExpired:
-        return "", f"not done within {CHECK_S} s"
-    errors = done.stderr.strip().splitlines() or [f"it ends the process with {done.returncode}"]
-    return done.stdout, errors[-1] if done.returncode else ""
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=CHECK_S)
+        except subprocess.TimeoutExpired:
+            return "", f"not done within {CHECK_S} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    lines = (output + errors).strip().splitlines() or [f"it ends the process with {process.returncode}"]
+    return output, " | ".join(lines[-last_lines:]) if process.returncode else ""

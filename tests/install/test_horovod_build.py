@@ -5,6 +5,7 @@ The build itself takes minutes: `make test` runs it, before these tests.
 
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -438,6 +439,29 @@ def test_two_ranks_in_vain(script: str, expected: str, tmp_path: Path, monkeypat
     if "time" in script:
         monkeypatch.setattr(horovod_installed, "CHECK_S", 0.1)
     assert two_ranks({"PYTHONPATH": str(tmp_path)}).endswith(expected)
+
+
+def test_two_ranks_show_their_last_lines(tmp_path: Path) -> None:
+    (tmp_path / "horovod.py").write_text("print('1\\n2\\n3', flush=True)\nraise SystemExit('4\\n5\\n6')")
+    assert two_ranks({"PYTHONPATH": str(tmp_path)}) == "2 | 3 | 4 | 5 | 6"
+
+
+def test_two_ranks_leave_no_process(tmp_path: Path) -> None:
+    """A process of theirs would hold the pipe open for as long as it lives."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "horovod.py").write_text(
+        "import subprocess\n"
+        f"pipe = open({str(tmp_path / 'pipe')!r}, 'w')\n"
+        "subprocess.Popen(['/bin/sleep', '100'], stdout=pipe, stderr=subprocess.DEVNULL)\n"
+        "raise SystemExit('in vain')"
+    )
+    try:
+        assert two_ranks({"PYTHONPATH": str(tmp_path)}) == "in vain"
+        assert select.select([reader], [], [], 30)[0], "a process is left"
+        assert os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
 
 
 def test_two_ranks_of_the_installed_one_add_up(need: Callable[[str, str], None]) -> None:
