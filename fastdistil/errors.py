@@ -114,12 +114,12 @@ def translated(doing: str, path: Path | None = None) -> Iterator[None]:
 
 
 def of_a_library(error: BaseException) -> bool:
-    """Whether an error is an Exception, or a panic of a library in Rust, which is none and of a class nobody can import."""
+    """Return whether an error is an Exception, or a library's panic in Rust, which is none and of a class nobody can import."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a GPU."""
+    """Return whether memory ran out, of the machine or of a GPU."""
     # torch.OutOfMemoryError is a RuntimeError; torch's CPU allocator has no exception class of its own.
     text = str(error)
     return isinstance(error, MemoryError) or (

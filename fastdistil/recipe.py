@@ -214,7 +214,7 @@ CompressionKind = Literal["none", "auto", "fp16", "bf16", "int8", "top-k", "powe
 
 
 class Compression(Section):
-    """Of gradients on their way between ranks. A bare name (compression: int8) is short for its kind."""
+    """The compression of gradients on their way between ranks. A bare name (compression: int8) is short for its kind."""
 
     kind: CompressionKind = "none"
     warmup_updates: NonNegativeInt = 10
@@ -443,6 +443,6 @@ def _describe(problem: Any) -> str:
 
 
 def cacheable(objective: Mapping[str, Any]) -> bool:
-    """Whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_recipe)."""
+    """Return whether a cache can stand in for the teacher: it lists likely tokens, no hidden states (inputs.check_recipe)."""
     hidden = objective.get("a_cos") or objective.get("a_mse")
     return bool(objective.get("a_ce") and not hidden and objective.get("divergence") == "forward-kl")

@@ -90,17 +90,17 @@ def _newest(runs: Path, recipe_name: str) -> Path | None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory holds a run: its recipe, or checkpoints, each of which has a copy of it."""
+    """Return whether a directory holds a run: its recipe, or checkpoints, each of which has a copy of it."""
     return has_text(path / RECIPE) or any(path.glob("checkpoints/step-*"))
 
 
 def has_text(path: Path) -> bool:
-    """Whether a file holds more than what a full disk or a power cut leaves of one: nothing, or NUL bytes."""
+    """Return whether a file holds more than what a full disk or a power cut leaves of one: nothing, or NUL bytes."""
     return path.is_file() and bool(path.read_bytes().strip(b"\0 \t\r\n"))
 
 
 def _in_the_way(run: Path) -> bool:
-    """Whether something is at a new run's place that a start which failed did not leave there."""
+    """Return whether something is at a new run's place that a start which failed did not leave there."""
     if not run.is_dir():
         return os.path.lexists(run)
     return any(not path.name.endswith(TEMPORARY) and (path.name != RECIPE or has_text(path)) for path in run.iterdir())

@@ -254,7 +254,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def real(value: object) -> float:
-    """Also of "nan" and "inf", as the log writes them; nan for what is no number, or beyond LARGEST."""
+    """Return a number, also of the texts "nan" and "inf", as the log writes them; nan for no number or one beyond LARGEST."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:

@@ -39,7 +39,10 @@ def _(tensor: Tensor, factor: Tensor) -> None:
 def keep_gradients(
     ctx: Any, gradients: Sequence[Tensor], unit: float, dtypes: Sequence[torch.dtype | None] | None = None
 ) -> None:
-    """In an op's setup_context. `dtypes`: of the gradients as they are handed over, by default their own."""
+    """Keep an op's gradients, in its setup_context, for its backward.
+
+    `dtypes`: of the gradients as they are handed over, by default their own.
+    """
     # Detached, because an output kept as it is would keep itself alive.
     ctx.gradients = [gradient.detach() for gradient in gradients]
     ctx.dtypes = dtypes or [gradient.dtype for gradient in gradients]
@@ -48,7 +51,7 @@ def keep_gradients(
 
 
 def hand_gradients(ctx: Any, grad_total: Tensor | None) -> list[Tensor | None]:
-    """In an op's backward: the gradients of the op's total, times what arrived; None for those that were not asked for."""
+    """Return, in an op's backward, the gradients of its total, times what arrived; None for those that were not asked for."""
     if torch.is_grad_enabled():
         raise RuntimeError("this loss can be differentiated once (create_graph=True is not supported); use backend='reference'")
     if ctx.gradients is None:

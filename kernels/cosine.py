@@ -144,7 +144,10 @@ def _rows_torch(
 
 
 def _unit(options: HiddenOptions, dtype: torch.dtype) -> tuple[HiddenOptions, float]:
-    """As low_precision_unit in distill_options.py: float16 gradients get their coefficient in backward, in float32."""
+    """Return options and their unit, as low_precision_unit in distill_options.py does.
+
+    float16 gradients get their coefficient in backward, in float32.
+    """
     unit = max(abs(options.cosine), abs(options.mse))
     if dtype != torch.float16 or unit == 0:
         return options, 1.0

@@ -30,7 +30,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty."""
+    """Allocate a tensor as torch.empty does."""
     tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
     if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= 2 * _HUGE_PAGE and (madvise := _madvise()) is not None:
         first = -(-tensor.data_ptr() // _SMALL_PAGE) * _SMALL_PAGE

@@ -159,7 +159,7 @@ OPTIONS = len(dataclasses.fields(DistillOptions))
 
 
 def pack(options: DistillOptions) -> tuple[Any, ...]:
-    """As the arguments of an op, in the order of OPTIONS_SCHEMA."""
+    """Return the options as the arguments of an op, in the order of OPTIONS_SCHEMA."""
     return dataclasses.astuple(options)
 
 

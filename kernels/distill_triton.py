@@ -331,7 +331,10 @@ def distill_rows_triton(
     block: int | None = None,
     fused: bool | None = None,
 ) -> None:
-    """As distill_rows_torch. block: columns of a segment. fused: exchange within one launch; None: where that is safe."""
+    """Compute what distill_rows_torch does.
+
+    block: columns of a segment. fused: exchange within one launch; None: where that is safe.
+    """
     rows = student_NV.shape[0]
     width = options.width(student_NV.shape[1], student_NV.shape[1] if teacher_NV is None else teacher_NV.shape[1])
     if grad_NV is not None and width < grad_NV.shape[1]:

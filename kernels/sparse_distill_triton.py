@@ -188,7 +188,10 @@ def sparse_distill_rows_triton(
     terms_N2: Tensor,
     grad_NV: Tensor | None,
 ) -> None:
-    """As sparse_distill_rows_torch; a token listed outside of the vocabulary makes the row's soft term nan here."""
+    """Compute what distill_torch.distill_rows_torch does.
+
+    A token listed outside of the vocabulary makes the row's soft term nan here.
+    """
     rows, width = student_NV.shape[0], options.width(student_NV.shape[1], student_NV.shape[1])
     listed, (labels_N, weights_N) = teacher.indices_NK.shape[1], targets
     if listed > _LARGEST:

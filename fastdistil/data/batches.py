@@ -167,7 +167,7 @@ class Batches:
         return window, self._count(plan, epoch, first, last)
 
     def learn_from(self, cache: TeacherCache) -> None:
-        """From here on batches carry what the teacher said of their tokens."""
+        """Let batches carry, from here on, what the teacher said of their tokens."""
         self._maker = dataclasses.replace(self._maker, cache=cache)
 
     def make(self, epoch: int, sequences_n: Ints) -> Batch:

@@ -186,7 +186,7 @@ class GutenbergText:
 
 
 class _Works:
-    """Whether each work of a text has a header and a footer."""
+    """The check whether each work of a text has a header and a footer."""
 
     def __init__(self) -> None:
         self.at_beginning = True

@@ -42,7 +42,7 @@ def uniform(hashes: Hashes) -> Floats:
 
 
 def update_seed(seed: int, update: int, rank: int = 0) -> int:
-    """For the generators that an update draws its dropout from: 63 bits, so that a resumed run draws the same."""
+    """Return a seed for the generators that an update's dropout comes from: 63 bits, so that a resumed run draws the same."""
     return int(hashed(seed, DROPOUT, update, rank)[0] >> np.uint64(1))
 
 

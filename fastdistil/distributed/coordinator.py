@@ -69,8 +69,11 @@ def joined(place: RankInfo | None, recipe: Recipe, note: Callable[[str], None]) 
 
 
 def _leave(world: World, monitor: Monitor | None) -> None:
-    """With all others: after an error they are not there, and the engine would wait. Not before rank 0 has written what it has
-    to: launchers take the first rank's end for everybody's, and kill the rest."""
+    """Leave with all others: after an error they are not there, and the engine would wait.
+
+    Nobody leaves before rank 0 has written what it has to: launchers take the first rank's end for everybody's, and kill the
+    rest.
+    """
     if monitor is None:
         return
     with monitor.unhurried("leaving"):
@@ -133,7 +136,7 @@ class Coordinator:
             self.monitor.phase(name, update)
 
     def unhurried(self, name: str) -> AbstractContextManager[Any]:
-        """Around what may take as long as it needs."""
+        """Return a context for what may take as long as it needs."""
         return self.monitor.unhurried(name) if self.monitor is not None else nullcontext()
 
     def stop_wanted(self, reason: str | None) -> str | None:
@@ -145,7 +148,7 @@ class Coordinator:
         return reason
 
     def decide(self, signal: str | None, pause: bool, counts: _UpdateCounts) -> Decision:
-        """Whether the update under way is dropped, from the signal that each rank had, and from PAUSE.
+        """Decide whether the update under way is dropped, from the signal that each rank had, and from PAUSE.
 
         `counts` of the update over all ranks, as this rank knows them. Raises UserError where ranks know different ones: their
         gradients would be divided by different numbers.

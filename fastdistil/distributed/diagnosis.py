@@ -120,6 +120,6 @@ def rank_list(ranks: Iterable[int]) -> str:
 
 
 def compact_stack(frames: Iterable[tuple[CodeType, int]]) -> str:
-    """Return (code, line), innermost first, as "in batches.py:88 window < train.py:142 train_step"."""
+    """Return the calls of a stack, innermost first, as one line: "in batches.py:88 window < train.py:142 train_step"."""
     calls = [f"{code.co_filename.rpartition('/')[2]}:{line} {code.co_name}" for code, line in islice(frames, _STACK_FRAMES)]
     return f"in {' < '.join(calls)}" if calls else "not known"

@@ -86,7 +86,7 @@ class RingProcesses:
     def start(
         self, kind: str, tensor: Tensor, name: str, ring: int, ranks: int
     ) -> tuple[Callable[[], bool], Callable[[], Tensor]]:
-        """As horovod_world.start_horovod. A tensor that is not from `empty` is copied in, and back."""
+        """Start a collective as horovod_world.start_horovod does. A tensor that is not from `empty` is copied in, and back."""
         sent = tensor
         if self._find(tensor) is None:
             sent = self._staged(f"{name}.in", tensor.numel(), tensor.dtype).copy_(tensor)

@@ -208,8 +208,10 @@ def _set_horovod(options: Options, device: torch.device) -> None:
 
 
 def _idle_seldom(device: torch.device) -> None:
-    """For what starts from here on: ranks with nothing to send coordinate ten times less (Horovod as we build it). Only over
-    Gloo: over MPI those who wait for an idle rank would spin."""
+    """Let ranks with nothing to send coordinate ten times less, in what starts from here on (Horovod as we build it).
+
+    This is for Gloo only: over MPI those who wait for an idle rank would spin.
+    """
     if device.type == "cpu":
         os.environ.setdefault(IDLE_CYCLES, "10")
 

@@ -64,7 +64,7 @@ class RankInfo:
 
 
 def environment_of_no_rank(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """For a process that a rank starts and that is none: without what told the rank its place."""
+    """Return the environment of a process that a rank starts and that is none: without what told the rank its place."""
     return {name: value for name, value in environ.items() if not RANK_VARIABLES.fullmatch(name)}
 
 

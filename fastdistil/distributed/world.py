@@ -268,7 +268,7 @@ def lost(watch: RankWatch | None, rank: int, name: str, error: Exception) -> Ran
 
 @contextmanager
 def starting(watch: RankWatch | None, rank: int) -> Iterator[None]:
-    """Around what an engine does with all ranks to get ready."""
+    """Watch over what an engine does with all ranks to get ready."""
     try:
         with waiting(watch, "the engine's connections"):
             yield

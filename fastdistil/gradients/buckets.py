@@ -103,7 +103,7 @@ class Buckets:
         ]
 
     def zero(self) -> None:
-        """Before an update's first micro-batch."""
+        """Set all gradients to zero, before an update's first micro-batch."""
         for bucket in self.buckets:
             bucket.flat.zero_()
         for parameter, view in zip(self.parameters, self._views, strict=True):
@@ -112,7 +112,7 @@ class Buckets:
         self._armed = False
 
     def arm(self, update: int) -> None:
-        """From here on full buckets leave. `update` numbers it from 0."""
+        """Let full buckets leave from here on. `update` is the update's number, from 0."""
         if self._options.every_micro_batch:
             self._put_aside()
         self._armed, self._update, self._sent = True, update, 0
@@ -121,7 +121,7 @@ class Buckets:
             bucket.missing = set(bucket.parameters)
 
     def finish(self, extra: Mapping[str, Tensor] | None = None, last: bool = True) -> dict[str, Tensor]:
-        """After backward: gradients become the sums over ranks. Returns the sums of `extra`'s scalars too.
+        """Turn gradients, after backward, into their sums over ranks, and return the sums of `extra`'s scalars.
 
         `last`: of the update; only then the parameters without a gradient anywhere are told apart.
         """
@@ -153,7 +153,7 @@ class Buckets:
         return self._spans(name) if self._spans is not None else nullcontext()
 
     def _compression(self) -> AbstractContextManager[Any]:
-        """Around what compressing costs; nothing before it begins."""
+        """Return the span of what compressing costs; nothing is measured before it begins."""
         return self._span("compression") if self._compressing else nullcontext()
 
     def _await_all(self) -> None:
@@ -164,14 +164,17 @@ class Buckets:
                 self._post(bucket, self.world.wait(bucket.handle))
 
     def drop(self) -> None:
-        """Instead of the rest of an update: what was exchanged in it is as if it had not been."""
+        """Give up the rest of an update: what was exchanged in it is as if it had not been."""
         for bucket in self.buckets:
             if bucket.before is not None:
                 bucket.state, bucket.before = bucket.before, None
         self.zero()
 
     def settle(self, left_out: Tensor) -> None:
-        """After the optimizer. Where `left_out` (0-dimensional, on the device) is 1 it did not take the update."""
+        """Settle the compressor's state, after the optimizer.
+
+        Where `left_out` (0-dimensional, on the device) is 1 the optimizer did not take the update.
+        """
         with self._compression():
             for bucket in self.buckets:
                 for name, before in (bucket.before or {}).items():
@@ -200,7 +203,7 @@ class Buckets:
         self._ever_used |= {numbers[parameter] for parameter in parameters}
 
     def change_compressor(self, compressor: Compressor, starts_at: int) -> None:
-        """From the next update on; its state starts at zero. The gradients are lost."""
+        """Use another compressor from the next update on; its state starts at zero. The gradients are lost."""
         self.compressor, self.starts_at, self._cuts = compressor, starts_at, None
         self._lay_out()
 
@@ -242,7 +245,7 @@ class Buckets:
                 value.copy_(states[f"{bucket.layout.index}.{name}"])
 
     def redistributed(self, old: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """From the states of a world of another size, by rank, those of this one's ranks."""
+        """Return the states of this world's ranks, made from those of a world of another size, both by rank."""
         new: list[dict[str, Tensor]] = [{} for _ in range(self.world.size)]
         for bucket in self.buckets:
             index = bucket.layout.index

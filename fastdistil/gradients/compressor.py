@@ -62,7 +62,7 @@ class Compressor(Protocol):
     def exchange(self, gradient_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionSteps: ...
 
     def observe(self, summed_N: Tensor, state: CompressionState, layout: BucketLayout) -> CompressionState:
-        """After an update that was sent uncompressed: what can be learnt from the sum over ranks."""
+        """Return the state with what can be learnt from the sum over ranks, after an update that was sent uncompressed."""
         return state
 
     def wire_bytes(self, layout: BucketLayout) -> int:
@@ -121,7 +121,10 @@ def chosen_numel(density: float, layout: BucketLayout) -> int:
 def redistribute(
     kinds: Mapping[str, StateKind], states: list[CompressionState], layout: BucketLayout, ranks: int
 ) -> list[CompressionState]:
-    """From the states of all old ranks, in order, those of `ranks` new ones. Residuals keep their sum. Ranks share memory."""
+    """Return the states of `ranks` new ranks, made from those of all old ones, in order.
+
+    Residuals keep their sum. Ranks share memory.
+    """
     new: list[CompressionState] = [{} for _ in range(ranks)]
     for name, kind in kinds.items():
         old = [state[name] for state in states]

@@ -34,10 +34,10 @@ class LocalGradients:
         return bool(self._owed)
 
     def excluded(self, seconds: float) -> None:
-        """So long something else than updates went on."""
+        """Leave `seconds`, spent on something else than updates, out of what `auto` measures."""
 
     def begin(self, update: int) -> None:
-        """Before an update's first micro-batch; `update` from 0."""
+        """Clear the gradients before an update's first micro-batch; `update` is its number, from 0."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def leaves_in(self, number: int, rounds: int) -> bool:
@@ -50,18 +50,21 @@ class LocalGradients:
             torch.autograd.backward(total)
 
     def finish(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """After the last: gradients, and the scalars `sums`, become those of all ranks."""
+        """Turn gradients, and the scalars `sums`, into those of all ranks, after the last micro-batch."""
         for parameter, owed in zip(self._parameters, self._owed, strict=False):
             parameter.grad = owed if parameter.grad is None else parameter.grad.add_(owed)
         self._owed = []
         return sums
 
     def drop(self) -> None:
-        """Instead of the rest of the update."""
+        """Give up the rest of the update."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def done(self, updates: int, left_out: Tensor) -> list[str]:
-        """After the optimizer: the number of updates done, and 1.0 where it left this one out. Returns what is to be told."""
+        """End an update, after the optimizer, and return what is to be told.
+
+        `updates`: the number of updates done; `left_out`: 1.0 where the optimizer left this one out.
+        """
         return []
 
     def fields(self) -> dict[str, Any]:
@@ -77,8 +80,11 @@ class LocalGradients:
         return {}
 
     def restore(self, state: Mapping[str, Any] | None, read: ReadRank, team: Coordinator) -> list[str]:
-        """After weights and moments. `state`: what `state()` was in a world of any size, None if there was
-        none; on rank 0 `read(r)` gives what its rank r's `tensors()` were. Returns what is to be told."""
+        """Restore the exchange's state, after weights and moments, and return what is to be told.
+
+        `state`: what `state()` was in a world of any size, None if there was none; on rank 0 `read(r)` gives what its rank r's
+        `tensors()` were.
+        """
         if state is None or state["layout"] is None or state["kind"] == "auto":
             return []
         # Ranks that compressed had not sent all yet: it joins the next update's gradient, and is lost if that is skipped.

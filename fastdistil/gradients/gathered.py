@@ -91,7 +91,7 @@ class Int8(Feedback):
         return self._pack(codes_N, scales_B, self.ranks, layout), state
 
     def sum_part(self, payloads: Tensor, layout: BucketLayout, dtype: torch.dtype) -> Tensor:
-        """From all ranks' codes of this rank's part: their sum, [elements of the part]."""
+        """Return the sum of all ranks' codes of this rank's part, [elements of the part]."""
         part = self.part(layout)
         numel = part.stop - part.start
         if not numel:
@@ -110,7 +110,7 @@ class Int8(Feedback):
         return self._pack(*quantize_int8(summed_C, server_C, block=self.block), 1, layout), state
 
     def decompress(self, payloads: Tensor, layout: BucketLayout, out_N: Tensor) -> Tensor:
-        """From all ranks' sums of their parts."""
+        """Write all ranks' sums of their parts to `out_N`, decompressed, and return it."""
         codes, scales_RB = self._unpack(payloads, layout)
         scales_B = scales_RB.reshape(-1)[: -(-layout.numel // self.block)]
         return dequantize_int8(codes.reshape(-1)[: layout.numel], scales_B, block=self.block, out=out_N)

@@ -183,7 +183,7 @@ class PowerSGD(Feedback):
     def compress_right(
         self, value_N: Tensor, summed: Tensor, state: CompressionState, layout: BucketLayout
     ) -> tuple[Tensor, list[Tensor], CompressionState]:
-        """From the first payload's sum: (payload: Q of all matrices, P made orthonormal, state).
+        """Return (payload: Q of all matrices, P made orthonormal, state), computed from the first payload's sum.
 
         What this rank sends altogether is P Q' with its own Q; the residual is known before the sum of Q is.
         """
@@ -208,7 +208,7 @@ class PowerSGD(Feedback):
         return payload, lefts, {**state, "residual": residual_N}
 
     def decompress(self, summed: Tensor, lefts: list[Tensor], q: Tensor, layout: BucketLayout, out_N: Tensor) -> Tensor:
-        """From the sums of both payloads."""
+        """Write the sum that both payloads' sums stand for to `out_N`, and return it."""
         plan = self.plan(layout)
         for group, left_BMR, right_BNR in zip(plan.groups, lefts, plan.rights(q), strict=True):
             for out_MN, sum_MN in zip(group.views(out_N), left_BMR @ right_BNR.mT, strict=True):

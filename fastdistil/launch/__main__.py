@@ -14,7 +14,7 @@ from fastdistil.launch.rank_process import supervise, tie_to_launcher
 
 
 def _answer_call(folder: Path) -> int:
-    """In a rank: make the call that `launch_function` asks for, and return this rank's exit code."""
+    """Make, in a rank, the call that `launch_function` asks for, and return this rank's exit code."""
     from fastdistil.launch.remote_call import answer_call
 
     tie_to_launcher(os.environ)

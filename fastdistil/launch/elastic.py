@@ -13,7 +13,7 @@ RESTARTS = 10
 
 
 def worth_a_restart(attempt: Attempt, code: int) -> bool:
-    """Whether a rank was lost: killed, stuck, unreachable, or broken while the others only missed it."""
+    """Return whether a rank was lost: killed, stuck, unreachable, or broken while the others only missed it."""
     broken = [child for child in attempt.order if child.code == BUG]
     return code == LOST or (code == BUG and len(broken) < len(attempt.order))
 
@@ -45,7 +45,7 @@ class AbsentSlots:
             self._again_at_s[slot] = time.monotonic() + wait_s
 
     def some_are_back(self) -> bool:
-        """Whether the run is to be stopped because it can have more ranks: never while it has all it may have."""
+        """Return whether the run is to be stopped because it can have more ranks: never while it has all it may have."""
         back = [slot for slot, at_s in self._again_at_s.items() if time.monotonic() >= at_s]
         if back and len(self.present()) < self._job.ranks and not any(slot.host for slot in self._job.slots):
             self._back = back

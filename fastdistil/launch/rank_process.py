@@ -92,7 +92,7 @@ def rank_environment(base: Mapping[str, str], variables: Mapping[str, str], devi
 
 
 def tie_to_launcher(environ: MutableMapping[str, str]) -> None:
-    """In a rank: SIGTERM when the process that started it is gone, however that one ended (Linux).
+    """Let a rank get SIGTERM when the process that started it is gone, however that one ended (Linux).
 
     Its number is taken out of `environ`: what a rank starts is not the launcher's.
     """
@@ -120,7 +120,7 @@ class RankProcess:
         return f"rank {self.rank}" + (f" on {self.slot.host}" if self.slot.host else "")
 
     def ended(self) -> bool:
-        """Whether it has ended since the last call."""
+        """Return whether it has ended since the last call."""
         if self.code is not None or (code := self.process.poll()) is None:
             return False
         _end_group(self.process.pid)  # what it may have started
@@ -136,7 +136,7 @@ class RankProcess:
                 self.process.stdin.flush()
 
     def kill(self) -> None:
-        """At once, with all that it started."""
+        """Kill it at once, with all that it started."""
         self.send(signal.SIGKILL)
         if self.slot.host is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

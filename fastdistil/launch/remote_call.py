@@ -48,7 +48,7 @@ def write_call(folder: Path, function: Callable[..., Any], arguments: Mapping[st
 
 
 def answer_call(folder: Path, rank: int) -> int:
-    """In a rank: make the call; rank 0 writes its result, any rank its error. Returns the exit code."""
+    """Make the call, in a rank, and return the exit code; rank 0 writes the call's result, any rank its error."""
     try:
         function, arguments = _read(folder / CALL)
         result = function(**arguments)

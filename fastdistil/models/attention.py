@@ -50,7 +50,7 @@ def packed_attention(
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Whether torch's flash attention takes such heads on this device: no other implementation stands behind varlen_attn."""
+    """Return whether torch's flash attention takes such heads on this device: varlen_attn has no other implementation."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     width = query.shape[-1]

@@ -70,7 +70,7 @@ def load_model(
 def load_for_evaluation(
     path: str, dtype: torch.dtype = torch.float32, note: Callable[[str], None] = silent
 ) -> LanguageModel | AnyModel:
-    """As `load_model`, for any masked or causal language model of transformers."""
+    """Load, as `load_model` does, any masked or causal language model of transformers."""
     config, causal = evaluation_config(path)
     if config.model_type in FAMILIES:
         return load_model(path, dtype, note)

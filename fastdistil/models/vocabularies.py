@@ -1,4 +1,4 @@
-"""Whether models and a corpus mean the same tokens by the same ids, where a run uses them.
+"""Checks that models and a corpus mean the same tokens by the same ids, where a run uses them.
 
 Models of one family pad their vocabularies to different widths, rename special tokens, and come with tokenizers that have an
 entry more than the model. None of that matters while the ids in use agree: those in the corpus' text, and the mask's.

@@ -52,7 +52,7 @@ class MinutesTable(BaseModel):
 
 
 def load_table(name_or_path: str) -> MinutesTable:
-    """By name or path. Raises UserError."""
+    """Load a table by name or path. Raises UserError."""
     return load_named(name_or_path, TABLES, MinutesTable, "table", "wanted rows: [{gpus: 8, minutes: 204}, ...]")
 
 

@@ -66,7 +66,7 @@ class Network(BaseModel):
 
 
 def load_network(name_or_path: str) -> Network:
-    """By name or path. Raises UserError."""
+    """Load a network by name or path. Raises UserError."""
     return load_named(name_or_path, NETWORKS, Network, "network", "wanted constants as {value: 1.0e9, source: where from}")
 
 

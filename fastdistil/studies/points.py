@@ -188,7 +188,7 @@ class MeasuredPoints:
 
 
 def efficiencies(point: MeasuredPoints, baseline: MeasuredPoints) -> list[float]:
-    """By round."""
+    """Return a point's efficiency against the baseline, by round."""
     times = point.setting.ranks / baseline.setting.ranks
     return [speed / (times * base) for speed, base in zip(point.tokens_per_s, baseline.tokens_per_s, strict=True)]
 

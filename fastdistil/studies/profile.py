@@ -80,7 +80,7 @@ def run_profile(
 
 
 def _train(recipe: Recipe, recipe_name: str) -> Path:
-    """In one rank; progress goes to standard error, so that standard output has the result alone."""
+    """Train in one rank; progress goes to standard error, so that standard output has the result alone."""
     place = find_rank_info(os.environ)
     notes = Console(quiet=place is not None and place.rank > 0, file=sys.stderr)
     return train(recipe, recipe_name=recipe_name, console=notes, place=place).run_dir

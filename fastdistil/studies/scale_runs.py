@@ -159,7 +159,7 @@ def _threads(planned: Sequence[Setting], study: Study) -> int:
 
 
 def _overrides(setting: Setting, study: Study, run: Path) -> list[str]:
-    """After the user's: what makes a short run of a point."""
+    """Return the overrides, to follow the user's, that make a short run of a point."""
     return [
         f"loop.updates={WARMUP + study.steps}",
         f"loop.accumulation={setting.accumulation}",

@@ -313,7 +313,7 @@ def _verified(directory: Path) -> Manifest:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether `other` is a whole checkpoint with the contents of `one`."""
+    """Return whether `other` is a whole checkpoint with the contents of `one`."""
     if not other.is_dir():
         return False
     try:

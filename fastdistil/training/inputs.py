@@ -1,5 +1,6 @@
-"""From a recipe to what it names: device and precision resolved, corpora and models opened and checked, windows of batches.
+"""The way from a recipe to what it names: devices, corpora, models and batches.
 
+Device and precision are resolved, corpora and models opened and checked, and windows of batches made.
 `open_data`, `load_models` and `window_source` follow each other. `train`, its dry run and `cache-teacher` call them, so that
 what one of them refuses the others refuse in the same words.
 """

@@ -41,7 +41,7 @@ from fastdistil.training.memory_plan import estimate_memory, transformer_shape
 
 
 class Instruments:
-    """Of one rank; `tell` hears what cannot be measured. Close it."""
+    """The measuring instruments of one rank, to be closed at its end; `tell` is called with what cannot be measured."""
 
     def __init__(self, recipe: Recipe, inputs: Inputs, chief: bool, tell: Callable[[str], None]) -> None:
         device = inputs.device
@@ -86,7 +86,7 @@ class Instruments:
     # Around updates
 
     def begin(self) -> None:
-        """Before an update's window is asked for."""
+        """Begin to measure an update, before its window is asked for."""
         self.memory.watching = self._chief and not self._watched and self.spans.warmup_left <= 1
         self.spans.begin()
         self._work.append(Work())
@@ -106,7 +106,7 @@ class Instruments:
 
     @contextmanager
     def micro_batch(self, batch: Any) -> Iterator[None]:
-        """Around the forward of a micro-batch, on the host."""
+        """Measure the forward of a micro-batch, on the host."""
         if self._chief:
             self._work[-1] += self._count(batch)
         if not self.memory.watching or self._kept or self._inputs.device.type == "cuda" or self._recipe.loop.compile:
@@ -119,7 +119,7 @@ class Instruments:
 
     @contextmanager
     def aside(self, activity: str) -> Iterator[None]:
-        """Around what is no part of updates."""
+        """Name and trace an activity that is no part of updates."""
         before, self.where = self.where, activity
         with self.spans.range(activity):
             yield
@@ -188,7 +188,7 @@ class Instruments:
         return {"mfu": shares[0]} if shares else {}
 
     def naming_out_of_memory(self) -> AbstractContextManager[None]:
-        """Around the whole of training."""
+        """Return a context for the whole of training that explains what to do when memory runs out."""
         return explaining_out_of_memory(self._where, self.memory, self._recipe, self._estimate)
 
     def _where(self) -> str:
@@ -216,7 +216,7 @@ def estimate_of(inputs: Inputs, recipe: Recipe) -> MemoryEstimate | None:
 
 
 def _host_facts() -> dict[str, Any]:
-    """Of this machine and the packages."""
+    """Return the facts about this machine and the packages."""
     packages = {name: installed_version(name) for name in ("torch", "triton", "transformers", "horovod", "numpy")}
     versions = {"fastdistil": __version__, "python": platform.python_version()}
     versions |= {name: version for name, version in packages.items() if version is not None}

@@ -122,7 +122,7 @@ def estimate_memory(recipe: Recipe, student: Shape, teacher: Shape | None, *, ca
 
 
 def _residual_bytes(recipe: Recipe, parameters: int) -> int:
-    """Of each rank's compressor; `auto` has not chosen one yet."""
+    """Return the bytes of the residuals of each rank's compressor; `auto` has not chosen one yet."""
     config, ranks = recipe.compression, recipe.world.ranks or 1
     if config.kind in ("none", "auto") or not config.error_feedback or ranks == 1:
         return 0

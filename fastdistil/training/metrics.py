@@ -132,7 +132,7 @@ class TensorBoard:
                     self._writer.add_scalar(name, value, update)
 
     def text(self, name: str, text: str) -> None:
-        """As it is, in a fixed width."""
+        """Write a text as it is, in a fixed width."""
         with self._harmless():
             self._writer.add_text(name, "    " + text.replace("\n", "\n    "))
 
@@ -167,8 +167,10 @@ class Imbalance:
         self._data_wait_s += data_wait_s
 
     def read(self, step_s: Sequence[float], phases: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        """Of all ranks, on every rank: imbalances (the most over the mean, less 1) and who was the slowest. And, true on rank
-        0 alone, how long it waited for whoever was, in each update: another time it may be another one.
+        """Return the imbalances of all ranks (the most over the mean, less 1) and who was the slowest, on every rank.
+
+        It also returns, true on rank 0 alone, how long rank 0 waited for the slowest in each update: another time it may be
+        another one.
 
         Work is the updates' time, as this rank's spans have it in seconds of each update, without what was waited for other
         ranks (`exposed`): whoever is fast waits for whoever is slow. On a GPU that is the stream's waiting, the host's is none.

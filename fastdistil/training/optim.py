@@ -64,7 +64,7 @@ class LossScale:
         torch._foreach_mul_(gradients, 1.0 / self.scale)
 
     def update(self, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """From the unscaled gradient's norm: (1.0 where the update overflowed, the norm as a guard should see it).
+        """Adapt the scale to the unscaled gradient's norm; return (1.0 if it overflowed, the norm as a guard should see it).
 
         An overflow is how the scale is found, not a failure, and so it is 0 for the guard; after PERSISTENT overflows in a row
         no scale helps, and the guard sees the norm itself.

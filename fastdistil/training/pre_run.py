@@ -38,7 +38,7 @@ def prepare_node(team: Coordinator, recipe: Recipe, note: Callable[[str], None])
 
 
 def note_of_node(place: RankInfo | None, text: str) -> None:
-    """From another node than rank 0's. Our own launcher puts the rank before what a rank says; others do not."""
+    """Print a note of another node than rank 0's. Our own launcher puts the rank before what a rank says; others do not."""
     assert place is not None
     label = "" if place.launcher == "fastdistil" else f"[rank {place.rank}] "
     print(f"{label}{text}", file=sys.stderr, flush=True)

@@ -97,12 +97,12 @@ class Run:
         self.unread.clear()
 
     def take_back(self, update: int) -> None:
-        """Go back to before an update that was not applied; those after it were not either."""
+        """Go back to before an update that was not applied (loop.nonfinite=stop); those after it were not either."""
         self.unread = self.unread[: len(self.unread) - (self.update - update + 1)]
         self.update = update - 1
 
     def tell(self, text: str) -> None:
-        """To a person, and to whoever reads the log."""
+        """Tell a person, and write it to the log."""
         self.event(Note(update=self.update, message=text))
         self.console.note(text)
 
@@ -112,8 +112,10 @@ class Run:
 
     @contextmanager
     def aside(self, activity: str) -> Iterator[None]:
-        """Around an evaluation, a checkpoint, a trace's beginning and end: what is no part of updates and takes as long as it
-        needs. All ranks enter it."""
+        """Keep an evaluation, a checkpoint, a trace's beginning and end out of what updates are measured by.
+
+        These are no part of updates, and take as long as they need. All ranks enter it.
+        """
         begun = time.perf_counter()
         with self.meter.excluded(), self.team.unhurried(activity), self.instruments.aside(activity):
             yield
