@@ -45,9 +45,9 @@ class HorovodWorld(World):
     ) -> None:
         super().__init__(place, device, options.rings, connect, watch)
         self._hvd, self._servers = hvd, servers
-        self._told = [] if place.launcher == "horovodrun" else list(_horovod_environment(place, 0))
+        self._variables_to_unset = [] if place.launcher == "horovodrun" else list(_horovod_environment(place, 0))
         if options.topology != "flat":
-            self._told += ["HOROVOD_TORUS_ALLREDUCE", "HOROVOD_HIERARCHICAL_ALLREDUCE"]
+            self._variables_to_unset += ["HOROVOD_TORUS_ALLREDUCE", "HOROVOD_HIERARCHICAL_ALLREDUCE"]
         self._processes: horovod_rings.RingProcesses | None = None
         if device.type == "cpu" and options.rings > 1:
             with starting(watch, self.rank):
@@ -106,7 +106,7 @@ class HorovodWorld(World):
         if self._processes is not None:
             self._processes.close()
         self._hvd.shutdown()
-        for name in self._told:  # else this process would next be taken for one of horovodrun's
+        for name in self._variables_to_unset:  # else this process would next be taken for one of horovodrun's
             os.environ.pop(name, None)
         for server in self._servers:
             server.shutdown()

@@ -130,8 +130,8 @@ class SharedGradients(LocalGradients):
             spans=spans,
         )
         self._update = 0
-        self._told = Counters(ring_bytes=[0] * world.rings)
-        self._told_wait_s = 0.0
+        self._logged_counters = Counters(ring_bytes=[0] * world.rings)
+        self._logged_wait_s = 0.0
         self._timed: tuple[int, float] | None = None
 
     def _compressor(self, config: Compression) -> Any:
@@ -212,10 +212,10 @@ class SharedGradients(LocalGradients):
             "engine": self._world.engine,
             "compression": self._kind,
             "buckets": len(self._buckets.buckets),
-            **now.since(self._told),
-            "exchange_wait_s": wait_s - self._told_wait_s,
+            **now.since(self._logged_counters),
+            "exchange_wait_s": wait_s - self._logged_wait_s,
         }
-        self._told, self._told_wait_s = now, wait_s
+        self._logged_counters, self._logged_wait_s = now, wait_s
         return statistics
 
     def state(self) -> dict[str, Any] | None:

@@ -41,10 +41,11 @@ class Interrupts:
     """Within the block, SIGTERM, SIGINT and SIGHUP are only noted. Off the main thread Python allows no handlers."""
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
-        self.insisted = False
-        """A second one."""
-        self._asked_s = 0.0
+        self.stop_signal: signal.Signals | None = None
+        """The first signal that arrived."""
+        self.second_signal = False
+        """Whether another signal followed, which kills the ranks."""
+        self._stop_signal_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -59,10 +60,10 @@ class Interrupts:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked is None:
-            self.asked, self._asked_s = signal.Signals(number), now
-        elif number == signal.SIGINT or (number == signal.SIGTERM and now - self._asked_s >= SAME_SIGNAL_S):
-            self.insisted = True
+        if self.stop_signal is None:
+            self.stop_signal, self._stop_signal_s = signal.Signals(number), now
+        elif number == signal.SIGINT or (number == signal.SIGTERM and now - self._stop_signal_s >= SAME_SIGNAL_S):
+            self.second_signal = True
 
 
 @dataclass
@@ -75,9 +76,9 @@ class Attempt:
     """Ranks that did not end by themselves in time."""
     stopped: bool = False
     """Whether they were told to stop."""
-    asked: bool = False
-    """Whether the user wanted that."""
-    insisted: bool = False
+    stopped_by_user: bool = False
+    """Whether a signal of the user was the reason."""
+    killed_by_user: bool = False
     """Whether a second signal killed them."""
 
     @property
@@ -97,7 +98,7 @@ class Attempt:
     def exit_code(self) -> int:
         """Return the exit code of the command, by the first failing rank."""
         cause, codes = self.cause, [child.code for child in self.order]
-        if self.insisted:
+        if self.killed_by_user:
             return INTERRUPTED
         if cause is None or cause.code is None:
             return SAVED if SAVED in codes else 0
@@ -111,7 +112,7 @@ class Attempt:
     def why(self) -> str | None:
         """What the rank that failed could not say itself."""
         cause = self.cause
-        if cause is None or cause.code is None or self.insisted:
+        if cause is None or cause.code is None or self.killed_by_user:
             return None
         host = cause.slot.host
         if host and cause.code == SSH_FAILED:
@@ -120,7 +121,7 @@ class Attempt:
             return f"{host} cannot run {sys.executable}; wanted the same Python and the same directory on every host"
         if cause.rank in self.killed:
             return f"{cause.name} did not end in time (world.timeout_s) and was killed"
-        if cause.code < 0 and self.asked and self.exit_code() == INTERRUPTED:
+        if cause.code < 0 and self.stopped_by_user and self.exit_code() == INTERRUPTED:
             return "stopped before it trained: there was nothing to save"
         if cause.code < 0 and not self.stopped:
             bus_error = cause.code == -signal.SIGBUS
@@ -206,9 +207,9 @@ def _watch(
                     # A rank that ends with 12 has told the others, and one that cannot be reached is nothing to wait for.
                     reported = child.code == LOST or (child.slot.host is not None and child.code == SSH_FAILED)
                     end_by_s = min(end_by_s, now + (0.0 if reported else begin.timeout_s) + END_S)
-        request = interrupts.asked or (signal.SIGTERM if sent is None and end_by_s == float("inf") and enough() else None)
+        request = interrupts.stop_signal or (signal.SIGTERM if sent is None and end_by_s == float("inf") and enough() else None)
         if sent is None and request is not None:
-            sent, attempt.stopped, attempt.asked = request, True, interrupts.asked is not None
+            sent, attempt.stopped, attempt.stopped_by_user = request, True, interrupts.stop_signal is not None
             speak_s = now + begin.timeout_s + SAVE_S
             _send(running, sent)
         alive = [child.rank for child in running if child.code is None]
@@ -222,8 +223,8 @@ def _watch(
             attempt.killed |= set(alive)
             kill_by_s = now + KILL_AFTER_S
             _send(running, signal.SIGTERM)
-        if interrupts.insisted or now >= kill_by_s:
-            attempt.insisted = interrupts.insisted
+        if interrupts.second_signal or now >= kill_by_s:
+            attempt.killed_by_user = interrupts.second_signal
             attempt.killed |= set(alive)
             _kill(running)
         time.sleep(POLL_S)

@@ -67,8 +67,8 @@ def _run_elastic(job: Job, voices: RankOutput, logs: Path, interrupts: Interrupt
         code, why = attempt.exit_code(), attempt.why()
         if why is not None:
             voices.say(why)
-        grown = absent.stopped_to_grow and interrupts.asked is None and code in (LOST, SAVED, INTERRUPTED)
-        if elastic is None or interrupts.asked is not None or not (grown or worth_a_restart(attempt, code)):
+        grown = absent.stopped_to_grow and interrupts.stop_signal is None and code in (LOST, SAVED, INTERRUPTED)
+        if elastic is None or interrupts.stop_signal is not None or not (grown or worth_a_restart(attempt, code)):
             return code, attempt
         if not grown:
             absent.add(attempt)

@@ -111,15 +111,16 @@ def facts_within(facts: _Facts, rows: int) -> _Facts:
     return cast(_Facts, replace(cast(Any, facts), pad_id=pad_id, special_ids=special_ids))
 
 
-def check_tokenizers(recipe: Recipe, corpus: Corpus, note: Callable[[str], None], own: Sequence[str] = ()) -> None:
+def check_tokenizers(recipe: Recipe, corpus: Corpus, note: Callable[[str], None], from_python: Sequence[str] = ()) -> None:
     """Refuse teachers and students for which the corpus' ids mean other tokens; without a tokenizer they cannot be checked.
 
-    `own`: which of them ("teacher", "student") are modules, in the place of those that the recipe names. Raises UserError.
+    `from_python`: which of them ("teacher", "student") are modules, in the place of those that the recipe names.
+    Raises UserError.
     """
     paths = {}
-    if recipe.teacher is not None and "teacher" not in own:
+    if recipe.teacher is not None and "teacher" not in from_python:
         paths["the teacher"] = recipe.teacher.path
-    if recipe.student.path is not None and "student" not in own:
+    if recipe.student.path is not None and "student" not in from_python:
         paths["the student's model"] = recipe.student.path
     for who, path in paths.items():
         causal = language_model.family_of(loading.load_config(path)).causal  # a missing model is no missing tokenizer

@@ -113,9 +113,9 @@ def load_inputs(
     Raises UserError, CorruptData.
     """
     provided = {"teacher": teacher, "student": student, "batches": batches}
-    own = [name for name, value in provided.items() if value is not None]
-    check_recipe(recipe, own)
-    data = open_data(recipe, note, own)
+    from_python = [name for name, value in provided.items() if value is not None]
+    check_recipe(recipe, from_python)
+    data = open_data(recipe, note, from_python)
     models = load_models(recipe, data, note, teacher=teacher, student=student)
     device = indexed_device(recipe.device)
     models.student.float().to(device)
@@ -139,32 +139,32 @@ def load_inputs(
     return Inputs(**vars(models), device=device, data=data, source=source, updates=source.updates(recipe.loop))
 
 
-def check_recipe(recipe: Recipe, own: Sequence[str] = ()) -> None:
-    """Refuse what no training can be made of, before anything is opened; `own`: see `open_data`. Raises UserError."""
-    if recipe.objective.needs_teacher and recipe.teacher is None and "teacher" not in own:
+def check_recipe(recipe: Recipe, from_python: Sequence[str] = ()) -> None:
+    """Refuse what no training can be made of, before anything is opened; `from_python`: see `open_data`. Raises UserError."""
+    if recipe.objective.needs_teacher and recipe.teacher is None and "teacher" not in from_python:
         raise UserError(
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
-    _check_cached(recipe, own_models="teacher" in own or "batches" in own)
+    _check_cached(recipe, own_models="teacher" in from_python or "batches" in from_python)
     check_compiler(recipe)
 
 
-def open_data(recipe: Recipe, note: Callable[[str], None], own: Sequence[str] = ()) -> Data:
+def open_data(recipe: Recipe, note: Callable[[str], None], from_python: Sequence[str] = ()) -> Data:
     """Open the corpora that a recipe names, and check that they and the models' tokenizers mean the same tokens.
 
-    `own`: what Python gives in the place of what the recipe names ("teacher", "student", "batches"). Raises UserError,
+    `from_python`: what Python gives in the place of what the recipe names ("teacher", "student", "batches"). Raises UserError,
     CorruptData.
     """
     verify = recipe.data.verify
-    train = None if "batches" in own else _open_corpus(recipe.data.train, verify, "data.train")
+    train = None if "batches" in from_python else _open_corpus(recipe.data.train, verify, "data.train")
     heldout = _open_corpus(recipe.data.heldout, verify, "data.heldout") if recipe.data.heldout is not None else None
     first = train if train is not None else heldout
     vocabulary = first.facts.vocab_size if first is not None else 0
     if train is not None:
         if heldout is not None:
             check_heldout(recipe, train, heldout)
-        check_tokenizers(recipe, train, note, own)
+        check_tokenizers(recipe, train, note, from_python)
     return Data(train=train, heldout=heldout, vocabulary=vocabulary)
 
 

@@ -57,8 +57,8 @@ class Instruments:
         self._work: list[Work] = []
         """Of each update since the last line, warm-up included."""
         self._kept = 0
-        self._watched = self._told = False
-        """Whether memory was watched for an update, and whether `parts` told what was found."""
+        self._watched = self._parts_logged = False
+        """Whether memory was watched for an update, and whether `parts` has returned what the peak is made of."""
         self._estimate = estimate_of(inputs, self._recipe)
         self.where: str = "training"
         """What is going on outside of spans, for errors."""
@@ -144,9 +144,9 @@ class Instruments:
 
     def parts(self, update: int, optimizer: torch.optim.Optimizer, residuals: Mapping[str, torch.Tensor]) -> MemoryParts | None:
         """What the peak is made of, once, when an update has been watched; else None."""
-        if self._told or not self._watched:
+        if self._parts_logged or not self._watched:
             return None
-        self._told = True
+        self._parts_logged = True
         inputs = self._inputs
         estimate = self._estimate.parts() if self._estimate is not None else None
         peak = self.memory.peak_bytes()
