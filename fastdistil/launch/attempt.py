@@ -130,7 +130,7 @@ class Attempt:
         return None
 
 
-def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough: Callable[[], bool] = lambda: False) -> Attempt:
+def run_ranks(begin: Launch, output: RankOutput, interrupts: Interrupts, enough: Callable[[], bool] = lambda: False) -> Attempt:
     """Start all ranks and wait until all have ended; none is left behind, whatever happens here.
 
     `enough` is asked all the time; once it is true the ranks are told to save and stop.
@@ -138,8 +138,8 @@ def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough:
     attempt = Attempt()
     ranks: list[RankProcess] = []
     try:
-        _start_all(begin, voices, ranks)
-        _watch(begin, ranks, attempt, voices, interrupts, enough)
+        _start_all(begin, output, ranks)
+        _watch(begin, ranks, attempt, output, interrupts, enough)
     finally:
         # After a KeyboardInterrupt or a bug of ours they may still run.
         _kill([child for child in ranks if child.code is None and child.process.poll() is None])
@@ -148,12 +148,12 @@ def run_ranks(begin: Launch, voices: RankOutput, interrupts: Interrupts, enough:
     return attempt
 
 
-def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> None:
+def _start_all(begin: Launch, output: RankOutput, ranks: list[RankProcess]) -> None:
     hosts = list(dict.fromkeys(slot.host for slot in begin.slots))
     if hosts != [None] and shutil.which(begin.ssh[0]) is None:
         raise UserError(f"--hosts starts ranks with {begin.ssh[0]}, which is not here; install it, or set FASTDISTIL_SSH")
-    address = _meeting_host(hosts)
-    meeting = {
+    address = _rendezvous_host(hosts)
+    rendezvous = {
         "FASTDISTIL_LAUNCHER": "fastdistil",
         "FASTDISTIL_STORE_SECRET": secrets.token_hex(16),
         "MASTER_ADDR": address,
@@ -161,7 +161,7 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
     }
     for rank, slot in enumerate(begin.slots):
         here = [other.index for other in begin.slots if other.host == slot.host]
-        variables = meeting | {
+        variables = rendezvous | {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(begin.slots)),
             "LOCAL_RANK": str(here.index(slot.index)),
@@ -170,10 +170,10 @@ def _start_all(begin: Launch, voices: RankOutput, ranks: list[RankProcess]) -> N
             "GROUP_WORLD_SIZE": str(len(hosts)),
         }
         devices = None if here == list(range(len(here))) else here
-        ranks.append(start(rank, begin, variables, devices, voices))
+        ranks.append(start(rank, begin, variables, devices, output))
 
 
-def _meeting_host(hosts: Sequence[str | None]) -> str:
+def _rendezvous_host(hosts: Sequence[str | None]) -> str:
     """Rank 0's host, as all the others reach it."""
     if hosts == [None]:
         return "127.0.0.1"
@@ -192,7 +192,7 @@ def _watch(
     begin: Launch,
     ranks: list[RankProcess],
     attempt: Attempt,
-    voices: RankOutput,
+    output: RankOutput,
     interrupts: Interrupts,
     enough: Callable[[], bool],
 ) -> None:
@@ -215,7 +215,7 @@ def _watch(
         alive = [child.rank for child in running if child.code is None]
         if alive and now >= speak_s:
             speak_s = float("inf")
-            voices.say(
+            output.say(
                 f"still waiting for {rank_list(alive)}, told to stop {begin.timeout_s + SAVE_S:.0f} s ago: a large save takes "
                 "its time; a second Ctrl-C or SIGTERM kills"
             )

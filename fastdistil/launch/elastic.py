@@ -21,9 +21,9 @@ def worth_a_restart(attempt: Attempt, code: int) -> bool:
 class AbsentSlots:
     """Elastic: the slots of lost ranks, and when they are tried again; never in a run with other hosts."""
 
-    def __init__(self, job: Job, voices: RankOutput) -> None:
+    def __init__(self, job: Job, output: RankOutput) -> None:
         self._job = job
-        self._voices = voices
+        self._output = output
         self._again_at_s: dict[Slot, float] = {}
         self._losses: dict[Slot, int] = {}
         self._back: list[Slot] = []
@@ -53,7 +53,7 @@ class AbsentSlots:
 
     def take_back(self) -> None:
         if self.stopped_to_grow:
-            self._voices.say(f"trying {', '.join(map(str, self._back))} again")
+            self._output.say(f"trying {', '.join(map(str, self._back))} again")
             for slot in self._back:
                 del self._again_at_s[slot]
         self._back = []

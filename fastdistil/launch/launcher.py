@@ -42,31 +42,31 @@ def launch(job: Job) -> int:
 
 def _run(job: Job) -> tuple[int, Attempt]:
     _refuse_ranks_of_ranks(os.environ)
-    voices = RankOutput(sys.stderr)
+    output = RankOutput(sys.stderr)
     logs = Path(tempfile.mkdtemp(prefix="fastdistil-"))
     code = BUG
     try:
         with Interrupts() as interrupts:
-            code, attempt = _run_elastic(job, voices, logs, interrupts)
+            code, attempt = _run_elastic(job, output, logs, interrupts)
             return code, attempt
     finally:
         if code in (0, SAVED, INTERRUPTED) or not any(log.stat().st_size for log in logs.iterdir()):
             shutil.rmtree(logs, ignore_errors=True)
         else:
-            voices.say(f"what the other ranks printed is in {logs}")
+            output.say(f"what the other ranks printed is in {logs}")
 
 
-def _run_elastic(job: Job, voices: RankOutput, logs: Path, interrupts: Interrupts) -> tuple[int, Attempt]:
+def _run_elastic(job: Job, output: RankOutput, logs: Path, interrupts: Interrupts) -> tuple[int, Attempt]:
     elastic, command = job.elastic, job.command
-    absent = AbsentSlots(job, voices)
+    absent = AbsentSlots(job, output)
     idle, progress = 0, elastic.progress() if elastic is not None else None
     while True:
         slots = absent.present()
         begin = Launch(command=command, slots=slots, timeout_s=job.timeout_s, logs=logs, environ={**os.environ, **job.environ})
-        attempt = run_ranks(begin, voices, interrupts, enough=absent.some_are_back)
+        attempt = run_ranks(begin, output, interrupts, enough=absent.some_are_back)
         code, why = attempt.exit_code(), attempt.why()
         if why is not None:
-            voices.say(why)
+            output.say(why)
         grown = absent.stopped_to_grow and interrupts.stop_signal is None and code in (LOST, SAVED, INTERRUPTED)
         if elastic is None or interrupts.stop_signal is not None or not (grown or worth_a_restart(attempt, code)):
             return code, attempt
@@ -76,12 +76,12 @@ def _run_elastic(job: Job, voices: RankOutput, logs: Path, interrupts: Interrupt
         absent.take_back()
         remaining = len(absent.present())
         if remaining < elastic.min_ranks:
-            voices.say(f"{remaining} ranks remain, fewer than --elastic's {elastic.min_ranks}; continue with --resume auto")
+            output.say(f"{remaining} ranks remain, fewer than --elastic's {elastic.min_ranks}; continue with --resume auto")
             return LOST, attempt
         if idle >= RESTARTS:
-            voices.say(f"given up after {idle} starts in a row without a new checkpoint; continue with --resume auto")
+            output.say(f"given up after {idle} starts in a row without a new checkpoint; continue with --resume auto")
             return LOST, attempt
-        voices.say(f"going on with {remaining} rank{'s' if remaining > 1 else ''} from the last checkpoint")
+        output.say(f"going on with {remaining} rank{'s' if remaining > 1 else ''} from the last checkpoint")
         command = elastic.again()
 
 

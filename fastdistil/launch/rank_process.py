@@ -154,7 +154,7 @@ class RankProcess:
 
 
 def start(
-    rank: int, begin: Launch, variables: Mapping[str, str], devices: Sequence[int] | None, voices: RankOutput
+    rank: int, begin: Launch, variables: Mapping[str, str], devices: Sequence[int] | None, output: RankOutput
 ) -> RankProcess:
     """Start a rank. Rank 0 has our standard output; the others' goes to a file in `begin.logs`."""
     slot, base = begin.slots[rank], begin.environ
@@ -178,7 +178,7 @@ def start(
                 process.stdin.flush()
     started = RankProcess(rank, slot, process)
     assert process.stderr is not None
-    started.threads.append(threading.Thread(target=voices.listen, args=(rank, process.stderr), daemon=True))
+    started.threads.append(threading.Thread(target=output.listen, args=(rank, process.stderr), daemon=True))
     if piped:
         assert process.stdout is not None
         started.threads.append(threading.Thread(target=_pump, args=(process.stdout, sys.stdout), daemon=True))
