@@ -82,7 +82,8 @@ def until(browser: Chrome, condition: Callable[[], Any]) -> None:
 
 
 def text(browser: Chrome, name: str) -> str:
-    script = "return (document.getElementById(arguments[0]) ?? document.querySelector(arguments[0])).textContent"
+    """What an element says; nothing while the page is being loaded and has none."""
+    script = "return (document.getElementById(arguments[0]) ?? document.querySelector(arguments[0]))?.textContent ?? ''"
     return str(browser.execute_script(script, name))
 
 
