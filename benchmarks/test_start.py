@@ -27,9 +27,8 @@ def write_run(run: Path, step_s: float) -> Path:
     """A run of 60 log lines with 10 updates each."""
     run.mkdir()
     (run / "recipe.yaml").write_text(load_recipe("distilbert", ["data.train=corpus", "teacher.path=teacher"]).to_yaml())
-    phases = {
-        name: tuple(step_s * part * (1 + i % 3) for i in range(10)) for name, part in (("student", 0.3), ("backward", 0.4))
-    }
+    parts = (("student", 0.3), ("backward", 0.4))
+    phases = {name: tuple(step_s * part * (1 + i % 3) for i in range(10)) for name, part in parts}
     steps = tuple(step_s * (2 + i % 3) for i in range(10))
     with EventLog(run / "events.jsonl") as log:
         log.write(Start(updates=600, ranks=1, device="cpu", precision="fp32"))

@@ -112,7 +112,7 @@ class Monitor:
         self._verdict: Verdict | None = None
         self._verdict_lock = threading.Lock()
         self._exit_code = RankLost.exit_code
-        self._error_raised = self._closed = self._strange = self._warned_of_strangers = False
+        self._closed = self._strange = self._warned_of_strangers = False
         self._courier = threading.Thread(target=self._correspond, name="fastdistil-beats", daemon=True)
         self._courier.start()
         threading.Thread(target=self._watch, name="fastdistil-watch", daemon=True).start()
@@ -201,7 +201,6 @@ class Monitor:
         self._ended.set()
 
     def _lost(self) -> RankLost:
-        self._error_raised = True
         return RankLost(self._words())
 
     def _words(self) -> str:
