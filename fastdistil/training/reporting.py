@@ -123,7 +123,7 @@ def write_traces(tracer: Tracer, team: Coordinator, directory: Path) -> tuple[Ke
 
 
 def _watched(objective: Objective) -> list[str]:
-    """Of a log line's fields, those that a person looks at; events.jsonl has them all."""
+    """Return the fields of a log line that a person looks at; events.jsonl has them all."""
     weights = {
         "soft": objective.a_ce,
         "hard": objective.a_mlm + objective.a_clm,
