@@ -253,9 +253,9 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         def write(self, content: bytes) -> int:
             if not self._room:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            taken: int = self._file.write(content[: self._room])
-            self._room -= taken
-            return taken
+            written: int = self._file.write(content[: self._room])
+            self._room -= written
+            return written
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._file, name)

@@ -42,11 +42,11 @@ def prefetched(
     futures = deque(pool.submit(next, windows, None) for _ in range(batches.data.prefetch + 1))
 
     def take() -> Made | None:
-        made = futures[0].result() if futures else None
-        if made is not None:
+        window = futures[0].result() if futures else None
+        if window is not None:
             futures.popleft()
             futures.append(pool.submit(next, windows, None))
-        return made
+        return window
 
     try:
         yield iter(take, None)

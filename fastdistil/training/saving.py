@@ -117,13 +117,16 @@ def _tensors_to_write(team: Coordinator, learnt: Mapping[str, Any], residuals: M
     """
     if not residuals:
         return dict(learnt)
-    owed = team.fetch_each(residuals, "residuals")
+    residuals_by_rank = team.fetch_each(residuals, "residuals")
     if not team.is_chief:
-        for _ in owed:
+        for _ in residuals_by_rank:
             pass
         return {}
     size = sum(tensor.nbytes for tensor in residuals.values())
-    return {**learnt, **{f"rank-{rank}": checkpoint.Deferred(size, lambda: next(owed)) for rank in range(team.world.size)}}
+    return {
+        **learnt,
+        **{f"rank-{rank}": checkpoint.Deferred(size, lambda: next(residuals_by_rank)) for rank in range(team.world.size)},
+    }
 
 
 def restore(run: Run, path: Path | None, teacher: nn.Module | None) -> None:

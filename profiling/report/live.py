@@ -310,7 +310,7 @@ class Live:
             verdict=_VERDICTS[status.kind],
             why=without_controls(status.why),
             progress=progress,
-            left=None if left_s is None else duration(max(0.0, left_s - age_s)),
+            time_left=None if left_s is None else duration(max(0.0, left_s - age_s)),
             elapsed=None if progress.elapsed_s is None else duration(progress.elapsed_s),
             heard=None if status.kind == "waiting" else duration(age_s),
             ranks=self.ranks_text(),

@@ -155,9 +155,9 @@ def test_a_topology_of_allreduce_leaves_what_travels_by_one() -> None:
 
 def test_what_int8_touches_by_hand() -> None:
     """Two ranks, two blocks of 1,024: each rank sums one of them."""
-    kept = (2 + 3) * 4 * 2048
+    residual_bytes = (2 + 3) * 4 * 2048
     codes, codes_of_part = 2048 + 8, 1024 + 4
     rounded = 3 * 4 * 2048 + codes + 3 * 4 * 1024 + codes_of_part
     summed, decoded = 2 * codes_of_part + 4 * 1024, codes + 4 * 2048
-    assert exchange_cost("int8", 2, 4 * 2048, "torch").touched_bytes == kept + rounded + summed + decoded
+    assert exchange_cost("int8", 2, 4 * 2048, "torch").touched_bytes == residual_bytes + rounded + summed + decoded
     assert exchange_cost("none", 2, 4 * 2048, "torch").touched_bytes == 0

@@ -45,9 +45,9 @@ def sources(tmp_path: Path) -> Path:
     for part in PATCH.read_text().split("\ndiff ")[1:]:
         name, *lines = part.splitlines()
         first = next(number for number, line in enumerate(lines) if line.startswith("@@"))
-        kept = ["..." if line.startswith("@@") else line[1:] for line in lines[first:] if re.match("@@|[- ]", line)]
+        context = ["..." if line.startswith("@@") else line[1:] for line in lines[first:] if re.match("@@|[- ]", line)]
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("\n".join(kept) + "\n")
+        (tmp_path / name).write_text("\n".join(context) + "\n")
     return tmp_path
 
 

@@ -30,7 +30,7 @@ with open(folder / "starts.jsonl", "a+") as file:
     file.seek(0)
     starts = [json.loads(line) for line in file]
 plan = json.loads((folder / "plan.json").read_text())
-start = sum(each["environ"]["RANK"] == rank for each in starts)
+start = sum(earlier["environ"]["RANK"] == rank for earlier in starts)
 plans = plan.get(rank, plan["default"])
 deed = plans[min(start, len(plans)) - 1] if isinstance(plans, list) else plans
 

@@ -18,12 +18,12 @@ from fastdistil.launch.remote_call import answer_call, read_answer, write_call
 from tests.launch.stand_ins import running
 
 
-def add(left: int, right: int) -> Any:
+def add(first: int, second: int) -> Any:
     import torch
 
     rank = int(os.environ["RANK"])
     print("from rank", rank)
-    return {"sum": left + right, "rank": rank, "size": os.environ["WORLD_SIZE"], "tensor": torch.ones(2)}
+    return {"sum": first + second, "rank": rank, "size": os.environ["WORLD_SIZE"], "tensor": torch.ones(2)}
 
 
 def call(function: Callable[..., Any], np: int = 2, **arguments: Any) -> Any:
@@ -31,10 +31,10 @@ def call(function: Callable[..., Any], np: int = 2, **arguments: Any) -> Any:
 
 
 def test_a_function_in_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    def local(left: int, right: int) -> Any:  # as in a notebook: no module holds it
-        return add(left, right)
+    def local(first: int, second: int) -> Any:  # as in a notebook: no module holds it
+        return add(first, second)
 
-    answer = call(local, left=1, right=2)
+    answer = call(local, first=1, second=2)
     assert (answer["sum"], answer["rank"], answer["size"]) == (3, 0, "2")
     assert answer["tensor"].tolist() == [1, 1]
     assert capsys.readouterr().out == "from rank 0\n"

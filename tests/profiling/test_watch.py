@@ -217,11 +217,11 @@ def test_a_long_log_is_kept_in_part_with_its_sums_its_last_line_and_what_stands_
     followed = following(tmp_path, Clock(float(count)))
     while followed.reading:
         followed.refresh()
-    kept = [event.update for event in kinds(followed, "train")]
-    assert live.LINES / 2 <= len(kept) <= live.LINES
-    assert set(np.diff(kept)) == {8}
+    drawn_updates = [event.update for event in kinds(followed, "train")]
+    assert live.LINES / 2 <= len(drawn_updates) <= live.LINES
+    assert set(np.diff(drawn_updates)) == {8}
     written, shown = figures(tmp_path, followed)
-    assert f"Of {count:,} log lines {len(kept) + 1}, evenly spread, are drawn" in shown
+    assert f"Of {count:,} log lines {len(drawn_updates) + 1}, evenly spread, are drawn" in shown
     assert f"update {count:,}" in shown  # the last line's loss
     sums = re.compile(r'>(tokens|skipped updates)<.*?<td class="number[^>]*>([^<]*)<')
     assert sums.findall(shown) == sums.findall(written) == [("skipped updates", "15"), ("tokens", "15,000")]
@@ -235,10 +235,10 @@ def test_what_is_kept_of_a_long_log_is_spread_over_all_of_it(begun: int, more: i
     for update in [*range(1, begun + 1), None, *range(begun // 2 + 1, begun // 2 + more + 1)]:
         event = start(begun // 2, kind="resume") if update is None else train(update, 1.0)
         followed._take(json.dumps(event).encode())
-    kept = [event.update for event in kinds(followed, "train")]
-    assert kept == sorted(set(kept))
-    assert len(kept) <= live.LINES
-    spread = np.diff([0, *kept, begun // 2 + more])
+    drawn_updates = [event.update for event in kinds(followed, "train")]
+    assert drawn_updates == sorted(set(drawn_updates))
+    assert len(drawn_updates) <= live.LINES
+    spread = np.diff([0, *drawn_updates, begun // 2 + more])
     assert spread.max(initial=0) <= 2 * followed._stride
 
 
