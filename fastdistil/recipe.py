@@ -24,7 +24,8 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Readers of runs never validate a recipe: they need not wait for its schema.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -81,7 +81,7 @@ class FileFacts(TypedDict):
 class Fields(BaseModel):
     """An object in a document of any version: what is not listed passes as it is."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
 
 class Sealed(TypedDict):
