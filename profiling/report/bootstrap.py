@@ -12,6 +12,8 @@ where steps depend on each other: profile more of them where they drift.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -53,25 +55,44 @@ def ratio_of(a: Sequence[float], b: Sequence[float], statistic: Statistic = "med
     value = float(estimate(second)) / below
     if min(len(first), len(second)) < MIN_SAMPLES:
         return Ratio(value, None, None)
-    random = np.random.default_rng(seed)
-    below_R, above_R = (_resampled(series, statistic, random) for series in (first, second))
+    generators = np.random.default_rng(seed).spawn(2)
+    with ThreadPoolExecutor(2) as pool:  # numpy holds no lock where the time goes
+        below_R, above_R = pool.map(partial(_resampled, statistic=statistic), (first, second), generators)
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = np.nanquantile(above_R / below_R, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
     return Ratio(value, low, high)
 
 
-def _resampled(series: SampleSeries, statistic: Statistic, random: np.random.Generator) -> SampleSeries:
+def _resampled(series: SampleSeries, random: np.random.Generator, statistic: Statistic) -> SampleSeries:
     """The statistic of RESAMPLES resamples."""
     n = len(series)
     length = block_length(series.argsort().argsort().astype(np.float64) if statistic == "median" else series)
+    if length == 1 and statistic == "median":
+        return resampled_medians(series, random)
     blocks = -(-n // length)
     estimate = _medians if statistic == "median" else np.mean
     begins_at = np.lib.stride_tricks.sliding_window_view(np.concatenate([series, series[: length - 1]]), length)
     estimates = []
     for _ in range(RESAMPLES // _CHUNK):
-        starts = random.integers(n, size=(_CHUNK, blocks))
+        # MAX_SAMPLES fits in 16 bits, which are drawn and looked up in half the time of 64.
+        starts = random.integers(n, size=(_CHUNK, blocks), dtype=np.uint16)
         estimates.append(estimate(begins_at[starts].reshape(_CHUNK, -1)[:, :n], axis=1))
     return np.concatenate(estimates)
+
+
+def resampled_medians(series: SampleSeries, random: np.random.Generator) -> SampleSeries:
+    """Medians of RESAMPLES resamples of single samples, without the resamples.
+
+    What is drawn are the order statistics in the middle. The k-th smallest of n uniform numbers has the distribution
+    Beta(k, n - k + 1); the next one divides what is left above it as the smallest of n - k does (David and Nagaraja, Order
+    Statistics, 2003, sections 2.3 and 2.5). n times a uniform number, rounded down, is the place of a sample.
+    """
+    n, ordered = len(series), np.sort(series)
+    k = (n + 1) // 2
+    middle = random.beta(k, n - k + 1, size=RESAMPLES)
+    after = middle + (1 - middle) * random.beta(1, n - k, size=RESAMPLES)
+    lower, upper = (ordered[np.minimum((n * place).astype(np.intp), n - 1)] for place in (middle, after))
+    return lower if n % 2 else (lower + upper) / 2
 
 
 def _medians(samples: SampleSeries, axis: Literal[1]) -> SampleSeries:
