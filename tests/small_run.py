@@ -1,4 +1,4 @@
-"""A whole run that takes a second: text, tokenizer, corpora and teacher; a recipe over them; and what a run left."""
+"""A whole run that takes a second: text, tokenizer, corpora, teacher, own model; a recipe over them; and what a run left."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistil import train
 from fastdistil.console import Console
@@ -120,3 +120,38 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def quiet(recipe: Recipe, **more: Any) -> train.Result:
     return train.train(recipe, console=Console(quiet=True), **more)
+
+
+def stop_after(update: int) -> Callable[..., bool]:
+    """Return a `train_step` that hears SIGTERM when so many updates are done."""
+    step = train.train_step
+
+    def limited(run: train.Run, *arguments: Any) -> bool:
+        if run.update == update:
+            run.signals.requested = "SIGTERM"
+        return step(run, *arguments)
+
+    return limited
+
+
+class TinyModel(nn.Module):
+    """A user's own model, not of transformers: an embedding, one mixing layer, a head."""
+
+    causal = False
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.mix = nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def hidden(self, batch: Any) -> Tensor:
+        out: Tensor = torch.tanh(self.mix(self.embedding(batch.ids_BS))).flatten(0, 1)
+        return out
+
+    def transform(self, hidden_ND: Tensor) -> Tensor:
+        return hidden_ND

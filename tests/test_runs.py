@@ -21,8 +21,7 @@ from fastdistil.errors import CorruptData, DiskFull, Stopped, UserError
 from fastdistil.runs import choose_run, create_run, stored_recipe
 from fastdistil.training import checkpoint, teacher_identity
 from fastdistil.training.cache_teacher import cache_teacher
-from tests.small_run import quiet, small
-from tests.test_train import TinyModel, stop_after
+from tests.small_run import TinyModel, quiet, small, stop_after
 
 SHORT = ("loop.updates=2", "evaluation.every=null", "data.heldout=null")
 

@@ -22,8 +22,7 @@ from fastdistil.models.loading import load_model
 from fastdistil.models.perplexity import held_out
 from fastdistil.storage import file_sha256
 from fastdistil.training.cache_teacher import cache_teacher
-from tests.small_run import events, quiet, small
-from tests.test_train import TinyModel
+from tests.small_run import TinyModel, events, quiet, small
 
 SHORT = ("loop.updates=3", "evaluation.every=null", "data.heldout=null", "logging.every=3", "checkpoint.every=null")
 
