@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from fastdistil.profiling.report.watch import WatchServer
-from tests.profiling.test_watch import append, serving, start, train
+from tests.profiling.followed_run import append, serving, start, train
 
 PATIENCE_S = 60
 WIDE, NARROW = 1200, 380
