@@ -19,7 +19,7 @@ from fastdistil.evaluate import EvaluateOptions, evaluate
 from fastdistil.models import language_model, loading
 from fastdistil.training.inputs import resolve
 from fastdistil.training.memory_plan import make_plan
-from tests.models.test_language_model import CONFIGS, batch_of, build, every_family, logits, sequences
+from tests.models.families import CONFIGS, batch_of, build, every_family, logits, sequences
 from tests.small_run import quiet, small
 
 Weights = dict[str, torch.Tensor]
