@@ -1,4 +1,4 @@
-"""The stand-ins of stand_ins.py, as fixtures."""
+"""The stand-ins of stand_ins.py as fixtures, and a recipe in a file."""
 
 import contextlib
 import os
@@ -38,3 +38,10 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTDISTIL_SSH", str(program))
     monkeypatch.setenv("SSH_FOLDER", str(folder))
     return folder
+
+
+@pytest.fixture
+def recipe_text(tmp_path: Path) -> Path:
+    path = tmp_path / "Mine.yaml"
+    path.write_text("# mine\nteacher: {path: bert-base-uncased}\n\nstudent: {every: 2}\nloop: {epochs: 1}\n")
+    return path
