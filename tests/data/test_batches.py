@@ -1,9 +1,7 @@
 """Batches: every sequence once an epoch, in the right layout, the same from any starting point."""
 
 import itertools
-import threading
 from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -12,63 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil.data.batch import Counts, Packing, assemble
-from fastdistil.data.batches import Batches, evaluation_batches
-from fastdistil.data.epoch_plan import grouped_plan, packed_plan, shuffled
-from fastdistil.data.sources import from_mappings, prefetched
+from fastdistil.data.batches import evaluation_batches
 from fastdistil.errors import UserError
-from fastdistil.recipe import Data, Mask
-
-LAYOUTS = ["packed", "length-grouped"]
-SPECIAL = np.array([0, 1, 2, 3])
-PAD, MASK_ID = 0, 3
-
-
-@dataclass
-class Facts:
-    vocab_size: int
-    mask_id: int | None = MASK_ID
-    pad_id: int = PAD
-    special_ids: np.ndarray = field(default_factory=lambda: SPECIAL)
-
-    def __post_init__(self):
-        self.continues = np.arange(self.vocab_size) % 3 == 2
-        self.continues[self.special_ids] = False
-        self.ends = np.zeros(self.vocab_size, bool)
-        self.marks_words = True
-
-
-class Memory:
-    """A corpus in memory: a list of token lists."""
-
-    def __init__(self, sequences, vocab_size=None):
-        self.sequences = [np.asarray(sequence, np.int64) for sequence in sequences]
-        self.lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-        tokens = np.concatenate(self.sequences) if self.sequences else np.zeros(0, np.int64)
-        self.counts = np.bincount(tokens, minlength=vocab_size or 0)
-        self.facts = Facts(len(self.counts))
-
-    def gather(self, sequences):
-        return np.concatenate([self.sequences[i] for i in sequences])
-
-    def __len__(self):
-        return len(self.sequences)
-
-
-def named(lengths):
-    """Sequence i consists of the token 10 + i, so that a batch shows where its tokens come from."""
-    return Memory([[10 + i] * length for i, length in enumerate(lengths)])
-
-
-def texts(n, low=3, high=40, seed=0, special=0.0):
-    """Random tokens between 1 and 2; `special` of the inner ones are special, too."""
-    draw = np.random.default_rng(seed)
-    inner = [draw.integers(4, 100, draw.integers(low, high + 1) - 2) for _ in range(n)]
-    return Memory([[1, *np.where(draw.random(len(ids)) < special, 0, ids), 2] for ids in inner], 100)
-
-
-def make(corpus, *, layout="packed", budget=64, bin_width=4, mask=None, causal=False, seed=1, accumulation=1, **ranks):
-    data = Data(layout=layout, micro_batch_tokens=budget, bin_width=bin_width)
-    return Batches(corpus, corpus.facts, data, mask or Mask(), seed=seed, accumulation=accumulation, causal=causal, **ranks)
+from fastdistil.recipe import Mask
+from tests.data.memory_corpus import LAYOUTS, PAD, Memory, lengths_lists, make, named, same, texts
 
 
 def epoch_of(batches, epoch):
@@ -82,16 +27,6 @@ def rows(batch):
         return [np.arange(a, b) for a, b in itertools.pairwise(ends)]
     width = batch.ids_BS.shape[1]
     return [np.arange(length) + i * width for i, length in enumerate(batch.attention_mask_BS.sum(1).tolist())]
-
-
-def same(one, other):
-    assert one.index == other.index
-    assert one.counts == other.counts
-    for name in ("ids_BS", "positions_BS", "labels_N", "label_rows"):
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
-
-
-lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
 @settings(max_examples=150)
@@ -267,59 +202,6 @@ def test_any_window_is_the_same_without_the_ones_before(layout):
             same(one, other)
 
 
-@given(lengths=lengths_lists, budget=st.integers(30, 100))
-def test_packing_is_next_fit(lengths, budget):
-    expected, batch = [], []
-    for i, length in enumerate(lengths):
-        if sum(lengths[j] for j in batch) + length > budget:
-            expected.append(batch)
-            batch = []
-        batch.append(i)
-    expected.append(batch)
-    plan = packed_plan(np.array(lengths, np.int32), np.arange(len(lengths)), budget)
-    assert [plan.sequences(b, b + 1).tolist() for b in range(len(plan))] == expected
-
-
-def test_shuffling_is_a_permutation_of_seed_and_epoch():
-    orders = [tuple(shuffled(500, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)]
-    assert len(set(orders)) == 4
-    for order in orders:
-        assert sorted(order) == list(range(500))
-        # Nothing of the corpus's order is left: the correlation of 500 places has a deviation of 0.045.
-        assert abs(np.corrcoef(order, np.arange(500))[0, 1]) < 0.2
-    assert tuple(shuffled(500, seed=1, epoch=1)) == orders[3]
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_ranks_get_one_bin_and_equal_rows_in_the_same_step(ranks):
-    lengths, width, budget = np.random.default_rng(0).integers(1, 65, 6000), 8, 512
-    order = shuffled(6000, seed=3, epoch=0)
-    plan = grouped_plan(lengths, order, budget, bin_width=width, ranks=ranks, seed=3, epoch=0)
-    mixed = padded = 0
-    steps = [range(b, min(b + ranks, len(plan))) for b in range(0, len(plan), ranks)]
-    for step in steps:
-        batches = [lengths[plan.sequences(b, b + 1)] for b in step]
-        assert max(map(len, batches)) - min(map(len, batches)) <= 1
-        bins = {int(length - 1) // width for batch in batches for length in batch}
-        mixed += len(bins) > 1
-        assert max(bins) - min(bins) <= 1  # leftovers only join their neighbour
-        assert all(batch.max() * len(batch) <= budget for batch in batches)
-        padded += sum(int(batch.max()) * len(batch) for batch in batches)
-    assert mixed <= 64 // width
-    assert padded - lengths.sum() < 6000 * width / 2  # half a bin's width of padding on average
-    # The sets are shuffled: the widths of following steps have nothing to do with each other.
-    widths = [int(lengths[plan.sequences(step[0], step[0] + 1)].max()) for step in steps]
-    assert abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.3
-    again = grouped_plan(lengths, shuffled(6000, seed=3, epoch=1), budget, bin_width=width, ranks=ranks, seed=3, epoch=1)
-    assert not np.array_equal(again.order_n, plan.order_n)
-
-
-def test_leftovers_of_a_bin_are_dealt_to_all_ranks_alike():
-    lengths = np.array([8] * 4 + [16] * 4)
-    plan = grouped_plan(lengths, shuffled(8, seed=0, epoch=0), 32, bin_width=8, ranks=4, seed=0, epoch=0)
-    assert [sorted(lengths[plan.sequences(b, b + 1)].tolist()) for b in range(len(plan))] == [[8, 16]] * 4
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_construction_refuses_what_cannot_work(layout):
     with pytest.raises(UserError, match=r"sequence of 65 tokens and data\.micro_batch_tokens is 64"):
@@ -386,160 +268,3 @@ def test_evaluation_masks_depend_on_the_seed_alone(layout):
     assert masks(sequences_n=chosen) == {(sequence, position) for sequence, position in one if sequence in chosen}
     corpus.counts = np.ones(100, np.int64)
     assert masks() == one
-
-
-class Counting:
-    """Batches that count how many windows were asked for."""
-
-    def __init__(self, updates, prefetch=2, fail_at=None):
-        self.data, self.updates, self.fail_at = Data(prefetch=prefetch), updates, fail_at
-        self.made = 0
-        self.changed = threading.Condition()
-
-    def updates_per_epoch(self, epoch):
-        return self.updates
-
-    def window(self, epoch, update):
-        with self.changed:
-            self.made += 1
-            self.changed.notify_all()
-        if (epoch, update) == self.fail_at:
-            raise UserError("the shard is gone; bring it back")
-        return [], Counts(tokens=100 * epoch + update)
-
-    def wait_until_made(self, count):
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.made >= count, timeout=60)
-
-
-def test_prefetched_windows_are_the_ones_asked_for():
-    corpus = texts(60)
-    direct = make(corpus, accumulation=2)
-    expected = [(epoch, update) for epoch in (1, 2) for update in range(direct.updates_per_epoch(epoch))][2:]
-    with prefetched(make(corpus, accumulation=2), 1, 2, epochs=3) as windows:
-        items = list(windows)
-    assert [(item.epoch, item.update) for item in items] == expected
-    for item in items:
-        window, counts = direct.window(item.epoch, item.update)
-        assert item.denominators == counts
-        for one, other in zip(item.window, window, strict=True):
-            same(one, other)
-
-
-def test_prefetching_is_bounded():
-    source = Counting(200, prefetch=3)
-    with prefetched(source) as windows:
-        for taken in range(1, 101):
-            assert next(windows).denominators.tokens == taken - 1
-            source.wait_until_made(taken + 3)
-            assert source.made <= taken + 4  # three ready, one in the making
-    assert not making_windows()
-
-
-def making_windows():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("fastdistil-batches")]
-
-
-def test_what_the_thread_raises_reaches_the_consumer_in_its_turn():
-    with prefetched(Counting(10, fail_at=(1, 2))) as windows:
-        for _ in range(12):
-            next(windows)
-        for _ in range(2):
-            with pytest.raises(UserError, match="the shard is gone"):
-                next(windows)
-
-
-def test_closing_ends_the_thread_wherever_it_is():
-    full = Counting(10, prefetch=1)
-    with prefetched(full) as windows:
-        full.wait_until_made(2)  # one ready, one that waits for room
-        assert making_windows()
-    assert not making_windows()
-    assert list(windows) == []
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_prefetched_batches_are_page_locked_for_a_gpu():
-    corpus = texts(60)
-    direct = make(corpus)
-    with prefetched(make(corpus), epochs=1, pin_for=torch.device("cuda", 0)) as windows:
-        for item in windows:
-            for batch, plain in zip(item.window, direct.window(item.epoch, item.update)[0], strict=True):
-                assert batch.ids_BS.is_pinned()
-                assert batch.packing.cu_seqlens.is_pinned()
-                moved = batch.to("cuda", non_blocking=True)
-                assert moved.packing.cu_seqlens.is_cuda
-                torch.cuda.synchronize()
-                same(moved.to("cpu"), plain)
-
-
-def test_own_masked_batches():
-    mapping = {
-        "input_ids": torch.tensor([[5, 3, 7], [3, 9, 0]], dtype=torch.int32),
-        "attention_mask": torch.tensor([[True, True, True], [True, True, False]]),
-        "labels": [[-100, 6, -100], [8, -100, -100]],
-        "weights": np.array([[1, 0.5, 0], [2, 1, 9]]),
-        "token_type_ids": None,
-    }
-    (batch,) = from_mappings([mapping], causal=False, vocab_size=10)
-    assert batch.ids_BS.tolist() == [[5, 3, 7], [3, 9, 0]]
-    assert batch.ids_BS.dtype == batch.labels_N.dtype == batch.attention_mask_BS.dtype == torch.int64
-    assert batch.labels_N.tolist() == [-100, 6, -100, 8, -100, -100]
-    assert batch.label_rows.tolist() == [1, 3]
-    assert batch.valid_rows.tolist() == [0, 1, 2, 3, 4]
-    assert batch.positions_BS.tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert batch.weights_N.dtype == torch.float32
-    assert batch.counts == Counts(4.5, 5, 2, 2, 1)  # the weight on padding does not count
-    assert batch.packing is None
-    (bare,) = from_mappings([{"input_ids": [[5, 6]]}], causal=False)
-    assert bare.counts == Counts(2.0, 2, 0, 1, 1)
-    assert bare.valid_rows is None
-    assert bare.attention_mask_BS.tolist() == [[1, 1]]
-
-
-def test_own_causal_batches_are_shifted_and_know_both_paddings():
-    mapping = {
-        "input_ids": torch.tensor([[5, 6, 7, 0], [0, 0, 8, 9]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]),
-    }
-    (batch,) = from_mappings([mapping], causal=True)
-    assert batch.labels_N.tolist() == [6, 7, -100, -100, -100, -100, 9, -100]
-    assert batch.positions_BS.tolist() == [[0, 1, 2, 0], [0, 0, 0, 1]]
-    assert batch.counts == Counts(5.0, 5, 3, 2, 1)
-    labels = torch.tensor([[-100, -100, 7, -100], [-100, -100, 8, 9]])
-    (batch,) = from_mappings([mapping | {"labels": labels}], causal=True)
-    assert batch.labels_N.tolist() == [-100, 7, -100, -100, -100, -100, 9, -100]
-    assert batch.label_rows.tolist() == [1, 6]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (None, r"wanted a mapping with input_ids, got list"),
-        ({"input_ids": None}, r"wanted a mapping with input_ids"),
-        ({"input_ids": torch.tensor([1, 2])}, r"input_ids has the shape \(2,\), wanted \[B, S\]"),
-        ({"input_ids": torch.ones(1, 2)}, r"input_ids has the type torch\.float32, wanted integers"),
-        ({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, r"input_ids are empty"),
-        ({"input_ids": [[1, 10]]}, r"input_ids hold 10, the vocabulary has 10 ids"),
-        ({"input_ids": [[1, -1]]}, r"input_ids hold -1; token ids are at least 0"),
-        ({"input_ids": [[1, 2], [3]]}, r"expected sequence of length 2"),
-        ({"input_ids": [[object(), 2]]}, r"object"),
-        ({"labels": [[1, 2, 3]]}, r"labels has the shape \(1, 3\), wanted that of input_ids, \(1, 2\)"),
-        ({"labels": [[1, 10]]}, r"labels hold 10"),
-        ({"labels": [[1, -1]]}, r"labels hold -1"),
-        ({"attention_mask": [[1, 2]]}, r"attention_mask must hold only 0 and 1"),
-        ({"attention_mask": [[1, 0]], "labels": [[1, 2]]}, r"labels are given where attention_mask is 0"),
-        ({"weights": [[1.0, -1.0]]}, r"weights must be finite and at least 0"),
-        ({"weights": [[1.0, float("nan")]]}, r"weights must be finite"),
-        ({"weights": [[1.0]]}, r"weights has the shape \(1, 1\)"),
-    ],
-)
-@pytest.mark.parametrize("causal", [False, True])
-def test_own_batches_are_checked(change, message, causal):
-    good = {"input_ids": [[1, 2]]}
-    bad = [1, 2] if change is None else good | change
-    batches = from_mappings([good, bad], causal=causal, vocab_size=10)
-    assert next(batches).counts.tokens == 2
-    with pytest.raises(UserError, match=r"batch 1 of your own iterable: .*" + message) as caught:
-        next(batches)
-    assert "\n" not in str(caught.value)
