@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdistil.recipe import Recipe
+from tests.distributed.driver import DRIVER, Ended
 from tests.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +81,30 @@ def run_ranks(start_ranks: Start, tmp_path: Path) -> RunRanks:
         for rank, (process, (_, err)) in enumerate(zip(processes, ended, strict=True)):
             assert process.returncode == 0, f"rank {rank} ended with {process.returncode}: {err[-3000:]}"
         return [out for out, _ in ended]
+
+    return run
+
+
+@pytest.fixture
+def train_ranks(start_ranks: Start, tmp_path: Path) -> Callable[..., list[Ended]]:
+    """Runs a recipe on several ranks, one of which meets something; (exit code, standard error) by rank."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+
+    def run(recipe: Recipe, ranks: int, how: str = "", at: int = 0, on: int = 1, resume: str = "") -> list[Ended]:
+        path = tmp_path / "asked.yaml"
+        path.write_text(recipe.to_yaml())
+        processes = start_ranks([sys.executable, str(driver), str(path), how, str(at), str(on), resume], ranks)
+        ended: dict[int, str] = {}
+        for rank, process in enumerate(processes):
+            if not (how == "STOP" and rank == on):
+                ended[rank] = process.communicate(timeout=120)[1]
+        for rank, process in enumerate(processes):
+            if rank not in ended:
+                assert process.poll() is None
+                process.kill()
+                ended[rank] = process.communicate()[1]
+        return [(process.returncode, ended[rank]) for rank, process in enumerate(processes)]
 
     return run
 
