@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.recipe import Recipe
 from tests.distributed.driver import DRIVER, Ended
 from tests.fork_server import ForkedProcess, ForkServer
@@ -49,6 +50,21 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str | None = "127.0.0.1") -> RankInfo:
+    """Return a rank's place as mpirun tells it."""
+    return RankInfo(
+        rank=rank,
+        size=size,
+        local_rank=rank,
+        local_size=size,
+        cross_rank=0,
+        cross_size=1,
+        launcher="mpirun",
+        address=address,
+        port=port,
+    )
 
 
 @pytest.fixture
