@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.recipe import Recipe
@@ -15,6 +16,8 @@ from tests.distributed.driver import DRIVER, Ended
 from tests.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
+
+CPU = torch.device("cpu")
 
 Start = Callable[..., list[ForkedProcess]]
 RunRanks = Callable[..., list[str]]

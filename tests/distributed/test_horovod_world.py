@@ -14,9 +14,8 @@ from fastdistil.distributed import horovod_world
 from fastdistil.distributed.coordinator import join
 from fastdistil.errors import RankLost
 from fastdistil.recipe import WorldOptions as Options
-from tests.distributed.conftest import Start, place
+from tests.distributed.conftest import CPU, Start, place
 
-CPU = torch.device("cpu")
 IDLES = """
 import os, sys, time
 import torch

@@ -14,7 +14,7 @@ from fastdistil.distributed.rank_info import RankInfo
 from fastdistil.distributed.world import Handle, World, sent_bytes
 from fastdistil.errors import RankLost, UserError
 from fastdistil.recipe import WorldOptions as Options
-from tests.distributed.conftest import place
+from tests.distributed.conftest import CPU, place
 
 PROGRAM = """
 import json, os, sys
@@ -117,9 +117,6 @@ def test_bytes_that_a_rank_sends() -> None:
     assert sent_bytes("allreduce", 1200, 4) == 2 * 3 * 300
     assert sent_bytes("all_to_all", 1200, 4) == 3 * 300
     assert sent_bytes("all_gather", 300, 4) == 3 * 300
-
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
