@@ -46,7 +46,10 @@ def make_material(folder: Path) -> Path:
         options = PrepareOptions(tokenizer=str(tokenizer), max_length=48, workers=1)
         prepare([str(folder / f"{name}.jsonl")], folder / name, options)
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=300, **{key: value for key, value in TINY.items() if key != "model_type"})
+    config = transformers.BertConfig(
+        vocab_size=300,
+        **{key: value for key, value in TINY.items() if key != "model_type"},
+    )
     teacher = transformers.BertForMaskedLM(config)
     with torch.no_grad():  # far from the tiny weights of a new model, so that half its layers do not compute the same
         for parameter in teacher.parameters():

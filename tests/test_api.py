@@ -56,14 +56,23 @@ def test_the_python_interface_takes_your_own_parts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hidden, transform, weight"):
         distil("distilbert", student=nn.Linear(3, 3), name="wrong", **keywords)
     with pytest.raises(UserError, match=r"batch 0 of your own iterable"):
-        distil("distilbert", student=TinyModel(50, 16), name="bad", **{**keywords, "corpus": [{"ids": torch.zeros(1, 1)}]})
+        distil(
+            "distilbert",
+            student=TinyModel(50, 16),
+            name="bad",
+            **{**keywords, "corpus": [{"ids": torch.zeros(1, 1)}]},
+        )
 
 
 def test_updates_of_padding_only_have_no_speed_and_end(tmp_path: Path) -> None:
     """As a user's own batches may hold them."""
     torch.manual_seed(0)
     ids = torch.randint(0, 50, (4, 10))
-    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, -100)}
+    padding = {
+        "input_ids": ids,
+        "attention_mask": torch.zeros_like(ids),
+        "labels": torch.full_like(ids, -100),
+    }
     words = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     for name, batches in (("padding", [padding] * 3), ("mixed", [words, padding, words])):
         result = distil(

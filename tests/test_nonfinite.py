@@ -31,11 +31,19 @@ def test_a_loss_that_is_not_finite_gates_the_update(
         return terms._replace(hard=terms.hard * factor, total=terms.total * factor)
 
     recipe = small(
-        material, tmp_path, "logging.every=5", "checkpoint.every=null", "evaluation.every=null", f"loop.nonfinite={mode}"
+        material,
+        tmp_path,
+        "logging.every=5",
+        "checkpoint.every=null",
+        "evaluation.every=null",
+        f"loop.nonfinite={mode}",
     )
     monkeypatch.setattr(train, "loss_terms", poisoned)
     if mode == "stop":
-        with pytest.raises(NonFinite, match=r"update 3 \(epoch 0, batches 4 to 5\): total nan, hard nan") as caught:
+        with pytest.raises(
+            NonFinite,
+            match=r"update 3 \(epoch 0, batches 4 to 5\): total nan, hard nan",
+        ) as caught:
             quiet(recipe)
         assert caught.value.exit_code == 10
         # What is saved is the state before it: the same as a clean run of two updates leaves.
@@ -84,7 +92,10 @@ def test_a_corpus_damaged_behind_an_update_that_was_not_finite_leaves_the_state_
     with monkeypatch.context() as patch:
         patch.setattr(train, "loss_terms", poisoned)
         patch.setattr(CorpusSource, "windows", damaged_after_three)
-        with pytest.raises(NonFinite, match=r"update 3 .*total nan.*; saved after update 2, continue with") as caught:
+        with pytest.raises(
+            NonFinite,
+            match=r"update 3 .*total nan.*; saved after update 2, continue with",
+        ) as caught:
             quiet(recipe)
     assert "was shortened while it was in use" in str(caught.value.__cause__)
     assert saved_updates(tmp_path / "run" / "checkpoints") == [2]
@@ -112,11 +123,17 @@ def test_a_bad_update_before_an_evaluation_is_not_evaluated(
     assert state["best_update"] is None
     monkeypatch.undo()
     quiet(small(material, tmp_path / "one", "loop.updates=1", "evaluation.every=null"))
-    other = json.loads((tmp_path / "one" / "run" / "checkpoints" / "step-00000001" / "state.json").read_text())
+    other = json.loads(
+        (tmp_path / "one" / "run" / "checkpoints" / "step-00000001" / "state.json").read_text(),
+    )
     assert state["tokens"] == other["tokens"] > 0
 
 
-def test_fp16_stops_when_no_scale_helps(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_stops_when_no_scale_helps(
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(LossScale, "PERSISTENT", 4)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(float("nan")))
     with pytest.raises(NonFinite, match=r"update 4 .*gradient norm nan"):
@@ -132,4 +149,12 @@ def test_skipping_has_a_limit(material: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(train, "loss_terms", poisoned)
     with pytest.raises(NonFinite, match=r"more than loop\.nonfinite_limit=2"):
-        quiet(small(material, tmp_path, "loop.nonfinite=skip", "loop.nonfinite_limit=2", "evaluation.every=null"))
+        quiet(
+            small(
+                material,
+                tmp_path,
+                "loop.nonfinite=skip",
+                "loop.nonfinite_limit=2",
+                "evaluation.every=null",
+            ),
+        )

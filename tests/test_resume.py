@@ -15,7 +15,16 @@ from fastdistil.errors import CorruptData, Stopped, UserError
 from fastdistil.recipe import Recipe, load_recipe
 from fastdistil.runs import sole_user
 from tests.fork_server import ForkServer
-from tests.small_run import assert_same_bits, events, learnt, quiet, saved_state, saved_updates, small, stop_after
+from tests.small_run import (
+    assert_same_bits,
+    events,
+    learnt,
+    quiet,
+    saved_state,
+    saved_updates,
+    small,
+    stop_after,
+)
 
 DRIVER = """
 import os, signal, sys
@@ -67,7 +76,12 @@ def start(fork_server: ForkServer, tmp_path: Path) -> Callable[..., subprocess.C
     [("KILL", 6, -9), ("TERM", 1, 75), ("HUP", 4, 75), ("INT", 5, 75), ("PAUSE", 3, 75)],
 )
 def test_an_interrupted_run_is_the_uninterrupted_one(
-    how: str, at: int, code: int, material: Path, tmp_path: Path, start: Callable[..., subprocess.CompletedProcess[str]]
+    how: str,
+    at: int,
+    code: int,
+    material: Path,
+    tmp_path: Path,
+    start: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """Bit for bit: weights, moments, steps, losses, gradient norms and rates, with dropout on."""
     quiet(small(material, tmp_path / "whole"))
@@ -103,7 +117,10 @@ def test_resuming_a_finished_run_changes_nothing(material: Path, tmp_path: Path)
 def test_a_checkpoint_can_be_named(material: Path, tmp_path: Path) -> None:
     quiet(small(material, tmp_path, "checkpoint.keep=9"))
     before = saved_state(tmp_path / "run")
-    quiet(small(material, tmp_path, "checkpoint.keep=9"), resume=tmp_path / "run" / "checkpoints" / "step-00000004")
+    quiet(
+        small(material, tmp_path, "checkpoint.keep=9"),
+        resume=tmp_path / "run" / "checkpoints" / "step-00000004",
+    )
     assert_same_bits(before, saved_state(tmp_path / "run"))
     assert [e["update"] for e in events(tmp_path / "run", "train")] == list(range(1, 9))
 
@@ -134,14 +151,26 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen(material: Path, tmp_path: Path) -
         (["seed=1"], "seed"),
     ],
 )
-def test_resuming_with_another_recipe_is_refused(overrides: list[str], says: str, material: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_recipe_is_refused(
+    overrides: list[str],
+    says: str,
+    material: Path,
+    tmp_path: Path,
+) -> None:
     quiet(small(material, tmp_path, "loop.updates=2", "evaluation.every=null"))
     again = [] if overrides[0].startswith("loop.updates") else ["loop.updates=2"]
     with pytest.raises(UserError, match=says):
         quiet(small(material, tmp_path, "evaluation.every=null", *again, *overrides), resume="auto")
     # What changes nothing that is learnt may differ.
     quiet(
-        small(material, tmp_path, "evaluation.every=null", "loop.updates=2", "logging.every=2", "checkpoint.keep=5"),
+        small(
+            material,
+            tmp_path,
+            "evaluation.every=null",
+            "loop.updates=2",
+            "logging.every=2",
+            "checkpoint.keep=5",
+        ),
         resume="auto",
     )
 
@@ -164,11 +193,18 @@ def test_a_second_process_is_refused(material: Path, tmp_path: Path) -> None:
         quiet(recipe, resume="auto")
 
 
-def test_the_advice_to_continue_works_as_it_is_printed(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_advice_to_continue_works_as_it_is_printed(
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without the overrides that the run was started with."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stop_after(2))
-        with pytest.raises(Stopped, match=r"continue with fastdistil train \S+/recipe\.yaml --resume \S+/run$") as caught:
+        with pytest.raises(
+            Stopped,
+            match=r"continue with fastdistil train \S+/recipe\.yaml --resume \S+/run$",
+        ) as caught:
             quiet(small(material, tmp_path))
     _, _, recipe, _, resume = str(caught.value).rpartition("continue with ")[2].split()
     assert quiet(load_recipe(recipe), resume=resume).updates == 8

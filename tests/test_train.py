@@ -79,8 +79,16 @@ def test_an_existing_run_is_refused_and_unnamed_ones_count(material: Path, tmp_p
     assert [quiet(unnamed, recipe_name="mine").run_dir.name for _ in range(2)] == ["mine-1", "mine-2"]
 
 
-@pytest.mark.parametrize("options", [["data.layout=packed"], ["data.layout=length-grouped"], ["loop.precision=fp16"]])
-def test_one_host_sync_a_log_line(options: list[str], material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [["data.layout=packed"], ["data.layout=length-grouped"], ["loop.precision=fp16"]],
+)
+def test_one_host_sync_a_log_line(
+    options: list[str],
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tensor -> number conversions are counted: none in a step, one at a log line.
 
     The kernels' path for the CPU looks at numbers, which is no wait there; test_distill.py sees to a GPU's. flops.py reads
@@ -134,7 +142,9 @@ def test_low_precision_follows_fp32(layout: str, precision: str, material: Path,
     """Master weights stay float32 and move as float32's do; the losses stay within the precision of float32's."""
     common = [f"data.layout={layout}", "evaluation.every=null", "student.dropout=0", "checkpoint.keep=9"]
     quiet(small(material, tmp_path / "fp32", *common))
-    result = quiet(small(material, tmp_path / precision, f"loop.precision={precision}", "teacher.dtype=fp32", *common))
+    result = quiet(
+        small(material, tmp_path / precision, f"loop.precision={precision}", "teacher.dtype=fp32", *common),
+    )
     assert {p.dtype for p in result.student.parameters()} == {torch.float32}
     wide, low = (learnt(tmp_path / name / "run") for name in ("fp32", precision))
     for a, b in zip(wide, low, strict=True):
@@ -142,7 +152,9 @@ def test_low_precision_follows_fp32(layout: str, precision: str, material: Path,
     moves = []
     for name in ("fp32", precision):
         early, late = (saved_state(tmp_path / name / "run", update) for update in (2, 8))
-        moves.append(torch.cat([(late[key] - early[key]).flatten() for key in late if key.startswith("model.")]))
+        moves.append(
+            torch.cat([(late[key] - early[key]).flatten() for key in late if key.startswith("model.")]),
+        )
     assert moves[0].norm() == pytest.approx(float(moves[1].norm()), rel=0.05)
     assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9
 
@@ -151,7 +163,10 @@ def test_deterministic_algorithms_run_every_step(material: Path, tmp_path: Path)
     """Nothing on the step's path is an operation that torch knows to be indeterminate, and the switch is put back."""
     quiet(small(material, tmp_path / "plain", "loop.updates=2"))
     quiet(small(material, tmp_path / "switched", "loop.updates=2", "loop.deterministic=true"))
-    assert_same_bits(saved_state(tmp_path / "plain" / "run", 2), saved_state(tmp_path / "switched" / "run", 2))
+    assert_same_bits(
+        saved_state(tmp_path / "plain" / "run", 2),
+        saved_state(tmp_path / "switched" / "run", 2),
+    )
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -203,7 +218,13 @@ def test_gpt2_distils(material: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=300, n_layer=2, n_embd=32, n_head=2, n_positions=48)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
-    recipe = small(material, tmp_path, f"teacher.path={tmp_path / 'teacher'}", "objective.a_mlm=0", "objective.a_clm=2")
+    recipe = small(
+        material,
+        tmp_path,
+        f"teacher.path={tmp_path / 'teacher'}",
+        "objective.a_mlm=0",
+        "objective.a_clm=2",
+    )
     result = quiet(recipe)
     assert type(transformers.AutoModelForCausalLM.from_pretrained(result.run_dir / "student")).__name__ == "GPT2LMHeadModel"
     with pytest.raises(UserError, match=r"objective\.a_clm"):
@@ -238,7 +259,12 @@ def test_different_widths_need_a_projection(material: Path, tmp_path: Path) -> N
         (["device=cuda"], "finds no GPU"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_starts(overrides: list[str], says: str, material: Path, tmp_path: Path) -> None:
+def test_what_cannot_run_is_refused_before_it_starts(
+    overrides: list[str],
+    says: str,
+    material: Path,
+    tmp_path: Path,
+) -> None:
     if overrides == ["device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=says) as caught:
@@ -249,16 +275,26 @@ def test_what_cannot_run_is_refused_before_it_starts(overrides: list[str], says:
 
 def test_another_tokenizer_is_refused(material: Path, tmp_path: Path) -> None:
     """Same size, another token map."""
-    other = train_wordpiece(["zebra quux " * 50, (material / "train.jsonl").read_text()], 300, tmp_path / "other")
+    other = train_wordpiece(
+        ["zebra quux " * 50, (material / "train.jsonl").read_text()],
+        300,
+        tmp_path / "other",
+    )
     prepare(
-        [str(material / "train.jsonl")], tmp_path / "corpus", PrepareOptions(tokenizer=str(other), max_length=48, workers=1)
+        [str(material / "train.jsonl")],
+        tmp_path / "corpus",
+        PrepareOptions(tokenizer=str(other), max_length=48, workers=1),
     )
     with pytest.raises(UserError, match="another vocabulary"):
         quiet(small(material, tmp_path, f"data.train={tmp_path / 'corpus'}", "data.heldout=null"))
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "breaks"])
-def test_compiling_without_a_compiler_is_refused_before_there_is_a_run(compiler: str, material: Path, tmp_path: Path) -> None:
+def test_compiling_without_a_compiler_is_refused_before_there_is_a_run(
+    compiler: str,
+    material: Path,
+    tmp_path: Path,
+) -> None:
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 

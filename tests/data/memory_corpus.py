@@ -57,9 +57,29 @@ def texts(n, low=3, high=40, seed=0, special=0.0):
     return Memory([[1, *np.where(draw.random(len(ids)) < special, 0, ids), 2] for ids in inner], 100)
 
 
-def make(corpus, *, layout="packed", budget=64, bin_width=4, mask=None, causal=False, seed=1, accumulation=1, **ranks):
+def make(
+    corpus,
+    *,
+    layout="packed",
+    budget=64,
+    bin_width=4,
+    mask=None,
+    causal=False,
+    seed=1,
+    accumulation=1,
+    **ranks,
+):
     data = Data(layout=layout, micro_batch_tokens=budget, bin_width=bin_width)
-    return Batches(corpus, corpus.facts, data, mask or Mask(), seed=seed, accumulation=accumulation, causal=causal, **ranks)
+    return Batches(
+        corpus,
+        corpus.facts,
+        data,
+        mask or Mask(),
+        seed=seed,
+        accumulation=accumulation,
+        causal=causal,
+        **ranks,
+    )
 
 
 def same(one, other):

@@ -11,4 +11,6 @@ SENTENCES = [" ".join(WORDS[i % len(WORDS)] for i in range(start, start + 5 + st
 
 
 def options(tokenizer: Path, **changes: Any) -> PrepareOptions:
-    return PrepareOptions(**{"tokenizer": str(tokenizer), "max_length": 16, "documents": "line", "workers": 1, **changes})
+    return PrepareOptions(
+        **{"tokenizer": str(tokenizer), "max_length": 16, "documents": "line", "workers": 1, **changes},
+    )

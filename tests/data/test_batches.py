@@ -77,7 +77,13 @@ def test_every_sequence_is_used_once_an_epoch(lengths, layout, budget, bin_width
         assert max(sizes) > 0
     assert used == Counter(range(len(lengths)))
     assert sorted(numbers) == list(range(len(numbers)))
-    assert total == Counts(float(sum(lengths)), sum(lengths), sum(lengths) - len(lengths), len(lengths), len(numbers))
+    assert total == Counts(
+        float(sum(lengths)),
+        sum(lengths),
+        sum(lengths) - len(lengths),
+        len(lengths),
+        len(numbers),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -134,7 +140,14 @@ def test_packed_batch_in_full():
 
 def test_padded_batch_in_full():
     corpus = Memory([[11, 12, 13], [21], [41, 42]], 50)
-    batches = evaluation_batches(corpus, corpus.facts, np.array([0, 2]), batch_tokens=9, causal=True, layout="length-grouped")
+    batches = evaluation_batches(
+        corpus,
+        corpus.facts,
+        np.array([0, 2]),
+        batch_tokens=9,
+        causal=True,
+        layout="length-grouped",
+    )
     (batch,) = list(batches)
     assert batch.ids_BS.tolist() == [[41, 42, PAD], [11, 12, 13]]
     assert batch.positions_BS.tolist() == [[0, 1, 0], [0, 1, 2]]
@@ -171,7 +184,10 @@ def masks_by_text(batches, epoch):
             ids, labels = batch.ids_BS.flatten().numpy(), batch.labels_N.numpy()
             restored = np.where(labels != -100, labels, ids)
             for place in rows(batch):
-                masked_of_text[tuple(restored[place].tolist())] = (tuple(ids[place].tolist()), tuple(labels[place].tolist()))
+                masked_of_text[tuple(restored[place].tolist())] = (
+                    tuple(ids[place].tolist()),
+                    tuple(labels[place].tolist()),
+                )
     return masked_of_text
 
 
@@ -238,7 +254,13 @@ def test_packing_wants_the_shortest_first():
 
 
 def test_assemble_is_open_to_other_labels():
-    batch = assemble(np.array([7, 8, 7, 8]), np.array([2, 2]), np.array([1, 2]), np.array([5, 6]), index=(0, 9))
+    batch = assemble(
+        np.array([7, 8, 7, 8]),
+        np.array([2, 2]),
+        np.array([1, 2]),
+        np.array([5, 6]),
+        index=(0, 9),
+    )
     assert batch.labels_N.tolist() == [-100, 5, 6, -100]
     assert batch.index == (0, 9)
 
@@ -250,11 +272,20 @@ def test_evaluation_masks_depend_on_the_seed_alone(layout):
 
     def masks(**options):
         places = set()
-        for batch in evaluation_batches(corpus, corpus.facts, **{"batch_tokens": 100, "layout": layout} | options):
+        for batch in evaluation_batches(
+            corpus,
+            corpus.facts,
+            **{"batch_tokens": 100, "layout": layout} | options,
+        ):
             assert batch.ids_BS.numel() <= options.get("batch_tokens", 100)
             labels = batch.labels_N[batch.label_rows].tolist()
             positions = batch.positions_BS.flatten()[batch.label_rows].tolist()
-            for sequence, position, label in zip(batch.sequence_of_label.tolist(), positions, labels, strict=True):
+            for sequence, position, label in zip(
+                batch.sequence_of_label.tolist(),
+                positions,
+                labels,
+                strict=True,
+            ):
                 assert corpus.sequences[sequence][position] == label
                 places.add((sequence, position))
         return places

@@ -49,7 +49,11 @@ def example_corpus(texts: list[str], tokenizer: Any, front: int, back: int, max_
 
 @pytest.mark.parametrize(("front", "back"), [(1, 2), (7, 7), (1, None), (None, 2), (None, None)])
 @pytest.mark.parametrize("max_length", [4, 5, 16])
-def test_pieces_are_the_examples_at_every_length(front: int | None, back: int | None, max_length: int) -> None:
+def test_pieces_are_the_examples_at_every_length(
+    front: int | None,
+    back: int | None,
+    max_length: int,
+) -> None:
     lengths = list(range(3 * max_length + 3))
     documents = [[100 + index % 50 for index in range(length)] for length in lengths]
     tokens = np.array([token for document in documents for token in document], np.uint16)
@@ -65,7 +69,12 @@ def test_pieces_are_the_examples_at_every_length(front: int | None, back: int | 
     assert encoded.dropped == 0
 
 
-def test_lines_become_the_examples_sequences(wordpiece: Path, byte_level: Path, lines: Path, tmp_path: Path) -> None:
+def test_lines_become_the_examples_sequences(
+    wordpiece: Path,
+    byte_level: Path,
+    lines: Path,
+    tmp_path: Path,
+) -> None:
     for folder, names in ((wordpiece, ("[CLS]", "[SEP]")), (byte_level, ("<|endoftext|>", "<|endoftext|>"))):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         front, back = tokenizer.convert_tokens_to_ids(list(names))
@@ -80,7 +89,11 @@ def test_lines_become_the_examples_sequences(wordpiece: Path, byte_level: Path, 
         flat = [token for sequence in expected for token in sequence]
         assert corpus.counts.dtype == np.int64
         assert corpus.counts.tolist() == np.bincount(flat, minlength=len(tokenizer)).tolist()
-        assert (manifest.documents, manifest.records, manifest.tokens) == (len(SENTENCES), len(SENTENCES), len(flat))
+        assert (manifest.documents, manifest.records, manifest.tokens) == (
+            len(SENTENCES),
+            len(SENTENCES),
+            len(flat),
+        )
         assert manifest.vocab_size == len(tokenizer)
         assert manifest.dtype == "uint16"
 
@@ -94,7 +107,11 @@ def test_the_examples_dropping_rules_when_asked(wordpiece: Path, tmp_path: Path)
         "字 " * 3 + "the fox, the dog and the fox jumps over",
     ]
     text.write_text("\n".join([*SENTENCES, *strange]), "utf-8")
-    manifest = prepare([str(text)], tmp_path / "out", options(wordpiece, max_length=64, min_tokens=12, max_unknown=0.5))
+    manifest = prepare(
+        [str(text)],
+        tmp_path / "out",
+        options(wordpiece, max_length=64, min_tokens=12, max_unknown=0.5),
+    )
     everything = example_corpus([*SENTENCES, *strange], tokenizer, 2, 3, 64)
     expected = [
         sequence
@@ -115,7 +132,11 @@ def test_the_share_of_unknown_tokens_counts_special_ones_and_its_limit_drops() -
         assert encoded.tokens.tolist() == [1, 9, 9, 5, 5, 2, 1, 9, 9, 9, 5, 2][: 6 * sequences]
 
 
-def test_without_special_tokens_and_with_only_one_of_them(byte_level: Path, lines: Path, tmp_path: Path) -> None:
+def test_without_special_tokens_and_with_only_one_of_them(
+    byte_level: Path,
+    lines: Path,
+    tmp_path: Path,
+) -> None:
     prepare([str(lines)], tmp_path / "bare", options(byte_level, special_tokens=False))
     tokenizer = AutoTokenizer.from_pretrained(byte_level)
     bare = Corpus.open(tmp_path / "bare")
@@ -134,7 +155,9 @@ def test_wide_vocabularies_take_four_bytes(lines: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[0]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     make: Any = PreTrainedTokenizerFast
-    make(tokenizer_object=tokenizer, unk_token="[0]", cls_token="[1]", sep_token="[2]").save_pretrained(tmp_path / "tokenizer")
+    make(tokenizer_object=tokenizer, unk_token="[0]", cls_token="[1]", sep_token="[2]").save_pretrained(
+        tmp_path / "tokenizer",
+    )
     manifest = prepare([str(lines)], tmp_path / "out", options(tmp_path / "tokenizer"))
     corpus = Corpus.open(tmp_path / "out")
     assert manifest.dtype == "uint32"
@@ -148,7 +171,10 @@ def test_long_documents_in_stretches_give_the_tokens_of_the_whole(
     # Runs of spaces of every length lie where a stretch would end: cut within one, byte-level BPE gives other tokens.
     text = "".join(sentence + ("\n\n" if i % 3 else " " * (i % 90)) for i, sentence in enumerate(SENTENCES)) + "x" * 300
     for folder in (wordpiece, byte_level):
-        encoder = Encoder(str(folder / "tokenizer.json"), PieceRules(10**6, None, None, None, 0, 1.0, "uint16"))
+        encoder = Encoder(
+            str(folder / "tokenizer.json"),
+            PieceRules(10**6, None, None, None, 0, 1.0, "uint16"),
+        )
         assert encoder.stretch == 100
         assert len(list(tokenise.cut_at_spaces(text, 100))) > 50
         assert encoder([text, "a dog"]).tokens.tolist() == [
@@ -167,7 +193,12 @@ def test_a_tokenizer_that_marks_text_starts_is_given_whole_documents(tmp_path: P
     assert encoder([text]).tokens.tolist() == tokenizer.encode(text).ids
 
 
-def test_any_number_of_workers_writes_the_same_bytes(wordpiece: Path, lines: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    wordpiece: Path,
+    lines: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
     monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 500)
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 700)
     manifests = [
@@ -180,7 +211,12 @@ def test_any_number_of_workers_writes_the_same_bytes(wordpiece: Path, lines: Pat
     assert (tmp_path / "1" / "manifest.json").read_bytes() == (tmp_path / "2" / "manifest.json").read_bytes()
 
 
-def test_gather_across_shards_in_any_order(wordpiece: Path, lines: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_gather_across_shards_in_any_order(
+    wordpiece: Path,
+    lines: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
     monkeypatch.setattr(text_files, "BLOCK_CHARACTERS", 500)
     prepare([str(lines)], tmp_path / "one", options(wordpiece))
     prepare([str(lines)], tmp_path / "many", options(wordpiece, shard_tokens=300))

@@ -52,7 +52,15 @@ def test_ranks_get_one_bin_and_equal_rows_in_the_same_step(ranks):
     # The sets are shuffled: the widths of following steps have nothing to do with each other.
     widths = [int(lengths[plan.sequences(step[0], step[0] + 1)].max()) for step in steps]
     assert abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.3
-    again = grouped_plan(lengths, shuffled(6000, seed=3, epoch=1), budget, bin_width=width, ranks=ranks, seed=3, epoch=1)
+    again = grouped_plan(
+        lengths,
+        shuffled(6000, seed=3, epoch=1),
+        budget,
+        bin_width=width,
+        ranks=ranks,
+        seed=3,
+        epoch=1,
+    )
     assert not np.array_equal(again.order_n, plan.order_n)
 
 

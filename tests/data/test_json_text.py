@@ -29,7 +29,10 @@ def test_an_endless_line_of_json_is_refused_in_constant_memory() -> None:
             served += 1
             yield chunk
 
-    for split, start, limit in ((whole_lines, b'{"text": "', 3_000_000), (array_elements, b'[{"text": "', 3_000_000)):
+    for split, start, limit in (
+        (whole_lines, b'{"text": "', 3_000_000),
+        (array_elements, b'[{"text": "', 3_000_000),
+    ):
         tracemalloc.start()
         with pytest.raises(UserError, match="of more than 2 MB"):
             list(split(chunks(start), limit, Path("a.json")))
@@ -72,7 +75,12 @@ VALUES = st.recursive(
 
 @settings(max_examples=200)
 @given(st.lists(VALUES, max_size=8), st.sampled_from([None, 0, 2]), st.booleans(), st.integers(1, 30))
-def test_elements_are_those_of_the_array(values: list[Any], indent: int | None, ascii_only: bool, size: int) -> None:
+def test_elements_are_those_of_the_array(
+    values: list[Any],
+    indent: int | None,
+    ascii_only: bool,
+    size: int,
+) -> None:
     data = f" \n{json.dumps(values, indent=indent, ensure_ascii=ascii_only)}\n ".encode()
     chunks = [data[at : at + size] for at in range(0, len(data), size)]
     elements = [element for element in array_elements(chunks, 10**6, Path("a")) if element.strip()]
@@ -86,7 +94,9 @@ def test_elements_are_those_of_the_array(values: list[Any], indent: int | None, 
 
 def test_bad_elements_are_set_aside_by_number(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_bytes(b'[{"text": "one"}, {"text": 2}, "three",\n {"text": "\xe9"}, {"text": four}, {"text": "five"}]')
+    path.write_bytes(
+        b'[{"text": "one"}, {"text": 2}, "three",\n {"text": "\xe9"}, {"text": four}, {"text": "five"}]',
+    )
     documents, reader = read(path, tmp_path, max_bad_fraction=0.9)
     assert documents == ["one", "five"]
     entries = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]

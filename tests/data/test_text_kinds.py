@@ -95,7 +95,10 @@ def test_damaged_compression_is_said(tmp_path: Path) -> None:
         path = tmp_path / f"a.txt{ending}"
         for data in (compressed(ending, PLAIN * 50)[:-9], PLAIN):
             path.write_bytes(data)
-            with pytest.raises(UserError, match=r"a\.txt.* is truncated or corrupt .*fetch or compress it again"):
+            with pytest.raises(
+                UserError,
+                match=r"a\.txt.* is truncated or corrupt .*fetch or compress it again",
+            ):
                 read(path, tmp_path)
 
 
@@ -104,7 +107,13 @@ def test_damaged_compression_is_said(tmp_path: Path) -> None:
 
 def test_hidden_and_backup_files_of_directories_are_passed_over(tmp_path: Path) -> None:
     data = tmp_path / ".cache" / "data"  # what is above the directory does not count
-    hidden = ("._a.txt", "__MACOSX/b/c.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".git/info/d.txt", ".hidden.txt")
+    hidden = (
+        "._a.txt",
+        "__MACOSX/b/c.txt",
+        ".ipynb_checkpoints/a-checkpoint.txt",
+        ".git/info/d.txt",
+        ".hidden.txt",
+    )
     backups = ("a.txt~", "#a.txt#", "a.txt.bak", "a.txt.orig", ".a.txt.swp")
     for name in ("a.txt", "b/c.txt", "d.pdf", *hidden, *backups):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +121,9 @@ def test_hidden_and_backup_files_of_directories_are_passed_over(tmp_path: Path) 
     inputs = find_inputs([str(data)], tmp_path)
     assert [str(source.path.relative_to(data)) for source in inputs.sources] == ["a.txt", "b/c.txt"]
     assert inputs.ignored == [data / "d.pdf"]
-    passed_over = sorted({name.split("/")[0] for name in hidden} | set(backups))  # of a folder, the folder alone
+    passed_over = sorted(
+        {name.split("/")[0] for name in hidden} | set(backups),
+    )  # of a folder, the folder alone
     for read_as in (None, "txt"):
         inputs = find_inputs([str(data)], tmp_path, read_as)
         assert sorted(str(path.relative_to(data)) for path in inputs.passed_over) == passed_over
@@ -243,7 +254,11 @@ def test_columns_of_every_type_of_text(tmp_path: Path, column: str, empty: bytes
     values = [text.encode() for text in TEXTS]
     values[3], values[17] = b"caf\xe9", b"\xff"
     rows = [*values, empty, *values]
-    pq.write_table(pa.table({"n": range(len(rows)), "text": COLUMNS[column](rows)}), tmp_path / "a.parquet", row_group_size=11)
+    pq.write_table(
+        pa.table({"n": range(len(rows)), "text": COLUMNS[column](rows)}),
+        tmp_path / "a.parquet",
+        row_group_size=11,
+    )
     documents, reader = read(tmp_path / "a.parquet", tmp_path)
     assert documents == [text for number, text in enumerate(TEXTS) if number not in (3, 17)] * 2
     assert (reader.records, reader.bad.total()) == (41, 4)
@@ -260,10 +275,14 @@ def test_a_column_of_nulls_is_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "kind"), [([["a"]], "list<"), ([{"content": "a"}], "struct<content: string>"), ([1], "int64"), ([1.5], "double")]
+    ("values", "kind"),
+    [([["a"]], "list<"), ([{"content": "a"}], "struct<content: string>"), ([1], "int64"), ([1.5], "double")],
 )
 def test_columns_of_no_text_name_those_that_are(tmp_path: Path, values: list[Any], kind: str) -> None:
-    pq.write_table(pa.table({"text": values, "title": ["a"], "n": [1], "body": [b"b"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": values, "title": ["a"], "n": [1], "body": [b"b"]}),
+        tmp_path / "a.parquet",
+    )
     with pytest.raises(
         UserError, match=r"wanted text; name a column of text with --text-field \(here: title, body\)"
     ) as caught:
@@ -331,15 +350,31 @@ def test_records_that_lose_much_are_told(tokenizer: str, tmp_path: Path, suffix:
 
 def test_an_older_manifest_is_read(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(PLAIN)
-    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", PrepareOptions(tokenizer=tokenizer, workers=1))
+    manifest = prepare(
+        [str(tmp_path / "a.txt")],
+        tmp_path / "out",
+        PrepareOptions(tokenizer=tokenizer, workers=1),
+    )
     values = json.loads(manifest.to_json())
-    for name in ("passed_over_files", "half_marked_files", "gutenberg_characters", "gutenberg_removed", "sha256"):
+    for name in (
+        "passed_over_files",
+        "half_marked_files",
+        "gutenberg_characters",
+        "gutenberg_removed",
+        "sha256",
+    ):
         del values[name]
     del values["options"]["read_as"]
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps({**values, "sha256": text_sha256(canonical(values))}))
+    (tmp_path / "out" / "manifest.json").write_text(
+        json.dumps({**values, "sha256": text_sha256(canonical(values))}),
+    )
     older = Manifest.read(tmp_path / "out" / "manifest.json")
     assert older.gutenberg_removed == 0
-    again = prepare([str(tmp_path / "a.txt")], tmp_path / "out", PrepareOptions(tokenizer=tokenizer, workers=1))
+    again = prepare(
+        [str(tmp_path / "a.txt")],
+        tmp_path / "out",
+        PrepareOptions(tokenizer=tokenizer, workers=1),
+    )
     assert again == older  # up to date
 
 

@@ -15,7 +15,10 @@ from fastdistil.errors import UserError
 from tests.data.short_sentences import SENTENCES, options
 
 
-def test_train_wordpiece_is_lower_casing_deterministic_and_loads_by_itself(wordpiece: Path, tmp_path: Path) -> None:
+def test_train_wordpiece_is_lower_casing_deterministic_and_loads_by_itself(
+    wordpiece: Path,
+    tmp_path: Path,
+) -> None:
     again = train_wordpiece(iter(SENTENCES), 120, tmp_path / "again")
     assert (again / "tokenizer.json").read_bytes() == (wordpiece / "tokenizer.json").read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(wordpiece)
@@ -53,7 +56,10 @@ def test_token_facts_of_wordpiece_and_byte_level(wordpiece: Path, byte_level: Pa
 
 def test_vocabulary_without_word_marks_or_padding() -> None:
     make: Any = PreTrainedTokenizerFast
-    tokenizer = make(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 5}, unk_token="a")), unk_token="a")
+    tokenizer = make(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 5}, unk_token="a")),
+        unk_token="a",
+    )
     with pytest.raises(UserError, match="no padding, eos or sep token"):
         token_facts(tokenizer)
     tokenizer.pad_token = "b"
@@ -77,7 +83,11 @@ def test_the_fingerprint_is_of_the_token_map_alone(wordpiece: Path, byte_level: 
     assert first != vocabulary_fingerprint(load_tokenizer(tmp_path / "copy"))  # same size, other map
 
 
-def test_special_tokens_are_found_where_only_a_tokenizer_json_lies(wordpiece: Path, byte_level: Path, tmp_path: Path) -> None:
+def test_special_tokens_are_found_where_only_a_tokenizer_json_lies(
+    wordpiece: Path,
+    byte_level: Path,
+    tmp_path: Path,
+) -> None:
     for source, front in ((wordpiece, "[CLS]"), (byte_level, "<|endoftext|>")):
         folder = tmp_path / source.name
         folder.mkdir()
@@ -121,7 +131,10 @@ def test_tokenizers_that_cannot_be_had(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_code_of_a_tokenizer_is_never_run_and_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_tokenizer_is_never_run_and_nobody_is_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
     (tmp_path / "code.py").write_text("raise SystemExit('the code was run')\n")
@@ -162,7 +175,11 @@ def without_unknown(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "workers"), [*((kind, 1) for kind in NO_UNKNOWN), ("WordPiece", 2)])
-def test_a_tokenizer_without_its_unknown_token_says_what_it_cannot_encode(kind: str, workers: int, tmp_path: Path) -> None:
+def test_a_tokenizer_without_its_unknown_token_says_what_it_cannot_encode(
+    kind: str,
+    workers: int,
+    tmp_path: Path,
+) -> None:
     folder, text = without_unknown(kind, tmp_path / "tokenizer"), tmp_path / "text.txt"
     text.write_text("the dog\n" * 40 + "the zebra\n" + "dog\n")
     line = "the tokenizer cannot encode the text 'the zebra': .*; give one whose vocabulary has its unknown token"

@@ -13,6 +13,16 @@ LINES = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in TEXTS).en
 
 
 def read(path: Path, out: Path, read_as: Any = None, **changes: Any) -> tuple[list[str], Reading]:
-    values = {"documents": "line", "text_field": "text", "strip_gutenberg": False, "max_bad_fraction": 0.5, **changes}
-    reader = Reading(find_inputs([str(path)], out, read_as).sources, quarantine=out / "quarantine.jsonl", **values)
+    values = {
+        "documents": "line",
+        "text_field": "text",
+        "strip_gutenberg": False,
+        "max_bad_fraction": 0.5,
+        **changes,
+    }
+    reader = Reading(
+        find_inputs([str(path)], out, read_as).sources,
+        quarantine=out / "quarantine.jsonl",
+        **values,
+    )
     return [document for block in reader.blocks() for document in block.documents], reader

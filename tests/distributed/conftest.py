@@ -55,7 +55,12 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def place(rank: int = 0, size: int = 2, port: int | None = 29501, address: str | None = "127.0.0.1") -> RankInfo:
+def place(
+    rank: int = 0,
+    size: int = 2,
+    port: int | None = 29501,
+    address: str | None = "127.0.0.1",
+) -> RankInfo:
     """Return a rank's place as mpirun tells it."""
     return RankInfo(
         rank=rank,
@@ -110,10 +115,20 @@ def train_ranks(start_ranks: Start, tmp_path: Path) -> Callable[..., list[Ended]
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
 
-    def run(recipe: Recipe, ranks: int, how: str = "", at: int = 0, on: int = 1, resume: str = "") -> list[Ended]:
+    def run(
+        recipe: Recipe,
+        ranks: int,
+        how: str = "",
+        at: int = 0,
+        on: int = 1,
+        resume: str = "",
+    ) -> list[Ended]:
         path = tmp_path / "asked.yaml"
         path.write_text(recipe.to_yaml())
-        processes = start_ranks([sys.executable, str(driver), str(path), how, str(at), str(on), resume], ranks)
+        processes = start_ranks(
+            [sys.executable, str(driver), str(path), how, str(at), str(on), resume],
+            ranks,
+        )
         ended: dict[int, str] = {}
         for rank, process in enumerate(processes):
             if not (how == "STOP" and rank == on):

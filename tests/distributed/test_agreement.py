@@ -19,7 +19,14 @@ def on_ranks(size: int, call: Call, absent: tuple[int, ...] = ()) -> list[BaseEx
     raised: list[BaseException | None] = [None] * size
 
     def connect() -> SharedStore:
-        store = dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        store = dist.TCPStore(
+            "127.0.0.1",
+            server.port,
+            None,
+            False,
+            timedelta(seconds=30),
+            wait_for_workers=False,
+        )
         return SharedStore(store, "secret")
 
     def one(rank: int) -> None:
@@ -53,7 +60,13 @@ def test_equal_ranks_agree_more_than_once() -> None:
 def test_unequal_ranks_all_learn_who_differs_and_in_what() -> None:
     def call(store: SharedStore, rank: int, monitor: Monitor) -> None:
         corpus = {} if rank == 3 else {"corpus": "x"}
-        agree_equal(store, rank, 5, {"recipe": "b" if rank in (1, 3, 4) else "a", "version": "1", **corpus}, monitor)
+        agree_equal(
+            store,
+            rank,
+            5,
+            {"recipe": "b" if rank in (1, 3, 4) else "a", "version": "1", **corpus},
+            monitor,
+        )
 
     raised = on_ranks(5, call)
     expected = "another recipe on ranks 1, 3, 4, another corpus on rank 3 than on rank 0; start every rank with the same"
@@ -61,7 +74,11 @@ def test_unequal_ranks_all_learn_who_differs_and_in_what() -> None:
 
 
 def test_ranks_that_do_not_come_to_the_agreement() -> None:
-    raised = on_ranks(5, lambda store, rank, monitor: agree_equal(store, rank, 5, {"recipe": "a"}, monitor), absent=(2, 3))
+    raised = on_ranks(
+        5,
+        lambda store, rank, monitor: agree_equal(store, rank, 5, {"recipe": "a"}, monitor),
+        absent=(2, 3),
+    )
     assert all(isinstance(raised[rank], RankLost) for rank in (0, 1, 4)), raised
     words = "ranks 2, 3 are silent for 2 s (not started, killed, stopped or cut off)"
     assert {str(raised[rank]) for rank in (0, 1, 4)} == {words}

@@ -80,7 +80,10 @@ def test_a_rank_that_enqueues_hears_of_a_lost_one(horovod: None, start_ranks: St
 
 
 @pytest.mark.parametrize("step", ["init", "broadcast_"])
-def test_an_engine_that_mpirun_connects_and_that_fails_is_a_lost_rank(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_mpirun_connects_and_that_fails_is_a_lost_rank(
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Connection reset by peer")
 
@@ -133,10 +136,17 @@ def test_ring_processes_load_unhurried_and_connect_once_all_have_loaded(
         return tensor
 
     engine = SimpleNamespace(
-        Sum=None, allreduce_async_=allreduce, poll=lambda _: True, synchronize=lambda tensor: tensor, shutdown=lambda: None
+        Sum=None,
+        allreduce_async_=allreduce,
+        poll=lambda _: True,
+        synchronize=lambda tensor: tensor,
+        shutdown=lambda: None,
     )
     store: dict[str, bytes] = {}
-    connection = SimpleNamespace(set=lambda key, value: store.update({key: value.encode()}), get=store.__getitem__)
+    connection = SimpleNamespace(
+        set=lambda key, value: store.update({key: value.encode()}),
+        get=store.__getitem__,
+    )
     monkeypatch.setattr(horovod_world, "_serve_rendezvous", lambda *_: 1)
     monkeypatch.setattr(horovod_world, "_RING_COMMAND", (sys.executable, "-c", STAND_IN_RING, str(tmp_path)))
     ranks = horovod_world.HorovodWorld(

@@ -41,7 +41,13 @@ except FastdistilError as error:
 
 
 def join_ranks(
-    start_ranks: Start, tmp_path: Path, plant: str, ranks: int, engine: str, port: int | None = None, after: str = ""
+    start_ranks: Start,
+    tmp_path: Path,
+    plant: str,
+    ranks: int,
+    engine: str,
+    port: int | None = None,
+    after: str = "",
 ) -> list[Joined]:
     program = tmp_path / "program.py"
     inside = "".join(f"        {line}\n" for line in after.splitlines())
@@ -62,7 +68,12 @@ def test_ranks_that_never_come_are_named(start_ranks: Start, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("on", [0, 1])
-def test_a_rank_that_dies_while_the_engine_starts_is_named(engine: str, on: int, start_ranks: Start, tmp_path: Path) -> None:
+def test_a_rank_that_dies_while_the_engine_starts_is_named(
+    engine: str,
+    on: int,
+    start_ranks: Start,
+    tmp_path: Path,
+) -> None:
     """They have met, and one is gone before the engine has connected it."""
     plant = f"""
 def die(place):
@@ -99,7 +110,10 @@ coordinator.open_store = stop
     assert stopped.poll() is None  # it was not its end that told
 
 
-def test_another_program_on_the_port_is_no_reason_to_wait_for_ever(start_ranks: Start, tmp_path: Path) -> None:
+def test_another_program_on_the_port_is_no_reason_to_wait_for_ever(
+    start_ranks: Start,
+    tmp_path: Path,
+) -> None:
     """Rank 0 cannot serve there; the others are connected to somebody who never answers."""
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
@@ -129,7 +143,11 @@ raise Stopped("SIGTERM: saved")
 
 
 @pytest.mark.slow
-def test_ring_processes_may_load_for_longer_than_the_timeout(horovod: None, start_ranks: Start, tmp_path: Path) -> None:
+def test_ring_processes_may_load_for_longer_than_the_timeout(
+    horovod: None,
+    start_ranks: Start,
+    tmp_path: Path,
+) -> None:
     slowly = """
 if place.rank == 1:
     later = "import time; time.sleep(9); from fastdistil.distributed import horovod_world as world; world._ring_main()"
@@ -159,7 +177,10 @@ def test_other_threads_on_another_rank_are_refused(start_ranks: Start, tmp_path:
 
 def test_a_name_that_leads_other_nodes_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", {"node7": "127.0.1.1", "127.0.0.1": "127.0.0.1"}.__getitem__)
-    with pytest.raises(UserError, match=r"node7 is 127\.0\.1\.1 on its own machine \(/etc/hosts\).*set MASTER_ADDR"):
+    with pytest.raises(
+        UserError,
+        match=r"node7 is 127\.0\.1\.1 on its own machine \(/etc/hosts\).*set MASTER_ADDR",
+    ):
         own_address("node7", nodes=2)
     assert own_address("node7", nodes=1) == "127.0.1.1"  # there are no others
     assert own_address("127.0.0.1", nodes=2) == "127.0.0.1"  # somebody asked for it

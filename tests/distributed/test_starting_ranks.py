@@ -34,14 +34,26 @@ def test_hosts_train_over_ssh(material: Path, tmp_path: Path) -> None:
     ssh.write_text('#!/bin/sh\necho "$2" >> "$0.hosts"\nshift 2\nexec sh -c "$*"\n')
     ssh.chmod(0o755)
     path = tmp_path / "r.yaml"
-    path.write_text(small(material, tmp_path / "two", "world.engine=torch", "student.dropout=0", "loop.updates=3").to_yaml())
+    path.write_text(
+        small(
+            material,
+            tmp_path / "two",
+            "world.engine=torch",
+            "student.dropout=0",
+            "loop.updates=3",
+        ).to_yaml(),
+    )
     done = cli("train", path, "--hosts", "127.0.0.2:1,127.0.0.3:1", environment={"FASTDISTIL_SSH": str(ssh)})
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "ssh.hosts").read_text().split()) == ["127.0.0.2", "127.0.0.3"]
     (start,) = events(tmp_path / "two" / "run", "start")
     assert (start["ranks"], start["nodes"]) == (2, 2)
     quiet(small(material, tmp_path / "one", "student.dropout=0", "loop.updates=3", "loop.accumulation=4"))
-    for of_two, of_one in zip(learnt(tmp_path / "two" / "run"), learnt(tmp_path / "one" / "run"), strict=True):
+    for of_two, of_one in zip(
+        learnt(tmp_path / "two" / "run"),
+        learnt(tmp_path / "one" / "run"),
+        strict=True,
+    ):
         assert of_two == pytest.approx(of_one, rel=2e-5)
 
 
@@ -79,9 +91,18 @@ def test_distil_starts_ranks_from_python(material: Path, tmp_path: Path) -> None
     )
     path = tmp_path / "r.yaml"
     path.write_text(small(material, tmp_path, "world.engine=torch").to_yaml())
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "FASTDISTIL_TEST_MARK": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "FASTDISTIL_TEST_MARK": str(tmp_path),
+    }
     done = subprocess.run(
-        [sys.executable, str(program), str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(program), str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "3 BertForMaskedLM cpu"

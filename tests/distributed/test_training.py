@@ -45,7 +45,13 @@ def test_every_micro_batch_learns_the_same_and_sends_more(
     material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
 ) -> None:
     for name, sync in (("delayed", "delayed"), ("every", "every-micro-batch")):
-        recipe = small(material, tmp_path / name, "world.engine=torch", f"world.sync={sync}", "loop.updates=3")
+        recipe = small(
+            material,
+            tmp_path / name,
+            "world.engine=torch",
+            f"world.sync={sync}",
+            "loop.updates=3",
+        )
         all_well(train_ranks(recipe, 2))
     lines = {name: events(tmp_path / name / "run") for name in ("delayed", "every")}
     for delayed, every in zip(lines["delayed"], lines["every"], strict=True):
@@ -56,7 +62,13 @@ def test_every_micro_batch_learns_the_same_and_sends_more(
 def test_auto_measures_decides_once_and_says_why(
     material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
 ) -> None:
-    recipe = small(material, tmp_path, "compression={kind: auto, warmup_updates: 3}", "world.engine=torch", "world.rings=2")
+    recipe = small(
+        material,
+        tmp_path,
+        "compression={kind: auto, warmup_updates: 3}",
+        "world.engine=torch",
+        "world.rings=2",
+    )
     all_well(train_ranks(recipe, 2))
     (note,) = events(tmp_path / "run", "note")
     assert note["message"].startswith("compression auto: ") and " ms" in note["message"]
@@ -68,7 +80,11 @@ def test_auto_measures_decides_once_and_says_why(
     assert [line["gradient_collectives"] for line in lines[:4]] == [line["buckets"] for line in lines[:4]]
 
 
-def test_every_rank_writes_its_trace(material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]) -> None:
+def test_every_rank_writes_its_trace(
+    material: Path,
+    tmp_path: Path,
+    train_ranks: Callable[..., list[Ended]],
+) -> None:
     """Of two updates: each names its own rank and holds that rank's collectives."""
     options = ["world.engine=torch", "loop.updates=4", "evaluation.every=null", "profile.warmup=1"]
     all_well(train_ranks(small(material, tmp_path, "profile.trace_steps=[2,3]", *options), 2))
@@ -100,7 +116,11 @@ os._exit(code)
 """
 
 
-def test_iterables_that_differ_between_ranks_are_refused(material: Path, tmp_path: Path, start_ranks: Start) -> None:
+def test_iterables_that_differ_between_ranks_are_refused(
+    material: Path,
+    tmp_path: Path,
+    start_ranks: Start,
+) -> None:
     (tmp_path / "program.py").write_text(DIFFERING)
     recipe = small(material, tmp_path, "world.engine=torch", "data.heldout=null", "evaluation.every=null")
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
@@ -114,7 +134,13 @@ def test_a_weight_that_differs_in_one_bit_is_found_at_the_next_comparison(
     engine: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
 ) -> None:
     """Rank 1's lowest bit, after update 3: all ranks end at update 4, and no checkpoint holds it."""
-    recipe = small(material, tmp_path, f"world.engine={engine}", "world.check_replicas=2", "evaluation.every=null")
+    recipe = small(
+        material,
+        tmp_path,
+        f"world.engine={engine}",
+        "world.check_replicas=2",
+        "evaluation.every=null",
+    )
     for code, err in train_ranks(recipe, 2, "FLIP", 3):
         assert code == 14, err
         assert "after update 4 the weights of rank 1 are not those of rank 0" in err, err
@@ -142,7 +168,12 @@ def test_rank_0_alone_uses_the_run_directory(
 
 
 @pytest.mark.parametrize("difference", ["recipe", "corpus"])
-def test_ranks_that_differ_are_named(difference: str, material: Path, tmp_path: Path, start_ranks: Start) -> None:
+def test_ranks_that_differ_are_named(
+    difference: str,
+    material: Path,
+    tmp_path: Path,
+    start_ranks: Start,
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"

@@ -40,7 +40,11 @@ def test_another_number_of_ranks_continues_the_same_updates(
     train_ranks(recipe, 2, "KILL-ALL", 5)
     fewer = small(material, tmp_path / "cut", "student.dropout=0") if ranks == 1 else recipe
     all_well(train_ranks(fewer, ranks, resume="auto"))
-    for of_whole, of_cut in zip(learnt(tmp_path / "whole" / "run"), learnt(tmp_path / "cut" / "run"), strict=True):
+    for of_whole, of_cut in zip(
+        learnt(tmp_path / "whole" / "run"),
+        learnt(tmp_path / "cut" / "run"),
+        strict=True,
+    ):
         assert of_cut == pytest.approx(of_whole, rel=2e-5)
 
 
@@ -56,11 +60,19 @@ def test_what_compression_owes_is_shared_among_other_ranks(
     assert len(events(tmp_path / "run")) == 8
 
 
-def test_one_rank_pays_what_two_owed(material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]) -> None:
+def test_one_rank_pays_what_two_owed(
+    material: Path,
+    tmp_path: Path,
+    train_ranks: Callable[..., list[Ended]],
+) -> None:
     """Top-k of 1% owes nearly all of an update: with it the next one's gradient is as large as the sum of several."""
     norms = {}
     for kind in ("none", "top-k"):
-        extra = [f"compression={{kind: {kind}, warmup_updates: 1}}", "student.dropout=0", "evaluation.every=null"]
+        extra = [
+            f"compression={{kind: {kind}, warmup_updates: 1}}",
+            "student.dropout=0",
+            "evaluation.every=null",
+        ]
         train_ranks(small(material, tmp_path / kind, *extra, "world.engine=torch"), 2, "KILL-ALL", 5)
         all_well(train_ranks(small(material, tmp_path / kind, *extra), 1, resume="auto"))
         norms[kind] = {line["update"]: line["grad_norm"] for line in events(tmp_path / kind / "run")}
@@ -115,7 +127,13 @@ def test_a_signal_while_rank_0_still_saves_harms_nothing(
     ],
 )
 def test_a_lost_rank_is_named_and_the_others_end(
-    how: str, on: int, says: str, engine: str, material: Path, tmp_path: Path, train_ranks: Callable[..., list[Ended]]
+    how: str,
+    on: int,
+    says: str,
+    engine: str,
+    material: Path,
+    tmp_path: Path,
+    train_ranks: Callable[..., list[Ended]],
 ) -> None:
     """With exit code 12, the lost rank's last phase and its stack; the last checkpoint is whole."""
     if how in ("SLEEP", "STOP") and engine == "horovod" and on == 0:

@@ -106,7 +106,11 @@ for port in sys.argv[2:]:
 """
 
 
-def test_a_process_can_join_again(engine: str, run_ranks: Callable[..., list[str]], reserve_port: Callable[[], int]) -> None:
+def test_a_process_can_join_again(
+    engine: str,
+    run_ranks: Callable[..., list[str]],
+    reserve_port: Callable[[], int],
+) -> None:
     """As a notebook does that trains twice."""
     assert run_ranks(TWICE, 2, engine, reserve_port(), reserve_port()) == ["[3]\n[3]\n"] * 2
 
@@ -129,7 +133,11 @@ def test_bytes_that_a_rank_sends() -> None:
         (place(address=None, port=None), {"engine": "torch"}, "set MASTER_ADDR and MASTER_PORT"),
     ],
 )
-def test_what_cannot_be_had_is_refused(rank_info: RankInfo | None, options: dict[str, object], says: str) -> None:
+def test_what_cannot_be_had_is_refused(
+    rank_info: RankInfo | None,
+    options: dict[str, object],
+    says: str,
+) -> None:
     with pytest.raises(UserError, match=says):
         join(rank_info, Options(**options), CPU)  # type: ignore[arg-type]
 
@@ -181,7 +189,10 @@ COLLECTIVES: list[Callable[[World], object]] = [
 
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("collective", COLLECTIVES)
-def test_a_collective_that_does_not_even_start_is_a_lost_rank(collective: Callable[[World], object], watched: bool) -> None:
+def test_a_collective_that_does_not_even_start_is_a_lost_rank(
+    collective: Callable[[World], object],
+    watched: bool,
+) -> None:
     class Verdicts:
         waiting = unhurried = staticmethod(nullcontext)
 
@@ -191,7 +202,10 @@ def test_a_collective_that_does_not_even_start_is_a_lost_rank(collective: Callab
             return RankLost(f"rank 0 is silent; its last phase: saving ({error})")
 
     ranks = Refuses(place(rank=1), CPU, watch=Verdicts() if watched else None)
-    with pytest.raises(RankLost, match="its last phase: saving" if watched else r"rank 1 could not finish x.*shut down"):
+    with pytest.raises(
+        RankLost,
+        match="its last phase: saving" if watched else r"rank 1 could not finish x.*shut down",
+    ):
         collective(ranks)
 
 

@@ -27,7 +27,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(tokenizer: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Pieces of at most LENGTH tokens, framed by [CLS] and [SEP]."""
     out = tmp_path_factory.mktemp("corpus")
-    prepare([str(text)], out, PrepareOptions(tokenizer=str(tokenizer), max_length=LENGTH, documents="line", workers=1))
+    prepare(
+        [str(text)],
+        out,
+        PrepareOptions(tokenizer=str(tokenizer), max_length=LENGTH, documents="line", workers=1),
+    )
     return Corpus.open(out)
 
 
@@ -35,7 +39,13 @@ def corpus(tokenizer: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 def document_corpus(tokenizer: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Whole documents without special tokens."""
     out = tmp_path_factory.mktemp("whole")
-    options = PrepareOptions(tokenizer=str(tokenizer), max_length=2**31 - 1, documents="line", special_tokens=False, workers=1)
+    options = PrepareOptions(
+        tokenizer=str(tokenizer),
+        max_length=2**31 - 1,
+        documents="line",
+        special_tokens=False,
+        workers=1,
+    )
     prepare([str(text)], out, options)
     return Corpus.open(out)
 

@@ -16,7 +16,21 @@ from fastdistil.data.masking import TokenFacts, mask_table, mask_tokens
 from fastdistil.models.language_model import LanguageModel
 from fastdistil.recipe import Mask
 
-WORDS = ("river", "stone", "the", "a", "cat", "running", "quickly", "under", "mountains", "sings", "of", "old", "letters")
+WORDS = (
+    "river",
+    "stone",
+    "the",
+    "a",
+    "cat",
+    "running",
+    "quickly",
+    "under",
+    "mountains",
+    "sings",
+    "of",
+    "old",
+    "letters",
+)
 LENGTH = 24
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -32,8 +46,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "roberta": {**SIZES, "type_vocab_size": 1},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "max_position_embeddings": 32},
-    "modernbert": {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 2, "eos_token_id": 3},
+    "modernbert": {
+        **SIZES,
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+    },
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    },
     "llama": {**SIZES, "num_key_value_heads": 2},
     "qwen2": {**SIZES, "num_key_value_heads": 2},
     # Not among language_model.FAMILIES: evaluated by transformers' own forward.
@@ -77,12 +104,24 @@ def each_sequence(corpus: Corpus) -> Iterator[np.ndarray]:
     return (corpus.gather(np.array([i])) for i in range(len(corpus)))
 
 
-def masked_as_held_out(corpus: Corpus, facts: TokenFacts, seed: int, probability: float = 0.15) -> list[tuple[Tensor, Tensor]]:
+def masked_as_held_out(
+    corpus: Corpus,
+    facts: TokenFacts,
+    seed: int,
+    probability: float = 0.15,
+) -> list[tuple[Tensor, Tensor]]:
     """(what the model sees, labels with -100 elsewhere) of each sequence by itself."""
     table = mask_table(Mask(probability=probability, smoothing=0.0), facts, corpus.counts)
     sequences = []
     for number, ids in enumerate(each_sequence(corpus)):
-        masked_ids, targets = mask_tokens(table, ids, np.array([len(ids)]), np.array([number]), seed=seed, epoch=0)
+        masked_ids, targets = mask_tokens(
+            table,
+            ids,
+            np.array([len(ids)]),
+            np.array([number]),
+            seed=seed,
+            epoch=0,
+        )
         labels = np.full(len(ids), -100)
         labels[targets] = ids[targets]
         sequences.append((torch.from_numpy(masked_ids), torch.from_numpy(labels)))

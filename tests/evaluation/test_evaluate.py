@@ -46,14 +46,26 @@ def saved(tokenizer: Path, facts: TokenFacts, tmp_path_factory: pytest.TempPathF
     return {name: str(folder / name) for name in ("bert", "gpt2", "bare")}
 
 
-FP32 = EvaluateOptions(precision="fp32", device="cpu", documents="line", max_length=LENGTH, positions=30, batch_tokens=200)
+FP32 = EvaluateOptions(
+    precision="fp32",
+    device="cpu",
+    documents="line",
+    max_length=LENGTH,
+    positions=30,
+    batch_tokens=200,
+)
 
 
 def test_evaluate_measures_prepared_corpora_and_raw_text_alike(
     saved: dict[str, str], corpus: Corpus, text: Path, facts: TokenFacts, capfd: pytest.CaptureFixture[str]
 ) -> None:
     progress: list[tuple[float, str]] = []
-    report = evaluate(saved["bert"], [str(corpus.path), str(text)], FP32, lambda *event: progress.append(event))
+    report = evaluate(
+        saved["bert"],
+        [str(corpus.path), str(text)],
+        FP32,
+        lambda *event: progress.append(event),
+    )
     assert capfd.readouterr() == ("", "")
     prepared, raw = report.corpora
     model = loading.load_model(saved["bert"])
@@ -98,7 +110,11 @@ def test_positions_zero_leaves_pseudo_perplexity_out_and_one_sequence_has_no_err
     assert json.loads(report.to_json())["corpora"][0]["heldout"]["loss_se"] is None
 
 
-def test_raw_text_of_any_name_is_read_as_it_is_said_to_be(saved: dict[str, str], text: Path, tmp_path: Path) -> None:
+def test_raw_text_of_any_name_is_read_as_it_is_said_to_be(
+    saved: dict[str, str],
+    text: Path,
+    tmp_path: Path,
+) -> None:
     lines = text.read_text().splitlines()
     (tmp_path / "wiki_00").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     refused(saved["bert"], [str(tmp_path / "wiki_00")], "--as txt")
@@ -134,8 +150,18 @@ def test_evaluate_checks_everything_before_it_measures(
     (tmp_path / "half" / "progress.json").write_text("{}")
     refused(good, [str(tmp_path / "half")], "not complete")
     refused(good, [here], "max_length is 33 and the model takes 32", EvaluateOptions(max_length=33))
-    refused(good, [here], "batch_tokens 8 is less than one sequence", EvaluateOptions(max_length=LENGTH, batch_tokens=8))
-    refused(saved["gpt2"], [here], "stride must be less than the window of 16", EvaluateOptions(max_length=16, stride=16))
+    refused(
+        good,
+        [here],
+        "batch_tokens 8 is less than one sequence",
+        EvaluateOptions(max_length=LENGTH, batch_tokens=8),
+    )
+    refused(
+        saved["gpt2"],
+        [here],
+        "stride must be less than the window of 16",
+        EvaluateOptions(max_length=16, stride=16),
+    )
     other = train_wordpiece(["entirely different words"], 60, tmp_path / "other")
     options = PrepareOptions(tokenizer=str(other), max_length=LENGTH, workers=1, max_unknown_share=1)
     prepare([str(text)], tmp_path / "foreign", options)
@@ -210,7 +236,13 @@ def test_any_masked_model_is_measured_as_transformers_computes_it(
     )
 
     options = EvaluateOptions(
-        precision="fp32", device="cpu", documents="line", max_length=LENGTH, positions="all", seed=3, batch_tokens=100
+        precision="fp32",
+        device="cpu",
+        documents="line",
+        max_length=LENGTH,
+        positions="all",
+        seed=3,
+        batch_tokens=100,
     )
     report = evaluate(path, [str(corpus.path), str(text)], options)
     for measured in report.corpora:
@@ -261,7 +293,11 @@ def test_any_causal_model_is_measured_as_transformers_computes_it(
         assert measured.causal.tokens == sum(counts)
 
 
-def test_whole_logits_bound_the_batch(corpus: Corpus, facts: TokenFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_logits_bound_the_batch(
+    corpus: Corpus,
+    facts: TokenFacts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = language_model.AnyModel(build("albert", facts.vocab_size), causal=False)
     teacher = LanguageModel(build("bert", facts.vocab_size, seed=1))
     expected = asdict(held_out(model, corpus, facts, teacher=teacher))
@@ -290,7 +326,11 @@ def test_masked_or_causal_is_what_transformers_and_the_configuration_say(
     assert loading.evaluation_config(saved_as("causal", "electra", architectures=["ElectraForCausalLM"]))[1]
     assert not loading.evaluation_config(saved_as("one class", "xlm", architectures=["XLMWithLMHeadModel"]))[1]
     assert loading.evaluation_config(saved_as("decoder", "mistral"))[1]
-    refused(saved_as("t5", "t5"), [str(corpus.path)], "architecture 't5' is neither a masked nor a causal language model")
+    refused(
+        saved_as("t5", "t5"),
+        [str(corpus.path)],
+        "architecture 't5' is neither a masked nor a causal language model",
+    )
 
     for decoder in (True, False):
         config = transformers.AutoConfig.for_model(

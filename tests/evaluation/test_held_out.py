@@ -31,7 +31,11 @@ from tests.evaluation.references import (
 
 @masked_families
 @torch.no_grad()
-def test_held_out_loss_is_that_of_transformers_on_padded_batches(kind: str, corpus: Corpus, facts: TokenFacts) -> None:
+def test_held_out_loss_is_that_of_transformers_on_padded_batches(
+    kind: str,
+    corpus: Corpus,
+    facts: TokenFacts,
+) -> None:
     reference, model = pair(kind, facts)
     sequences = masked_as_held_out(corpus, facts, seed=3)
     ids, labels = (
@@ -55,12 +59,24 @@ def test_held_out_loss_is_that_of_transformers_on_padded_batches(kind: str, corp
 
 @causal_families
 @torch.no_grad()
-def test_held_out_loss_of_causal_models_is_that_of_every_next_token(kind: str, corpus: Corpus, facts: TokenFacts) -> None:
+def test_held_out_loss_of_causal_models_is_that_of_every_next_token(
+    kind: str,
+    corpus: Corpus,
+    facts: TokenFacts,
+) -> None:
     reference, model = pair(kind, facts)
     sums, counts = [], []
     for ids in each_sequence(corpus):
         tokens = torch.from_numpy(ids)
-        sums.append(float(F.cross_entropy(reference(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="sum")))
+        sums.append(
+            float(
+                F.cross_entropy(
+                    reference(input_ids=tokens[None]).logits[0, :-1],
+                    tokens[1:],
+                    reduction="sum",
+                ),
+            ),
+        )
         counts.append(len(ids) - 1)
     heldout = held_out(model, corpus, facts, batch_tokens=64)
     assert heldout.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-10)
@@ -70,7 +86,11 @@ def test_held_out_loss_of_causal_models_is_that_of_every_next_token(kind: str, c
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "gpt2"])
 @torch.no_grad()
-def test_kl_is_that_of_the_two_distributions_at_every_token(kind: str, corpus: Corpus, facts: TokenFacts) -> None:
+def test_kl_is_that_of_the_two_distributions_at_every_token(
+    kind: str,
+    corpus: Corpus,
+    facts: TokenFacts,
+) -> None:
     (reference, model), (reference_t, teacher) = pair(kind, facts), pair(kind, facts, seed=1)
     if model.causal:
         sequences = [(torch.from_numpy(ids), torch.tensor([])) for ids in each_sequence(corpus)]
@@ -102,12 +122,24 @@ def test_the_same_numbers_whatever_the_batches(corpus: Corpus, facts: TokenFacts
     first = asdict(held_out(model, corpus, facts, teacher=teacher, seed=1))
     assert asdict(held_out(model, corpus, facts, teacher=teacher, seed=1)) == first
     for batch_tokens, layout in ((LENGTH, "packed"), (100, "length-grouped"), (10**6, "length-grouped")):
-        again = held_out(model, corpus, facts, teacher=teacher, seed=1, batch_tokens=batch_tokens, layout=layout)
+        again = held_out(
+            model,
+            corpus,
+            facts,
+            teacher=teacher,
+            seed=1,
+            batch_tokens=batch_tokens,
+            layout=layout,
+        )
         assert asdict(again) == pytest.approx(first, rel=1e-10)
     assert held_out(model, corpus, facts, seed=2).loss != pytest.approx(first["loss"], rel=1e-3)
 
 
-def test_rows_are_scored_in_chunks(corpus: Corpus, facts: TokenFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_scored_in_chunks(
+    corpus: Corpus,
+    facts: TokenFacts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, teacher = pair("bert", facts)[1], pair("bert", facts, seed=1)[1]
     unchunked = asdict(held_out(model, corpus, facts, teacher=teacher))
     rows: list[int] = []
@@ -127,7 +159,13 @@ def test_some_sequences_have_the_masks_that_they_have_among_all(corpus: Corpus, 
     for number, (masked_ids, label_ids) in enumerate(masked_as_held_out(corpus, facts, seed=3)):
         if number in drawn:
             with torch.no_grad():
-                sums += float(F.cross_entropy(reference(input_ids=masked_ids[None]).logits[0], label_ids, reduction="sum"))
+                sums += float(
+                    F.cross_entropy(
+                        reference(input_ids=masked_ids[None]).logits[0],
+                        label_ids,
+                        reduction="sum",
+                    ),
+                )
             labels += int((label_ids >= 0).sum())
     assert (heldout.sequences, heldout.labels) == (4, labels)
     assert heldout.loss == pytest.approx(sums / labels, rel=1e-10)
@@ -157,11 +195,16 @@ class Unigram(nn.Module):
 def test_a_module_of_your_own(corpus: Corpus, facts: TokenFacts) -> None:
     log_probabilities = torch.randn(facts.vocab_size, dtype=torch.float64).log_softmax(0)
     model = Unigram(log_probabilities)
-    labels = torch.cat([targets[targets >= 0] for _, targets in masked_as_held_out(corpus, facts, seed=0, probability=0.4)])
+    labels = torch.cat(
+        [targets[targets >= 0] for _, targets in masked_as_held_out(corpus, facts, seed=0, probability=0.4)],
+    )
     heldout = held_out(model, corpus, facts, probability=0.4)
     assert heldout.labels == len(labels) > 0.3 * corpus.lengths.sum()
     assert heldout.loss == pytest.approx(-float(log_probabilities[labels].mean()), rel=1e-12)
-    ordinary = ~torch.isin(torch.from_numpy(corpus.gather(np.arange(len(corpus)))), torch.from_numpy(facts.special_ids))
+    ordinary = ~torch.isin(
+        torch.from_numpy(corpus.gather(np.arange(len(corpus)))),
+        torch.from_numpy(facts.special_ids),
+    )
     tokens = torch.from_numpy(corpus.gather(np.arange(len(corpus))))[ordinary]
     pseudo = pseudo_perplexity(model, corpus, facts, positions="all")
     assert pseudo.loss == pytest.approx(-float(log_probabilities[tokens].mean()), rel=1e-12)
@@ -192,7 +235,11 @@ def test_half_precision_is_near(precision: str, corpus: Corpus, facts: TokenFact
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_autocast_is_for_the_model_and_not_for_its_teacher(outside: bool, corpus: Corpus, facts: TokenFacts) -> None:
+def test_autocast_is_for_the_model_and_not_for_its_teacher(
+    outside: bool,
+    corpus: Corpus,
+    facts: TokenFacts,
+) -> None:
     model, teacher, plain = (Unigram(torch.zeros(facts.vocab_size)) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
         held_out(model, corpus, facts, teacher=teacher, precision="bf16")

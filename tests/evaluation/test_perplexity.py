@@ -35,9 +35,15 @@ def test_pseudo_perplexity_masks_one_token_at_a_time(kind: str, corpus: Corpus, 
     assert pseudo.positions == len(every) == int(corpus.lengths.sum()) - 2 * len(corpus)
     assert pseudo.loss == pytest.approx(sum(every) / len(every), rel=1e-10)
     assert pseudo.pppl == pytest.approx(math.exp(sum(every) / len(every)), rel=1e-9)
-    assert pseudo.loss_se == pytest.approx(error_of_ratio([sum(x) for x in losses], [len(x) for x in losses]), rel=1e-8)
+    assert pseudo.loss_se == pytest.approx(
+        error_of_ratio([sum(x) for x in losses], [len(x) for x in losses]),
+        rel=1e-8,
+    )
     assert pseudo.sequences == len(corpus)
-    assert asdict(pseudo_perplexity(model, corpus, facts, positions=10**9)) == pytest.approx(asdict(pseudo), rel=1e-10)
+    assert asdict(pseudo_perplexity(model, corpus, facts, positions=10**9)) == pytest.approx(
+        asdict(pseudo),
+        rel=1e-10,
+    )
 
 
 @torch.no_grad()
@@ -46,7 +52,9 @@ def test_sampled_pseudo_perplexity_is_the_mean_over_the_sample(corpus: Corpus, f
     # By place in the corpus: nan for special tokens.
     losses = np.full(int(corpus.lengths.sum()), np.nan)
     tokens = corpus.gather(np.arange(len(corpus)))
-    losses[~np.isin(tokens, facts.special_ids)] = np.concatenate(literal_pseudo_losses(reference, corpus, facts))
+    losses[~np.isin(tokens, facts.special_ids)] = np.concatenate(
+        literal_pseudo_losses(reference, corpus, facts),
+    )
     pseudo = pseudo_perplexity(model, corpus, facts, positions=40, seed=9)
     sample = drawn_positions(corpus, facts, 40, 9)
     assert pseudo.positions == 40
@@ -106,7 +114,11 @@ def test_the_model_decides_the_window_unless_told(document_corpus: Corpus, facts
     assert document_corpus.lengths.max() > 64
 
 
-def test_causal_perplexity_refuses_what_it_cannot_do(document_corpus: Corpus, corpus: Corpus, facts: TokenFacts) -> None:
+def test_causal_perplexity_refuses_what_it_cannot_do(
+    document_corpus: Corpus,
+    corpus: Corpus,
+    facts: TokenFacts,
+) -> None:
     model = pair("gpt2", facts)[1]
     with pytest.raises(UserError, match="for causal models"):
         causal_perplexity(pair("bert", facts)[1], corpus, facts)

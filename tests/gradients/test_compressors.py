@@ -21,10 +21,20 @@ from tests.gradients.simulated_ranks import compressors, simulate
 KINDS = ("none", "fp16", "bf16", "int8", "top-k", "powersgd")
 PIECES = ((0, (12, 20)), (240, (20,)), (264, (12, 20)), (504, (8, 5, 6)), (744, (3,)))
 ODD = BucketLayout(747, PIECES, 3)  # with a gap of 4 between two parameters
-LAYOUTS = [ODD, BucketLayout(1, ((0, (1,)),), 0), BucketLayout(17, ((0, (17,)),), 1), BucketLayout(256, ((0, (16, 16)),), 2)]
+LAYOUTS = [
+    ODD,
+    BucketLayout(1, ((0, (1,)),), 0),
+    BucketLayout(17, ((0, (17,)),), 1),
+    BucketLayout(256, ((0, (16, 16)),), 2),
+]
 
 
-def gradients(ranks: int, layout: BucketLayout, update: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def gradients(
+    ranks: int,
+    layout: BucketLayout,
+    update: int,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
     """Of a typical size for this trainer, with something in common, and some exact zeros."""
     draws = torch.Generator().manual_seed(1000 * update + layout.index)
     common = torch.randn(layout.numel, generator=draws, dtype=torch.float64)
@@ -62,7 +72,11 @@ def run(
     return received, states, truth
 
 
-def still_owed(members: Sequence[Compressor], states: Sequence[CompressionState], layout: BucketLayout) -> Tensor:
+def still_owed(
+    members: Sequence[Compressor],
+    states: Sequence[CompressionState],
+    layout: BucketLayout,
+) -> Tensor:
     """What is still owed, over all ranks."""
     total = torch.zeros(layout.numel, dtype=torch.float64)
     for name, kind in members[0].state_kinds.items():
@@ -147,7 +161,9 @@ def test_another_number_of_ranks_owes_the_same(kind: str, new: int) -> None:
     # And they go on with it.
     grads = gradients(new, ODD, 9)
     truth = torch.stack(grads).sum(0) + before
-    results, last, _, _ = simulate([m.exchange(g, s, ODD) for m, g, s in zip(members, grads, shared, strict=True)])
+    results, last, _, _ = simulate(
+        [m.exchange(g, s, ODD) for m, g, s in zip(members, grads, shared, strict=True)],
+    )
     rounding = {"fp16": 2**-11, "bf16": 2**-8}.get(kind, 0.0) * new
     error = (results[0] + still_owed(members, last, ODD) - truth).abs().max()
     assert float(error) <= (1e-12 + rounding) * float(truth.abs().max())
@@ -158,7 +174,12 @@ def test_another_number_of_ranks_owes_the_same(kind: str, new: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_is_seen_and_forgotten(kind: str, value: float, feedback: bool) -> None:
     """On every rank, in the sum; and the states stay finite, also with more bad elements than are selected."""
-    for bad_elements in (slice(5, 6), slice(0, 300), slice(746, 747), slice(373, 374)):  # the last never had a gradient
+    for bad_elements in (
+        slice(5, 6),
+        slice(0, 300),
+        slice(746, 747),
+        slice(373, 374),
+    ):  # the last never had a gradient
         members = compressors(kind, 3, error_feedback=feedback)
         states = [member.start(ODD, torch.zeros(0)) for member in members]
         for update in range(4):
@@ -213,7 +234,9 @@ def test_float16_never_overflows_by_growth() -> None:
     for update, size in enumerate([1e-5, 1e-5, 10.0, *[1e-5] * 30]):
         grads = [size * grad for grad in gradients(4, layout, update)]
         truth = truth + torch.stack(grads).sum(0)
-        results, states, _, _ = simulate([m.exchange(g, s, layout) for m, g, s in zip(members, grads, states, strict=True)])
+        results, states, _, _ = simulate(
+            [m.exchange(g, s, layout) for m, g, s in zip(members, grads, states, strict=True)],
+        )
         assert bool(results[0].isfinite().all())
         received = received + results[0]
         largest.append(float(still_owed(members, states, layout).abs().max()))
@@ -232,7 +255,10 @@ def make(ranks: int = 2, engine: str = "torch", **values: Any) -> Compressor:
 def test_refusals() -> None:
     with pytest.raises(UserError, match=r"compression.kind=fp16 .*world.engine=torch"):
         make(kind="bf16", engine="horovod")
-    with pytest.raises(UserError, match=r"\(512 - 1\) \* 10,000 \* 8 = 40.9 MB, uncompressed 2 \* 511/512 \* 4 = 8.0 MB"):
+    with pytest.raises(
+        UserError,
+        match=r"\(512 - 1\) \* 10,000 \* 8 = 40.9 MB, uncompressed 2 \* 511/512 \* 4 = 8.0 MB",
+    ):
         make(kind="top-k", ranks=512)
     make(kind="top-k", ranks=100)
     make(kind="top-k", ranks=512, density=0.00195)

@@ -17,11 +17,19 @@ def low_rank(rank: int, rows: int, columns: int, seed: int) -> Tensor:
     return factor @ torch.randn(rank, columns, generator=draws, dtype=torch.float64)
 
 
-def power(ranks: int, rank: int, pieces: tuple[tuple[int, tuple[int, ...]], ...], numel: int, grads: list[Tensor]) -> Tensor:
+def power(
+    ranks: int,
+    rank: int,
+    pieces: tuple[tuple[int, tuple[int, ...]], ...],
+    numel: int,
+    grads: list[Tensor],
+) -> Tensor:
     layout = BucketLayout(numel, pieces, 0)
     members = compressors("powersgd", ranks, rank=rank, min_compression_rate=1.0)
     states = [member.start(layout, torch.zeros(0, dtype=torch.float64)) for member in members]
-    results, _, _, _ = simulate([m.exchange(g.clone(), s, layout) for m, g, s in zip(members, grads, states, strict=True)])
+    results, _, _, _ = simulate(
+        [m.exchange(g.clone(), s, layout) for m, g, s in zip(members, grads, states, strict=True)],
+    )
     return results[0]
 
 
@@ -35,7 +43,9 @@ def test_powersgd_is_exact_up_to_its_rank(of_rank: int, scale: float) -> None:
         parts = [low_rank(of_rank if number == 0 else 0, rows, columns, rows) for rows, columns in ((20, 30), (30, 20))]
         # The second of the shape is another matrix, a million times smaller.
         other = 1e-6 * low_rank(of_rank if number == 0 else 0, 20, 30, 99)
-        grads.append(scale * torch.cat([*(part.flatten() for part in (*parts, other)), torch.arange(7.0).double()]))
+        grads.append(
+            scale * torch.cat([*(part.flatten() for part in (*parts, other)), torch.arange(7.0).double()]),
+        )
     result, truth = power(2, 3, shapes, 1807, grads), grads[0] + grads[1]
     for first, end in ((0, 600), (600, 1200), (1200, 1800), (1800, 1807)):
         error = (result[first:end] - truth[first:end]).abs().max()
@@ -104,9 +114,15 @@ def test_what_powersgd_leaves_whole() -> None:
     (member,) = compressors("powersgd", 1, rank=4, min_compression_rate=2.0)
     assert isinstance(member, PowerSGD)
     # 16 x 16 by 4 columns: 256 against 128, just enough. 15 x 16: 240 against 124, too little.
-    layout = BucketLayout(1000, ((0, (16, 16)), (256, (15, 16)), (496, (40,)), (544, (16, 4, 4)), (800, (12,))), 0)
+    layout = BucketLayout(
+        1000,
+        ((0, (16, 16)), (256, (15, 16)), (496, (40,)), (544, (16, 4, 4)), (800, (12,))),
+        0,
+    )
     plan = member.plan(layout)
-    assert [(group.rows, group.columns, group.rank, group.firsts) for group in plan.groups] == [(16, 16, 4, (0, 544))]
+    assert [(group.rows, group.columns, group.rank, group.firsts) for group in plan.groups] == [
+        (16, 16, 4, (0, 544)),
+    ]
     assert plan.rest == ((256, 544), (800, 1000))
     assert member.requests(BucketLayout(40, ((0, (40,)),), 0)) == 1
     assert member.whole_parameters

@@ -86,11 +86,18 @@ def test_other_sources_are_refused(text: str, times: int, tmp_path: Path) -> Non
     apply_patch(tmp_path, patch)
     assert (tmp_path / "file").read_text() == "first\na\nB\n-\nc\nlast\ny\n"
     (tmp_path / "file").write_text(text)
-    with pytest.raises(FastdistilError, match=rf"wanted 'a.*c.*' once in Horovod's file, found it {times} times"):
+    with pytest.raises(
+        FastdistilError,
+        match=rf"wanted 'a.*c.*' once in Horovod's file, found it {times} times",
+    ):
         apply_patch(tmp_path, patch)
 
 
-@pytest.mark.parametrize("other", [replace(TORCH, version="2.14.0+cpu"), replace(TORCH, cuda="13.0")], ids=["version", "cuda"])
+@pytest.mark.parametrize(
+    "other",
+    [replace(TORCH, version="2.14.0+cpu"), replace(TORCH, cuda="13.0")],
+    ids=["version", "cuda"],
+)
 def test_another_torch_has_another_stamp_and_wheel(other: Torch) -> None:
     assert stamp(replace(TORCH)) == stamp(TORCH) != stamp(other)
     assert wheel_key(TORCH, None) != wheel_key(other, None)
@@ -104,7 +111,10 @@ def test_another_patch_has_another_stamp_and_wheel(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_wheels_are_kept_apart_by_the_tools_that_build_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheels_are_kept_apart_by_the_tools_that_build_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     keys = [wheel_key(TORCH, None)]
     program(tmp_path / "bin/mpicc", "echo gcc -lmpi")
     keys.append(wheel_key(TORCH, None))
@@ -128,7 +138,10 @@ def test_wheels_are_kept_apart_by_the_tools_that_build_them(tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_installed_one_counts_if_it_loads_with_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_one_counts_if_it_loads_with_what_is_wanted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also where the tools that built it are gone."""
     monkeypatch.setattr(horovod_build, "package_directory", lambda _: tmp_path)
     monkeypatch.setattr(horovod_build, "probe", lambda: {"gloo": 1, "mpi": 1, "nccl": 0})
@@ -161,7 +174,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def pip(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Return what pip is asked for; nothing of it is done."""
     commands: list[tuple[str, ...]] = []
-    monkeypatch.setattr(horovod_build, "_pip", lambda *arguments, **_: commands.append(tuple(map(str, arguments))))
+    monkeypatch.setattr(
+        horovod_build,
+        "_pip",
+        lambda *arguments, **_: commands.append(tuple(map(str, arguments))),
+    )
     return commands
 
 
@@ -254,7 +271,10 @@ def test_missing_tools_are_named_with_their_packages(
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_unusable_torch_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(horovod_build, "installed_torch", lambda: None)
     assert main([]) == 2
     assert "pip install torch" in capsys.readouterr().err
@@ -301,7 +321,10 @@ def test_first_toolkit_of_torchs_cuda(place: int, toolkits: list[Path]) -> None:
 
 def test_other_cuda_is_refused(toolkits: list[Path]) -> None:
     places = ", ".join(f"11.{minor} in {home}" for minor, home in enumerate(toolkits))
-    with pytest.raises(UserError, match=rf"CUDA 13's compiler \(nvcc\), got {places};.*13.0.*CUDA_HOME.*--cpu"):
+    with pytest.raises(
+        UserError,
+        match=rf"CUDA 13's compiler \(nvcc\), got {places};.*13.0.*CUDA_HOME.*--cpu",
+    ):
         find_cuda(CUDA_TORCH)
 
 
@@ -322,7 +345,10 @@ def test_installed_one_needs_no_cuda_compiler(
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_pips_nccl_gets_the_name_that_linkers_look_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pips_nccl_gets_the_name_that_linkers_look_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(horovod_build, "package_directory", lambda _: tmp_path)
     assert horovod_build._pips_nccl(tmp_path / "links") == {}
     (tmp_path / "nccl/lib").mkdir(parents=True)
@@ -353,7 +379,12 @@ def test_missing_nccl_is_refused_before_building(
 
 
 @pytest.mark.parametrize("place", ["opt/nccl/include", "nvidia/nccl/include", "named/include", "include"])
-def test_nccl_header(place: str, toolkits: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_header(
+    place: str,
+    toolkits: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It comes from HOROVOD_NCCL_INCLUDE, from pip, from the toolkit, or lies beside a directory of PATH."""
     if place.startswith("opt"):
         monkeypatch.setenv("HOROVOD_NCCL_INCLUDE", str(tmp_path / place))

@@ -21,7 +21,9 @@ def plant(folder: Path, torch: str, metadata: str | None) -> None:
     (folder / "torch/version.py").write_text(f"__version__ = '{torch}'\ncuda = None\nhip = None\n")
     (folder / "horovod").mkdir(exist_ok=True)
     (folder / "horovod-0.28.1.dist-info").mkdir(exist_ok=True)
-    (folder / "horovod-0.28.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: horovod\nVersion: 0.28.1\n")
+    (folder / "horovod-0.28.1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: horovod\nVersion: 0.28.1\n",
+    )
     if metadata is not None:
         (folder / "horovod/metadata.json").write_text(metadata)
 
@@ -30,7 +32,13 @@ def ask(folder: Path, expression: str) -> str:
     """Of a Python that has only `folder` and the standard library."""
     script = f"from fastdistil.install.horovod_installed import *; print({expression})"
     environ = {"PYTHONPATH": f"{folder}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-S", "-P", "-c", script], env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", script],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -43,7 +51,11 @@ METADATA = '{\n"pytorch": "2.13.0+cpu",\n"dummy": "none"\n}'
     [
         ("2.13.0+cpu", METADATA, "ok: 0.28.1 for torch 2.13.0+cpu"),
         ("2.12.1", METADATA, "problem: 0.28.1 was built for torch 2.13.0+cpu, and torch here is 2.12.1"),
-        ("2.13.0+cpu", '{"dummy": "none"}', "problem: 0.28.1 was built for torch none, and torch here is 2.13.0+cpu"),
+        (
+            "2.13.0+cpu",
+            '{"dummy": "none"}',
+            "problem: 0.28.1 was built for torch none, and torch here is 2.13.0+cpu",
+        ),
         ("2.13.0+cpu", None, "problem: its files are incomplete"),
         ("2.13.0+cpu", "{", "problem: its files are incomplete"),
     ],
@@ -66,8 +78,14 @@ def test_installed_torch_is_the_one_that_is_imported() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("gloo_built = mpi_built = lambda: True\nnccl_built = lambda: 22907", {"gloo": 1, "mpi": 1, "nccl": 22907}),
-        ("gloo_built = lambda: True\nmpi_built = lambda: False\nnccl_built = lambda: 0", {"gloo": 1, "mpi": 0, "nccl": 0}),
+        (
+            "gloo_built = mpi_built = lambda: True\nnccl_built = lambda: 22907",
+            {"gloo": 1, "mpi": 1, "nccl": 22907},
+        ),
+        (
+            "gloo_built = lambda: True\nmpi_built = lambda: False\nnccl_built = lambda: 0",
+            {"gloo": 1, "mpi": 0, "nccl": 0},
+        ),
         ("raise ImportError('libmpi.so.40: cannot open')", "ImportError: libmpi.so.40: cannot open"),
         ("import os; os._exit(3)", "it ends the process with 3"),
     ],
@@ -83,9 +101,15 @@ def test_probe_survives_what_it_finds(
 
 
 @pytest.mark.parametrize(
-    ("script", "expected"), [("import time; time.sleep(1000)", "not done within 0.1 s"), ("1 / 0", "division by zero")]
+    ("script", "expected"),
+    [("import time; time.sleep(1000)", "not done within 0.1 s"), ("1 / 0", "division by zero")],
 )
-def test_two_ranks_in_vain(script: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_in_vain(
+    script: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A check that hangs ends in time; one that fails says so."""
     (tmp_path / "horovod.py").write_text(script)
     if "time" in script:

@@ -12,7 +12,12 @@ PATHS = ["torch", "triton"]
 EVERYTHING: dict[str, Any] = {"temperature": 2.0, "soft": 0.7, "hard": 0.4, "beta": 0.3}
 
 
-def logits(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+def logits(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     return 3 * torch.randn(rows, columns, dtype=dtype), 3 * torch.randn(rows, columns, dtype=dtype)
 

@@ -57,7 +57,11 @@ def test_every_divergence(backend: str, divergence: Any, columns: int, dtype: to
 @pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("offsets", [(300.0, 300.0), (-1e4, -1e4), (0.0, 30.0)])
-def test_offsets_of_the_logits_take_no_digits(backend: str, divergence: Any, offsets: tuple[float, float]) -> None:
+def test_offsets_of_the_logits_take_no_digits(
+    backend: str,
+    divergence: Any,
+    offsets: tuple[float, float],
+) -> None:
     """A student close to its teacher: the divergence is 1e-5 of what the log sums of either side are."""
     torch.manual_seed(0)
     teacher = torch.randn(16, 1000)
@@ -105,7 +109,13 @@ def test_a_difference_of_offsets_costs_no_more_digits_than_eager_float32(
 @pytest.mark.parametrize("backend", PATHS)
 def test_a_real_vocabulary(backend: str) -> None:
     student, teacher = logits(3, 30522, torch.float32)
-    assert_as_specified(student, teacher, some_labels(3, 30522), backend=backend, options=DistillOptions(**EVERYTHING))
+    assert_as_specified(
+        student,
+        teacher,
+        some_labels(3, 30522),
+        backend=backend,
+        options=DistillOptions(**EVERYTHING),
+    )
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -156,7 +166,13 @@ def naive(student: Tensor, teacher: Tensor, labels: Tensor, options: DistillOpti
 def test_low_precision_is_no_worse_than_the_naive_way(backend: str, dtype: torch.dtype) -> None:
     student, teacher = (tensor.to(dtype) for tensor in logits(6, 1000))
     labels, options = some_labels(6, 1000), DistillOptions(temperature=2.0, soft=0.7, hard=0.4)
-    truth, expected_grad = gradient(student.double(), teacher.double(), labels, options=options, backend="reference")
+    truth, expected_grad = gradient(
+        student.double(),
+        teacher.double(),
+        labels,
+        options=options,
+        backend="reference",
+    )
     assert float(expected_grad.abs().max()) > 10 * float(expected_grad.abs().mean()) > 0
     terms, grad = gradient(student, teacher, labels, options=options, backend=backend)
     error = float((grad.double() - expected_grad).norm())
@@ -190,7 +206,13 @@ def test_minus_infinity_on_both_sides_is_a_missing_column(backend: Any, divergen
     student, teacher = logits(4, 40)
     labels = torch.tensor([3, -100, 0, 17])
     options = DistillOptions(divergence=divergence, **EVERYTHING)
-    truth, expected_grad = gradient(student[:, :30], teacher[:, :30], labels, options=options, backend="reference")
+    truth, expected_grad = gradient(
+        student[:, :30],
+        teacher[:, :30],
+        labels,
+        options=options,
+        backend="reference",
+    )
     student[:, 30:] = teacher[:, 30:] = -INF
     terms, grad = gradient(student, teacher, labels, options=options, backend=backend)
     torch.testing.assert_close(terms.total, truth.total, rtol=1e-6, atol=1e-9)
@@ -214,7 +236,12 @@ def test_minus_infinity_on_one_side(backend: Any) -> None:
     assert float(infinite.soft) == INF
     torch.testing.assert_close(grad, 3 * (student.softmax(-1) - p), rtol=0, atol=1e-6)
     # Reverse KL the other way round: infinite, and so says its gradient.
-    infinite, grad = gradient(student, teacher, options=DistillOptions(divergence="reverse-kl"), backend=backend)
+    infinite, grad = gradient(
+        student,
+        teacher,
+        options=DistillOptions(divergence="reverse-kl"),
+        backend=backend,
+    )
     assert float(infinite.soft) == INF
     assert not bool(grad[0].isfinite().all())
     # JSD has a value wherever both sides have a distribution.
@@ -230,7 +257,13 @@ def test_minus_infinity_on_one_side(backend: Any) -> None:
 def test_a_label_of_no_probability(backend: Any) -> None:
     student, teacher = logits(2, 40)
     student[1, 4] = teacher[1, 4] = -INF
-    terms, grad = gradient(student, teacher, torch.tensor([1, 4]), options=DistillOptions(soft=0.0), backend=backend)
+    terms, grad = gradient(
+        student,
+        teacher,
+        torch.tensor([1, 4]),
+        options=DistillOptions(soft=0.0),
+        backend=backend,
+    )
     assert float(terms.hard) == INF
     onehot = F.one_hot(torch.tensor([1, 4]), 40)
     torch.testing.assert_close(grad, 3 * (student.softmax(-1) - onehot), rtol=0, atol=1e-6)
@@ -242,7 +275,12 @@ def test_huge_and_equal_logits(backend: str, divergence: Any) -> None:
     student, _ = logits(4, 300, torch.float32)
     options = DistillOptions(divergence=divergence, **EVERYTHING)
     assert_as_specified(1e4 * student, 1e4 * student.flip(0).roll(1, 1), backend=backend, options=options)
-    terms, grad = gradient(student, student.clone(), options=DistillOptions(divergence=divergence), backend=backend)
+    terms, grad = gradient(
+        student,
+        student.clone(),
+        options=DistillOptions(divergence=divergence),
+        backend=backend,
+    )
     assert abs(float(terms.soft)) < 1e-4
     assert float(grad.abs().max()) < 1e-5
 
@@ -250,7 +288,11 @@ def test_huge_and_equal_logits(backend: str, divergence: Any) -> None:
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("cap", [None, 5.0])
-def test_rows_that_are_out_contribute_exactly_nothing(backend: Any, divergence: Any, cap: float | None) -> None:
+def test_rows_that_are_out_contribute_exactly_nothing(
+    backend: Any,
+    divergence: Any,
+    cap: float | None,
+) -> None:
     """Whatever they hold; and with all of them out, the loss is 0."""
     student, teacher = logits(3, 40)
     student[1], teacher[2], student[0, 3] = math.nan, math.nan, INF
@@ -272,7 +314,11 @@ def test_rows_that_are_out_contribute_exactly_nothing(backend: Any, divergence: 
 @pytest.mark.parametrize("backend", ["reference", *PATHS])
 def test_no_rows(backend: Any) -> None:
     terms, grad = gradient(
-        torch.zeros(0, 9), torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), options=DistillOptions(), backend=backend
+        torch.zeros(0, 9),
+        torch.zeros(0, 9),
+        torch.zeros(0, dtype=torch.long),
+        options=DistillOptions(),
+        backend=backend,
     )
     assert float(terms.total) == 0.0
     assert grad.shape == (0, 9)
@@ -282,7 +328,11 @@ def test_no_rows(backend: Any) -> None:
 def test_rows_may_lie_apart(backend: str) -> None:
     wide, teacher = logits(5, 128)
     assert_as_specified(
-        wide[:, 5:66], teacher[:, 3:64], some_labels(5, 61), backend=backend, options=DistillOptions(**EVERYTHING)
+        wide[:, 5:66],
+        teacher[:, 3:64],
+        some_labels(5, 61),
+        backend=backend,
+        options=DistillOptions(**EVERYTHING),
     )
     with pytest.raises(ValueError, match=r"adjacent columns are needed: \.contiguous"):
         distill_loss(wide.t(), teacher.t(), options=DistillOptions(), backend=backend)  # type: ignore[arg-type]
@@ -315,7 +365,15 @@ def test_segments_of_a_row_are_put_together(divergence: Any, columns: int, offse
     options = DistillOptions(divergence=divergence, **EVERYTHING)
     truth, expected_grad = gradient(student, teacher, labels, weights, options=options, backend="reference")
     terms_N2, grad = torch.empty(5, 2, dtype=torch.float64), student.clone()
-    distill_rows_triton(grad, teacher, Targets(labels, weights), options, terms_N2=terms_N2, grad_NV=grad, block=64)
+    distill_rows_triton(
+        grad,
+        teacher,
+        Targets(labels, weights),
+        options,
+        terms_N2=terms_N2,
+        grad_NV=grad,
+        block=64,
+    )
     if not (divergence == "reverse-kl" and columns == 300):  # infinite where the teacher alone is -inf
         torch.testing.assert_close(3 * grad, expected_grad, rtol=0, atol=1e-6)
         torch.testing.assert_close(terms_N2.sum(0), torch.stack(truth[1:]), rtol=1e-6, atol=1e-9)
@@ -389,4 +447,11 @@ def test_no_waiting_on_a_gpu() -> None:
         bool(weights.sum() > 0)
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, **EVERYTHING)  # type: ignore[arg-type]
-        distill_rows_torch(student, teacher, Targets(labels, weights), options, terms_N2=terms_N2, grad_NV=student)
+        distill_rows_torch(
+            student,
+            teacher,
+            Targets(labels, weights),
+            options,
+            terms_N2=terms_N2,
+            grad_NV=student,
+        )

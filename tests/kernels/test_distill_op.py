@@ -19,7 +19,18 @@ def test_the_op_is_registered_as_torch_wants_it(backend: str) -> None:
     student, teacher = logits(4, 30, torch.float32)
     options = DistillOptions(**EVERYTHING)
     tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    arguments = (student.requires_grad_(), teacher, None, None, None, some_labels(4, 30), None, True, backend, *pack(options))
+    arguments = (
+        student.requires_grad_(),
+        teacher,
+        None,
+        None,
+        None,
+        some_labels(4, 30),
+        None,
+        True,
+        backend,
+        *pack(options),
+    )
     torch.library.opcheck(distill._distill, arguments, test_utils=tests)
 
 
@@ -42,7 +53,9 @@ def test_differentiable_once(backend: Any) -> None:
     student.requires_grad_()
     with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
         torch.autograd.grad(
-            distill_loss(student, teacher, options=DistillOptions(), backend=backend).total, student, create_graph=True
+            distill_loss(student, teacher, options=DistillOptions(), backend=backend).total,
+            student,
+            create_graph=True,
         )
     total = distill_loss(student, teacher, options=DistillOptions(), backend=backend).total
     total.backward(retain_graph=True)
@@ -82,9 +95,19 @@ def test_inputs_are_checked() -> None:
             "auto",
             r"labels must lie in 0 \.\.\. 29 or be options.ignore_index, got 30",
         ),
-        ((student, teacher, None, torch.ones(4, dtype=torch.long)), plain, "auto", "weights must be floating-point"),
+        (
+            (student, teacher, None, torch.ones(4, dtype=torch.long)),
+            plain,
+            "auto",
+            "weights must be floating-point",
+        ),
         ((student.long(), teacher), plain, "auto", "must be floating-point"),
-        ((student, teacher.clone().requires_grad_()), plain, "auto", "only the student's logits get a gradient"),
+        (
+            (student, teacher.clone().requires_grad_()),
+            plain,
+            "auto",
+            "only the student's logits get a gradient",
+        ),
         ((student, teacher), plain, "cuda", "must be one of auto, reference"),
     ]
     for arguments, options, backend, message in cases:

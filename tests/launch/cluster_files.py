@@ -58,13 +58,19 @@ POD = {
                 "image": Required(str),
                 "command": [str],
                 "args": [str],
-                "volumeMounts": [{"name": Required(LABEL), "mountPath": Required(re.compile(r"/.*")), "readOnly": bool}],
+                "volumeMounts": [
+                    {"name": Required(LABEL), "mountPath": Required(re.compile(r"/.*")), "readOnly": bool},
+                ],
                 "resources": {"limits": {str: int}, "requests": {str: int}},
             }
         ]
     ),
 }
-REPLICAS = {"replicas": int, "restartPolicy": {"Always", "OnFailure", "Never"}, "template": Required({"spec": Required(POD)})}
+REPLICAS = {
+    "replicas": int,
+    "restartPolicy": {"Always", "OnFailure", "Never"},
+    "template": Required({"spec": Required(POD)}),
+}
 MPIJOB = {
     "apiVersion": Required({"kubeflow.org/v2beta1"}),
     "kind": Required({"MPIJob"}),
@@ -108,7 +114,9 @@ SKYPILOT = {
         "job_recovery": {"strategy": str, "max_restarts_on_errors": int, "recover_on_exit_codes": list},
     },
     "envs": {str: str},
-    "file_mounts": {str: {"name": str, "source": str, "mode": {"MOUNT", "COPY", "MOUNT_CACHED"}, "persistent": bool}},
+    "file_mounts": {
+        str: {"name": str, "source": str, "mode": {"MOUNT", "COPY", "MOUNT_CACHED"}, "persistent": bool},
+    },
     "setup": str,
     "run": str,
 }
@@ -158,7 +166,9 @@ def shell_of(kind: ClusterKind, document: Any) -> str:
     """The script that starts the ranks."""
     match kind:
         case "mpijob":
-            return str(document["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["args"][0])
+            return str(
+                document["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["args"][0],
+            )
         case "skypilot":
             return str(document["run"])
         case _:

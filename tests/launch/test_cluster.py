@@ -94,7 +94,11 @@ def test_slurm_is_asked_for_nodes_gpus_and_time() -> None:
     assert "--container-image=registry/fastdistil:1" in text_of("slurm", image="registry/fastdistil:1")
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["fastdistil", "cluster", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -104,7 +108,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     out = tmp_path / "job.sh"
     options = ("--for", "slurm", "--nodes", "2", "optim.lr=1e-4", "--out", str(out))
     assert run("distilbert", *options) == 0
-    assert re.search(r"train distilbert optim.lr=1e-4 'name=\"distilbert-\d{8}-\d{6}\"' --resume auto", out.read_text())
+    assert re.search(
+        r"train distilbert optim.lr=1e-4 'name=\"distilbert-\d{8}-\d{6}\"' --resume auto",
+        out.read_text(),
+    )
     assert str(out) in capsys.readouterr().out
     assert run("bert-small", "--for", "slurm", "--nodes", "2", "name=mine") == 0
     assert "pretrain bert-small name=mine 'name=\"mine\"'" in capsys.readouterr().out

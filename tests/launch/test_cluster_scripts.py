@@ -18,7 +18,12 @@ from fastdistil.launch.cluster import KINDS, ClusterKind
 from tests.launch.cluster_files import SCHEMAS, check, documents, shell_of, text_of
 
 
-def run_script(script: str, folder: Path, environ: dict[str, str], **programs: str) -> "subprocess.CompletedProcess[str]":
+def run_script(
+    script: str,
+    folder: Path,
+    environ: dict[str, str],
+    **programs: str,
+) -> "subprocess.CompletedProcess[str]":
     """A shell script with stand-ins for some programs."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
@@ -65,7 +70,10 @@ def test_torchrun_is_started_on_every_node(
     kind: ClusterKind, environ: dict[str, str], recipe_text: Path, tmp_path: Path
 ) -> None:
     script = shell_of(kind, documents(kind, recipe=str(recipe_text))[0])
-    installs = {"pip": f"echo pip $* >> {tmp_path}/installed", "python": f"echo python $* >> {tmp_path}/installed"}
+    installs = {
+        "pip": f"echo pip $* >> {tmp_path}/installed",
+        "python": f"echo python $* >> {tmp_path}/installed",
+    }
     done = run_script(script, tmp_path, environ, python3='printf "%s\\n" "$@"', **installs)
     assert done.returncode == 0, done.stderr
     if kind == "dstack":
@@ -115,7 +123,8 @@ def kubernetes_expands(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "recipe_text", ["", "  \n# END_OF_RECIPE\n", "#\tx\n\tEND_OF_RECIPE\nEND_OF_RECIPE\n$(touch pwned) '\"`\n\n"]
+    "recipe_text",
+    ["", "  \n# END_OF_RECIPE\n", "#\tx\n\tEND_OF_RECIPE\nEND_OF_RECIPE\n$(touch pwned) '\"`\n\n"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_reach_the_ranks_as_they_are(kind: ClusterKind, recipe_text: str, tmp_path: Path) -> None:
@@ -142,10 +151,20 @@ def test_values_reach_the_ranks_as_they_are(kind: ClusterKind, recipe_text: str,
     heard = tmp_path / "heard"
     hears = f'printf "%s\\0" "$FASTDISTIL_STORE_SECRET" "$@" > {heard}'
     done = run_script(
-        script, there, CLUSTER[kind], python3=hears, mpirun=hears, srun=hears, pip="true", python="true", scontrol="true"
+        script,
+        there,
+        CLUSTER[kind],
+        python3=hears,
+        mpirun=hears,
+        srun=hears,
+        pip="true",
+        python="true",
+        scontrol="true",
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(entry.name for entry in there.iterdir()) == ["Mine.yaml"] * bool(recipe_text and more) + ["tools"]
+    assert sorted(entry.name for entry in there.iterdir()) == ["Mine.yaml"] * bool(recipe_text and more) + [
+        "tools",
+    ]
     if recipe_text and more:
         assert (there / "Mine.yaml").read_text() == recipe_text
     secret, *arguments = heard.read_text().removesuffix("\0").split("\0")
@@ -204,7 +223,8 @@ JOB = {
 
 
 @pytest.mark.parametrize(
-    ("code", "left_s", "requeued"), [(0, 10_000, False), (75, 10_000, False), (75, 100, True), (12, 100, False)]
+    ("code", "left_s", "requeued"),
+    [(0, 10_000, False), (75, 10_000, False), (75, 100, True), (12, 100, False)],
 )
 def test_a_job_whose_time_is_up_is_queued_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, left_s: int, requeued: bool
@@ -232,7 +252,12 @@ def test_the_slurm_script_trains_with_two_ranks(tmp_path: Path) -> None:
     documents = [*docstrings(Path(subprocess.__file__)), *docstrings(Path(re.__file__))] * 4
     (tmp_path / "text.txt").write_text("\n\n".join(documents))
     train_wordpiece(documents, 300, tmp_path / "tokenizer")
-    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), max_length=32, documents="paragraph", workers=1)
+    options = PrepareOptions(
+        tokenizer=str(tmp_path / "tokenizer"),
+        max_length=32,
+        documents="paragraph",
+        workers=1,
+    )
     prepare([str(tmp_path / "text.txt")], tmp_path / "corpus", options)
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     config = transformers.BertConfig(**sizes, num_hidden_layers=2, max_position_embeddings=32)

@@ -28,7 +28,13 @@ GROUPED_QUERIES: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "bos_token
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "roberta": {**SIZES, "type_vocab_size": 1, "pad_token_id": 1},
-    "distilbert": {"dim": WIDTH, "n_layers": DEPTH, "n_heads": 4, "hidden_dim": 40, "max_position_embeddings": POSITIONS},
+    "distilbert": {
+        "dim": WIDTH,
+        "n_layers": DEPTH,
+        "n_heads": 4,
+        "hidden_dim": 40,
+        "max_position_embeddings": POSITIONS,
+    },
     # A window of 4 tokens to each side, global attention in layers 0 and 3.
     "modernbert": {
         **SIZES,
@@ -39,7 +45,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    "gpt2": {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": POSITIONS, "bos_token_id": 1, "eos_token_id": 1},
+    "gpt2": {
+        "n_embd": WIDTH,
+        "n_layer": DEPTH,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
     "llama": GROUPED_QUERIES,
     # A window of 6 tokens from layer 2 on.
     "qwen2": {**GROUPED_QUERIES, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
@@ -49,7 +62,11 @@ MASKED = ("bert", "roberta", "distilbert", "modernbert")
 SLIDING: dict[str, dict[str, Any]] = {
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-    "qwen3": {"layer_types": [*3 * ["sliding_attention"], "full_attention"], "use_sliding_window": True, "sliding_window": 6},
+    "qwen3": {
+        "layer_types": [*3 * ["sliding_attention"], "full_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+    },
 }
 every_family = pytest.mark.parametrize("kind", CONFIGS)
 

@@ -41,7 +41,10 @@ def test_logits_are_those_of_transformers(kind: str, layout: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "change"), [("modernbert", {"local_attention": 80}), ("qwen2", {"sliding_window": 40})])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("modernbert", {"local_attention": 80}), ("qwen2", {"sliding_window": 40})],
+)
 def test_the_windows_of_these_models_matter(kind: str, change: dict[str, Any]) -> None:
     """Otherwise the test above would not see whether packed attention keeps them."""
     texts = sequences()
@@ -140,7 +143,9 @@ def test_parameters_are_listed_once(kind: str) -> None:
     model = LanguageModel(module)
     assert [name.removeprefix("module.") for name, _ in model.named_parameters()] == [n for n, _ in module.named_parameters()]
     assert len(model.state_dict()) == len(module.state_dict())
-    assert language_model.parameter_count(model) == sum({id(p): p.numel() for p in module.parameters()}.values())
+    assert language_model.parameter_count(model) == sum(
+        {id(p): p.numel() for p in module.parameters()}.values(),
+    )
     assert language_model.shape(model) == (VOCABULARY, WIDTH)
     assert language_model.max_length(model) == POSITIONS - (2 if kind == "roberta" else 0)
 
@@ -153,9 +158,15 @@ def test_own_state_comes_back_in_place() -> None:
     assert other.module.get_input_embeddings().weight is weight
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(UserError, match="another model"):
-        language_model.load_own_state(LanguageModel(build("bert", num_hidden_layers=2)), language_model.own_state(model))
+        language_model.load_own_state(
+            LanguageModel(build("bert", num_hidden_layers=2)),
+            language_model.own_state(model),
+        )
     with pytest.raises(UserError, match="another model"):
-        language_model.load_own_state(LanguageModel(build("bert", intermediate_size=44)), language_model.own_state(model))
+        language_model.load_own_state(
+            LanguageModel(build("bert", intermediate_size=44)),
+            language_model.own_state(model),
+        )
 
 
 def test_a_module_of_your_own_is_taken_or_told_what_is_missing() -> None:

@@ -60,7 +60,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_loading_is_quiet_and_in_evaluation_mode(tmp_path: Path, said: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_is_quiet_and_in_evaluation_mode(
+    tmp_path: Path,
+    said: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Also where the files hold more than the model needs, as published BERT checkpoints do."""
     torch.manual_seed(0)
     transformers.BertForPreTraining(config_of("bert")).save_pretrained(tmp_path)
@@ -125,7 +129,12 @@ def damaged(folder: Path, saved: Path, damage: str) -> Path:
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(
-    damage: str, complaint: str, saved: Path, tmp_path: Path, said: list[str], capfd: pytest.CaptureFixture[str]
+    damage: str,
+    complaint: str,
+    saved: Path,
+    tmp_path: Path,
+    said: list[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     folder = damaged(tmp_path / "model", saved, damage)
     said.clear()
@@ -136,7 +145,10 @@ def test_what_cannot_be_loaded_is_one_line(
     assert (said, *capfd.readouterr()) == ([], "", "")
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing-here", "no-such-model", "nobody/no-such-model", "not a/hub id"])
+@pytest.mark.parametrize(
+    "path",
+    ["/no/such/folder", "./nothing-here", "no-such-model", "nobody/no-such-model", "not a/hub id"],
+)
 def test_a_model_that_is_nowhere_is_one_line(path: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(UserError, match="no model") as caught:

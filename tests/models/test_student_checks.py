@@ -47,7 +47,11 @@ def spoil_weights(part: str, factor: float = 1.5) -> Any:
         real = students._load
 
         def spoilt(student: Any, weights: dict[str, Tensor], leave: tuple[str, ...]) -> None:
-            real(student, {name: tensor * (factor if part in name else 1) for name, tensor in weights.items()}, leave)
+            real(
+                student,
+                {name: tensor * (factor if part in name else 1) for name, tensor in weights.items()},
+                leave,
+            )
 
         monkeypatch.setattr(students, "_load", spoilt)
 
@@ -60,7 +64,12 @@ def no_scales(monkeypatch: pytest.MonkeyPatch) -> None:
 
 THETAS = {"full_attention": {"rope_type": "default", "rope_theta": 160000.0}}
 FAULTS = [
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, no_scales, "layer 0, copied from the teacher's layer 1,"),
+    (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        no_scales,
+        "layer 0, copied from the teacher's layer 1,",
+    ),
     ("gpt2", {}, spoil_config(layer_norm_epsilon=0.5), "layer 0, copied"),
     ("gpt2", {}, spoil_weights("wpe"), "embeddings"),
     ("gpt2", {}, spoil_weights("ln_f"), "last norm"),
@@ -70,7 +79,12 @@ FAULTS = [
     ("bert", {}, spoil_weights("predictions.transform"), "head"),
     ("bert", {}, spoil_weights("predictions.transform", 1.01), "head"),
     ("roberta", {}, spoil_weights("layer.0.attention.self.query"), "layer 0, copied"),
-    ("llama", {}, spoil_config(rope_parameters={"rope_type": "default", "rope_theta": 100.0}), "layer 0, copied"),
+    (
+        "llama",
+        {},
+        spoil_config(rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
+        "layer 0, copied",
+    ),
     ("qwen2", SLIDING["qwen2"], spoil_config(layer_types=2 * ["full_attention"]), "layer 1, copied"),
     (
         "qwen2",
@@ -141,7 +155,10 @@ def test_an_error_of_our_own_code_is_not_told_as_the_students(monkeypatch: pytes
 )
 def test_sizes_that_transformers_cannot_run_are_refused(values: dict[str, Any]) -> None:
     recipe = Student(config={**values, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1})
-    with pytest.raises(UserError, match=r"student is no \w+ model that transformers runs .*change student\.config") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"student is no \w+ model that transformers runs .*change student\.config",
+    ) as caught:
         students.make_student(recipe, None, VOCABULARY)
     assert "\n" not in str(caught.value)
 
@@ -168,7 +185,14 @@ def test_an_exported_student_that_transformers_cannot_run_is_an_error_and_stays(
     ):
         changes.clear()
         changes.update(config)
-        recipe = small(material, tmp_path, "loop.updates=1", "evaluation.every=null", f"name=run{number}", "data.heldout=null")
+        recipe = small(
+            material,
+            tmp_path,
+            "loop.updates=1",
+            "evaluation.every=null",
+            f"name=run{number}",
+            "data.heldout=null",
+        )
         with pytest.raises(UserError, match=f"run{number}/student.*{complaint}") as caught:
             quiet(recipe)
         assert "\n" not in str(caught.value)

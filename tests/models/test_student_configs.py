@@ -29,7 +29,10 @@ from tests.small_run import TINY, quiet, small
         (Student(layers=(1, 1)), "different"),
         (Student(config={"model_type": "t5"}), "wanted one of bert"),
         (Student(config={"hidden_size": 3}), "model_type is None"),
-        (Student(config={"model_type": "bert", "hidden_sise": 3}), "hidden_sise is not an option .* did you mean hidden_size"),
+        (
+            Student(config={"model_type": "bert", "hidden_sise": 3}),
+            "hidden_sise is not an option .* did you mean hidden_size",
+        ),
         (Student(config={"model_type": "bert", "hidden_size": "wide"}), "expected int, got str"),
         (Student(config={"model_type": "bert", **SIZES, "hidden_size": 30}), "not a multiple"),
         (Student(config={"model_type": "bert", **SIZES, "hidden_act": "step"}), "step"),
@@ -45,11 +48,22 @@ def test_what_makes_no_student_is_one_line(recipe: Student, complaint: str) -> N
 
 
 @every_family
-def test_special_ids_of_a_new_configuration_are_the_tokenizers(kind: str, tmp_path: Path, said: list[str]) -> None:
+def test_special_ids_of_a_new_configuration_are_the_tokenizers(
+    kind: str,
+    tmp_path: Path,
+    said: list[str],
+) -> None:
     """Never the defaults, which are those of the architecture's own tokenizer: neither in the model nor for generation."""
     sizes = {name: value for name, value in CONFIGS[kind].items() if not name.endswith("_token_id")}
     padding = {"pad_token_id": 7}
-    everything = {**padding, "bos_token_id": 3, "eos_token_id": 4, "cls_token_id": 5, "sep_token_id": 6, "mask_token_id": 8}
+    everything = {
+        **padding,
+        "bos_token_id": 3,
+        "eos_token_id": 4,
+        "cls_token_id": 5,
+        "sep_token_id": 6,
+        "mask_token_id": 8,
+    }
     for ids in (padding, everything):
         student = students.make_student(Student(config={"model_type": kind, **sizes}), None, VOCABULARY, ids)
         loading.save_pretrained(student, tmp_path)
@@ -72,7 +86,10 @@ def test_a_configuration_needs_no_special_tokens(kind: str) -> None:
     sizes = {name: value for name, value in CONFIGS[kind].items() if not name.endswith("_token_id")}
     recipe = Student(config={"model_type": kind, **sizes})
     if kind == "roberta":
-        with pytest.raises(UserError, match=r"numbers positions from its padding token's.*set student\.config\.pad_token_id"):
+        with pytest.raises(
+            UserError,
+            match=r"numbers positions from its padding token's.*set student\.config\.pad_token_id",
+        ):
             students.make_student(recipe, None, VOCABULARY)
         return
     config = students.make_student(recipe, None, VOCABULARY).module.config.to_dict()
@@ -80,7 +97,9 @@ def test_a_configuration_needs_no_special_tokens(kind: str) -> None:
 
 
 def tokenizer_of(tokens: list[str], **names: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=names.get("unk_token")))
+    tokenizer = Tokenizer(
+        WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=names.get("unk_token")),
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     make: Any = PreTrainedTokenizerFast
     tokenizer_fast: PreTrainedTokenizerFast = make(tokenizer_object=tokenizer, **names)
@@ -128,12 +147,24 @@ def test_sizes_left_out_fit_those_given(kind: str) -> None:
     values = {"model_type": kind, **sizes, **layers, "max_position_embeddings": 48}
     config = students.make_student(Student(config=values), None, VOCABULARY).module.config
     inner = {"distilbert": "hidden_dim", "gpt2": "n_inner"}.get(kind, "intermediate_size")
-    expected = {"llama": 129, "qwen2": 258, "qwen3": 258, "bert": 192, "distilbert": 192, "modernbert": 72, "gpt2": None}
+    expected = {
+        "llama": 129,
+        "qwen2": 258,
+        "qwen3": 258,
+        "bert": 192,
+        "distilbert": 192,
+        "modernbert": 72,
+        "gpt2": None,
+    }
     assert getattr(config, inner) == expected[kind]  # as 11008 to 4096, 22016 to 4096, 3072 to 768, 1152 to 768
     if kind in ("llama", "qwen2", "qwen3"):
         assert config.num_key_value_heads == 4
         assert getattr(config, "head_dim", 12) == 12
-    chosen = {**values, inner: 56, **({"num_key_value_heads": 2} if hasattr(config, "num_key_value_heads") else {})}
+    chosen = {
+        **values,
+        inner: 56,
+        **({"num_key_value_heads": 2} if hasattr(config, "num_key_value_heads") else {}),
+    }
     config = students.make_student(Student(config=chosen), None, VOCABULARY).module.config
     assert getattr(config, inner) == 56
     assert getattr(config, "num_key_value_heads", 2) == 2
@@ -175,11 +206,20 @@ def test_a_dozen_tokens_are_trained_on(kind: str, tmp_path: Path) -> None:
     tokenizer_of([*names.values(), *"abcdefgh"], **names).save_pretrained(tmp_path / "tokenizer")
     lines = [" ".join("abcdefgh"[(row * step) % 8] for step in range(3, 12)) for row in range(1, 30)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), max_length=16, workers=1, documents="line")
+    options = PrepareOptions(
+        tokenizer=str(tmp_path / "tokenizer"),
+        max_length=16,
+        workers=1,
+        documents="line",
+    )
     prepare([str(tmp_path / "text.txt")], tmp_path / "corpus", options)
     objective = ["objective.a_mlm=0", "objective.a_clm=1"] if kind == "llama" else ["objective.a_mlm=1"]
     config = json.dumps({**TINY, "model_type": kind})
     recipe = [f"student.config={config}", "teacher=null", "objective.a_ce=0", "objective.a_cos=0", *objective]
-    folders = [f"data.train={tmp_path / 'corpus'}", f"data.heldout={tmp_path / 'corpus'}", "evaluation.every=null"]
+    folders = [
+        f"data.train={tmp_path / 'corpus'}",
+        f"data.heldout={tmp_path / 'corpus'}",
+        "evaluation.every=null",
+    ]
     result = quiet(small(tmp_path, tmp_path, *recipe, *folders, "loop.updates=2"))
     assert result.evaluation is not None

@@ -57,7 +57,10 @@ def test_distilbert_head_that_is_not_copied_is_new_but_tied() -> None:
     student = students.distilbert_from_bert(teacher, [0, 2], copy_head=False)
     assert student.module.distilbert.embeddings.word_embeddings.weight is student.weight
     assert torch.equal(student.weight, teacher.cls.predictions.decoder.weight)
-    assert not torch.equal(student.module.vocab_transform.weight, teacher.cls.predictions.transform.dense.weight)
+    assert not torch.equal(
+        student.module.vocab_transform.weight,
+        teacher.cls.predictions.transform.dense.weight,
+    )
     assert float(student.bias.detach().abs().max()) == 0
 
 
@@ -102,7 +105,10 @@ def test_weights_that_differ_are_not_tied(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_the_second_bias_of_an_untied_head_is_not_trained_and_saved_as_the_first(kind: str, tmp_path: Path) -> None:
+def test_the_second_bias_of_an_untied_head_is_not_trained_and_saved_as_the_first(
+    kind: str,
+    tmp_path: Path,
+) -> None:
     untied(kind, tmp_path / "untied")
     student = loading.load_model(str(tmp_path / "untied"))
     bias = student.bias
@@ -155,7 +161,10 @@ def test_a_head_is_drawn_where_the_recipe_says_so(kind: str, tied: bool, tmp_pat
         with pytest.raises(UserError, match="language-model head") as caught:
             loading.load_model(path)
         assert "student.head" not in str(caught.value)  # a teacher's is never drawn
-        with pytest.raises(UserError, match=r"lacks .*, or set student\.head=fresh to have the missing head drawn"):
+        with pytest.raises(
+            UserError,
+            match=r"lacks .*, or set student\.head=fresh to have the missing head drawn",
+        ):
             students.make_student(Student(path=path), None, VOCABULARY)
     drawn = []
     for seed in (1, 1, 2):
@@ -197,8 +206,15 @@ def test_a_body_without_a_weight_is_refused_all_the_same(tmp_path: Path) -> None
 
 
 def test_pretraining_and_distilling_from_a_bare_encoder(material: Path, tmp_path: Path) -> None:
-    transformers.AutoModelForMaskedLM.from_pretrained(material / "teacher").bert.save_pretrained(tmp_path / "bare")
-    overrides = [f"student.path={tmp_path / 'bare'}", "evaluation.every=null", "data.heldout=null", "loop.updates=1"]
+    transformers.AutoModelForMaskedLM.from_pretrained(material / "teacher").bert.save_pretrained(
+        tmp_path / "bare",
+    )
+    overrides = [
+        f"student.path={tmp_path / 'bare'}",
+        "evaluation.every=null",
+        "data.heldout=null",
+        "loop.updates=1",
+    ]
     with pytest.raises(UserError, match=r"student\.head=fresh"):
         quiet(small(material, tmp_path, *overrides))
     alone = ["teacher=null", "objective.a_ce=0", "objective.a_cos=0", "objective.a_mlm=1"]

@@ -55,7 +55,12 @@ def test_a_student_has_the_layers_it_was_promised(kind: str) -> None:
         old = LAYERS[kind].format(3) + name.removeprefix(second) if name.startswith(second) else name
         assert torch.equal(tensor, source[old]), name
     assert any(name.startswith(first) for name in copied)
-    assert len({tensor.data_ptr() for tensor in copied.values()} & {tensor.data_ptr() for tensor in source.values()}) == 0
+    assert (
+        len(
+            {tensor.data_ptr() for tensor in copied.values()} & {tensor.data_ptr() for tensor in source.values()},
+        )
+        == 0
+    )
 
 
 @every_family
@@ -81,7 +86,12 @@ def test_modernbert_layers_keep_their_windows(layers: list[int]) -> None:
     texts = sequences()
     student = logits(students.fewer_layers(teacher, layers).eval().double(), batch_of(texts))
     teacher.model.layers = nn.ModuleList(teacher.model.layers[layer] for layer in layers)
-    torch.testing.assert_close(student, own_logits(teacher, texts), rtol=0, atol=1e-6)  # through float32 weights
+    torch.testing.assert_close(
+        student,
+        own_logits(teacher, texts),
+        rtol=0,
+        atol=1e-6,
+    )  # through float32 weights
 
 
 def test_modernbert_students_start_with_the_first_layer() -> None:
@@ -126,9 +136,14 @@ def test_make_student_follows_the_recipe(tmp_path: Path) -> None:
     teacher = LanguageModel(build("bert"))
     every = students.make_student(Student(every=3), teacher, VOCABULARY)
     assert torch.equal(
-        every.module.bert.encoder.layer[1].output.dense.weight, teacher.module.bert.encoder.layer[3].output.dense.weight
+        every.module.bert.encoder.layer[1].output.dense.weight,
+        teacher.module.bert.encoder.layer[3].output.dense.weight,
     )
-    distil = students.make_student(Student(layers=(0, 2), architecture="distilbert", dropout=0.25), teacher, VOCABULARY)
+    distil = students.make_student(
+        Student(layers=(0, 2), architecture="distilbert", dropout=0.25),
+        teacher,
+        VOCABULARY,
+    )
     assert distil.module.config.model_type == "distilbert"
     assert {m.p for m in distil.modules() if isinstance(m, nn.Dropout)} == {0.25}
     config = {"model_type": "bert", **SIZES, "num_hidden_layers": 1}
@@ -145,7 +160,11 @@ def test_layers_need_a_teacher_and_positions_to_freeze() -> None:
     with pytest.raises(UserError, match=r"set teacher\.path"):
         students.make_student(Student(every=2), None, VOCABULARY)
     with pytest.raises(UserError, match="no position embeddings"):
-        students.make_student(Student(every=2, freeze_positions=True), LanguageModel(build("llama")), VOCABULARY)
+        students.make_student(
+            Student(every=2, freeze_positions=True),
+            LanguageModel(build("llama")),
+            VOCABULARY,
+        )
 
 
 @every_family

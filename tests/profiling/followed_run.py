@@ -30,7 +30,15 @@ def append(run: Path, *events: dict[str, Any]) -> None:
 
 
 def start(update: int = 0, time: float = 0.0, kind: str = "start", **fields: Any) -> dict[str, Any]:
-    return {"event": kind, "time": time, "update": update, "updates": 100, "engine": "torch", "ranks": 1, **fields}
+    return {
+        "event": kind,
+        "time": time,
+        "update": update,
+        "updates": 100,
+        "engine": "torch",
+        "ranks": 1,
+        **fields,
+    }
 
 
 def train(update: int, time: float, **fields: Any) -> dict[str, Any]:

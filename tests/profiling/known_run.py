@@ -41,7 +41,14 @@ def held_out(loss: float) -> dict[str, Any]:
 def known_events() -> list[dict[str, Any]]:
     """Three lines of two updates; the first update is warm-up. Their figures are KNOWN in test_report.py."""
 
-    def fields(gradient: int, imbalance: float, worked: list[float], gib: int, share: float, joules: float) -> dict[str, Any]:
+    def fields(
+        gradient: int,
+        imbalance: float,
+        worked: list[float],
+        gib: int,
+        share: float,
+        joules: float,
+    ) -> dict[str, Any]:
         return {
             "gradient_bytes": gradient, "ring_bytes": [gradient * 3 // 4, gradient // 4], "control_bytes": gradient // 50,
             "control_messages": 6, "gradient_collectives": 4, "exchange_wait_s": gradient / 1e4, "imbalance_time": imbalance,

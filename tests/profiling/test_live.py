@@ -79,7 +79,12 @@ def test_numbers_that_are_not_finite_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stream", [Stream(lines=40), Stream(lines=40, ranks=8, outcome=None), Stream(lines=20, ranks=1, gpu=False, old=True)]
+    "stream",
+    [
+        Stream(lines=40),
+        Stream(lines=40, ranks=8, outcome=None),
+        Stream(lines=20, ranks=1, gpu=False, old=True),
+    ],
 )
 def test_the_page_is_the_report_of_the_run(tmp_path: Path, stream: Stream) -> None:
     run = write_run(tmp_path / "run", stream)
@@ -101,7 +106,10 @@ def test_the_page_of_a_continued_run_is_the_report_of_it(tmp_path: Path) -> None
     assert shown == written
 
 
-def test_the_page_is_made_again_only_when_there_is_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_made_again_only_when_there_is_more(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     append(tmp_path, start(), train(1, 1.0))
     followed = following(tmp_path, Clock())
     first = followed.page()
@@ -116,7 +124,10 @@ def test_the_page_is_made_again_only_when_there_is_more(tmp_path: Path, monkeypa
     assert b"0.25" in body
 
 
-def test_the_pages_of_a_run_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_of_a_run_take_a_small_share_of_the_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = Clock()
     append(tmp_path, start(), train(1, 1.0))
     followed = following(tmp_path, clock)
@@ -180,7 +191,11 @@ def test_the_clock_of_the_runs_machine_does_not_matter_while_it_is_followed(tmp_
     ("ending", "kind", "why"),
     [
         ({"event": "done", "update": 100}, "done", ""),
-        ({"event": "stopped", "update": 1, "why": "SIGTERM"}, "stopped", "saved (SIGTERM); continue with --resume"),
+        (
+            {"event": "stopped", "update": 1, "why": "SIGTERM"},
+            "stopped",
+            "saved (SIGTERM); continue with --resume",
+        ),
         ({"event": "nonfinite", "update": 1, "message": "loss nan"}, "nonfinite", "loss nan"),
     ],
 )

@@ -45,8 +45,16 @@ def test_lines_that_are_no_events_are_told_and_left_out(tmp_path: Path) -> None:
     append(tmp_path, start())
     with (tmp_path / "events.jsonl").open("ab") as log:
         log.write(b"\xff\x00 garbage\n[1]\n{}\n")
-    append(tmp_path, train(1, 1.0), {"event": "train", "update": "x", "time": "then", "phases": 3, "step_s": 4})
-    append(tmp_path, train(2, 2.0, phases={"data": "x"}, step_s=[None, "y"], device=5, mfu="no", warmup="a"), train(3, 3.0))
+    append(
+        tmp_path,
+        train(1, 1.0),
+        {"event": "train", "update": "x", "time": "then", "phases": 3, "step_s": 4},
+    )
+    append(
+        tmp_path,
+        train(2, 2.0, phases={"data": "x"}, step_s=[None, "y"], device=5, mfu="no", warmup="a"),
+        train(3, 3.0),
+    )
     followed = following(tmp_path, Clock())
     assert [event.update for event in kinds(followed, "train")] == [1, 3]
     for number in (2, 3, 4, 6, 7):
@@ -55,13 +63,23 @@ def test_lines_that_are_no_events_are_told_and_left_out(tmp_path: Path) -> None:
 
 
 def test_a_log_that_no_report_can_be_made_of_says_why(tmp_path: Path) -> None:
-    append(tmp_path, start(ranks=2), train(1, 1.0, rank_worked_s=[1.0, 1.0]), train(2, 2.0, rank_worked_s=[1.0, 1.0, 1.0]))
+    append(
+        tmp_path,
+        start(ranks=2),
+        train(1, 1.0, rank_worked_s=[1.0, 1.0]),
+        train(2, 2.0, rank_worked_s=[1.0, 1.0, 1.0]),
+    )
     followed = following(tmp_path, Clock(2.0))
     assert "is damaged: update 2 tells of 3 ranks, other lines of 2" in page(followed)
     assert "2 of 100 (2.0%)" in strip(followed)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["train", "train", "note", "evaluation", "resume"]), st.integers(0, 6)), max_size=25))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["train", "train", "note", "evaluation", "resume"]), st.integers(0, 6)),
+        max_size=25,
+    ),
+)
 def test_what_a_resume_takes_back_is_what_the_effective_log_leaves_out(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, int]]
 ) -> None:
@@ -71,7 +89,10 @@ def test_what_a_resume_takes_back_is_what_the_effective_log_leaves_out(
     at = 0
     for kind, number in drawn:
         at = number if kind == "resume" else at + (kind == "train")
-        append(run, {"event": kind, "time": 1.0, "update": at, "updates": 1, "message": str(number), "total": 1.0})
+        append(
+            run,
+            {"event": kind, "time": 1.0, "update": at, "updates": 1, "message": str(number), "total": 1.0},
+        )
         if number % 2:
             followed.refresh()
     followed.refresh()

@@ -68,13 +68,24 @@ def test_figures_have_unit_spread_and_count(known_run: Path) -> None:
     (figures,) = figures_of(known_run)
     rate, mean, loss, perplexity = (
         figures[key]
-        for key in ("speed.tokens_per_s", "speed.step_mean_s", "learning.final_heldout_loss", "learning.final_perplexity")
+        for key in (
+            "speed.tokens_per_s",
+            "speed.step_mean_s",
+            "learning.final_heldout_loss",
+            "learning.final_perplexity",
+        )
     )
     assert (rate["unit"], rate["n"], rate["of"]) == ("tokens/s", 2, "log lines")
     assert rate["spread"] == pytest.approx(50 / math.sqrt(2))  # of 50 and 100
     assert (mean["unit"], mean["n"], mean["spread_kind"]) == ("s", 5, "sd")
     assert mean["spread"] == pytest.approx(math.sqrt(3.2 / 4))  # squared distances from 1.6 add up to 3.2
-    assert (loss["unit"], loss["spread"], loss["spread_kind"], loss["n"], loss["of"]) == ("nats", 0.1, "se", 400, "labels")
+    assert (loss["unit"], loss["spread"], loss["spread_kind"], loss["n"], loss["of"]) == (
+        "nats",
+        0.1,
+        "se",
+        400,
+        "labels",
+    )
     assert perplexity["spread"] == pytest.approx(0.1 * math.e**2)
     assert "rank 1, the slowest in 2 of 2" in figures["communication.straggler_share"]["detail"]
     assert "2.000 GiB (-50.0%)" in figures["memory.peak_bytes"]["detail"]
@@ -112,10 +123,14 @@ def test_the_bottleneck_comes_with_its_recipe_key(known_run: Path) -> None:
 def test_a_power_cap_is_no_caution(runs: Mapping[str, Path], tmp_path: Path) -> None:
     def cautions(**throttled: float) -> str:
         events = [{**event, "device": {"samples": 10, "throttled": throttled}} for event in known_events()[2:4]]
-        (run,) = report.read_runs([write_events(tmp_path / "-".join(throttled), [known_events()[0], *events], RECIPE)])
+        (run,) = report.read_runs(
+            [write_events(tmp_path / "-".join(throttled), [known_events()[0], *events], RECIPE)],
+        )
         return " ".join(report.cautions(run))
 
-    assert "slowed itself down: hw thermal slowdown in 50.0% of the samples" in cautions(hw_thermal_slowdown=0.5)
+    assert "slowed itself down: hw thermal slowdown in 50.0% of the samples" in cautions(
+        hw_thermal_slowdown=0.5,
+    )
     assert "slowed" not in cautions(sw_power_cap=1.0)
 
 
@@ -144,12 +159,18 @@ def test_a_run_that_was_continued_otherwise_says_so(tmp_path: Path) -> None:
     first, a, b, c = known_events()[:4]
     resume = {**first, "event": "resume", "update": 2, "ranks": 1, "time": BEGUN + 60}
     times = {"time": BEGUN + 70}
-    run = write_events(tmp_path / "run", [first, {**a, "time": BEGUN + 10}, resume, {**b, **times}, {**c, **times}], RECIPE)
+    run = write_events(
+        tmp_path / "run",
+        [first, {**a, "time": BEGUN + 10}, resume, {**b, **times}, {**c, **times}],
+        RECIPE,
+    )
     page = page_of(run)
     assert "1 of 3 log lines ran otherwise" in page.text
     assert "The run did not end: open: running, or it died." in page.text
     (figures,) = figures_of(run)
-    assert figures["run.wall_s"]["value"] == pytest.approx(10 + 10)  # the 50 s between the attempts are left out
+    assert figures["run.wall_s"]["value"] == pytest.approx(
+        10 + 10,
+    )  # the 50 s between the attempts are left out
     assert figures["run.ranks"]["value"] == "1"
 
 
@@ -178,7 +199,11 @@ def test_markdown_has_the_same_figures(known_run: Path, tmp_path: Path) -> None:
             assert len(widths) == 1, table
 
 
-def test_the_command_writes_where_it_is_told(known_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_where_it_is_told(
+    known_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = CliRunner()
     other = write_events(tmp_path / "other", known_events(), RECIPE)

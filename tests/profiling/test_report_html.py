@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", ["gpu", "faster", "cpu", "old", "short", "empty"])
-def test_pages_are_well_formed_self_contained_and_without_non_numbers(runs: Mapping[str, Path], name: str) -> None:
+def test_pages_are_well_formed_self_contained_and_without_non_numbers(
+    runs: Mapping[str, Path],
+    name: str,
+) -> None:
     check_page(page_of(runs[name]))
 
 
@@ -86,11 +89,22 @@ HOSTILE = """</pre><script>alert(1)</script><img src=x onerror='alert(1)'>"`|*&a
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     name = "<script>alert(1)<img src=x onerror=alert(1)>\"'&|`*\x1b[31m"
     recipe = {**RECIPE, "teacher": {"path": HOSTILE}, HOSTILE: HOSTILE}
-    environment = {"event": "environment", "processor": HOSTILE, "versions": {HOSTILE: HOSTILE}, "devices": [{"name": HOSTILE}]}
+    environment = {
+        "event": "environment",
+        "processor": HOSTILE,
+        "versions": {HOSTILE: HOSTILE},
+        "devices": [{"name": HOSTILE}],
+    }
     environment["peaks"] = {"flops": {HOSTILE: 1e12}}
     first, *later = known_events()
     hostile = [{**event, "device": {"utilisation": 1.0, "throttled": {HOSTILE: 0.5}, "samples": 4}} for event in later[:3]]
-    events = [{**first, "precision": HOSTILE}, environment, *hostile, *later[3:], {"event": "note", "message": HOSTILE}]
+    events = [
+        {**first, "precision": HOSTILE},
+        environment,
+        *hostile,
+        *later[3:],
+        {"event": "note", "message": HOSTILE},
+    ]
     one = write_events(tmp_path / name, events, recipe)
     two = write_events(tmp_path / "two", events, RECIPE)
     for page in (page_of(one), page_of(one, two)):
@@ -136,7 +150,13 @@ def test_secrets_are_redacted_and_the_surroundings_stay_out(tmp_path: Path) -> N
         assert "s3cr3t" not in text
         assert SECRET not in text
     html = report.as_html(runs)
-    for excerpt in ("micro_batch_tokens: 2560", "tokenizer: bert-base-uncased", "NVIDIA H200", "3.11.9", "[redacted]"):
+    for excerpt in (
+        "micro_batch_tokens: 2560",
+        "tokenizer: bert-base-uncased",
+        "NVIDIA H200",
+        "3.11.9",
+        "[redacted]",
+    ):
         assert excerpt in html
 
 

@@ -88,7 +88,10 @@ def test_without_a_spread_there_is_no_verdict(runs: Mapping[str, Path], tmp_path
     assert verdicts["throughput"].endswith("better") and verdicts["step, mean"].endswith("better")
     assert re.fullmatch(r"[-+][\d.]+%", verdicts["step, p99"])
     few = [{**event, "step_s": [2.0, 2.0]} if event["event"] == "train" else event for event in known_events()]
-    pair = page_of(write_events(tmp_path / "a", known_events(), RECIPE), write_events(tmp_path / "b", few, RECIPE))
+    pair = page_of(
+        write_events(tmp_path / "a", known_events(), RECIPE),
+        write_events(tmp_path / "b", few, RECIPE),
+    )
     assert re.fullmatch(r"[-+][\d.]+%", pair.begins("step, mean")[3])
 
 

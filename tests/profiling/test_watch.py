@@ -21,7 +21,12 @@ from tests.profiling.followed_run import append, serving, start, train
 # ---- who may read it
 
 
-def ask(server: WatchServer, path: str = "/strip", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    server: WatchServer,
+    path: str = "/strip",
+    method: str = "GET",
+    **headers: str,
+) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
         connection.putrequest(method, path, skip_host="Host" in headers)
@@ -128,9 +133,14 @@ def test_another_address_asks_for_the_token(tmp_path: Path) -> None:
 
 
 def test_two_requests_in_one_connection_and_a_body_that_nobody_asked_for(tmp_path: Path) -> None:
-    with serving(tmp_path) as server, socket.create_connection(("127.0.0.1", server.port), timeout=30) as peer:
+    with (
+        serving(tmp_path) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as peer,
+    ):
         hidden = b"GET /strip HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        peer.sendall(b"GET /watch.js HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(hidden), hidden))
+        peer.sendall(
+            b"GET /watch.js HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(hidden), hidden),
+        )
         answer = b"".join(iter(lambda: peer.recv(65536), b""))
     assert answer.count(b"HTTP/1.1 200") == 1
     assert b"Content-Type: text/html" not in answer
@@ -162,7 +172,10 @@ ODD_REQUESTS = {
 }
 
 
-def test_odd_requests_are_answered_with_a_status_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_requests_are_answered_with_a_status_and_no_traceback(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     append(tmp_path, start(), train(1, 1.0))
     with serving(tmp_path) as server:
         for name, (request, status) in ODD_REQUESTS.items():
@@ -173,7 +186,10 @@ def test_odd_requests_are_answered_with_a_status_and_no_traceback(tmp_path: Path
     assert capsys.readouterr().err == ""
 
 
-def test_a_page_that_reads_no_more_is_no_error_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_reads_no_more_is_no_error_of_ours(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with WatchServer(tmp_path) as server:
         for error in (TimeoutError("timed out"), BrokenPipeError()):
             try:
@@ -210,7 +226,10 @@ def test_ipv6(tmp_path: Path) -> None:
     try:
         server = WatchServer(tmp_path, "::1")
     except UserError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (
+            errno.EADDRNOTAVAIL,
+            errno.EAFNOSUPPORT,
+        ):
             pytest.skip("this machine has no IPv6")
         raise
     with server:
@@ -245,6 +264,12 @@ def test_the_command_prints_its_url_serves_and_ends_cleanly_on_ctrl_c(tmp_path: 
 def test_the_command_tells_of_a_port_in_use(tmp_path: Path) -> None:
     with WatchServer(tmp_path) as first:
         command = [sys.executable, "-m", "fastdistil", "watch", str(tmp_path), "--port", str(first.port)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"})
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "COLUMNS": "200"},
+        )
     assert ended.returncode == 2
     assert re.fullmatch(rf"fastdistil: port {first.port} cannot be had .*--port \d+ is free\n", ended.stderr)

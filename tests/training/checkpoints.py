@@ -15,15 +15,28 @@ FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.j
 def some_tensors(seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "model": {"w": torch.randn(17, 9, generator=generator), "b": torch.randn(5, generator=generator).bfloat16()},
-        "optimizer": {"w.exp_avg": torch.randn(17, 9, generator=generator), "step": torch.tensor(float(seed))},
+        "model": {
+            "w": torch.randn(17, 9, generator=generator),
+            "b": torch.randn(5, generator=generator).bfloat16(),
+        },
+        "optimizer": {
+            "w.exp_avg": torch.randn(17, 9, generator=generator),
+            "step": torch.tensor(float(seed)),
+        },
     }
 
 
 def put(directory: Path, update: int, seed: int | None = None, keep: int = 9, **more: Any) -> Path:
     """Save a checkpoint whose contents follow from `seed` (default: the update)."""
     seed = update if seed is None else seed
-    return checkpoint.save(directory, update, some_tensors(seed), {"seed": seed, "best": 1.5}, keep=keep, **more)
+    return checkpoint.save(
+        directory,
+        update,
+        some_tensors(seed),
+        {"seed": seed, "best": 1.5},
+        keep=keep,
+        **more,
+    )
 
 
 def assert_holds(loaded: checkpoint.Loaded | None, update: int, seed: int) -> None:

@@ -29,7 +29,13 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path: Path) -> None:
         },
         "optimizer": {"first half": (flat := torch.arange(10.0))[:5], "second half": flat[5:]},
     }
-    state = {"lr": 0.1 + 0.2, "best": float("inf"), "text": "naïve\n", "list": [1, [2, None, True]], "big": 2**80}
+    state = {
+        "lr": 0.1 + 0.2,
+        "best": float("inf"),
+        "text": "naïve\n",
+        "list": [1, [2, None, True]],
+        "big": 2**80,
+    }
     path = checkpoint.save(tmp_path / "a" / "b", 7, tensors, state, keep=1)
     assert path.name == "step-00000007"
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
@@ -38,14 +44,20 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path: Path) -> None:
     assert loaded.update == 7
     assert loaded.tensors["model"]["bf16"].view(torch.uint8).equal(tensors["model"].pop("bf16").view(torch.uint8))
     loaded.tensors["model"].pop("bf16")
-    assert_equal(loaded.tensors, {group: {n: t.detach() for n, t in named.items()} for group, named in tensors.items()})
+    assert_equal(
+        loaded.tensors,
+        {group: {n: t.detach() for n, t in named.items()} for group, named in tensors.items()},
+    )
 
 
 def test_groups_that_are_not_asked_for_stay_in_their_files(tmp_path: Path) -> None:
     """Of many ranks' states one is in memory at a time; and their files have been checked all the same."""
     tensors = {name: {"x": torch.full((2,), float(number))} for number, name in enumerate(("model", "rank-0", "rank-1"))}
     path = checkpoint.save(tmp_path, 1, tensors, {}, keep=1)
-    for loaded in (checkpoint.load(path, groups=("model",)), checkpoint.latest(tmp_path, never, groups=("model",))):
+    for loaded in (
+        checkpoint.load(path, groups=("model",)),
+        checkpoint.latest(tmp_path, never, groups=("model",)),
+    ):
         assert loaded is not None
         assert loaded.tensors.keys() == {"model"}
         for name in tensors:
@@ -58,7 +70,10 @@ def test_groups_that_are_not_asked_for_stay_in_their_files(tmp_path: Path) -> No
 def test_tied_tensors_are_refused_by_name(tmp_path: Path) -> None:
     weight = torch.zeros(4, 4)
     for other in (weight, weight.view(16), weight[1:2]):
-        with pytest.raises(UserError, match=r"model\.safetensors: .*(head|embedding) and (head|embedding) share memory"):
+        with pytest.raises(
+            UserError,
+            match=r"model\.safetensors: .*(head|embedding) and (head|embedding) share memory",
+        ):
             checkpoint.save(tmp_path, 1, {"model": {"embedding": weight, "head": other}}, {}, keep=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +94,10 @@ def test_rotation_after_going_back_keeps_what_was_just_written(tmp_path: Path) -
     assert saved_updates(tmp_path) == [15, 20, 30]
 
 
-def test_old_ones_are_removed_only_after_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_ones_are_removed_only_after_the_new_one_has_its_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     put(tmp_path, 1)
     listings = []
 
@@ -188,7 +206,9 @@ def test_a_checkpoint_of_a_newer_format_is_for_a_newer_version(tmp_path: Path) -
     with pytest.raises(CorruptData, match=r"manifest\.json"):
         checkpoint.load(path)
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    manifest["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    manifest["sha256"] = hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode(),
+    ).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"format 2.*reads up to 1.*upgrade"):
         checkpoint.load(path)

@@ -16,7 +16,10 @@ from tests.small_run import saved_updates
 from tests.training.checkpoints import assert_holds, flip, never, put, snapshot
 
 
-def test_a_disk_that_gives_back_other_bytes_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_gives_back_other_bytes_is_caught(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     put(tmp_path, 1)
     before = snapshot(tmp_path)
 
@@ -51,7 +54,11 @@ def test_unreadable_sectors_count_as_corrupt(tmp_path: Path, monkeypatch: pytest
 def small_disk(tmp_path: Path, need: Callable[[str, str], Never]) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         need("root-network", "mounting a small file system needs root")
     yield place
@@ -70,7 +77,11 @@ def test_a_full_disk_is_foreseen(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("full", ["tensors", "state"])
-def test_a_disk_that_fills_up_in_the_middle(small_disk: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+def test_a_disk_that_fills_up_in_the_middle(
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full: str,
+) -> None:
     directory = small_disk / "checkpoints"
     put(directory, 1)
     before = snapshot(small_disk)
@@ -84,7 +95,12 @@ def test_a_disk_that_fills_up_in_the_middle(small_disk: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
-def test_refusals_at_any_call_harm_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+def test_refusals_at_any_call_harm_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    code: int,
+) -> None:
     put(tmp_path, 1, seed=1)
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch:

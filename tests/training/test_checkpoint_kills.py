@@ -21,7 +21,10 @@ def killed_at(point: int, action: Callable[[], object]) -> bool:
     if child == 0:
         count = 0
 
-        def plant(function: Callable[..., Any], halfway: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        def plant(
+            function: Callable[..., Any],
+            halfway: Callable[..., Any] | None = None,
+        ) -> Callable[..., Any]:
             def planted(*arguments: Any, **named: Any) -> Any:
                 nonlocal count
                 count += 1
@@ -112,7 +115,10 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
         living.wait()
 
 
-def test_everything_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[tuple[str, str]] = []
     fsync, rename = os.fsync, os.rename
 
@@ -160,7 +166,10 @@ def test_atomic_directory_leaves_the_old_one_when_the_block_fails(tmp_path: Path
     target = tmp_path / "student"
     with checkpoint.atomic_directory(target) as temporary:
         (temporary / "file").write_text("first")
-    for error, raised in ((OSError(errno.ENOSPC, "full"), DiskFull), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, raised in (
+        (OSError(errno.ENOSPC, "full"), DiskFull),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
         with pytest.raises(raised):
             export_and_fail(target, error)
     assert snapshot(tmp_path).keys() == {"student/file"}
