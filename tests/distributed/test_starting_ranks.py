@@ -117,31 +117,58 @@ def _environment(process: Path) -> bytes:
         return b""
 
 
-def test_elastic_goes_on_with_the_ranks_that_remain(material: Path, tmp_path: Path) -> None:
-    """Rank 1 is killed in update 5: the run restarts by itself on one rank from update 4, and ends."""
-    plant = tmp_path / "sitecustomize.py"
-    plant.write_text(
-        "import os, signal, sys\n"
-        "if os.environ.get('RANK') == '1' and os.environ.get('WORLD_SIZE') == '2':\n"
-        "    from importlib.abc import MetaPathFinder\n"
-        "    class Plant(MetaPathFinder):\n"
-        "        def find_spec(self, name, path, target=None):\n"
-        "            if name == 'fastdistil.training.export':  # fastdistil.train is being imported\n"
-        "                sys.meta_path.remove(self)\n"
-        "                from fastdistil.gradients import exchange\n"
-        "                begin = exchange.SharedGradients.begin\n"
-        "                def counted(own, update):\n"
-        "                    if update == 4:\n"
-        "                        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "                    begin(own, update)\n"
-        "                exchange.SharedGradients.begin = counted\n"
-        "    sys.meta_path.insert(0, Plant())\n"
-    )
+# Becomes sitecustomize.py of the ranks: changes what happens at the beginning of an update, once fastdistil.train is imported.
+PLANT = """
+import os, signal, sys, time
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+folder = Path(__file__).parent
+
+def kill_rank_1_once(update):
+    if update == 4 and os.environ["RANK"] == "1" and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def wait_for_the_signal(update):
+    if update != 5 or os.environ["WORLD_SIZE"] != "1" or not (folder / "grows").exists():
+        return
+    stop, arrived = signal.getsignal(signal.SIGTERM), []
+    signal.signal(signal.SIGTERM, lambda *arguments: (arrived.append(True), stop(*arguments)))
+    until_s = time.monotonic() + 120
+    while not arrived and time.monotonic() < until_s:
+        time.sleep(0.05)
+
+class Plant(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "fastdistil.training.export":  # fastdistil.train is being imported
+            sys.meta_path.remove(self)
+            from fastdistil.gradients import exchange
+            several, alone = exchange.SharedGradients, exchange.LocalGradients
+            for gradients, deed in ((several, kill_rank_1_once), (alone, wait_for_the_signal)):
+                def begin(self, update, deed=deed, begin=gradients.begin):
+                    deed(update)
+                    begin(self, update)
+                gradients.begin = begin
+
+if "RANK" in os.environ:
+    sys.meta_path.insert(0, Plant())
+"""
+
+
+@pytest.mark.parametrize("grows", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_elastic_goes_on_with_the_ranks_that_remain(grows: bool, material: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed in update 5: the run restarts by itself on one rank from update 4, and ends; or it is stopped in update
+    6, which is not done, when the lost rank's slot is tried again, and ends with two."""
+    (tmp_path / "sitecustomize.py").write_text(PLANT)
+    if grows:
+        (tmp_path / "grows").touch()
     path = tmp_path / "r.yaml"
-    path.write_text(small(material, tmp_path, "world.engine=torch", "world.timeout_s=6").to_yaml())
+    path.write_text(small(material, tmp_path, "world.engine=torch", "world.timeout_s=6", "student.dropout=0").to_yaml())
     root = Path(__file__).resolve().parents[2]
-    done = cli("train", path, "--elastic", "1:2", environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
+    options = ["--elastic", "1:2", "--grow-after", 20 if grows else 600]
+    done = cli("train", path, *options, environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
     assert done.returncode == 0, done.stderr
     starts = [e for e in event_log.read_events(tmp_path / "run" / "events.jsonl") if isinstance(e, event_log.Start)]
-    assert [(e.update, e.ranks) for e in starts] == [(0, 2), (4, 1)]
+    assert [(e.update, e.ranks) for e in starts] == [(0, 2), (4, 1), (5, 2)][: 2 + grows]
     assert [line[0] for line in learnt(tmp_path / "run")] == list(range(1, 9))
