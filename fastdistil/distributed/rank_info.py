@@ -98,7 +98,7 @@ def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> RankInf
     # Without LOCAL_RANK every rank has a node for itself, as the pods of a PyTorchJob.
     local_rank = _number(environ, "LOCAL_RANK", 0)
     local_size = _number(environ, "LOCAL_WORLD_SIZE", None if "LOCAL_RANK" in environ else 1)
-    address, port = _meeting_point(environ, None, None)
+    address, port = _store_address(environ, None, None)
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if size > 1 and (address is None or port is None):
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
@@ -119,7 +119,7 @@ def _from_torch_names(environ: Mapping[str, str], launcher: Launcher) -> RankInf
 
 
 def _from_horovodrun(environ: Mapping[str, str]) -> RankInfo:
-    address, port = _meeting_point(environ, None, None)
+    address, port = _store_address(environ, None, None)
     return RankInfo(
         rank=_number(environ, "HOROVOD_RANK"),
         size=_number(environ, "HOROVOD_SIZE"),
@@ -143,7 +143,7 @@ def _from_mpirun(environ: Mapping[str, str], *names: str) -> RankInfo:
         )
     alone = local_size == size
     job = next((environ[name] for name in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVS") if name in environ), "")
-    address, port = _meeting_point(environ, "127.0.0.1" if alone else None, _derived_port(job) if alone else None)
+    address, port = _store_address(environ, "127.0.0.1" if alone else None, _derived_port(job) if alone else None)
     return RankInfo(
         rank=rank,
         size=size,
@@ -177,7 +177,7 @@ def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
     list_name = named("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     first = next(expand_hosts(environ.get(list_name, ""), list_name), None)
     step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-    address, port = _meeting_point(environ, "127.0.0.1" if nodes == 1 else first, _derived_port(step))
+    address, port = _store_address(environ, "127.0.0.1" if nodes == 1 else first, _derived_port(step))
     return RankInfo(
         rank=_number(environ, "SLURM_PROCID"),
         size=size,
@@ -203,7 +203,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     return int(text)
 
 
-def _meeting_point(environ: Mapping[str, str], address: str | None, port: int | None) -> tuple[str | None, int | None]:
+def _store_address(environ: Mapping[str, str], address: str | None, port: int | None) -> tuple[str | None, int | None]:
     """MASTER_ADDR and MASTER_PORT where they are set: the user's word counts."""
     if environ.get("MASTER_PORT"):
         port = _number(environ, "MASTER_PORT")

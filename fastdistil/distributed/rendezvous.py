@@ -105,7 +105,7 @@ class SharedStore:
 
 Connect = Callable[[], SharedStore]
 """Opens one more client connection to the store."""
-_meetings = itertools.count()
+_store_numbers = itertools.count()
 ANSWER_S = 5.0
 """Beyond the time that torch may take to connect: for an answer."""
 
@@ -121,7 +121,7 @@ def open_store(place: RankInfo, timeout_s: float) -> Connect:
         )
     address, port, timeout = place.address, place.port, timedelta(seconds=timeout_s)
     # A launcher's own store outlives us: what was agreed in it before, in another attempt or earlier in this process, is over.
-    scope = "" if place.serve_store else f"{place.attempt}/{next(_meetings)}"
+    scope = "" if place.serve_store else f"{place.attempt}/{next(_store_numbers)}"
     served = []
     if place.rank == 0 and place.serve_store:
         served.append(_serve(place, address, port, timeout))

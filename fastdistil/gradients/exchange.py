@@ -248,9 +248,6 @@ class SharedGradients(LocalGradients):
         return messages
 
 
-Exchange = LocalGradients
-
-
 def _complete(states: Mapping[str, Tensor], current: Mapping[str, Tensor], rank: int) -> Mapping[str, Tensor]:
     """Return the states of a rank that a checkpoint holds. Raises CorruptData where it lacks one that this run's ranks have."""
     if missing := sorted(current.keys() - states.keys()):
@@ -258,7 +255,7 @@ def _complete(states: Mapping[str, Tensor], current: Mapping[str, Tensor], rank:
     return states
 
 
-def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer, spans: Spans | None = None) -> Exchange:
+def make_exchange(recipe: Recipe, world: World, optimizer: torch.optim.Optimizer, spans: Spans | None = None) -> LocalGradients:
     """Raises UserError for a compression that cannot be had here."""
     if recipe.loop.precision == "fp16" and recipe.compression.kind != "none":
         raise UserError(

@@ -160,11 +160,11 @@ def shared_columns(
     causal: bool,
     note: Callable[[str], None],
     *,
-    own_models: bool = False,
+    user_modules: bool = False,
 ) -> int | None:
     """The first entries that a teacher's and a student's vocabulary of these sizes have in common; None: all, equally many.
 
-    `own_models`: one of them is a module of the user, without a tokenizer. Raises UserError where a vocabulary lacks an id
+    `user_modules`: one of them is a module of the user, without a tokenizer. Raises UserError where a vocabulary lacks an id
     that a corpus uses, and where two sizes may mean two vocabularies.
     """
     config = recipe.student.config
@@ -176,7 +176,7 @@ def shared_columns(
     if teacher is None or teacher == student:
         return None
     paths = [recipe.student.path, recipe.teacher.path if recipe.teacher is not None else None]
-    if own_models or not corpora or not all(loading.has_tokenizer(path) for path in paths if path is not None):
+    if user_modules or not corpora or not all(loading.has_tokenizer(path) for path in paths if path is not None):
         size = "student.config.vocab_size" if config is not None else "resize_token_embeddings of transformers"
         raise UserError(
             f"the teacher's vocabulary has {teacher} entries, the student's {student}, and the tokenizers that say which they "

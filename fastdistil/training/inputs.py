@@ -146,7 +146,7 @@ def check_recipe(recipe: Recipe, from_python: Sequence[str] = ()) -> None:
             "the objective compares with a teacher and the recipe has none; set teacher.path, "
             "or objective.a_ce=0 objective.a_cos=0 objective.a_mse=0 for pre-training"
         )
-    _check_cached(recipe, own_models="teacher" in from_python or "batches" in from_python)
+    _check_cached(recipe, user_modules="teacher" in from_python or "batches" in from_python)
     check_compiler(recipe)
 
 
@@ -203,10 +203,10 @@ def load_models(
         student_model = students.make_student(recipe.student, teacher_model, data.vocabulary, special_ids, note)
     if cached:
         teacher_model = None  # it was needed for its layers only
-    own_models = teacher is not None or student is not None
+    user_modules = teacher is not None or student is not None
     rows_t, rows_s = teacher_rows(recipe, teacher_model), language_model.shape(student_model)[0]
     corpora = [corpus for corpus in (data.train, data.heldout) if corpus is not None]
-    columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, own_models=own_models)
+    columns = shared_columns(recipe, rows_t, rows_s, corpora, bool(student_model.causal), note, user_modules=user_modules)
     projection = _check_models(recipe, teacher_model, student_model, data.train)
     return Models(student=student_model, teacher=teacher_model, teacher_rows=rows_t, columns=columns, projection=projection)
 
@@ -252,7 +252,7 @@ def cache_identity(recipe: Recipe, corpus: Corpus, models: Models) -> dict[str, 
     return identity(recipe, corpus, models.causal, fingerprint, models.teacher_rows, models.columns)
 
 
-def _check_cached(recipe: Recipe, own_models: bool) -> None:
+def _check_cached(recipe: Recipe, user_modules: bool) -> None:
     """What cannot be learnt from a cache, or only from one. Raises UserError."""
     objective = recipe.objective
     if recipe.teacher is None:
@@ -265,7 +265,7 @@ def _check_cached(recipe: Recipe, own_models: bool) -> None:
                     f"this recipe and set teacher.cache to what it wrote, or leave teacher.{key} out"
                 )
         return
-    if own_models:
+    if user_modules:
         raise UserError(
             "teacher.cache is for teachers and corpora named by the recipe; leave teacher and batches out, or the cache"
         )

@@ -14,7 +14,7 @@ from fastdistil.console import Console
 from fastdistil.data.batch import Counts
 from fastdistil.distributed.coordinator import Coordinator, Decision
 from fastdistil.events import Event, EventLog, Note
-from fastdistil.gradients.exchange import Exchange
+from fastdistil.gradients.exchange import LocalGradients
 from fastdistil.models import language_model
 from fastdistil.recipe import Recipe
 from fastdistil.runs import PAUSE, RECIPE, pause_requested
@@ -34,7 +34,7 @@ class Run:
     directory: Path
     inputs: Inputs
     team: Coordinator
-    exchange: Exchange
+    exchange: LocalGradients
     optimizer: torch.optim.AdamW
     loss_scale: LossScale | None
     guard: FiniteGuard
